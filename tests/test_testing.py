@@ -1,0 +1,144 @@
+"""check_text_env accepts a sound environment and names each breach of a broken one."""
+
+import gymnasium as gym
+import pytest
+from gymnasium import spaces
+
+from skillsd.testing import check_text_env
+
+
+class AnyText(spaces.Text):
+    def __init__(self):
+        super().__init__(max_length=8, min_length=0)
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+
+class Guess(gym.Env):
+    """Say the word of the task within three turns."""
+
+    observation_space = action_space = AnyText()
+    answer = "I do not understand, say a or b"
+
+    def tasks(self, split):
+        if split != "train":
+            raise KeyError(f"unknown split {split!r}; the only one is 'train'")
+        return [{"task_id": word, "split": "train", "difficulty": "easy"} for word in ("a", "b")]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        word = (options or {}).get("task_id", "a")
+        if word not in ("a", "b"):
+            raise ValueError(f"unknown task {word!r}")
+        self.word, self.turn = word, 0
+        return "say a or b", {"task_id": word, "instruction": "guess"}
+
+    def step(self, action):
+        self.turn += 1
+        done = action == self.word
+        return self.answer, float(done), done, not done and self.turn == 3, {"success": done, "completion": float(done)}
+
+
+def test_sound_environment_passes():
+    check_text_env(Guess())
+    check_text_env(Guess(), actions=["b", "a"])
+
+
+def test_own_actions_and_wrappers_pass():
+    check_text_env(gym.wrappers.TimeLimit(Guess(), 2), actions=["x"])
+
+
+def alter(method, change):
+    """A class like Guess whose `method` has its result passed through `change(env, result)`."""
+
+    def altered(self, *args, **kwargs):
+        return change(self, getattr(Guess, method)(self, *args, **kwargs))
+
+    return type("Broken", (Guess,), {method: altered})
+
+
+def at(index, value):
+    return lambda env, result: tuple(value(env) if i == index else item for i, item in enumerate(result))
+
+
+def info(**changes):
+    return lambda env, result: (*result[:-1], {**result[-1], **changes})
+
+
+def count(env):
+    env.calls = getattr(env, "calls", 0) + 1
+    return env.calls
+
+
+def raises(self, action):
+    raise RuntimeError("cannot parse")
+
+
+def free_turn(self, action):
+    result = Guess.step(self, action)
+    if action not in ("a", "b"):
+        self.turn -= 1
+        return (*result[:3], False, result[4])
+    return result
+
+
+def lenient_reset(self, *, seed=None, options=None):
+    known = options["task_id"] in ("a", "b")
+    return Guess.reset(self, seed=seed, options=options if known else {"task_id": "a"})
+
+
+def lenient_tasks(self, split):
+    return Guess.tasks(self, "train")
+
+
+BROKEN = {
+    "no tasks": (type("Broken", (Guess,), {"tasks": None}), "tasks.* is missing"),
+    "empty split": (alter("tasks", lambda env, tasks: []), "at least one task"),
+    "task without difficulty": (alter("tasks", lambda env, tasks: [{"task_id": "a", "split": "train"}]), "difficulty"),
+    "task id is a number": (alter("tasks", lambda env, tasks: [{**task, "task_id": 1} for task in tasks]), "task_id must be a str"),
+    "task of another split": (alter("tasks", lambda env, tasks: [{**task, "split": "test"} for task in tasks]), "another split"),
+    "same task twice": (alter("tasks", lambda env, tasks: tasks + tasks), "twice"),
+    "tasks change": (alter("tasks", lambda env, tasks: tasks[:: (-1) ** count(env)]), "same order"),
+    "any split": (type("Broken", (Guess,), {"tasks": lenient_tasks}), "no such split"),
+    "any task": (type("Broken", (Guess,), {"reset": lenient_reset}), "no such task"),
+    "strict action space": (type("Broken", (Guess,), {"action_space": spaces.Text(8)}), "env.action_space refuses"),
+    "strict observation space": (type("Broken", (Guess,), {"observation_space": spaces.Text(8)}), "env.observation_space refuses"),
+    "no action space": (type("Broken", (Guess,), {"action_space": None}), "env.action_space is missing"),
+    "reset without info": (alter("reset", lambda env, result: result[0]), r"\(observation, info\)"),
+    "reset's observation": (alter("reset", at(0, lambda env: 1)), "reset's observation must be a str"),
+    "no instruction": (alter("reset", info(instruction=None)), "instruction"),
+    "wrong task id": (alter("reset", info(task_id="z")), "was asked for task"),
+    "random reset": (alter("reset", at(0, lambda env: str(count(env)))), "same seed differ"),
+    "state left over": (
+        alter("reset", at(0, lambda env: str(env.__dict__.setdefault("first", set()).add(env.word) or len(env.first)))),
+        "clear all state",
+    ),
+    "step raises": (type("Broken", (Guess,), {"step": raises}), "answer with a message instead"),
+    "step's length": (alter("step", lambda env, result: result[:4]), "step must return"),
+    "step's observation": (alter("step", at(0, lambda env: b"map")), "step's observation must be a str"),
+    "flag": (alter("step", at(2, lambda env: 0)), "terminated must be a bool"),
+    "nan": (alter("step", at(1, lambda env: float("nan"))), "finite"),
+    "early reward": (alter("step", at(1, lambda env: 0.1)), "before the end must be 0"),
+    "reward is not completion": (alter("step", at(1, lambda env: 0.5 if env.turn == 3 else 0.0)), "must be the completion"),
+    "no success": (alter("step", info(success=None)), r"info\['success'\]"),
+    "completion above 1": (alter("step", info(completion=2.0)), "from 0 to 1"),
+    "success without completion": (alter("step", info(success=True)), "a success completes everything"),
+    "random step": (alter("step", at(0, lambda env: str(count(env)))), "step must be deterministic"),
+    "free turn": (type("Broken", (Guess,), {"step": free_turn}), "must cost a turn"),
+    "empty answer": (type("Broken", (Guess,), {"answer": ""}), "say what is accepted"),
+    "bad plan": (type("Broken", (Guess,), {"solution": lambda self: ["x"]}), "does not lead to success"),
+    "plan of numbers": (type("Broken", (Guess,), {"solution": lambda self: [1]}), "as str"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_breach_is_named(name):
+    broken, message = BROKEN[name]
+    with pytest.raises(AssertionError, match=message):
+        check_text_env(broken())
+
+
+def test_missing_split_is_named():
+    with pytest.raises(AssertionError, match="offer that split"):
+        check_text_env(Guess(), split="test")
