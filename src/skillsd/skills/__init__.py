@@ -1,0 +1,28 @@
+"""Skills: what a finished trajectory teaches, the bank that keeps them, and how one is chosen for the teacher."""
+
+from skillsd.skills.bank import SkillBank
+from skillsd.skills.context import BankContext, NoContext, PrivilegedContext, ShuffledContext
+from skillsd.skills.ledger import Booking, Drop
+from skillsd.skills.retrieval import select, ucb_score
+from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
+from skillsd.skills.summarisers import BaseSummariser, Finished, OpenAISummariser, RulesSummariser, Summariser
+
+__all__ = [
+    "FIELDS",
+    "SKILL_TEMPLATE",
+    "BankContext",
+    "BaseSummariser",
+    "Booking",
+    "Drop",
+    "Finished",
+    "NoContext",
+    "OpenAISummariser",
+    "PrivilegedContext",
+    "RulesSummariser",
+    "ShuffledContext",
+    "Skill",
+    "SkillBank",
+    "Summariser",
+    "select",
+    "ucb_score",
+]

@@ -1,0 +1,88 @@
+"""What the teacher may see beside the student's prompt: the task's own skill, none, or another task's (the control)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+from skillsd.skills.bank import SkillBank
+from skillsd.skills.retrieval import SQRT2
+from skillsd.skills.skill import Skill
+
+
+@runtime_checkable
+class PrivilegedContext(Protocol):
+    """Chooses the skill that conditions the teacher of one group. A function of its arguments and the bank's state alone."""
+
+    def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
+        """The skill for the task, or None.
+
+        Args:
+            bank: The run's bank; it is only read.
+            task_id: The task of the group.
+            all_task_ids: Every training task, in any order.
+            seed: The run seed.
+            epoch: Number of full passes over the tasks so far.
+        """
+        ...
+
+
+class BankContext:
+    """The task's own skill by UCB, as in the paper.
+
+    Args:
+        c: Weight of exploration.
+    """
+
+    def __init__(self, c: float = SQRT2) -> None:
+        self.c = c
+
+    def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
+        """The task's top skill; None while it has none."""
+        return bank.retrieve(task_id, self.c)
+
+
+class NoContext:
+    """No skill: the teacher sees the student's prompt."""
+
+    def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
+        """Always None."""
+        return None
+
+
+class ShuffledContext:
+    """Another task's skill. If the method gains as much with it, the gain is not the skill's.
+
+    All tasks are laid out on a circle in an order drawn from (seed, epoch), and each takes the top skill of the next one that has any: on
+    the tasks with skills that is a derangement, fixed for the epoch but for tasks that get their first skill meanwhile. A task without a
+    skill of its own gets none, as it would from `BankContext`. Uses are booked on the lender's skill.
+
+    Args:
+        c: Weight of exploration in the lending task's choice.
+    """
+
+    def __init__(self, c: float = SQRT2) -> None:
+        self.c = c
+
+    def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
+        """The lender's top skill; None if the task has no skill or is the only one that has.
+
+        Raises:
+            ValueError: `task_id` is not among `all_task_ids`.
+        """
+        if task_id not in all_task_ids:
+            raise ValueError(f"task {task_id!r} is not among the {len(all_task_ids)} tasks to shuffle")
+        with_skill = set(bank.tasks())
+        if task_id not in with_skill:
+            return None
+        circle = [other for other in _circle(frozenset(all_task_ids), seed, epoch) if other in with_skill]
+        lender = circle[(circle.index(task_id) + 1) % len(circle)]
+        return None if lender == task_id else bank.retrieve(lender, self.c)
+
+
+@lru_cache(maxsize=4)
+def _circle(task_ids: frozenset[str], seed: int, epoch: int) -> tuple[str, ...]:
+    # A hash, not random.shuffle: the same on every version and whatever the order of the ids.
+    return tuple(sorted(task_ids, key=lambda task_id: hashlib.sha256(f"{seed}:{epoch}:{task_id}".encode()).digest()))

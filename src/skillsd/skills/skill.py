@@ -1,0 +1,154 @@
+"""A skill: three short texts about one finished trajectory, where they came from, and how they have fared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from skillsd.trajectory import Trajectory
+
+FIELDS = ("success_analysis", "mistake_analysis", "golden_workflow")
+"""The three texts of a skill, in order."""
+
+SKILL_TEMPLATE = """\
+# Notes from an earlier attempt at this task
+What worked, or would have: {success_analysis}
+What went wrong, and why: {mistake_analysis}
+A way through: {golden_workflow}
+Take these notes as a guide, not as orders: what you observe now comes first.
+
+"""
+"""Default wrapper of a skill in front of the teacher's prompt. The paper does not publish its own; this one is ours."""
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One skill. The bank fills `skill_id`, `uses`, `sources` and `mean_reward`; they are ignored on insertion.
+
+    Args:
+        success_analysis: The intent that led, or would lead, to success.
+        mistake_analysis: Root causes of failures and inefficiencies.
+        golden_workflow: The ideal overall process.
+        task_id: The task it belongs to.
+        skill_id: The bank's id, from 1 upwards; None before insertion.
+        source_iteration: Iteration of the trajectory it was made from.
+        source_member: That trajectory's index within its group.
+        source_reward: That trajectory's reward.
+        source_completion: That trajectory's completion, 0..1.
+        uses: How often it conditioned a teacher (visits of its task).
+        mean_reward: What retrieval exploits; its meaning is the bank's `booking` setting.
+        sources: How many trajectories gave exactly these texts.
+
+    Raises:
+        ValueError: A text is not a str, is blank, or cannot be written as UTF-8.
+    """
+
+    success_analysis: str
+    mistake_analysis: str
+    golden_workflow: str
+    task_id: str = ""
+    skill_id: int | None = None
+    source_iteration: int = 0
+    source_member: int = 0
+    source_reward: float = 0.0
+    source_completion: float = 0.0
+    uses: int = 0
+    mean_reward: float = 0.0
+    sources: int = 1
+
+    def __post_init__(self) -> None:
+        for name in FIELDS:
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise ValueError(f"{name} must be a string, not {type(text).__name__}")
+            if not text.strip():
+                raise ValueError(f"{name} is empty")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} holds a lone surrogate and cannot be stored as UTF-8") from error
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """The three texts, in the order of `FIELDS`."""
+        return (self.success_analysis, self.mistake_analysis, self.golden_workflow)
+
+    def render(self, template: str = SKILL_TEMPLATE) -> str:
+        """The text that is put in front of the teacher's prompt.
+
+        Args:
+            template: A str.format template over the three fields.
+
+        Raises:
+            ValueError: The template names something else, or its braces do not match.
+        """
+        try:
+            return template.format(**dict(zip(FIELDS, self.texts, strict=True)))
+        except (KeyError, IndexError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"skill template cannot be filled ({error!r}): use only {', '.join(FIELDS)} in braces, and double other braces"
+            ) from error
+
+    def of(self, trajectory: Trajectory) -> Skill:
+        """The same texts, with `trajectory` as their source."""
+        return replace(
+            self,
+            task_id=trajectory.task_id,
+            source_iteration=trajectory.iteration,
+            source_member=trajectory.member,
+            source_reward=trajectory.reward,
+            source_completion=trajectory.completion,
+            mean_reward=trajectory.reward,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Skill:
+        """Reads a language model's answer: one JSON object with exactly the three fields, a code fence and prose around it allowed.
+
+        Raises:
+            ValueError: There is no such object, more than one, or a field is missing, surplus, repeated, blank or no string.
+        """
+        objects = _objects(text)
+        if len(objects) != 1:
+            raise ValueError(f"expected one JSON object, found {len(objects)} in {_excerpt(text)}")
+        pairs = objects[0]
+        names = [name for name, _ in pairs]
+        wrong = [
+            f"{what}: {', '.join(found)}"
+            for what, found in (
+                ("missing", [name for name in FIELDS if name not in names]),
+                ("unexpected", sorted(set(names) - set(FIELDS))),
+                ("repeated", sorted({name for name in names if names.count(name) > 1})),
+            )
+            if found
+        ]
+        if wrong:
+            raise ValueError(f"expected exactly the fields {', '.join(FIELDS)}; {'; '.join(wrong)}")
+        values = {name: value.strip() if isinstance(value, str) else value for name, value in pairs}
+        success, mistakes, workflow = (values[name] for name in FIELDS)
+        return cls(success, mistakes, workflow)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as its pairs, so that a repeated key is seen."""
+
+
+def _objects(text: str) -> list[_Pairs]:
+    # strict=False: models put raw line breaks into strings.
+    decoder = json.JSONDecoder(object_pairs_hook=_Pairs, strict=False)
+    found: list[_Pairs] = []
+    at = text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError):
+            end = at + 1  # a brace in the prose
+        else:
+            found.append(value)
+        at = text.find("{", end)
+    return found
+
+
+def _excerpt(text: str, limit: int = 80) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "...")

@@ -1,0 +1,20 @@
+"""From trajectories to skills: by rules, by the policy's own base model, or by an OpenAI-compatible endpoint."""
+
+from skillsd.skills.summarisers.base import BaseSummariser, Generate, SeedKey
+from skillsd.skills.summarisers.openai import OpenAISummariser
+from skillsd.skills.summarisers.prompt import SYSTEM_PROMPT, USER_PROMPT, analyst_messages
+from skillsd.skills.summarisers.protocol import Finished, Summariser
+from skillsd.skills.summarisers.rules import RulesSummariser
+
+__all__ = [
+    "SYSTEM_PROMPT",
+    "USER_PROMPT",
+    "BaseSummariser",
+    "Finished",
+    "Generate",
+    "OpenAISummariser",
+    "RulesSummariser",
+    "SeedKey",
+    "Summariser",
+    "analyst_messages",
+]

@@ -1,0 +1,203 @@
+"""Skills from an OpenAI-compatible endpoint, in the background: training does not wait, and no failure stops it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from skillsd.skills.skill import Skill
+from skillsd.skills.summarisers.prompt import SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
+from skillsd.skills.summarisers.protocol import Finished, finished, in_order
+from skillsd.trajectory import Trajectory
+
+log = logging.getLogger(__name__)
+_POLL_S = 0.02
+
+
+@dataclass
+class _Job:
+    """One trajectory on its way. `done` is set once, by its worker or by whoever gave it up."""
+
+    trajectory: Trajectory
+    skill: Skill | None = None
+    started: float | None = None
+    done: bool = False
+
+
+class OpenAISummariser:
+    """Asks a chat-completions endpoint, several trajectories at a time.
+
+    Connection errors, time-outs, status 408, 409, 429 and 5xx, and answers that are not the JSON asked for are tried again; other
+    statuses (a wrong key, an unknown model) fail at once. A trajectory that takes longer than all its tries together may is given up.
+
+    Args:
+        model: The endpoint's name of the model.
+        base_url: The endpoint, e.g. `http://127.0.0.1:8000/v1`; None: the `openai` package's default.
+        api_key_env: Environment variable that holds the key. It may be unset when `base_url` is given (local servers need none).
+        max_workers: Requests at a time.
+        timeout_s: Time limit of one try, in seconds.
+        retries: Tries after the first.
+        backoff_s: Wait before the first retry, in seconds; doubled for each further one.
+        template: The request, see `prompt.USER_PROMPT`.
+        system: The role; empty for none.
+        max_chars: Budget of the conversation, in characters.
+        request: Further arguments of the request, e.g. `{temperature: 0.7, max_tokens: 600}`.
+
+    Raises:
+        ImportError: The `openai` package is not installed.
+        ValueError: A setting is out of range, the template cannot be filled, or there is no key for the default endpoint.
+    """
+
+    asynchronous: bool = True
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        max_workers: int = 8,
+        timeout_s: float = 60.0,
+        retries: int = 3,
+        backoff_s: float = 1.0,
+        template: str = USER_PROMPT,
+        system: str = SYSTEM_PROMPT,
+        max_chars: int = 24_000,
+        request: dict[str, Any] | None = None,
+    ) -> None:
+        if max_workers < 1 or timeout_s <= 0 or retries < 0 or backoff_s < 0:
+            raise ValueError("max_workers must be >= 1, timeout_s > 0, retries and backoff_s >= 0")
+        check_prompt(template, max_chars)
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError('OpenAISummariser needs the openai package: pip install "skillsd[openai]"') from error
+        key = os.environ.get(api_key_env, "")
+        if not key and base_url is None:
+            raise ValueError(f"no API key: set the environment variable {api_key_env}, or give base_url for a server that needs none")
+        self._openai = openai
+        self._client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=timeout_s, max_retries=0)
+        self.model = model
+        self.retries = retries
+        self.backoff_s = backoff_s
+        self.template = template
+        self.system = system
+        self.max_chars = max_chars
+        self.request = dict(request or {})
+        self.last_error = ""
+        """Why the latest failed summary failed."""
+        self.limit_s = (retries + 1) * timeout_s + backoff_s * (2**retries - 1) + 1.0
+        """After this many seconds a trajectory is given up."""
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._pending: deque[tuple[int, list[_Job]]] = deque()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._max_workers = max_workers
+        self._n_workers = 0
+
+    def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
+        """One skill per trajectory in the given order, None where it failed. Blocks."""
+        jobs = self._enqueue(trajectories)
+        self._wait(jobs)
+        return [job.skill for job in jobs]
+
+    def submit(self, iteration: int, trajectories: Sequence[Trajectory]) -> None:
+        """Queues the trajectories and returns."""
+        self._pending.append((iteration, self._enqueue(in_order(trajectories))))
+
+    def collect(self, block: bool = False) -> list[Finished]:
+        """The submissions that are ready, in order; with `block`, all of them."""
+        if block:
+            self.drain()
+        ready: list[Finished] = []
+        while self._pending and all(self._over(job) for job in self._pending[0][1]):
+            iteration, jobs = self._pending.popleft()
+            ready.append(finished(iteration, [job.skill for job in jobs]))
+        return ready
+
+    def drain(self) -> None:
+        """Waits until every submission is ready."""
+        for _, jobs in self._pending:
+            self._wait(jobs)
+
+    def close(self) -> None:
+        """Gives up what is under way; it counts as failed if it is still collected."""
+        self._closed.set()
+        for _, jobs in self._pending:
+            for job in jobs:
+                self._finish(job, None, "closed")
+        for _ in range(self._n_workers):
+            self._jobs.put(None)
+        self._client.close()
+
+    # Inside
+
+    def _enqueue(self, trajectories: Sequence[Trajectory]) -> list[_Job]:
+        if self._closed.is_set():
+            raise RuntimeError("the summariser is closed")
+        jobs = [_Job(trajectory) for trajectory in trajectories]
+        for job in jobs:
+            self._jobs.put(job)
+        new = min(len(jobs), self._max_workers - self._n_workers)
+        self._n_workers += new
+        for _ in range(new):
+            self._start_worker()
+        return jobs
+
+    def _start_worker(self) -> None:
+        # Daemons, not a pool: a hanging server must not keep the process from ending.
+        threading.Thread(target=self._work, name="summariser", daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if job.done:
+                continue
+            job.started = time.monotonic()
+            skill, error = self._ask(job.trajectory)
+            if not self._finish(job, skill, error):
+                return  # given up meanwhile, and this worker was replaced
+
+    def _ask(self, trajectory: Trajectory) -> tuple[Skill | None, str]:
+        error = ""
+        for attempt in range(self.retries + 1):
+            if attempt and self._closed.wait(self.backoff_s * 2 ** (attempt - 1)):
+                break
+            try:
+                messages = analyst_messages(trajectory, self.template, self.system, self.max_chars)
+                answer = self._client.chat.completions.create(model=self.model, messages=messages, **self.request)
+                return Skill.parse(answer.choices[0].message.content or "").of(trajectory), ""
+            except self._openai.APIStatusError as failure:
+                error = f"status {failure.status_code}: {failure.message}"
+                if failure.status_code < 500 and failure.status_code not in (408, 409, 429):
+                    break
+            except Exception as failure:  # whatever a server sends back, training goes on
+                error = f"{type(failure).__name__}: {failure}"
+        return None, error
+
+    def _finish(self, job: _Job, skill: Skill | None, error: str) -> bool:
+        with self._lock:
+            if job.done:
+                return False
+            job.skill, job.done = skill, True
+            if skill is None:
+                self.last_error = error[:500]
+        if skill is None and error != "closed":
+            log.warning("no skill from %s, member %d: %s", job.trajectory.task_id, job.trajectory.member, error[:500])
+        return True
+
+    def _over(self, job: _Job) -> bool:
+        # A server that sends a byte now and then outlives every socket time-out: the clock decides.
+        late = not job.done and job.started is not None and time.monotonic() - job.started > self.limit_s
+        if late and self._finish(job, None, f"given up after {self.limit_s:.0f} s"):
+            self._start_worker()  # in place of the one that hangs
+        return job.done
+
+    def _wait(self, jobs: Sequence[_Job]) -> None:
+        while not all(self._over(job) for job in jobs):
+            time.sleep(_POLL_S)

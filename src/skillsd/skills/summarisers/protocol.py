@@ -1,0 +1,85 @@
+"""The contract of a summariser, and the half of it that synchronous ones share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from skillsd.skills.skill import Skill
+from skillsd.trajectory import Trajectory
+
+
+class Finished(NamedTuple):
+    """The summaries of one `submit`: its iteration, the skills in (task, member) order, and how many trajectories gave none."""
+
+    iteration: int
+    skills: list[Skill]
+    n_failed: int
+
+
+@runtime_checkable
+class Summariser(Protocol):
+    """Makes skills of finished trajectories. A summary that fails is counted, never raised."""
+
+    asynchronous: bool
+    """Whether `submit` returns before the summaries are ready."""
+
+    def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
+        """One skill per trajectory in the given order, None where it failed. Blocks."""
+        ...
+
+    def submit(self, iteration: int, trajectories: Sequence[Trajectory]) -> None:
+        """Hands over the trajectories of an iteration, in any order."""
+        ...
+
+    def collect(self) -> list[Finished]:
+        """What is ready, in the order of submission and each once: never a part of a submission, never a later one before an earlier."""
+        ...
+
+    def drain(self) -> None:
+        """Waits until every submission is ready; `collect` then returns them all."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what is under way. May be called twice."""
+        ...
+
+
+def in_order(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """By task, then member: the order in which skills reach the bank."""
+    return sorted(trajectories, key=lambda trajectory: (trajectory.task_id, trajectory.member))
+
+
+def finished(iteration: int, summaries: Sequence[Skill | None]) -> Finished:
+    """Counts the failures."""
+    skills = [skill for skill in summaries if skill is not None]
+    return Finished(iteration, skills, len(summaries) - len(skills))
+
+
+class Synchronous:
+    """Implements `submit`, `collect`, `drain` and `close` on top of `summarise`."""
+
+    asynchronous: bool = False
+
+    def __init__(self) -> None:
+        self._ready: list[Finished] = []
+
+    def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
+        """See `Summariser.summarise`."""
+        raise NotImplementedError
+
+    def submit(self, iteration: int, trajectories: Sequence[Trajectory]) -> None:
+        """Summarises at once."""
+        self._ready.append(finished(iteration, self.summarise(in_order(trajectories))))
+
+    def collect(self) -> list[Finished]:
+        """Everything submitted since the last call."""
+        ready, self._ready = self._ready, []
+        return ready
+
+    def drain(self) -> None:
+        """Nothing to wait for."""
+
+    def close(self) -> None:
+        """Forgets what was not collected."""
+        self._ready = []

@@ -1,0 +1,117 @@
+"""The words of the house as data: Task, Turn, Trajectory, TrajectoryGroup. Immutable; neither torch nor lightning.
+
+Tokens are the record. A trajectory is `prompt_ids` (what the student saw first) followed by `token_ids` (everything after:
+sampled action tokens and the environment's tokens, in order). `action_mask` says which of `token_ids` were sampled; it is
+made when sampling and used everywhere a loss, an entropy or a count is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["done", "length", "horizon"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task that an environment can be reset to.
+
+    Args:
+        task_id: Name, unique within a run.
+        split: The split it belongs to, e.g. `train`.
+        difficulty: Free text, e.g. a band of optimal lengths.
+        options: Further keys that are handed to `env.reset(options=...)` beside `task_id` (a JSONL task may carry its own board).
+    """
+
+    task_id: str
+    split: str = ""
+    difficulty: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: what the environment said, what the policy answered, and the reward of that step."""
+
+    observation: str
+    action: str
+    reward: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One finished episode, enough to re-score any of it.
+
+    Args:
+        iteration: Optimizer step at which it was sampled (0-based).
+        task_id: Its task.
+        member: Index within its group, 0..G-1.
+        seed: The run seed.
+        instruction: The task's instruction (system text), possibly empty.
+        prompt_ids: Token ids of the first prompt, plain: never with a skill unless the policy that acted saw one.
+        token_ids: Token ids after the prompt: actions and environment text, append-only.
+        action_mask: For each of `token_ids`, whether the policy sampled it.
+        logprobs: For each of `token_ids`, log-prob under the sampling policy at the sampling temperature (nats); 0.0 where not sampled.
+        turns: The same episode as text.
+        reward: Sum of the rewards.
+        completion: Share of the task that was completed, 0..1.
+        success: Whether the task was solved.
+        finish_reason: `done` (the environment ended it), `horizon` (turn limit) or `length` (token limit or end of context).
+        skill_id: The skill that conditions the teacher's rows of this trajectory; None without one.
+    """
+
+    iteration: int
+    task_id: str
+    member: int
+    seed: int
+    instruction: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    action_mask: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    turns: tuple[Turn, ...]
+    reward: float
+    completion: float
+    success: bool
+    finish_reason: FinishReason
+    skill_id: int | None = None
+
+    @property
+    def n_actions(self) -> int:
+        """Number of sampled tokens."""
+        return sum(self.action_mask)
+
+    def to_json(self) -> str:
+        """One line of `trajectories.jsonl`."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Trajectory:
+        """The inverse of `to_json`."""
+        raw = json.loads(line)
+        raw["turns"] = tuple(Turn(**t) for t in raw["turns"])
+        for key in ("prompt_ids", "token_ids", "action_mask", "logprobs"):
+            raw[key] = tuple(raw[key])
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class TrajectoryGroup:
+    """One task's G trajectories and what its teacher gets to see.
+
+    Args:
+        task: The task.
+        trajectories: G of them, by member.
+        teacher_prompt_ids: Token ids of the teacher's prompt x (+) S(x); equal to the plain prompt without a skill.
+        skill_id: The bank's id of S(x); None without a skill.
+        dropped: The teacher's prompt with its skill did not fit the context: the teacher skips this group, and it is counted.
+    """
+
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+    teacher_prompt_ids: tuple[int, ...]
+    skill_id: int | None = None
+    dropped: bool = False

@@ -1,0 +1,148 @@
+import random
+
+import pytest
+
+from skillsd.skills import Skill, SkillBank
+
+
+def texts(bank, task_id="t1"):
+    return [skill.golden_workflow[:-1] for skill in bank.skills(task_id)]
+
+
+def state(bank):
+    """Everything that a bank can be asked."""
+    ids = range(1, len(bank._ledger.skills) + 1)
+    return (bank.position, bank.stats(), [bank.get(i) for i in ids], {t: bank.skills(t) for t in bank.tasks()}, bank._ledger.iteration)
+
+
+def test_insert_gives_ids_in_order_and_get_returns_them(make_skill):
+    bank = SkillBank()
+    assert bank.insert([make_skill("a", reward=0.25), make_skill("b", task_id="t2")], 0) == [1, 2]
+    assert bank.insert([make_skill("c")], 1) == [3]
+    assert bank.get(1) == make_skill("a", reward=0.25, skill_id=1, mean_reward=0.25)
+    assert texts(bank) == ["a", "c"] and bank.tasks() == ["t1", "t2"] and len(bank) == 3
+    assert bank.retrieve("t1").skill_id == 1 and bank.retrieve("nowhere") is None
+    with pytest.raises(KeyError):
+        bank.get(4)
+
+
+def test_duplicates_are_merged_per_task(make_skill):
+    bank = SkillBank()
+    assert bank.insert([make_skill("a", reward=0.1), make_skill("a", reward=0.9), make_skill("a", task_id="t2")], 0) == [1, 1, 2]
+    skill = bank.get(1)
+    assert (skill.sources, skill.source_reward, skill.mean_reward, skill.uses) == (2, 0.1, 0.1, 0)
+    assert bank.stats() == {"size": 2, "tasks": 2, "mean_uses": 0, "merged": 1, "dropped": 0}
+
+
+@pytest.mark.parametrize(
+    ("drop", "kept"),
+    [("oldest", ["c", "d"]), ("worst", ["a", "d"])],  # b (0.2) falls to c (0.3), then c falls to d (0.3, newer)
+)
+def test_capacity(make_skill, drop, kept):
+    bank = SkillBank(capacity=2, drop=drop)
+    new = [make_skill(text, reward=reward) for text, reward in (("a", 0.5), ("b", 0.2), ("c", 0.3), ("d", 0.3))]
+    assert bank.insert(new, 0) == [1, 2, 3, 4]
+    assert texts(bank) == kept
+    assert bank.stats()["dropped"] == 2 and bank.get(2).golden_workflow == "b."
+
+
+def test_worst_may_be_the_newcomer_and_other_tasks_are_untouched(make_skill):
+    bank = SkillBank(capacity=1, drop="worst")
+    bank.insert([make_skill("a", reward=0.5), make_skill("x", task_id="t2"), make_skill("b", reward=0.4)], 0)
+    assert texts(bank) == ["a"] and texts(bank, "t2") == ["x"]
+    # What was dropped is new again.
+    assert bank.insert([make_skill("b", reward=0.6)], 1) == [4] and texts(bank) == ["b"]
+
+
+def test_booking(make_skill):
+    means = {}
+    for booking in ("source", "next_visit", "gap"):
+        bank = SkillBank(booking=booking)
+        bank.insert([make_skill("a", reward=0.5)], 0)
+        means[booking] = [bank.get(1).mean_reward]
+        for reward, gap in ((1.0, -0.25), (0.25, 0.75)):
+            bank.record_use(1, 1, reward=reward, gap=gap)
+            means[booking].append(bank.get(1).mean_reward)
+        assert bank.get(1).uses == 2
+    assert means == {"source": [0.5, 0.5, 0.5], "next_visit": [0.5, 1.0, 0.625], "gap": [0.0, -0.25, 0.25]}
+
+
+def test_use_of_a_dropped_skill_is_booked(make_skill):
+    bank = SkillBank(capacity=1, drop="oldest")
+    bank.insert([make_skill("a"), make_skill("b")], 0)
+    bank.record_use(1, 1)
+    assert bank.get(1).uses == 1 and bank.stats()["mean_uses"] == 0
+
+
+@pytest.mark.parametrize("settings", [{"capacity": 0}, {"drop": "best"}, {"booking": "none"}])
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        SkillBank(**settings)
+
+
+def test_bad_calls_change_nothing(make_skill):
+    bank = SkillBank(booking="gap")
+    bank.insert([make_skill("a")], 5)
+    before = state(bank)
+    for error, call in (
+        (ValueError, lambda: bank.insert([make_skill("b"), make_skill("c", reward=float("nan"))], 5)),
+        (ValueError, lambda: bank.insert([make_skill("b"), Skill("a", "b", "c")], 5)),
+        (ValueError, lambda: bank.insert([make_skill("b")], 4)),
+        (KeyError, lambda: bank.record_use(2, 5, gap=0.0)),
+        (ValueError, lambda: bank.record_use(1, 5, reward=0.0)),
+        (ValueError, lambda: bank.record_use(1, 5, gap=float("inf"))),
+        (ValueError, lambda: bank.record_use(1, 4, gap=1.0)),
+        (ValueError, lambda: bank.cut(3, expect=1)),
+        (UnicodeEncodeError, lambda: bank.insert([make_skill("b"), make_skill("c", task_id="\ud800")], 5)),
+    ):
+        with pytest.raises(error):
+            call()
+        assert state(bank) == before
+
+
+def test_cut_brings_back_what_was_dropped(make_skill):
+    bank = SkillBank(capacity=1, drop="oldest")
+    bank.insert([make_skill("a")], 0)
+    position = bank.position
+    bank.insert([make_skill("b")], 1)
+    assert texts(bank) == ["b"]
+    assert bank.cut(1, expect=position) == 2
+    assert texts(bank) == ["a"] and bank.insert([make_skill("c")], 1) == [2]
+    assert bank.cut(2) == 0
+
+
+def play(bank, make_skill, seed, start, stop):
+    """Random inserts and uses; those of an iteration depend on (seed, iteration) and on the bank's state alone."""
+    for iteration in range(start, stop):
+        rng = random.Random(f"{seed} {iteration}")
+        for task_id in rng.sample(["t1", "t2", "t3"], 2):
+            skill = bank.retrieve(task_id)
+            if skill is not None:
+                bank.record_use(skill.skill_id, iteration, reward=rng.random(), gap=rng.gauss(0, 1))
+            new = [make_skill(rng.choice("abcdefgh"), task_id, rng.random(), iteration) for _ in range(rng.randrange(4))]
+            bank.insert(new, iteration)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cut_equals_replay_also_across_reopening(tmp_path, make_skill, seed):
+    rng = random.Random(seed)
+    settings = {
+        "capacity": rng.choice([1, 2, 3, None]),
+        "drop": rng.choice(["worst", "oldest"]),
+        "booking": rng.choice(["source", "next_visit", "gap"]),
+    }
+    path, cut, end = tmp_path / "bank.sqlite", rng.randrange(0, 20), 20
+    whole, short = SkillBank(**settings), SkillBank(**settings)
+    play(whole, make_skill, seed, 0, end)
+    play(short, make_skill, seed, 0, cut)
+    with SkillBank(path, **settings) as bank:
+        play(bank, make_skill, seed, 0, end)
+        assert state(bank) == state(whole)
+    with SkillBank(path, **settings) as bank:
+        assert state(bank) == state(whole)
+        bank.cut(cut, expect=short.position)
+        assert state(bank) == state(short)
+    with SkillBank(path, **settings) as bank:
+        assert state(bank) == state(short)
+        play(bank, make_skill, seed, cut, end)
+        assert state(bank) == state(whole)

@@ -1,0 +1,184 @@
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from skillsd.skills import SkillBank, bank_file
+
+SRC = Path(bank_file.__file__).parents[2]
+
+
+def filled(path, make_skill, n=60):
+    with SkillBank(path, capacity=None) as bank:
+        bank.insert([make_skill(f"skill {i} " * 20) for i in range(n)], 0)
+    return path
+
+
+def test_floats_are_stored_exactly(tmp_path, make_skill):
+    values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0]
+    with SkillBank(tmp_path / "new" / "bank.sqlite", booking="gap", capacity=None) as bank:
+        bank.insert([make_skill(str(i), reward=value) for i, value in enumerate(values)], 0)
+        for i, value in enumerate(values, 1):
+            bank.record_use(i, 0, gap=value)
+        before = [repr(bank.get(i)) for i in range(1, 6)]
+    with SkillBank(tmp_path / "new" / "bank.sqlite", booking="gap") as bank:
+        assert [repr(bank.get(i)) for i in range(1, 6)] == before
+        assert [bank.get(i).source_reward for i in range(1, 6)] == values
+
+
+def test_read_only_beside_the_writer(tmp_path, make_skill):
+    path = tmp_path / "bank.sqlite"
+    with pytest.raises(FileNotFoundError):
+        SkillBank(path, read_only=True)
+    with SkillBank(path, booking="next_visit") as bank:
+        bank.insert([make_skill("a")], 0)
+        with SkillBank(path, read_only=True) as view:
+            assert view.get(1) == bank.get(1) and view.booking == "next_visit"
+            with pytest.raises(OSError, match=r"bank\.sqlite"):
+                view.insert([make_skill("b")], 0)
+            assert len(view) == 1
+    with SkillBank(path, read_only=True) as view:
+        assert len(view) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bank.sqlite"]
+
+
+def test_another_booking_is_refused(tmp_path, make_skill):
+    path = filled(tmp_path / "bank.sqlite", make_skill)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="booked as 'source', not 'gap'"):
+        SkillBank(path, booking="gap")
+    assert path.read_bytes() == before
+
+
+def random_bytes(path, make_skill):
+    path.write_bytes(os.urandom(5000))
+
+
+def empty(path, make_skill):
+    path.write_bytes(b"")
+
+
+def other_sqlite(path, make_skill):
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE skill (x)")
+    db.close()
+
+
+def truncated(path, make_skill):
+    data = filled(path, make_skill).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def damaged(path, make_skill):
+    data = bytearray(filled(path, make_skill).read_bytes())
+    data[4096 : 4096 * 4] = os.urandom(4096 * 3)
+    path.write_bytes(data)
+
+
+def next_version(path, make_skill):
+    filled(path, make_skill)
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+
+
+def hole_in_log(path, make_skill):
+    filled(path, make_skill)
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM event WHERE seq = 3")
+    db.close()
+
+
+def lost_skill(path, make_skill):
+    filled(path, make_skill)
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM skill WHERE skill_id = 3")
+    db.close()
+
+
+def lost_table(path, make_skill):
+    filled(path, make_skill)
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE event")
+    db.close()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [random_bytes, empty, other_sqlite, truncated, damaged, next_version, hole_in_log, lost_skill, lost_table],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_is_no_bank_is_refused_and_left_alone(tmp_path, make_skill, make, read_only):
+    path = tmp_path / "bank.sqlite"
+    make(path, make_skill)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"bank\.sqlite: .*left as it is.*another path"):
+        SkillBank(path, read_only=read_only)
+    assert path.read_bytes() == before
+
+
+def test_a_left_over_wal_is_not_played_into_a_new_bank(tmp_path):
+    (tmp_path / "bank.sqlite-wal").write_bytes(b"old")
+    with pytest.raises(ValueError, match="left over"):
+        SkillBank(tmp_path / "bank.sqlite")
+    assert [file.name for file in tmp_path.iterdir()] == ["bank.sqlite-wal"]
+
+
+def test_a_full_disk_is_an_os_error_and_the_bank_goes_on(tmp_path, make_skill):
+    path = tmp_path / "bank.sqlite"
+    with SkillBank(path) as bank:
+        bank.insert([make_skill("a")], 0)
+        bank._db.execute("PRAGMA max_page_count = 8")
+        with pytest.raises(OSError, match=r"bank\.sqlite.*full"):
+            bank.insert([make_skill("long " * 20_000)], 1)
+        assert bank.position == 1 and len(bank) == 1
+        assert bank.insert([make_skill("b")], 0) == [2]
+
+
+def test_a_second_writer_is_told(tmp_path, make_skill, monkeypatch):
+    monkeypatch.setattr(bank_file, "LOCK_WAIT_S", 0.05)
+    path = tmp_path / "bank.sqlite"
+    with SkillBank(path) as bank, SkillBank(path) as other:
+        other._db.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OSError, match=r"bank\.sqlite.*locked"):
+            bank.insert([make_skill("a")], 0)
+        other._db.execute("ROLLBACK")
+        bank.insert([make_skill("a")], 0)
+        with pytest.raises(OSError, match="another process has written"):
+            other.insert([make_skill("b")], 0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@pytest.mark.parametrize("lines", [1, 15, 40])
+def test_a_killed_writer_leaves_whole_transactions(tmp_path, lines):
+    path = tmp_path / "bank.sqlite"
+    code = f"""
+        from skillsd.skills import Skill, SkillBank
+        bank = SkillBank({str(path)!r}, capacity=3, drop="oldest")
+        for i in range(10**6):
+            bank.insert([Skill(f"{{i}} {{k}} " * 50, "m", "w", "t") for k in range(4)], i)
+            print(bank.position, flush=True)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SRC)}
+    )
+    for _ in range(lines):
+        told = int(child.stdout.readline())
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    with SkillBank(path, capacity=3, drop="oldest") as bank:
+        assert bank.position >= told and bank.position == 5 + 8 * bank._ledger.iteration and len(bank) == 3
+        bank.cut(lines, expect=told)
+        assert bank._ledger.iteration == lines - 1 and len(bank._ledger.skills) == 4 * lines
+
+
+def test_the_bank_loads_neither_torch_nor_lightning():
+    code = "import sys, skillsd.skills; assert not {'torch', 'lightning', 'openai'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(SRC)})

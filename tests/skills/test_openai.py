@@ -1,0 +1,184 @@
+"""Against a real HTTP server that speaks the chat-completions format, well or badly."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from skillsd.skills import OpenAISummariser, Summariser
+
+pytest.importorskip("openai")
+
+ANSWER = json.dumps({"success_analysis": "s", "mistake_analysis": "m", "golden_workflow": "w"})
+
+
+class Server(ThreadingHTTPServer):
+    """`plan[task]` is the list of what to do at each try of that task; the last entry repeats."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.plan, self.tries, self.lock, self.stop = {}, {}, threading.Lock(), threading.Event()
+
+    def step(self, body):
+        text = body["messages"][-1]["content"]
+        task = next((task for task in self.plan if f"task={task}." in text), "")
+        with self.lock:
+            count = self.tries[task] = self.tries.get(task, 0) + 1
+        plan = self.plan.get(task, ["good"])
+        return plan[min(count, len(plan)) - 1]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions" and body["model"] == "m"
+        step, status, kind = self.server.step(body), 200, "application/json"
+        content = {"chat": "I cannot.", "empty": None}.get(step, ANSWER)
+        message = {"role": "assistant", "content": content}
+        data = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+        payload = json.dumps(data).encode()
+        if isinstance(step, int):
+            status, payload = step, b'{"error": {"message": "refused"}}'
+        elif step == "hang":
+            self.server.stop.wait(20)
+            return
+        elif step == "html":
+            payload, kind = b"<html>garbage</html>", "text/html"
+        elif step == "broken":
+            payload = b'{"choices": ['
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        if step == "drip":  # a byte now and then: no socket time-out ever fires
+            for byte in payload:
+                if self.server.stop.wait(0.1):
+                    return
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+            return
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.stop.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def make(server):
+    made = []
+
+    def make(**settings):
+        settings = {"timeout_s": 5.0, "retries": 2, "backoff_s": 0.01, "max_workers": 4, **settings}
+        made.append(OpenAISummariser("m", f"http://127.0.0.1:{server.server_port}/v1", **settings))
+        return made[-1]
+
+    yield make
+    for summariser in made:
+        summariser.close()
+
+
+@pytest.fixture
+def group(make_trajectory):
+    def group(*tasks, members=1):
+        return [make_trajectory(task, member, instruction=f"task={task}.") for task in tasks for member in range(members)]
+
+    return group
+
+
+def test_success_in_order(make, group):
+    summariser = make()
+    assert isinstance(summariser, Summariser) and summariser.asynchronous
+    summariser.submit(4, group("b", "a", members=2)[::-1])
+    summariser.submit(5, group("c"))
+    assert len(summariser.collect(block=True)) == 2 and summariser.collect() == []
+    summariser.submit(6, group("b", "a", members=2)[::-1])
+    summariser.drain()
+    ((iteration, skills, n_failed),) = summariser.collect()
+    assert (iteration, n_failed) == (6, 0) and skills[0].texts == ("s", "m", "w")
+    assert [(skill.task_id, skill.source_member) for skill in skills] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
+@pytest.mark.parametrize("bad", [500, 429, "chat", "empty", "html", "broken"])
+def test_tries_again_then_counts(make, group, server, bad):
+    server.plan = {"once": [bad, "good"], "ever": [bad]}
+    summariser = make()
+    once, ever = summariser.summarise(group("once", "ever"))
+    assert once.task_id == "once" and ever is None and summariser.last_error
+    assert server.tries == {"once": 2, "ever": 3}
+
+
+def test_a_wrong_key_is_not_tried_again(make, group, server):
+    server.plan = {"a": [401]}
+    summariser = make()
+    assert summariser.summarise(group("a")) == [None] and server.tries == {"a": 1} and "401" in summariser.last_error
+
+
+def test_time_limit_and_whole_iterations(make, group, server):
+    server.plan = {"slow": ["hang", "good"], "dead": ["hang"]}
+    summariser = make(timeout_s=0.4, retries=1)
+    start = time.monotonic()
+    summariser.submit(0, group("slow", "dead", "fine"))
+    summariser.submit(1, group("fine"))
+    assert time.monotonic() - start < 0.3
+    time.sleep(0.2)
+    assert summariser.collect() == []  # iteration 1 is ready, but does not overtake
+    summariser.drain()
+    first, second = summariser.collect()
+    assert [skill.task_id for skill in first.skills] == ["fine", "slow"] and first.n_failed == 1
+    assert (second.iteration, second.n_failed) == (1, 0)
+    assert time.monotonic() - start < 5
+
+
+def test_a_dripping_server_is_given_up_and_does_not_block_the_rest(make, group, server):
+    server.plan = {"a": ["drip"]}
+    summariser = make(timeout_s=0.5, retries=0, max_workers=1)
+    summariser.limit_s = 0.8
+    summariser.submit(0, group("a", "b"))
+    start = time.monotonic()
+    ((_, skills, n_failed),) = summariser.collect(block=True)
+    assert [skill.task_id for skill in skills] == ["b"] and n_failed == 1 and time.monotonic() - start < 4
+
+
+def test_close_gives_up(make, group, server):
+    server.plan = {"a": ["hang"]}
+    summariser = make(max_workers=1)
+    summariser.submit(0, group("a", "b"))
+    summariser.close()
+    summariser.close()
+    assert summariser.collect() == [(0, [], 2)]
+    with pytest.raises(RuntimeError, match="closed"):
+        summariser.submit(1, group("a"))
+
+
+def test_no_server_is_a_failure_not_an_error(group):
+    summariser = OpenAISummariser("m", "http://127.0.0.1:9/v1", retries=1, backoff_s=0.0)
+    assert summariser.summarise(group("a")) == [None]
+    summariser.close()
+
+
+def test_set_up_errors_say_what_to_do(monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with pytest.raises(ValueError, match="NO_SUCH_KEY"):
+        OpenAISummariser("m", api_key_env="NO_SUCH_KEY")
+    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    with pytest.raises(ImportError, match=r"skillsd\[openai\]"):
+        OpenAISummariser("m", "http://127.0.0.1:9/v1")

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from skillsd.skills import SKILL_TEMPLATE, Skill
+
+GOOD = {"success_analysis": "go", "mistake_analysis": "no {x}", "golden_workflow": "a, b"}
+TEXT = json.dumps(GOOD)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        TEXT,
+        f"```json\n{TEXT}\n```",
+        f"Sure {{thinking}}: here it is.\n```\n{TEXT}\n```\nHope {{it}} helps.",
+        TEXT.replace('"go"', '"  go\\n"'),
+    ],
+)
+def test_parse_reads_the_three_fields(answer):
+    assert Skill.parse(answer) == Skill("go", "no {x}", "a, b")
+
+
+def test_parse_allows_raw_line_breaks_in_strings():
+    assert Skill.parse(TEXT.replace("a, b", "a\nb")).golden_workflow == "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("", "found 0"),
+        ("no json", "found 0"),
+        (TEXT[:-5], "found 0"),
+        (TEXT + TEXT, "found 2"),
+        ('{"a":' * 5000, "found 0"),
+        (json.dumps({**GOOD, "extra": "x"}), "unexpected: extra"),
+        (json.dumps({"success_analysis": "x"}), "missing: mistake_analysis, golden_workflow"),
+        (TEXT[:-1] + ', "golden_workflow": "c"}', "repeated: golden_workflow"),
+        (json.dumps({**GOOD, "golden_workflow": ["a"]}), "golden_workflow must be a string, not list"),
+        (json.dumps({**GOOD, "golden_workflow": None}), "golden_workflow must be a string"),
+        (json.dumps({**GOOD, "golden_workflow": {"a": 1}}), "golden_workflow must be a string"),
+        (json.dumps({**GOOD, "mistake_analysis": " \n"}), "mistake_analysis is empty"),
+        (TEXT.replace('"go"', '"\\ud800"'), "lone surrogate"),
+    ],
+)
+def test_parse_says_what_is_wrong(answer, message):
+    with pytest.raises(ValueError, match=message):
+        Skill.parse(answer)
+
+
+def test_render_fills_the_template_and_leaves_braces_in_texts_alone():
+    skill = Skill.parse(TEXT)
+    assert skill.render("{golden_workflow}|{mistake_analysis}") == "a, b|no {x}"
+    assert all(text in skill.render(SKILL_TEMPLATE) for text in skill.texts)
+
+
+@pytest.mark.parametrize("template", ["{task_id}", "{", "{0}", "{success_analysis.nope}"])
+def test_render_refuses_other_fields(template):
+    with pytest.raises(ValueError, match="use only success_analysis"):
+        Skill.parse(TEXT).render(template)
+
+
+def test_of_takes_the_source(make_trajectory):
+    skill = Skill("a", "b", "c").of(make_trajectory("t9", member=2, completion=0.5, iteration=4))
+    assert (skill.task_id, skill.source_member, skill.source_iteration) == ("t9", 2, 4)
+    assert skill.source_reward == skill.source_completion == skill.mean_reward == 0.5

@@ -1,0 +1,152 @@
+import itertools
+import json
+import random
+
+import pytest
+
+from skillsd.skills import BaseSummariser, RulesSummariser, Summariser
+from skillsd.skills.summarisers import analyst_messages
+from skillsd.skills.summarisers.prompt import conversation
+from skillsd.trajectory import Turn
+
+ANSWER = json.dumps({"success_analysis": "s", "mistake_analysis": "m", "golden_workflow": "w"})
+
+
+def turns(text):
+    """`A1 B2`: sees A, does 1, sees B, does 2."""
+    return [Turn(pair[0], pair[1], 0.0) for pair in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("episode", "actions", "blocked", "loops"),
+    [
+        ("A1", "1", 0, 0),
+        ("A1 B2 C3", "123", 0, 0),
+        ("A1 A2 A3 B4", "34", 2, 0),  # two turns changed nothing
+        ("A1 B2 A3 C4", "34", 0, 1),
+        ("A1 B2 C3 B4 D5", "145", 0, 1),
+        ("A1 B2 C3 B4 A5 D6", "56", 0, 2),  # a loop inside a loop
+        ("A1 B2 A3 B4 C5", "345", 0, 2),  # B was cut before it is seen again
+        ("A1 B2 A3", "3", 0, 1),
+    ],
+)
+def test_loops_are_cut(episode, actions, blocked, loops):
+    digest = RulesSummariser().digest(turns(episode))
+    assert ("".join(digest.actions), digest.blocked, digest.loops) == (actions, blocked, loops)
+    uncut = RulesSummariser(cut_loops=False).digest(turns(episode))
+    assert (uncut.kept, uncut.blocked, uncut.loops) == (len(turns(episode)), blocked, loops)
+
+
+def test_cut_workflow_leads_to_the_same_place():
+    # A walk on a ring of 6 cells: replaying the kept actions ends where the walk ended.
+    rng = random.Random(0)
+    for _ in range(50):
+        cell, episode = 0, []
+        for _ in range(rng.randrange(1, 20)):
+            action = rng.choice("+-.")
+            episode.append(Turn(str(cell), action, 0.0))
+            cell = (cell + {"+": 1, "-": -1, ".": 0}[action]) % 6
+        kept = RulesSummariser().digest(episode).actions
+        assert sum({"+": 1, "-": -1, ".": 0}[action] for action in kept) % 6 == cell
+        assert len(kept) <= 6
+
+
+def test_patterns_extract_action_and_state():
+    rules = RulesSummariser(joiner=" ", action_pattern="```(.*?)```", observation_pattern=r"map: (\w+)", solved_workflow="{workflow}")
+    episode = [
+        Turn("hello map: A", "I think ```up``` or rather\n```\nleft\n```", 0.0),
+        Turn("bumped! map: A", "```down```", 0.0),
+        Turn("map: B", "no action here", 0.0),
+        Turn("try again, map: B", "```right```", 0.0),
+    ]
+    assert rules.summarise_one(episode, True, 1.0).golden_workflow == "down right"
+    digest = rules.digest(episode)
+    assert (digest.blocked, digest.unparsed) == (2, 1)
+
+
+def test_templates_solved_and_unsolved():
+    rules = RulesSummariser(
+        joiner="",
+        solved_success="won",
+        solved_mistakes="{blocked}",
+        solved_workflow="{workflow}",
+        unsolved_success="lost",
+        unsolved_mistakes="{completion:.2f} {turns} {kept} {cut} {blocked} {loops} {unparsed}",
+        unsolved_workflow="?",
+    )
+    assert rules.summarise_one(turns("A1 A2"), True, 1.0).texts == ("won", "1", "2")
+    assert rules.summarise_one(turns("A1 B2 A3 A4"), False, 0.5).texts == ("lost", "0.50 4 1 3 1 1 0", "?")
+    with pytest.raises(ValueError, match="without turns"):
+        rules.summarise_one([], True, 1.0)
+
+
+def test_default_texts_are_readable_and_do_not_sell_failure():
+    rules = RulesSummariser()
+    for success, completion in ((True, 1.0), (False, 0.5)):
+        skill = rules.summarise_one(turns("A1 B2 A3 C4"), success, completion)
+        assert all(20 <= len(text.split()) <= 60 for text in skill.texts)
+    assert "FAILED" in skill.golden_workflow and "50%" in skill.success_analysis
+
+
+@pytest.mark.parametrize("bad", [{"unsolved_workflow": "{plan}"}, {"solved_success": "{"}, {"action_pattern": "("}])
+def test_bad_templates_are_refused_at_once(bad):
+    with pytest.raises(ValueError, match=r"template|regular expression"):
+        RulesSummariser(**bad)
+
+
+def test_rules_interface(make_trajectory):
+    rules = RulesSummariser()
+    assert isinstance(rules, Summariser) and not rules.asynchronous
+    group = [make_trajectory(task, member) for task in ("t2", "t1") for member in (1, 0)]
+    rules.submit(5, [*group, make_trajectory("t3", pairs=())])
+    rules.drain()
+    ((iteration, skills, n_failed),) = rules.collect()
+    assert (iteration, n_failed) == (5, 1)
+    assert [(skill.task_id, skill.source_member) for skill in skills] == [("t1", 0), ("t1", 1), ("t2", 0), ("t2", 1)]
+    assert rules.collect() == [] and rules.summarise(group) == RulesSummariser().summarise(group)
+    rules.close()
+
+
+def test_base_asks_the_bound_model(make_trajectory):
+    base, calls = BaseSummariser(max_new_tokens=9, batch_size=2), []
+
+    def generate(messages, max_new_tokens, keys):
+        calls.append((len(messages), max_new_tokens, keys))
+        return [ANSWER if key[3] != 1 else "I would rather not" for key in keys]
+
+    group = [make_trajectory(member=member) for member in range(3)]
+    with pytest.raises(RuntimeError, match="bind"):
+        base.summarise(group)
+    base.bind(generate)
+    first, second, third = base.summarise(group)
+    assert second is None and first.texts == ("s", "m", "w") and third.source_member == 2
+    assert calls == [(2, 9, [(7, 3, "t1", 0), (7, 3, "t1", 1)]), (1, 9, [(7, 3, "t1", 2)])]
+    base.submit(3, group)
+    assert [(done.iteration, len(done.skills), done.n_failed) for done in base.collect()] == [(3, 2, 1)]
+    base.bind(lambda *_: [])
+    with pytest.raises(RuntimeError, match="0 answers to 2"):
+        base.summarise(group)
+
+
+def test_prompt_carries_what_the_analyst_needs(make_trajectory):
+    system, user = analyst_messages(make_trajectory(pairs=[("map {x}", "go"), ("map 2", "on")], completion=0.5))
+    assert system["role"] == "system" and user["role"] == "user"
+    for part in ("Solve it.", "map {x}", "on", "Result: not solved", "Number of steps: 2", "Completion rate: 50%", '{"success_analysis"'):
+        assert part in user["content"]
+    assert [message["role"] for message in analyst_messages(make_trajectory(), system="")] == ["user"]
+
+
+@pytest.mark.parametrize("bad", ["{nothing} {conversation}", "{", "no conversation"])
+def test_prompt_template_is_checked(bad):
+    with pytest.raises(ValueError, match="template"):
+        BaseSummariser(template=bad)
+
+
+@pytest.mark.parametrize(("n", "seen", "done"), list(itertools.product([1, 3, 40], [10, 5_000], [10, 5_000])))
+def test_conversation_keeps_its_budget(make_trajectory, n, seen, done):
+    pairs = [(f"o{i}" + "x" * seen + f"O{i}", f"a{i}" + "y" * done + f"A{i}") for i in range(n)]
+    text = conversation(make_trajectory(pairs=pairs), 6_000)
+    assert len(text) <= 6_100
+    assert "o0" in text and f"A{n - 1}" in text and "Solve it." in text
+    whole = len(conversation(make_trajectory(pairs=pairs), 10**6)) <= 6_000
+    assert ("left out" in text) != whole
