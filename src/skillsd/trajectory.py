@@ -107,11 +107,11 @@ class TrajectoryGroup:
         trajectories: G of them, by member.
         teacher_prompt_ids: Token ids of the teacher's prompt x (+) S(x); equal to the plain prompt without a skill.
         skill_id: The bank's id of S(x); None without a skill.
-        dropped: The teacher's prompt with its skill did not fit the context: the teacher skips this group, and it is counted.
+        temperature: Sampling temperature; log-probs are recomputed at the same one.
     """
 
     task: Task
     trajectories: tuple[Trajectory, ...]
     teacher_prompt_ids: tuple[int, ...]
     skill_id: int | None = None
-    dropped: bool = False
+    temperature: float = 1.0

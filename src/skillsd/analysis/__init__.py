@@ -1,0 +1,1 @@
+"""Runs, trajectories and skills for reading."""

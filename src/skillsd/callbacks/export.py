@@ -1,0 +1,52 @@
+"""The student as a PEFT folder that PeftModel.from_pretrained loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+CARD = """---
+library_name: peft
+base_model: {base}
+tags: [lora, skillsd]
+---
+# A student trained with skillsd
+
+LoRA adapter (rank {r}, alpha {alpha}, {targets}) on `{base}`, trained with Skill-SD (arXiv:2604.10674) by skillsd {version}
+for {steps} iterations. Load it with
+
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(base_model, "this folder")
+
+It never saw a skill in its prompt: use the plain task prompt. The base model's licence applies to what is built on it.
+"""
+
+
+def export_adapter(policy: Any, folder: Path, steps: int) -> Path:
+    """Write the student to `folder` (weights, configuration, model card); an older folder is replaced in one step."""
+    from skillsd import __version__
+
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.save_adapter(temporary, "student")
+    lora = policy.settings.lora
+    card = CARD.format(
+        base=policy.settings.model, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__, steps=steps
+    )
+    (temporary / "student" / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary / "student", folder)
+    shutil.rmtree(temporary)
+    return folder
+
+
+class AdapterExport(L.Callback):
+    """Writes adapter/student in the run folder when training ends."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        export_adapter(pl_module.policy, Path(trainer.default_root_dir) / "adapter" / "student", trainer.global_step)

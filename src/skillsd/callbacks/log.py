@@ -1,0 +1,95 @@
+"""The record of a run: metrics.csv, trajectories.jsonl, an episode as text, and the hyper-parameters with what they gave."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from skillsd.module import METRICS
+from skillsd.trajectory import Trajectory, TrajectoryGroup
+
+METRICS_FILE, TRAJECTORIES_FILE = "metrics.csv", "trajectories.jsonl"
+COLUMNS = ("iteration", "epoch", *METRICS)
+
+
+class RunLog(L.Callback):
+    """Appends a line an iteration to metrics.csv and a line a trajectory to trajectories.jsonl.
+
+    A checkpoint holds the length of both files; a resumed run cuts them back to it, so that nothing stands twice.
+
+    Args:
+        trajectories: Write trajectories.jsonl.
+    """
+
+    def __init__(self, trajectories: bool = True) -> None:
+        super().__init__()
+        self.trajectories = trajectories
+        self.lengths: dict[str, int] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, TRAJECTORIES_FILE):
+            path, length = folder / name, (self.lengths or {}).get(name, 0)
+            if path.is_file() and path.stat().st_size > length:
+                with path.open("r+b") as f:
+                    f.truncate(length)
+        if not (folder / METRICS_FILE).is_file() or not (folder / METRICS_FILE).stat().st_size:
+            _append(folder / METRICS_FILE, ",".join(COLUMNS) + "\n")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        groups: Sequence[TrajectoryGroup] = batch
+        folder, metrics = Path(trainer.default_root_dir), pl_module.metrics
+        metrics["time/rollout_tokens_per_s"] = rate = trainer.datamodule.rollout_tokens_per_s  # type: ignore[attr-defined, index]
+        pl_module.log("time/rollout_tokens_per_s", rate, batch_size=1)
+        iteration = groups[0].trajectories[0].iteration
+        row = {"iteration": iteration, "epoch": trainer.current_epoch} | {
+            k: "" if math.isnan(v) else repr(float(v))
+            for k, v in metrics.items()  # type: ignore[operator, union-attr]
+        }
+        text = StringIO()
+        csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(row)
+        _append(folder / METRICS_FILE, text.getvalue())
+        if self.trajectories:
+            _append(folder / TRAJECTORIES_FILE, "".join(t.to_json() + "\n" for g in groups for t in g.trajectories))
+        if batch_idx == 0:
+            self._show(trainer, groups[0].trajectories[0])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        panel: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Panel"), None)  # type: ignore[attr-defined]
+        final = {f"final/{k}": panel.result[k] for k in ("success", "completion")} if panel is not None and panel.result else {}
+        config = getattr(trainer, "skillsd_config", {})
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_hyperparams") and config:
+                try:
+                    logger.log_hyperparams(config, final)  # TensorBoard takes the metrics along
+                except TypeError:
+                    logger.log_hyperparams(config)
+
+    def _show(self, trainer: L.Trainer, t: Trajectory) -> None:
+        text = "\n\n".join(f"    {turn.observation}\n→ {turn.action}".replace("\n", "\n    ") for turn in t.turns)
+        text = f"task {t.task_id}, member {t.member}: {t.finish_reason}, completion {t.completion:.2f}\n\n{text}"
+        for logger in trainer.loggers:
+            add = getattr(getattr(logger, "experiment", None), "add_text", None)
+            if add is not None:
+                add("episode", text, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        folder = Path(trainer.default_root_dir)
+        checkpoint["run_log"] = {
+            n: (folder / n).stat().st_size if (folder / n).is_file() else 0 for n in (METRICS_FILE, TRAJECTORIES_FILE)
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.lengths = checkpoint.get("run_log")
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as f:
+        f.write(text)

@@ -1,0 +1,142 @@
+"""The panel: a fixed list of held-out tasks, played before and after training, with intervals."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.progress import Progress
+
+from skillsd.statistics import bootstrap_mean, wilson_interval
+from skillsd.trajectory import Trajectory
+
+FILE = "panel.json"
+
+
+class Panel(L.Callback):
+    """Plays the data module's held-out tasks before the first and after the last iteration and writes panel.json.
+
+    Lightning's own validation (`skillsd validate`, or `trainer.check_val_every_n_epoch` during a fit) plays the same panel.
+
+    Args:
+        before: Play it before training (a resumed run reads panel.json instead).
+        after: Play it after training.
+    """
+
+    def __init__(self, before: bool = True, after: bool = True) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+        self.played: list[Trajectory] = []
+        self.result: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.before and "before" not in read_panel(trainer.default_root_dir):
+            if trainer.global_step:
+                print("panel: this run was resumed and panel.json has no `before`; it is left out.")
+                return
+            self._keep(trainer, "before")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.after:
+            self._keep(trainer, "after")
+            score = self.result["success"]
+            for logger in trainer.loggers:
+                logger.log_metrics({"panel/success": score, "panel/completion": self.result["completion"]}, trainer.global_step)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.played = []
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.played += batch
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.result = summarise(self.played, trainer.datamodule.panel_attempts)  # type: ignore[attr-defined]
+        for key in ("success", "completion"):
+            pl_module.log(f"panel/{key}", self.result[key], batch_size=1)
+        if trainer.state.fn == "validate":
+            for k, share in self.result["pass_at"].items():
+                pl_module.log(f"panel/pass@{k}", share, batch_size=1)
+            write_panel(trainer.default_root_dir, {"validate": self.result})
+
+    def _keep(self, trainer: L.Trainer, when: str) -> None:
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        played: list[Trajectory] = []
+        with Progress(disable=not trainer.progress_bar_callback, transient=True) as bar:
+            task = bar.add_task(f"panel {when}", total=len(loader))
+            for batch in loader:
+                played += batch
+                bar.advance(task)
+        self.result = summarise(played, trainer.datamodule.panel_attempts)  # type: ignore[attr-defined]
+        print(f"panel {when}: success {self.result['success']:.3f}, completion {self.result['completion']:.3f}")
+        write_panel(trainer.default_root_dir, {when: self.result})
+
+
+def summarise(played: Sequence[Trajectory], attempts: int = 1) -> dict[str, Any]:
+    """Shares with 95% intervals, and every episode.
+
+    Returns:
+        n, success and its Wilson interval over episodes, completion, pass_at (k -> unbiased pass@k of Chen et al. 2021,
+        arXiv:2107.03374, averaged over tasks), and levels: [{task_id, member, seed, success, completion, turns, finish_reason}].
+    """
+    wins = sum(t.success for t in played)
+    by_task: dict[str, list[bool]] = {}
+    for t in played:
+        by_task.setdefault(t.task_id, []).append(t.success)
+    pass_at = {}
+    for k in (k for k in (1, 2, 4, 8, 16, 32, 64) if k <= min(map(len, by_task.values()), default=0)):
+        chances = [1 - comb(len(v) - sum(v), k) / comb(len(v), k) for v in by_task.values()]
+        pass_at[str(k)] = sum(chances) / len(chances)
+    return {
+        "n": len(played),
+        "success": wins / max(1, len(played)),
+        "success_interval": list(wilson_interval(wins, len(played))),
+        "completion": sum(t.completion for t in played) / max(1, len(played)),
+        "pass_at": pass_at,
+        "levels": [
+            {
+                "task_id": t.task_id, "member": t.member, "seed": t.seed, "success": t.success, "completion": t.completion,
+                "turns": len(t.turns), "finish_reason": t.finish_reason,
+            }
+            for t in played
+        ],
+    }  # fmt: skip
+
+
+def paired_difference(before: dict[str, Any], after: dict[str, Any], key: str = "success") -> tuple[float, float, float]:
+    """Mean of after - before over the same episodes, with its 95% bootstrap interval over tasks.
+
+    Raises:
+        ValueError: the two were not played on the same tasks.
+    """
+    names = [[(x["task_id"], x["member"], x["seed"]) for x in result["levels"]] for result in (before, after)]
+    if names[0] != names[1]:
+        raise ValueError("before and after were played on different panels: start a new run folder.")
+    by_task: dict[str, list[float]] = {}
+    for b, a in zip(before["levels"], after["levels"], strict=True):
+        by_task.setdefault(b["task_id"], []).append(float(a[key]) - float(b[key]))
+    return bootstrap_mean([sum(v) / len(v) for v in by_task.values()])
+
+
+def read_panel(folder: str | Path) -> dict[str, Any]:
+    """panel.json of a run folder; empty if there is none."""
+    path = Path(folder) / FILE
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def write_panel(folder: str | Path, part: dict[str, Any]) -> None:
+    """Add a part to panel.json, by way of a temporary file."""
+    path = Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = read_panel(folder) | part
+    if "before" in content and "after" in content:
+        content["difference"] = {k: list(paired_difference(content["before"], content["after"], k)) for k in ("success", "completion")}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)

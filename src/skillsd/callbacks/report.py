@@ -1,0 +1,47 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from skillsd.callbacks.panel import read_panel
+from skillsd.skills import SkillBank
+from skillsd.statistics import bootstrap_mean
+
+
+def print_report(folder: Path) -> None:
+    """Print success and completion before and after with intervals, the bank's size and the paths of a run folder."""
+    panel, console = read_panel(folder), Console()
+    shown = [w for w in ("before", "after", "validate") if w in panel]
+    if shown:
+        table = Table(title=f"panel of {panel[shown[0]]['n']} held-out episodes, 95% intervals")
+        for heading in ("", "success", "completion"):
+            table.add_column(heading)
+        for when in shown:
+            table.add_row(when, *_shares(panel[when]))
+        if "difference" in panel and "validate" not in shown:
+            table.add_row("after - before, paired", *(_points(panel["difference"][k]) for k in ("success", "completion")))
+        console.print(table)
+        for when in shown:
+            if len(panel[when]["pass_at"]) > 1:
+                console.print(f"{when}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in panel[when]["pass_at"].items()))
+    if (folder / "bank.sqlite").is_file():
+        with SkillBank(folder / "bank.sqlite", read_only=True) as bank:
+            console.print(f"skill bank: {len(bank)} skills of {len(bank.tasks())} tasks")
+    for name, path in (("adapter", "adapter/student"), ("log", "metrics.csv"), ("trajectories", "trajectories.jsonl")):
+        if (folder / path).exists():
+            console.print(f"{name}: {folder / path}", soft_wrap=True)
+
+
+def _shares(result: dict[str, Any]) -> tuple[str, str]:
+    low, high = result["success_interval"]
+    mean, c_low, c_high = bootstrap_mean([x["completion"] for x in result["levels"]])
+    return f"{result['success']:.3f} [{low:.3f}, {high:.3f}]", f"{mean:.3f} [{c_low:.3f}, {c_high:.3f}]"
+
+
+def _points(difference: list[float]) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)

@@ -1,0 +1,197 @@
+"""The command line: fit, validate, export, play."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from skillsd import __version__, conf_dir
+from skillsd.callbacks.export import export_adapter
+from skillsd.callbacks.report import print_report
+from skillsd.errors import ConfigError
+
+RUN_FILES = ("config.yaml", "metrics.csv", "trajectories.jsonl", "panel.json", "bank.sqlite", "bank.sqlite-wal", "bank.sqlite-shm")
+RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer with two more things to do with a run."""
+
+    def export(self, model: L.LightningModule, datamodule: L.LightningDataModule, out: str, ckpt_path: str = "last") -> None:
+        """Write a checkpoint's student as a PEFT folder.
+
+        Args:
+            model: The module.
+            datamodule: Not used.
+            out: Folder to write.
+            ckpt_path: The checkpoint; `last` is the run folder's own.
+        """
+        steps = _restore(self, model, ckpt_path)
+        print(f"adapter: {export_adapter(model.policy, Path(out), steps)}")
+
+    def play(
+        self, model: L.LightningModule, datamodule: L.LightningDataModule, level: int = 0, skill: bool = False, ckpt_path: str | None = None
+    ) -> None:
+        """Print one greedy episode of the panel, turn by turn.
+
+        Args:
+            model: The module.
+            datamodule: The tasks.
+            level: Index of the panel's task.
+            skill: Put the task's skill in front: the bank's, or one made from the environment's own solution.
+            ckpt_path: A checkpoint; null plays the policy as it starts.
+        """
+        from skillsd.analysis.play import play
+
+        if ckpt_path is not None:
+            _restore(self, model, ckpt_path)
+        else:
+            model.configure_model()
+        play(self, model, datamodule, level, skill)
+
+
+def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
+    import torch
+
+    path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
+    if not path.is_file():
+        raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model.configure_model()
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    return int(checkpoint["global_step"])
+
+
+class CLI(LightningCLI):
+    """`skillsd SUBCOMMAND -c conf/x.yaml [-c overlay.yaml ...] [--key=value ...]`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skip = {"model", "datamodule"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "export": skip,
+            "play": skip,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--overwrite", type=bool, default=False, help="fit: discard an earlier run in the run folder")
+        parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            guard_run_folder(Path(config.trainer.default_root_dir or "."), config.get("ckpt_path"), config.get("overwrite"))
+
+    def before_fit(self) -> None:
+        self.trainer.skillsd_config = _flat(self.config["fit"].as_dict())
+
+    def after_fit(self) -> None:
+        print_report(Path(self.trainer.default_root_dir))
+
+    def after_validate(self) -> None:
+        print_report(Path(self.trainer.default_root_dir))
+
+
+def _run_seed(seed: Any) -> int:
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            out |= _flat(value, f"{name}.")
+        elif isinstance(value, int | float | bool | str):
+            out[name] = value
+    return out
+
+
+def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> None:
+    """Refuse to fit into an earlier run's folder unless it is continued or discarded.
+
+    With `--ckpt_path last` and no checkpoint yet, what a killed run left before its first one is discarded: it starts fresh.
+
+    Raises:
+        ConfigError: the folder holds a run.
+    """
+    found = [folder / n for n in (*RUN_FILES, *RUN_FOLDERS) if (folder / n).exists()]
+    fresh = ckpt_path == "last" and not (folder / "checkpoints" / "last.ckpt").is_file()
+    if not found or (ckpt_path is not None and not fresh and not overwrite):
+        return
+    if not overwrite and not fresh:
+        raise ConfigError(
+            f"trainer.default_root_dir: {folder} holds an earlier run: continue it with --ckpt_path last, "
+            "discard it with --overwrite=true, or name another folder."
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def resolve_configs(args: list[str]) -> list[str]:
+    """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists."""
+    out = list(args)
+    for i, arg in enumerate(out):
+        flag, _, value = arg.partition("=")
+        if flag in ("-c", "--config") and not value and i + 1 < len(out):
+            out[i + 1] = _packaged(out[i + 1])
+        elif flag == "--config" and value:
+            out[i] = f"--config={_packaged(value)}"
+    return out
+
+
+def _packaged(name: str) -> str:
+    if Path(name).exists():
+        return name
+    relative = name.removeprefix("conf/")
+    for candidate in (relative, f"{relative}.yaml"):
+        if (conf_dir() / candidate).is_file():
+            return str(conf_dir() / candidate)
+    return name
+
+
+def main(args: ArgsType = None) -> int:
+    """Run a command. Bad input prints one line and returns 2; SKILLSD_DEBUG=1 shows the traceback instead."""
+    argv = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
+    if argv == ["--version"]:
+        print(f"skillsd {__version__}")
+        return 0
+    if argv and argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
+        argv += ["-c", "sokoban"]
+    warnings.filterwarnings("ignore", message=".*(num_workers|eval mode at the start|is_gradient_checkpointing|transfer_batch_to_device).*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = os.environ.get("SKILLSD_DEBUG") == "1"
+    try:
+        CLI(
+            model_class=L.LightningModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd"},
+            args=resolve_configs(argv),
+        )
+    except ConfigError as e:
+        if debug:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        if debug or e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {e.strerror}: {e.filename or 'the run folder'}: free some room or name another trainer.default_root_dir.", file=sys.stderr)
+        return 2
+    return 0

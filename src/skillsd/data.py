@@ -1,0 +1,248 @@
+"""The data: tasks in, groups of trajectories out. The stream is Algorithm 1, lines 2 and 3: retrieve, then roll out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from skillsd.errors import ConfigError
+from skillsd.rollout import Chat, Collector, InProcessEngine, Request, RolloutSettings, Row, make_env
+from skillsd.rollout.noise import stream_key
+from skillsd.skills.callback import SkillBankCallback
+from skillsd.trajectory import Task, Trajectory, TrajectoryGroup
+
+
+class RolloutData(L.LightningDataModule):
+    """Streams rollouts of a text environment.
+
+    Args:
+        env: Gymnasium id, `module:Id-v0`; the environment fulfils `skillsd.testing.check_text_env`.
+        env_kwargs: Its keyword arguments.
+        train_split: Split of the training tasks, a fixed set: an epoch visits each once.
+        panel_split: Split of the held-out panel.
+        tasks_file: A JSONL file of tasks instead of the environment's own; each line holds task_id, split, and options for `reset`.
+        batch_tasks: Tasks an iteration.
+        group_size: Trajectories a task, G.
+        rollout: How episodes are played.
+        panel_temperature: 0 is greedy.
+        panel_attempts: Episodes a panel task (pass@k needs several and a temperature).
+        panel_seeds: Seeds of the panel's sampling noise; each plays all attempts.
+        panel_adapter: Which adapter plays the panel; null is the untouched base.
+        seed: Run seed (linked to `seed_everything`).
+    """
+
+    def __init__(
+        self,
+        env: str,
+        env_kwargs: dict[str, Any] | None = None,
+        train_split: str = "train",
+        panel_split: str = "test",
+        tasks_file: str | None = None,
+        batch_tasks: int = 16,
+        group_size: int = 4,
+        rollout: RolloutSettings | None = None,
+        panel_temperature: float = 0.0,
+        panel_attempts: int = 1,
+        panel_seeds: list[int] | None = None,
+        panel_adapter: str | None = "student",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for key, value in {"batch_tasks": batch_tasks, "group_size": group_size, "panel_attempts": panel_attempts}.items():
+            if value < 1:
+                raise ConfigError(f"data.init_args.{key} is {value}: give at least 1.")
+        if panel_temperature < 0:
+            raise ConfigError(f"data.init_args.panel_temperature is {panel_temperature}: 0 is greedy, more samples.")
+        self.env_id, self.env_kwargs = env, env_kwargs or {}
+        self.train_split, self.panel_split, self.tasks_file = train_split, panel_split, tasks_file
+        self.batch_tasks, self.group_size, self.rollout = batch_tasks, group_size, rollout or RolloutSettings()
+        self.panel_temperature, self.panel_attempts, self.panel_adapter = panel_temperature, panel_attempts, panel_adapter
+        self.panel_seeds, self.seed = panel_seeds or [0], seed
+        self.rollout_tokens_per_s = 0.0
+        self._collector: Collector | None = None
+
+    def setup(self, stage: str) -> None:
+        """List the tasks. Raises ConfigError for an empty split, overlapping splits, or G < 2 where a group baseline is needed."""
+        self.panel_tasks = self._tasks(self.panel_split, "panel_split")
+        if stage != "fit":
+            return
+        self.train_tasks = self._tasks(self.train_split, "train_split")
+        both = {t.task_id for t in self.train_tasks} & {t.task_id for t in self.panel_tasks}
+        if both:
+            raise ConfigError(
+                f"data.init_args: train_split and panel_split share {len(both)} tasks ({min(both)}, ...): name two that are disjoint."
+            )
+        module: Any = self.trainer.lightning_module
+        if self.group_size < 2 and module.objective.policy_weight > 0:
+            raise ConfigError(
+                f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
+                "or set model.init_args.objective.policy_weight to 0."
+            )
+
+    def _tasks(self, split: str, key: str) -> list[Task]:
+        if self.tasks_file is not None:
+            return _read_tasks(Path(self.tasks_file), split, key)
+        env: Any = make_env(self.env_id, self.env_kwargs).unwrapped
+        try:
+            listed = [Task(t["task_id"], split, str(t.get("difficulty") or "")) for t in env.tasks(split)]
+        except (ValueError, KeyError) as e:
+            raise ConfigError(f"data.init_args.{key}: {e}") from e
+        if not listed:
+            raise ConfigError(f"data.init_args.{key}: the split {split} has no tasks: name another or enlarge it in env_kwargs.")
+        return listed
+
+    @property
+    def collector(self) -> Collector:
+        """The collector on the module's policy, made when first used."""
+        if self._collector is None:
+            policy: Any = self.trainer.lightning_module.policy
+            chat = Chat(policy.tokenizer, policy.stop_ids)
+            self._collector = Collector(
+                self.env_id, self.env_kwargs, chat, InProcessEngine(policy), self.rollout, policy.context_length
+            )
+        return self._collector
+
+    @property
+    def bank(self) -> SkillBankCallback | None:
+        """The SkillBank callback of this run, if it has one."""
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((c for c in callbacks if isinstance(c, SkillBankCallback)), None)
+
+    def train_dataloader(self) -> GroupStream:
+        if self.bank is not None:
+            self.bank.bind(self.generate)
+        return GroupStream(self)
+
+    def val_dataloader(self) -> PanelStream:
+        return PanelStream(self)
+
+    def generate(self, conversations: Sequence[Any], max_new_tokens: int, seed_keys: Sequence[Any], adapter: str | None = None) -> list[str]:
+        """Answers to whole conversations, sampled at the training temperature; the default is the untouched base model.
+
+        Args:
+            conversations: Lists of {role, content}.
+            max_new_tokens: Most tokens of an answer.
+            seed_keys: What the noise of each is for.
+            adapter: Who answers.
+
+        Returns:
+            The texts; "" where the conversation leaves no room for an answer.
+        """
+        chat, texts = self.collector.chat, [""] * len(conversations)
+        context = self.trainer.lightning_module.policy.context_length  # type: ignore[union-attr]
+        prompts = [chat.encode(chat.render(c)) for c in conversations]
+        todo = [i for i, p in enumerate(prompts) if len(p) < context]
+        for start in range(0, len(todo), self.rollout.max_rows):
+            part = todo[start : start + self.rollout.max_rows]
+            session = self.collector.engine.open(self.rollout.temperature, adapter)
+            requests = [
+                Request(i, prompts[i], stream_key("generate", *seed_keys[i]), 0, min(max_new_tokens, context - len(prompts[i])))
+                for i in part
+            ]
+            for i, completion in zip(part, session.turn(requests), strict=True):
+                texts[i] = chat.action_text(completion.token_ids)
+        return texts
+
+
+class GroupStream:
+    """The train loader: a pure function of (run seed, iteration) and of the weights and the bank at that point.
+
+    Its state is one integer, the number of iterations begun, so a run resumes where its checkpoint stands.
+    """
+
+    def __init__(self, data: RolloutData) -> None:
+        self.data, self.position = data, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.data.train_tasks) // self.data.batch_tasks)
+
+    def __iter__(self) -> Iterator[list[TrajectoryGroup]]:
+        for _ in range(self.position % len(self), len(self)):
+            iteration, self.position = self.position, self.position + 1
+            yield self._groups(iteration)
+
+    def state_dict(self) -> dict[str, int]:
+        """For the checkpoint."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The inverse of `state_dict`."""
+        self.position = state["position"]
+
+    def order(self, epoch: int) -> list[Task]:
+        """The tasks in the epoch's order, drawn from (run seed, epoch)."""
+        return sorted(self.data.train_tasks, key=lambda t: blake2b(f"{self.data.seed}/order/{epoch}/{t.task_id}".encode()).digest())
+
+    def _groups(self, iteration: int) -> list[TrajectoryGroup]:
+        d = self.data
+        epoch, index = divmod(iteration, len(self))
+        tasks = self.order(epoch)[index * d.batch_tasks : (index + 1) * d.batch_tasks]
+        if d.bank is not None:
+            d.bank.refresh([t.task_id for t in d.train_tasks], d.seed, epoch, epoch_start=index == 0)
+        rows = [Row(t, member) for t in tasks for member in range(d.group_size)]
+        started = time.perf_counter()
+        played = d.collector.collect(rows, seed=d.seed, iteration=iteration)
+        d.rollout_tokens_per_s = sum(len(t.prompt_ids) + len(t.token_ids) for t in played) / (time.perf_counter() - started)
+        return [self._group(t, played[i * d.group_size : (i + 1) * d.group_size]) for i, t in enumerate(tasks)]
+
+    def _group(self, task: Task, played: Sequence[Trajectory]) -> TrajectoryGroup:
+        d, first = self.data, played[0]
+        skill_id, text = d.bank.skill_for(task.task_id) if d.bank is not None else (None, "")
+        prompt = first.prompt_ids
+        if text and first.turns:
+            prompt = tuple(d.collector.chat.prompt_ids(first.instruction, first.turns[0].observation, text))
+        return TrajectoryGroup(
+            task, tuple(replace(t, skill_id=skill_id) for t in played), prompt, skill_id, temperature=d.rollout.temperature
+        )
+
+
+class PanelStream:
+    """The validation loader: batches of played held-out episodes, in the panel's order. It is played anew each time."""
+
+    def __init__(self, data: RolloutData) -> None:
+        self.data = data
+        self.rows = [(seed, Row(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
+        self.size = 4 * data.rollout.max_rows
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def __iter__(self) -> Iterator[list[Trajectory]]:
+        d = self.data
+        for start in range(0, len(self.rows), self.size):
+            part = self.rows[start : start + self.size]
+            played: list[Trajectory] = []
+            for seed in dict.fromkeys(s for s, _ in part):
+                rows = [r for s, r in part if s == seed]
+                played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
+            yield played
+
+
+def _read_tasks(path: Path, split: str, key: str) -> list[Task]:
+    """Tasks of one split from a JSONL file; other keys of a line go to `reset(options=...)`."""
+    if not path.is_file():
+        raise ConfigError(f"data.init_args.tasks_file: no file {path}: check the path.")
+    tasks: dict[str, Task] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+            task = Task(str(raw.pop("task_id")), str(raw.pop("split")), str(raw.pop("difficulty", "")), raw)
+        except (ValueError, KeyError, AttributeError) as e:
+            raise ConfigError(f"data.init_args.tasks_file: {path}:{number} needs a JSON object with task_id and split ({e}).") from e
+        if task.split != split:
+            continue
+        if task.task_id in tasks:
+            raise ConfigError(f"data.init_args.tasks_file: {path}:{number} repeats the task_id {task.task_id} of split {split}.")
+        tasks[task.task_id] = task
+    if not tasks:
+        raise ConfigError(f"data.init_args.{key}: {path} has no task of split {split}.")
+    return list(tasks.values())

@@ -1,0 +1,70 @@
+"""Log-probs of given tokens without the full-vocabulary tensor of a whole batch.
+
+log pi(y) = z_y / T - logsumexp(z / T), with z the logits of the language-model head (and its soft cap where the
+architecture has one). z is computed for `chunk` positions at a time and recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def make_head(model: Any) -> Callable[[Tensor], Tensor]:
+    """The map from last hidden states [..., H] to logits [..., V] that `model.forward` applies.
+
+    Covers a linear head with Gemma 2's final soft cap and Cohere/Granite style constant scales.
+    """
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or (1.0 / (getattr(config, "logits_scaling", None) or 1.0))
+
+    def head(hidden: Tensor) -> Tensor:
+        linear = model.get_output_embeddings()  # looked up late: an adapter may have been put around it
+        logits: Tensor = linear(hidden.to(linear.weight.dtype) if linear.weight.is_floating_point() else hidden)
+        if scale != 1.0:
+            logits = logits * scale
+        return cap * torch.tanh(logits / cap) if cap is not None else logits
+
+    return head
+
+
+def _chunk(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float() / temperature
+    lse = torch.logsumexp(logits, -1)
+    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - lse
+    with torch.no_grad():
+        p = torch.softmax(logits.detach(), -1)
+        entropy = lse.detach() - (p * logits.detach()).sum(-1)
+    return logp, entropy
+
+
+def selected_logprobs(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 2048
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of `targets` and the entropy of the distribution they were drawn from.
+
+    Args:
+        head: From `make_head`.
+        hidden: Last hidden states at the positions that predict the targets, [N, H].
+        targets: Token ids, int64 [N].
+        temperature: Sampling temperature, > 0.
+        chunk: Positions per piece.
+
+    Returns:
+        logp [N] float32 with gradient, entropy [N] float32 without; both in nats.
+    """
+    if not len(targets):
+        zero = hidden.float().sum(-1) * 0.0
+        return zero, zero.detach()
+    parts = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        if torch.is_grad_enabled() and len(targets) > chunk:
+            parts.append(checkpoint(_chunk, head, h, y, temperature, use_reentrant=False))
+        else:
+            parts.append(_chunk(head, h, y, temperature))
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

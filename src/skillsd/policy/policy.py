@@ -1,0 +1,273 @@
+"""The policy: one base model and two LoRA adapters on it, `student` and `teacher`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from skillsd.errors import ConfigError
+from skillsd.policy.config import PolicySettings
+from skillsd.policy.load import load_base, load_tokenizer
+from skillsd.policy.logprobs import make_head, selected_logprobs
+
+ADAPTERS = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence to score: ids before (`prompt_ids`), ids after, and which of those after were actions."""
+
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    action_mask: Sequence[bool]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.token_ids)
+
+
+class Policy(nn.Module):
+    """One base model, two adapters. The only place, with `load`, that knows PEFT and bitsandbytes.
+
+    Args:
+        settings: What to load and which adapters to put on it.
+        device: Where it lives.
+        adapters: False leaves the base bare: it then acts and is scored as it is (pre-training of all weights).
+
+    Attributes:
+        base: The causal language model.
+        model: The same with its adapters around it.
+        teacher_is_student: Whether the two adapters hold equal weights, so that an empty skill needs no teacher forward. Whoever
+            steps the optimizer says so with `student_changed`.
+    """
+
+    def __init__(self, settings: PolicySettings, device: torch.device | str = "cpu", adapters: bool = True) -> None:
+        super().__init__()
+        self.settings = settings
+        self.tokenizer = load_tokenizer(settings)
+        self.base: Any = load_base(settings, torch.device(device))
+        base = self.base
+        limit = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+        self.context_length = min(settings.context_length or limit, limit)
+        stops = base.generation_config.eos_token_id if base.generation_config is not None else None
+        ids = [stops] if isinstance(stops, int) else list(stops or [])
+        ids += [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        self.stop_ids = tuple(dict.fromkeys(ids))
+        self.head = make_head(base)
+        self.model: Any = base
+        self.teacher_is_student = True
+        self._adapters: dict[str, dict[str, nn.Parameter]] = {}
+        if settings.gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if adapters:
+            self._add_adapters()
+        # The base stays in evaluation mode for good. These alone are on in the student's forward with gradient, and stay on until
+        # its backward has recomputed what it needs; `acting` turns them off.
+        self._train_only = [m for n, m in base.named_modules() if getattr(m, "gradient_checkpointing", False) or "lora_dropout" in n]
+        for m in self._train_only:
+            m.training = True
+
+    def _add_adapters(self) -> None:
+        lora = self.settings.lora
+        config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets, task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)  # the adapters' first values do not depend on what was drawn before
+            self.model = get_peft_model(self.base, config, adapter_name="student")
+            self.model.add_adapter("teacher", config)
+        for name in ADAPTERS:
+            mark = f".{name}."
+            self._adapters[name] = {k.replace(mark, "."): p for k, p in self.model.named_parameters() if "lora_" in k and mark in k}
+        if lora.init is not None:
+            self._load_initial(lora.init)
+        self.sync()
+        self.use("student")
+
+    # -- adapters -------------------------------------------------------------------------------------------------------
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The decoder under the head, adapters included."""
+        return self.base.get_decoder()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def base_name(self) -> str:
+        """What a checkpoint is compared with: model, rank, targets."""
+        lora = self.settings.lora
+        return f"{self.settings.model} r={lora.r} alpha={lora.alpha} targets={lora.targets}"
+
+    def adapter(self, name: str) -> dict[str, nn.Parameter]:
+        """The LoRA tensors of one adapter, by a name that is the same for both."""
+        return self._adapters[name]
+
+    def use(self, name: str) -> None:
+        """Make one adapter active. Only the student ever requires gradients."""
+        if not self._adapters:
+            return
+        self.model.set_adapter(name, inference_mode=name != "student")
+        self._freeze_teacher()
+
+    def _freeze_teacher(self) -> None:
+        for p in self.adapter("teacher").values():
+            p.requires_grad_(False)
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """The untouched base model: adapters off."""
+        if not self._adapters:
+            yield
+            return
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.use("student")  # PEFT re-enables gradients when its context closes
+
+    @contextmanager
+    def acting(self, adapter: str | None) -> Iterator[None]:
+        """One adapter, or the untouched base (None), for inference: no gradient, no dropout, no checkpointing. The student after it."""
+        modes = [m.training for m in self._train_only]
+        for m in self._train_only:
+            m.training = False
+        try:
+            with torch.no_grad():
+                if adapter is None:
+                    with self.base_only():
+                        yield
+                else:
+                    self.use(adapter)
+                    yield
+        finally:
+            for m, mode in zip(self._train_only, modes, strict=True):
+                m.training = mode
+            self.use("student")
+
+    def student_changed(self) -> None:
+        """The optimizer has made a step: from here to the next `sync` the adapters differ."""
+        self.teacher_is_student = False
+
+    def sync(self) -> None:
+        """theta_bar <- theta: the teacher becomes a copy of the student."""
+        student, teacher = self.adapter("student"), self.adapter("teacher")
+        with torch.no_grad():
+            for k, p in teacher.items():
+                p.copy_(student[k])
+        self.teacher_is_student = True
+
+    def ema(self, rate: float) -> None:
+        """theta_bar <- (1 - rate) theta_bar + rate theta, over the LoRA tensors. rate in (0, 1]."""
+        if not 0 < rate <= 1:
+            raise ValueError(f"an EMA rate of {rate}: give a value above 0 and at most 1.")
+        student, teacher = self.adapter("student"), self.adapter("teacher")
+        with torch.no_grad():
+            torch._foreach_lerp_(list(teacher.values()), [student[k] for k in teacher], rate)
+        self.teacher_is_student = self.teacher_is_student or rate == 1.0
+
+    def student_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates."""
+        self.use("student")
+        return list(self.adapter("student").values())
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Both adapters, for a checkpoint."""
+        return {f"{name}.{k}": p.detach().cpu().clone() for name in ADAPTERS for k, p in self.adapter(name).items()}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `adapter_state`; every tensor must be there with its shape."""
+        mine = {f"{name}.{k}": p for name in ADAPTERS for k, p in self.adapter(name).items()}
+        for k in mine.keys() | state.keys():
+            if k not in mine or k not in state or mine[k].shape != state[k].shape:
+                raise ConfigError(f"ckpt_path: the checkpoint's adapters do not fit [{self.base_name}] ({k}): set policy.lora as it was.")
+        with torch.no_grad():
+            for k, p in mine.items():
+                p.copy_(state[k])
+        student, teacher = self.adapter("student"), self.adapter("teacher")
+        self.teacher_is_student = all(torch.equal(student[k], teacher[k]) for k in teacher)
+
+    def _load_initial(self, folder: str) -> None:
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise ConfigError(f"policy.lora.init: {folder} is not a PEFT adapter folder (adapter_config.json is missing).")
+        saved, lora = PeftConfig.from_pretrained(folder), self.settings.lora
+        if getattr(saved, "r", None) is None:
+            raise ConfigError(f"policy.lora.init: {folder} is not a LoRA adapter ({saved.peft_type}).")
+        if saved.r != lora.r:
+            raise ConfigError(f"policy.lora.init has rank {saved.r}: set policy.lora.r to it (it is {lora.r}).")
+        if saved.lora_alpha != lora.alpha:
+            raise ConfigError(f"policy.lora.init has alpha {saved.lora_alpha}: set policy.lora.alpha to it (it is {lora.alpha}).")
+        for key in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+            if getattr(saved, key, None):
+                raise ConfigError(f"policy.lora.init: {folder} was made with {key}, which is not supported: give a plain LoRA adapter.")
+        result = set_peft_model_state_dict(self.model, load_peft_weights(folder, device="cpu"), adapter_name="student")
+        if result.unexpected_keys:
+            raise ConfigError(f"policy.lora.init: {folder} adapts other layers ({result.unexpected_keys[0]}): set policy.lora.targets.")
+
+    def save_adapter(self, folder: Path, name: str = "student") -> None:
+        """Write one adapter as a PEFT folder `folder/name`."""
+        # Embeddings are never adapted; letting PEFT find that out asks the hub on every save.
+        self.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+
+    # -- scoring --------------------------------------------------------------------------------------------------------
+
+    def score(self, adapter: str, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs of the action tokens of `sequences` under one adapter.
+
+        Args:
+            adapter: `student` (with gradient unless torch.no_grad is on) or `teacher` (never with gradient).
+            sequences: B of them. They are right-padded, which a causal model never sees.
+            temperature: The sampling temperature.
+
+        Returns:
+            logp and entropy, float32 [B, T] in nats, T the longest `token_ids`; 0 where the action mask is false.
+        """
+        if adapter == "student" and torch.is_grad_enabled():
+            self.use("student")
+            return self._score(sequences, temperature)
+        with self.acting(adapter):
+            return self._score(sequences, temperature)
+
+    def _score(self, sequences: Sequence[TokenSequence], temperature: float) -> tuple[Tensor, Tensor]:
+        width, T = max(map(len, sequences)), max(len(s.token_ids) for s in sequences)
+        ids = torch.full((len(sequences), width), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros(len(sequences), T, dtype=torch.bool)
+        for i, s in enumerate(sequences):
+            ids[i, : len(s)] = torch.tensor([*s.prompt_ids, *s.token_ids])
+            mask[i, : len(s.action_mask)] = torch.tensor(list(s.action_mask), dtype=torch.bool)
+        rows, cols = mask.nonzero(as_tuple=True)
+        starts = torch.tensor([len(s.prompt_ids) for s in sequences])[rows]
+        ids, rows, cols, starts = (x.to(self.device) for x in (ids, rows, cols, starts))
+        hidden = self.backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        picked = hidden[rows, starts + cols - 1]
+        logp, entropy = selected_logprobs(self.head, picked, ids[rows, starts + cols], temperature, self.settings.head_chunk)
+        out = torch.zeros(2, len(sequences), T, device=self.device)
+        return out[0].index_put((rows, cols), logp), out[1].index_put((rows, cols), entropy)
+
+    def extra_repr(self) -> str:
+        return self.base_name
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Split rows into micro-batches whose padded size is at most `token_budget` tokens (a longer row stands alone).
+
+    Returns lists of row indices; rows of similar length go together, in a fixed order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and lengths[i] * (len(batches[-1]) + 1) <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+__all__ = ["ADAPTERS", "Policy", "TokenSequence", "micro_batches"]

@@ -1,0 +1,135 @@
+"""Solver demonstrations as token sequences: what the base of an agent is cloned from.
+
+An episode is a noisy execution with optimal labels: at each turn the solver says what it would do, that answer is the label,
+and now and then another action is executed instead, so that the agent sees states off the shortest path. Some episodes have a
+skill in front, made by the `rules` summariser from another play of the same level.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import gymnasium
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from skillsd.errors import ConfigError
+from skillsd.rollout import Chat, make_env
+from skillsd.skills import RulesSummariser
+from skillsd.trajectory import Task, Turn
+
+
+@dataclass
+class DemonstrationSettings:
+    """Which episodes are shown."""
+
+    split: str = "pretrain"
+    """Split of levels, disjoint from those of training and of the panel."""
+    episodes: int = 100_000
+    """Episodes in the set; each level is seen once."""
+    noise: float = 0.15
+    """Chance that a turn executes a random action instead of the label."""
+    skill_share: float = 0.5
+    """Share of episodes with a skill in front."""
+    noisy_skill_share: float = 0.5
+    """Share of those skills that come from a noisy play, loops cut, instead of the solver's own plan."""
+    noisy_skill_noise: float = 0.3
+    """Noise of such a play."""
+    max_turns: int = 30
+    """Turns after which an episode is cut."""
+    seed: int = 0
+    """Seed of the noise."""
+
+
+def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: random.Random) -> tuple[list[Turn], list[str], str, bool]:
+    """Play the solver's plan with noise.
+
+    Args:
+        env: An environment that offers `solution()` and `actions` (such as skillsd/Sokoban-v0).
+        task: What to play.
+        noise: Chance of a random action at each turn.
+        rng: Source of the noise.
+
+    Returns:
+        turns (observation, executed action, reward), the label of each turn, the instruction, and whether the task was solved.
+    """
+    base: Any = env.unwrapped
+    observation, info = env.reset(options={**task.options, "task_id": task.task_id})
+    instruction = str(info.get("instruction", ""))
+    turns, labels, over = [], [], False
+    while not over and (plan := base.solution()):
+        action = base.actions[int(rng.random() * len(base.actions))] if rng.random() < noise else plan[0]
+        seen = observation
+        observation, reward, terminated, truncated, info = env.step(action)
+        turns.append(Turn(seen, action, float(reward)))
+        labels.append(plan[0])
+        over = terminated or truncated
+    return turns, labels, instruction, bool(info["success"])
+
+
+@dataclass
+class Demonstrations(Dataset[tuple[list[int], list[int]]]):
+    """Item i is (token ids, labels): labels are -100 but where an answer is to be learnt. A pure function of the settings and i."""
+
+    env_id: str
+    env_kwargs: Mapping[str, Any]
+    chat: Chat
+    rules: RulesSummariser
+    template: str
+    settings: DemonstrationSettings = field(default_factory=DemonstrationSettings)
+
+    def __post_init__(self) -> None:
+        self.env: Any = None
+
+    def __len__(self) -> int:
+        return self.settings.episodes
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        s = self.settings
+        if self.env is None:
+            self.env = make_env(self.env_id, self.env_kwargs)
+            if not hasattr(self.env.unwrapped, "solution") or not hasattr(self.env.unwrapped, "stream"):
+                raise ConfigError(f"env {self.env_id} offers no solution() and stream(): demonstrations need a solver.")
+        seed = int.from_bytes(blake2b(f"{s.seed}/{s.split}/{index}".encode(), digest_size=8).digest(), "little")
+        rng = random.Random(seed)
+        task = Task(**{"options": (raw := self.env.unwrapped.stream(s.split, index)), "task_id": raw["task_id"]})
+        skill = ""
+        if rng.random() < s.skill_share:
+            skill = self.skill(task, s.noisy_skill_noise if rng.random() < s.noisy_skill_share else 0.0, rng)
+        turns, labels, instruction, _ = demonstrate(self.env, task, s.noise, rng)
+        return self.encode(turns[: s.max_turns], labels, instruction, skill)
+
+    def skill(self, task: Task, noise: float, rng: random.Random) -> str:
+        """The text in front of the prompt: the rules' summary of one play."""
+        turns, _, _, success = demonstrate(self.env or make_env(self.env_id, self.env_kwargs), task, noise, rng)
+        return self.rules.summarise_one(turns, success, float(success)).render(self.template)
+
+    def encode(self, turns: list[Turn], labels: list[str], instruction: str, skill: str) -> tuple[list[int], list[int]]:
+        """Ids of the whole conversation and the labels of its answers; the stop token is learnt as part of an answer."""
+        ids = self.chat.prompt_ids(instruction, turns[0].observation, skill)
+        target = [-100] * len(ids)
+        for i, (turn, label) in enumerate(zip(turns, labels, strict=False)):
+            done, wanted = self.chat.encode(turn.action), self.chat.encode(label)
+            tail = self.chat.turn_ids(turns[i + 1].observation if i + 1 < len(turns) else "", stopped=False)
+            split = next((k for k, (a, b) in enumerate(zip(done, wanted, strict=False)) if a != b), len(done))
+            # Where the executed answer leaves the label, one token says what should have come; what follows is not to be learnt.
+            target += wanted[:split] + ([tail[0]] if split == len(done) else [wanted[split]] + [-100] * (len(done) - split))
+            ids += done + (tail if i + 1 < len(turns) else tail[:1])
+            target += [-100] * (len(ids) - len(target))
+        return ids, target
+
+
+def collate(batch: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and labels, int64 [B, T]."""
+    width = max(len(ids) for ids, _ in batch)
+    out = torch.zeros(2, len(batch), width, dtype=torch.int64)
+    out[1] = -100
+    for i, (ids, labels) in enumerate(batch):
+        out[0, i, : len(ids)] = torch.tensor(ids)
+        out[1, i, : len(labels)] = torch.tensor(labels)
+    return out[0], out[1]

@@ -1,0 +1,7 @@
+"""From tasks to trajectories: conversation format, sampling noise, engines and the collector."""
+
+from skillsd.rollout.chat import Chat
+from skillsd.rollout.collector import Collector, RolloutSettings, Row, make_env
+from skillsd.rollout.engine import Completion, Engine, InProcessEngine, Request, Session
+
+__all__ = ["Chat", "Collector", "Completion", "Engine", "InProcessEngine", "Request", "RolloutSettings", "Row", "Session", "make_env"]

@@ -1,0 +1,109 @@
+"""A KV cache in which a token's slot is its position: rows of any length side by side, without padding between tokens.
+
+Row b's token at position p lies at index p, so what a query may see follows from positions alone: j <= p, and p - j < window in
+sliding layers. That is exact for every architecture, and stale entries beyond p need no clearing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from skillsd.errors import ConfigError
+
+
+class SlotCache(Cache):
+    """Keys and values [slots, heads, capacity + 1, dim] per layer; index `capacity` takes the writes of padding.
+
+    Args:
+        model: The causal language model (without adapters' wrapper); gives layer types, window and attention implementation.
+
+    Raises:
+        ConfigError: a layer type or an attention implementation that such a cache cannot serve.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        super().__init__(layers=[])
+        self.layer_types = list(getattr(config, "layer_types", None) or [])
+        self.window: int | None = getattr(config, "sliding_window", None)
+        if odd := set(self.layer_types) - {"full_attention", "sliding_attention"}:
+            raise ConfigError(f"policy.model: layers of type {', '.join(sorted(odd))}: choose a model with full or sliding attention only.")
+        if config._attn_implementation not in ("sdpa", "eager"):
+            raise ConfigError(f"policy.attention is {config._attn_implementation}: set it to sdpa or eager.")
+        self.eager = config._attn_implementation == "eager"
+        self.dtype = model.dtype
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.capacity = 0
+        self.width = 0
+        self.slots = 0
+        self.first = 0
+        self.positions = torch.empty(0)
+
+    def prepare(self, first: int, starts: Tensor, lengths: Tensor, width: int, longest: int) -> dict[str, Any]:
+        """Make room for `width` new tokens in slots first, first + 1, ... of which row b uses `lengths[b]`, from position `starts[b]`.
+
+        Returns the attention mask and position ids for the model's forward.
+        """
+        offsets = torch.arange(width, device=starts.device)
+        used = offsets[None] < lengths[:, None]
+        position_ids = (starts[:, None] + offsets).clamp_max(longest - 1)
+        self._reserve(first + len(starts), longest)
+        self.first, self.width = first, longest
+        self.positions = torch.where(used, starts[:, None] + offsets, self.capacity)
+        seen = torch.arange(longest, device=starts.device)
+        gap = position_ids[:, None, :, None] - seen
+        full = gap >= 0
+        sliding = full if self.window is None else full & (gap < self.window)
+        if "sliding_attention" in self.layer_types and "full_attention" in self.layer_types:
+            mask: Any = {"full_attention": self._form(full), "sliding_attention": self._form(sliding)}
+        else:  # a window without layer types applies to all layers
+            mask = self._form(full if "full_attention" in self.layer_types else sliding)
+        return {"attention_mask": mask, "position_ids": position_ids}
+
+    def _form(self, visible: Tensor) -> Tensor:
+        if not self.eager:
+            return visible
+        return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill_(~visible, torch.finfo(self.dtype).min)
+
+    def _reserve(self, slots: int, length: int) -> None:
+        if length <= self.capacity and slots <= self.slots:
+            return
+        capacity, count = self.capacity, max(self.slots, slots)
+        while capacity < length:
+            capacity = max(256, 2 * capacity)
+        for store in (self.keys, self.values):
+            for i, old in enumerate(store):
+                new = old.new_zeros(count, old.shape[1], capacity + 1, old.shape[3])
+                new[: self.slots, :, : self.capacity] = old[:, :, : self.capacity]
+                store[i] = new
+        self.capacity, self.slots = capacity, count
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [B, heads, T, dim] at their positions; those B slots up to the longest row come back."""
+        batch, heads, new, dim = key_states.shape
+        if layer_idx == len(self.keys):
+            shape = (self.slots, heads, self.capacity + 1, dim)
+            self.keys.append(key_states.new_zeros(shape))
+            self.values.append(value_states.new_zeros(*shape[:3], value_states.shape[-1]))
+        index = self.positions[:, None, :, None]
+        out = []
+        for store, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+            mine = store[self.first : self.first + batch]
+            mine.scatter_(2, index.expand(-1, heads, -1, states.shape[-1]), states)
+            out.append(mine[:, :, : self.width])
+        return out[0], out[1]
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two slots."""
+        for store in (self.keys, self.values):
+            for t in store:
+                t[[a, b]] = t[[b, a]]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Longest row, in tokens."""
+        return self.width

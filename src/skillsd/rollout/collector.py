@@ -1,0 +1,189 @@
+"""The collector: many environments and one engine session, from tasks to trajectories. Token in, token out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+
+from skillsd.errors import ConfigError
+from skillsd.rollout.chat import Chat
+from skillsd.rollout.engine import Engine, Request, Session
+from skillsd.rollout.noise import stream_key
+from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
+
+
+@dataclass
+class RolloutSettings:
+    """How episodes are played. Limits are in tokens."""
+
+    temperature: float = 1.0
+    """Sampling temperature in training; evaluation is greedy. The loss uses the same one."""
+    max_turn_tokens: int = 512
+    """Most tokens of one answer; a longer one is cut there and played as it is."""
+    max_trajectory_tokens: int = 20480
+    """Most tokens after the prompt, all turns together (the paper's response length)."""
+    max_prompt_tokens: int = 8192
+    """Longest first prompt of the student."""
+    max_rows: int = 64
+    """Trajectories in progress at one time; the next one starts as soon as one ends."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
+        if self.temperature <= 0:
+            raise ConfigError(f"rollout.temperature is {self.temperature}: give a value above 0 (training samples, evaluation is greedy).")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One episode to play: a task, the member index in its group, and a skill for the prompt of whoever acts (normally none)."""
+
+    task: Task
+    member: int = 0
+    skill: str = ""
+
+
+def make_env(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[str, str]:
+    """`gymnasium.make` with a one-line error. `module:Id-v0` imports the module that registers the id."""
+    try:
+        return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+    except (ValueError, TypeError, OSError, gymnasium.error.Error, ModuleNotFoundError) as e:
+        raise ConfigError(f"env {env_id}: {e}") from e
+
+
+@dataclass
+class _Episode:
+    """A row in progress."""
+
+    index: int
+    row: Row
+    env: gymnasium.Env[str, str]
+    key: int
+    instruction: str
+    observation: str
+    prompt_ids: list[int]
+    info: dict[str, Any]
+    new_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    action_mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    reward: float = 0.0
+    finish: FinishReason | None = None
+
+
+class Collector:
+    """Plays episodes of one environment with one policy.
+
+    Args:
+        env_id: Gymnasium id, `module:Id-v0`.
+        env_kwargs: Its keyword arguments.
+        chat: The conversation format.
+        engine: Where tokens come from.
+        settings: Limits.
+        context_length: Longest sequence of the model, in tokens.
+    """
+
+    def __init__(
+        self, env_id: str, env_kwargs: Mapping[str, Any], chat: Chat, engine: Engine, settings: RolloutSettings, context_length: int
+    ) -> None:
+        self.make = lambda: make_env(env_id, env_kwargs)
+        self.chat, self.engine, self.settings, self.context_length = chat, engine, settings, context_length
+        self.envs: list[gymnasium.Env[str, str]] = []
+
+    def collect(
+        self, rows: Sequence[Row], *, seed: int, iteration: int, temperature: float | None = None, adapter: str | None = "student",
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Trajectory]:  # fmt: skip
+        """Play `rows`; the trajectories come back in their order.
+
+        Args:
+            rows: What to play.
+            seed: Run seed; with `iteration`, the task and the member it fixes the sampling noise.
+            iteration: Optimizer step the trajectories belong to.
+            temperature: None takes the settings'; 0 is greedy.
+            adapter: Which adapter acts; None is the untouched base.
+            progress: Called with the number of finished episodes.
+        """
+        temperature = self.settings.temperature if temperature is None else temperature
+        session = self.engine.open(temperature, adapter)
+        waiting = iter(enumerate(rows))
+        free = self._pool(min(len(rows), self.settings.max_rows))
+        running: list[_Episode] = []
+        done: dict[int, Trajectory] = {}
+        while True:
+            running += self._start(waiting, free, seed, iteration)
+            for e in [e for e in running if e.finish]:
+                done[e.index] = self._finish(e, seed, iteration)
+                free.append(e.env)
+            running = [e for e in running if not e.finish]
+            if progress is not None:
+                progress(len(done))
+            if not running and len(done) == len(rows):
+                return [done[i] for i in range(len(rows))]
+            if running:
+                self._turn(session, running)
+
+    def _pool(self, n: int) -> list[gymnasium.Env[str, str]]:
+        while len(self.envs) < n:
+            self.envs.append(self.make())
+        return self.envs[:n]
+
+    def _start(self, waiting: Iterator[tuple[int, Row]], free: list[gymnasium.Env[str, str]], seed: int, iteration: int) -> list[_Episode]:
+        started = []
+        while free and (item := next(waiting, None)) is not None:
+            index, row = item
+            env = free.pop()
+            # Always the same seed: a task is the same in every run and for every member of its group.
+            observation, info = env.reset(seed=0, options={**row.task.options, "task_id": row.task.task_id})
+            instruction = str(info.get("instruction", ""))
+            prompt = self.chat.prompt_ids(instruction, observation, row.skill)
+            key = stream_key(seed, "rollout", iteration, row.task.task_id, row.member)
+            e = _Episode(index, row, env, key, instruction, observation, prompt, info, prompt)
+            if len(prompt) > self.settings.max_prompt_tokens or self._room(e) < 1:
+                e.finish = "length"
+            started.append(e)
+        return started
+
+    def _room(self, e: _Episode) -> int:
+        """Tokens that may still be added to the episode."""
+        used = len(e.token_ids)
+        return min(self.settings.max_trajectory_tokens - used, self.context_length - len(e.prompt_ids) - used)
+
+    def _turn(self, session: Session, running: Sequence[_Episode]) -> None:
+        requests = [
+            Request(e.index, e.new_ids, e.key, len(e.token_ids), min(self.settings.max_turn_tokens, self._room(e))) for e in running
+        ]
+        for e, c in zip(running, session.turn(requests), strict=True):
+            e.token_ids += c.token_ids
+            e.action_mask += [True] * len(c.token_ids)
+            e.logprobs += c.logprobs
+            action = self.chat.action_text(c.token_ids)
+            observation, reward, terminated, truncated, e.info = e.env.step(action)
+            e.turns.append(Turn(e.observation, action, float(reward)))
+            e.reward += float(reward)
+            e.observation = observation
+            if terminated or truncated:
+                e.finish = "done" if terminated else "horizon"
+                continue
+            e.new_ids = self.chat.turn_ids(observation, c.stopped)
+            if self._room(e) <= len(e.new_ids):
+                e.finish = "length"
+                e.reward += float(e.info.get("completion", 0.0))  # the environment would have paid it at the end
+                continue
+            e.token_ids += e.new_ids
+            e.action_mask += [False] * len(e.new_ids)
+            e.logprobs += [0.0] * len(e.new_ids)
+
+    def _finish(self, e: _Episode, seed: int, iteration: int) -> Trajectory:
+        assert e.finish is not None
+        return Trajectory(
+            iteration=iteration, task_id=e.row.task.task_id, member=e.row.member, seed=seed, instruction=e.instruction,
+            prompt_ids=tuple(e.prompt_ids), token_ids=tuple(e.token_ids), action_mask=tuple(e.action_mask), logprobs=tuple(e.logprobs),
+            turns=tuple(e.turns), reward=e.reward, completion=float(e.info.get("completion", 0.0)),
+            success=bool(e.info.get("success", False)), finish_reason=e.finish,
+        )  # fmt: skip

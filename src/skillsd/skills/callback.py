@@ -1,0 +1,153 @@
+"""The SkillBank callback: Algorithm 1, line 7. Finished trajectories in, skill prompts for the teacher out."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+
+from skillsd.errors import ConfigError
+from skillsd.skills.bank import SkillBank
+from skillsd.skills.context import BankContext, NoContext, PrivilegedContext
+from skillsd.skills.skill import SKILL_TEMPLATE
+from skillsd.skills.summarisers import BaseSummariser, RulesSummariser, Summariser
+from skillsd.trajectory import TrajectoryGroup
+
+FILE = "bank.sqlite"
+
+
+class SkillBankCallback(L.Callback):
+    """Summarises trajectories into skills, keeps them in a bank, and gives each task's teacher its prompt.
+
+    The summaries of iteration i enter the bank, in (task, member) order, at the first iteration boundary at which they are
+    ready; with `rules` and `base` that is always the next one.
+
+    Args:
+        summariser: Makes skills. Default: RulesSummariser.
+        context: Chooses what the teacher sees. Default: the task's own skill by UCB.
+        capacity: Skills kept a task; null keeps all.
+        drop: Which one goes when the bank of a task is full.
+        booking: What a skill's mean reward is.
+        template: Wrapper of a skill in front of the teacher's prompt (str.format over its three fields).
+        refresh: When prompts are chosen anew: at each `epoch`'s start, or at each `iteration` as in the paper. As an epoch visits
+            every task once, nothing is lost with per-task skills.
+    """
+
+    def __init__(
+        self,
+        summariser: Summariser | None = None,
+        context: PrivilegedContext | None = None,
+        capacity: int | None = 8,
+        drop: Literal["worst", "oldest"] = "worst",
+        booking: Literal["source", "next_visit", "gap"] = "source",
+        template: str = SKILL_TEMPLATE,
+        refresh: Literal["epoch", "iteration"] = "epoch",
+    ) -> None:
+        super().__init__()
+        self.summariser: Summariser = summariser or RulesSummariser()
+        self.context: PrivilegedContext = context or BankContext()
+        self.bank_settings = {"capacity": capacity, "drop": drop, "booking": booking}
+        self.template, self.refresh_when = template, refresh
+        try:
+            template.format(success_analysis="", mistake_analysis="", golden_workflow="")
+        except (KeyError, IndexError, ValueError) as e:
+            raise ConfigError(f"SkillBankCallback.template: use only the fields of a skill ({e!r} is none).") from e
+        self.prompts: dict[str, int] = {}
+        self.failed = 0
+        self.bank: SkillBank | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and self.bank is None:
+            path = Path(trainer.default_root_dir) / FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.bank = SkillBank(path, **self.bank_settings)
+            except (ValueError, sqlite3.Error) as e:
+                raise ConfigError(f"SkillBankCallback: {e}") from e
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.bank is not None:
+            self.summariser.close()
+            self.bank.close()
+            self.bank = None
+
+    def bind(self, generate: Callable[..., list[str]]) -> None:
+        """Give a summariser that needs one the base model's voice."""
+        if isinstance(self.summariser, BaseSummariser):
+            self.summariser.bind(generate)
+
+    # -- what the stream asks for ------------------------------------------------------------------------------------------
+
+    def refresh(self, task_ids: Sequence[str], seed: int, epoch: int, epoch_start: bool) -> None:
+        """Choose every task's skill anew where it is due. Called before each iteration's rollout."""
+        assert self.bank is not None
+        if not epoch_start and self.refresh_when == "epoch":
+            return
+        self.prompts = {}
+        for task_id in task_ids:
+            skill = self.context(self.bank, task_id, task_ids, seed, epoch)
+            if skill is not None and skill.skill_id is not None:
+                self.prompts[task_id] = skill.skill_id
+
+    def skill_for(self, task_id: str) -> tuple[int | None, str]:
+        """The skill that conditions the task's teacher: its id and its text; (None, "") without one.
+
+        Raises:
+            RuntimeError: the bank has skills of the task, and its teacher would get none.
+        """
+        assert self.bank is not None
+        skill_id = self.prompts.get(task_id)
+        if skill_id is not None:
+            return skill_id, self.bank.get(skill_id).render(self.template)
+        if isinstance(self.context, BankContext) and self.bank.skills(task_id):
+            raise RuntimeError(f"task {task_id} has {len(self.bank.skills(task_id))} skills, and its teacher got none")
+        return None, ""
+
+    # -- what an iteration leaves ------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert self.bank is not None
+        groups: Sequence[TrajectoryGroup] = batch
+        iteration = groups[0].trajectories[0].iteration
+        for g, gap in zip(groups, outputs["group_gap"].tolist(), strict=True):
+            if g.skill_id is not None:
+                reward = sum(t.reward for t in g.trajectories) / len(g.trajectories)
+                self.bank.record_use(g.skill_id, iteration, reward=reward, gap=gap)
+        if not isinstance(self.context, NoContext):
+            self.summariser.submit(iteration, [t for g in groups for t in g.trajectories if t.turns])
+        self._insert(iteration)
+        metrics: Any = pl_module.metrics
+        metrics["skills/bank"], metrics["skills/failed"] = float(len(self.bank)), float(self.failed)
+        pl_module.log_dict({"skills/bank": float(len(self.bank)), "skills/failed": float(self.failed)}, batch_size=1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.summariser.drain()
+        self._insert(max(0, trainer.global_step - 1))
+
+    def _insert(self, iteration: int) -> None:
+        assert self.bank is not None
+        for done in self.summariser.collect():
+            self.failed += done.n_failed
+            self.bank.insert(done.skills, iteration)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert self.bank is not None
+        checkpoint["skill_bank"] = {
+            "iteration": trainer.global_step, "position": self.bank.position, "prompts": dict(self.prompts), "failed": self.failed,
+        }  # fmt: skip
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Rewind the bank to the checkpoint: what was written after it did not happen."""
+        state = checkpoint.get("skill_bank")
+        if state is None or self.bank is None:
+            return
+        try:
+            self.bank.cut(state["iteration"], expect=state["position"])
+        except ValueError as e:
+            raise ConfigError(f"SkillBankCallback: {e}") from e
+        self.prompts, self.failed = dict(state["prompts"]), state["failed"]
