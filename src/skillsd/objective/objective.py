@@ -50,7 +50,9 @@ class Objective:
             if not getattr(self, key) >= 0:  # also catches nan
                 raise ValueError(f"model.init_args.objective.{key} is {getattr(self, key)}: give 0 or more.")
         if not self.policy_weight and not self.distillation_weight:
-            raise ValueError("model.init_args.objective: policy_weight and distillation_weight are both 0, which trains nothing: raise one.")
+            raise ValueError(
+                "model.init_args.objective: policy_weight and distillation_weight are both 0, which trains nothing: raise one."
+            )
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"model.init_args.objective.estimator is {self.estimator}: one of {', '.join(ESTIMATORS)}.")
 

@@ -48,6 +48,9 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
     if settings.model == UNTRAINED:
         return build_tokenizer()
     folder = model_folder(settings.model)
+    if Path(folder).is_dir() and not any([*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]):
+        # transformers would make up an empty one
+        raise ConfigError(f"policy.model: the folder {settings.model} holds no tokenizer: save it there with save_pretrained.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as e:

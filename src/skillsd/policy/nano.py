@@ -1,7 +1,7 @@
 """The nano agent's tokenizer and shape: a Qwen3 decoder of about 1M parameters that reads Sokoban as tokens.
 
 The tokenizer is word-level and made in code. A board costs one token per inner cell and one per row: the outer wall that
-ends one row and begins the next is a single token (`#\\n#`). Spaces between words are not tokens.
+ends one row and begins the next is a single token (`#\\n#`). Spaces between words are not tokens; decoding puts them back.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     board += [rf"#\n#{{{n}}}(?![#_OXPTS]|\n[#_OXPTS])" for n in reversed(SIDES)] + [r"#\n#"]
     pattern = "|".join([*board, r"\n", r"[#_OXPTS]", r"[a-z]+", r"[0-9]", r"[^\sa-z0-9]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
-    tokenizer.decoder = decoders.WordPiece(prefix="", cleanup=False)
+    # A space behind every word, then only those between two words are kept.
+    behind, spare = decoders.Replace(Regex(r"(?<=[a-z])$"), " "), decoders.Replace(Regex(r" (?![a-z])"), "")
+    tokenizer.decoder = decoders.Sequence([behind, decoders.Fuse(), spare])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNK, eos_token=END)
     fast.add_special_tokens({"additional_special_tokens": [SYSTEM, ASSISTANT]})
     fast.chat_template = TEMPLATE

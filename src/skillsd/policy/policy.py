@@ -89,6 +89,10 @@ class Policy(nn.Module):
         self.sync()
         self.use("student")
 
+    def train(self, mode: bool = True) -> Policy:
+        """Does nothing: what is on in which forward is settled in `__init__` and `acting`, whatever a trainer switches."""
+        return self
+
     # -- adapters -------------------------------------------------------------------------------------------------------
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy, PolicySettings
 from skillsd.pretrain.demonstrations import Demonstrations, DemonstrationSettings, collate
-from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Row, make_env
 from skillsd.skills import RulesSummariser
 from skillsd.statistics import wilson_interval
 from skillsd.trajectory import Task
@@ -122,21 +123,23 @@ class DemonstrationData(L.LightningDataModule):
         batch_size: Episodes a step.
         num_workers: Processes that make episodes.
         panel_split: Split of the panel.
+        seed: Run seed (linked to `seed_everything`): of the levels' order and the noise.
     """
 
     def __init__(
         self, env: str, env_kwargs: dict[str, Any], rules: RulesSummariser, template: str,
         demonstrations: DemonstrationSettings | None = None, batch_size: int = 256, num_workers: int = 0, panel_split: str = "test",
+        seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.env_id, self.env_kwargs, self.rules, self.template = env, env_kwargs, rules, template
         self.demonstrations, self.batch_size, self.num_workers = demonstrations or DemonstrationSettings(), batch_size, num_workers
-        self.panel_split = panel_split
+        self.panel_split, self.seed = panel_split, seed
 
     def _set(self) -> Demonstrations:
         policy = self.trainer.lightning_module.policy
         chat = Chat(policy.tokenizer, policy.stop_ids)
-        return Demonstrations(self.env_id, self.env_kwargs, chat, self.rules, self.template, self.demonstrations)
+        return Demonstrations(self.env_id, self.env_kwargs, chat, self.rules, self.template, self.demonstrations, self.seed)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         return DataLoader(
@@ -145,11 +148,7 @@ class DemonstrationData(L.LightningDataModule):
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader[tuple[str, list[Row]]]:
-        import random
-
         shown = self._set()
-        from skillsd.rollout import make_env
-
         shown.env = make_env(self.env_id, self.env_kwargs)
         tasks = [Task(t["task_id"], t["split"], t.get("difficulty", "")) for t in shown.env.unwrapped.tasks(self.panel_split)]
         skills = [shown.skill(t, 0.0, random.Random(0)) for t in tasks]

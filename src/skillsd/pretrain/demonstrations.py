@@ -42,8 +42,6 @@ class DemonstrationSettings:
     """Noise of such a play."""
     max_turns: int = 30
     """Turns after which an episode is cut."""
-    seed: int = 0
-    """Seed of the noise."""
 
 
 def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: random.Random) -> tuple[list[Turn], list[str], str, bool]:
@@ -74,7 +72,7 @@ def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: ran
 
 @dataclass
 class Demonstrations(Dataset[tuple[list[int], list[int]]]):
-    """Item i is (token ids, labels): labels are -100 but where an answer is to be learnt. A pure function of the settings and i."""
+    """Item i is (token ids, labels): labels are -100 but where an answer is to be learnt. A pure function of the settings, the seed and i."""
 
     env_id: str
     env_kwargs: Mapping[str, Any]
@@ -82,6 +80,7 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
     rules: RulesSummariser
     template: str
     settings: DemonstrationSettings = field(default_factory=DemonstrationSettings)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         self.env: Any = None
@@ -95,7 +94,7 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
             self.env = make_env(self.env_id, self.env_kwargs)
             if not hasattr(self.env.unwrapped, "solution") or not hasattr(self.env.unwrapped, "stream"):
                 raise ConfigError(f"env {self.env_id} offers no solution() and stream(): demonstrations need a solver.")
-        seed = int.from_bytes(blake2b(f"{s.seed}/{s.split}/{index}".encode(), digest_size=8).digest(), "little")
+        seed = int.from_bytes(blake2b(f"{self.seed}/{s.split}/{index}".encode(), digest_size=8).digest(), "little")
         rng = random.Random(seed)
         task = Task(**{"options": (raw := self.env.unwrapped.stream(s.split, index)), "task_id": raw["task_id"]})
         skill = ""

@@ -1,0 +1,69 @@
+"""Tiny random models, built from configs in code. All share the nano tokenizer."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from skillsd.policy import LoraSettings, Policy, PolicySettings
+from skillsd.policy.nano import build_tokenizer
+
+SHAPE: dict[str, Any] = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    max_position_embeddings=1024, pad_token_id=0, eos_token_id=4, bos_token_id=None, initializer_range=0.25,
+)  # fmt: skip
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": lambda **k: Gemma2Config(
+        sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=8, **k
+    ),
+    "mistral": lambda **k: MistralConfig(sliding_window=5, **k),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Architecture -> folder of a tiny random model and its tokenizer."""
+    made: dict[str, str] = {}
+
+    def make(architecture: str) -> str:
+        if architecture not in made:
+            tokenizer = build_tokenizer()
+            torch.manual_seed(len(architecture))
+            model = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocab_size=len(tokenizer), **SHAPE))
+            folder = tmp_path_factory.mktemp(architecture)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[architecture] = str(folder)
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture
+def make_policy(tiny_model: Callable[[str], str]) -> Callable[..., Policy]:
+    """A policy on a tiny model; with `randomise` both adapters hold different values that change the output."""
+
+    def make(architecture: str = "qwen3", randomise: bool = True, lora: dict[str, Any] | None = None, **settings: Any) -> Policy:
+        settings.setdefault("attention", "eager" if architecture == "gemma2" else None)
+        policy = Policy(
+            PolicySettings(model=tiny_model(architecture), lora=LoraSettings(**{"r": 4, "alpha": 8, **(lora or {})}), **settings)
+        )
+        if randomise:
+            torch.manual_seed(7)
+            with torch.no_grad():
+                for name in ("student", "teacher"):
+                    for p in policy.adapter(name).values():
+                        p.normal_(0, 0.1)
+            policy.student_changed()
+        return policy
+
+    return make

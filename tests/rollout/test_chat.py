@@ -1,0 +1,117 @@
+"""Conversations as append-only ids."""
+
+import pytest
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerFast
+
+from skillsd.errors import ConfigError
+from skillsd.policy.load import PACKAGED
+from skillsd.policy.nano import build_tokenizer
+from skillsd.rollout import Chat
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# In the manner of Qwen3's: only the newest answer keeps its thinking.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# And its other habit: an empty block heads the newest answer only.
+EMPTY_BLOCK = CHATML.replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+DROPS_SYSTEM = CHATML.replace("messages %}<", "messages if m.role != 'system' %}<")
+QWEN3 = (PACKAGED / "templates" / "qwen3.jinja").read_text()
+
+
+def tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """The nano vocabulary with ChatML marks and the words of these tests."""
+    t = build_tokenizer()
+    t.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    t.add_tokens(["\n", " ", "<think>", "</think>", *(chr(c) for c in range(ord("!"), ord("z")) if chr(c) not in "<|")])
+    t.backend_tokenizer.decoder = decoders.Fuse()  # characters side by side
+    t.chat_template = template
+    return t
+
+
+def chat(template: str) -> Chat:
+    t = tokenizer(template)
+    return Chat(t, [t.convert_tokens_to_ids("<|im_end|>")])
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, DROPS_SYSTEM, QWEN3])
+@pytest.mark.parametrize("stopped", [True, False])
+@pytest.mark.parametrize("instruction", ["Play.", ""])
+def test_append_only_and_equal_to_the_template(template, stopped, instruction):
+    """prompt + answer + turn + answer + ...: each a prefix of the next; the text is the template's own for the whole."""
+    c = chat(template)
+    (end,) = c.stop_ids
+    messages = [{"role": "system", "content": instruction}] if instruction else []
+    messages.append({"role": "user", "content": "board 1"})
+    ids = c.prompt_ids(instruction, "board 1")
+    assert c.tokenizer.decode(ids, skip_special_tokens=False) == c.render(messages)
+    for turn, answer in enumerate(("go up", "then left")):
+        ids += c.encode(answer) + ([end] if stopped else []) + c.turn_ids(f"board {turn + 2}", stopped)
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": f"board {turn + 2}"}]
+        assert c.tokenizer.decode(ids, skip_special_tokens=False) == c.render(messages)
+    assert ids == c.encode(c.render(messages))
+
+
+def test_nano_template():
+    t = build_tokenizer()
+    c = Chat(t, [t.eos_token_id])
+    board, board2 = "####\n#PX#\n#_O#\n####", "####\n#_P#\n#_O#\n####"
+    ids = c.prompt_ids("", board) + t.convert_tokens_to_ids(["left", "<|end|>"]) + c.turn_ids(board2, True)
+    whole = [{"role": "user", "content": board}, {"role": "assistant", "content": "left"}, {"role": "user", "content": board2}]
+    assert ids == c.encode(c.render(whole))
+    assert ids.count(t.eos_token_id) == 1 and t.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("template", [FORGETFUL, EMPTY_BLOCK])
+def test_a_template_that_rewrites_is_refused(template):
+    with pytest.raises(ConfigError, match=r"policy\.chat_template: .*not prefix-preserving.*qwen3"):
+        chat(template)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM])
+def test_without_a_system_role_it_heads_the_first_message(template):
+    c = chat(template)
+    assert not c.system_role
+    text = c.tokenizer.decode(c.prompt_ids("rules", "board"), skip_special_tokens=False)
+    assert text == "<|im_start|>user\nrules\n\nboard<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("instruction", ["rules", ""])
+def test_a_skill_comes_first(instruction):
+    c = chat(CHATML)
+    plain, skilled = (c.tokenizer.decode(c.prompt_ids(instruction, "board", s), skip_special_tokens=False) for s in ("", "skill\n"))
+    role = "system" if instruction else "user"
+    assert skilled == plain.replace(f"<|im_start|>{role}\n", f"<|im_start|>{role}\nskill\n", 1) != plain
+
+
+def test_cut_and_stopped_answers():
+    """An answer cut by the limit gets the closing mark from the template, one that stopped does not get it twice."""
+    c = chat(CHATML)
+    (end,) = c.stop_ids
+    cut, stopped = c.turn_ids("board", False), c.turn_ids("board", True)
+    assert cut == [end, *stopped] and end not in stopped[:1]
+
+
+def test_action_text_drops_the_stop_token():
+    c = chat(CHATML)
+    assert c.action_text([*c.encode("go up"), *c.stop_ids]) == "go up"
+
+
+def test_qwen3_template():
+    """Every answer, past or to come, follows the empty block with which the models were trained to answer without thinking."""
+    c = chat(QWEN3)
+    text = c.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}])
+    assert text == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
