@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 import shutil
 import sys
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
 from skillsd.callbacks.export import export_adapter
@@ -20,10 +24,18 @@ from skillsd.errors import ConfigError
 
 RUN_FILES = ("config.yaml", "metrics.csv", "trajectories.jsonl", "panel.json", "bank.sqlite", "bank.sqlite-wal", "bank.sqlite-shm")
 RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
+KEYWORDS = ("last", "best", "hpc", "registry")
+"""What Lightning takes for `ckpt_path` beside a path."""
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer with two more things to do with a run."""
+    """Lightning's Trainer with two more things to do with a run.
+
+    Attributes:
+        skillsd_config: The flat resolved configuration, logged with the final metrics.
+    """
+
+    skillsd_config: dict[str, Any]
 
     def export(self, model: L.LightningModule, datamodule: L.LightningDataModule, out: str, ckpt_path: str = "last") -> None:
         """Write a checkpoint's student as a PEFT folder.
@@ -90,11 +102,24 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        given = config.get("ckpt_path")
+        if given is not None and given not in KEYWORDS and "://" not in given and not Path(given).exists():
+            raise ConfigError(f"ckpt_path: no checkpoint at {given}: name one, `last`, or leave it out.")
         if self.subcommand == "fit":
             guard_run_folder(Path(config.trainer.default_root_dir or "."), config.get("ckpt_path"), config.get("overwrite"))
 
+    def instantiate_classes(self) -> None:
+        """Build everything; a class that refuses its arguments gives one line."""
+        try:
+            super().instantiate_classes()
+        except ConfigError:
+            raise
+        except (ValueError, TypeError) as e:
+            raise ConfigError(one_line(str(e))) from e
+
     def before_fit(self) -> None:
-        self.trainer.skillsd_config = _flat(self.config["fit"].as_dict())
+        trainer: Any = self.trainer
+        trainer.skillsd_config = _flat(self.config["fit"].as_dict())
 
     def after_fit(self) -> None:
         print_report(Path(self.trainer.default_root_dir))
@@ -161,6 +186,74 @@ def _packaged(name: str) -> str:
     return name
 
 
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the resolved configuration to the run folder once everything has been checked."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: bad input must leave nothing behind."""
+        self.started = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Lightning opens its loggers before anything is checked: remove what they made."""
+        if not getattr(self, "started", False) and not (Path(trainer.default_root_dir) / "checkpoints").exists():
+            for logger in trainer.loggers:
+                if logger.save_dir == str(trainer.default_root_dir):
+                    shutil.rmtree(logger.log_dir or "", ignore_errors=True)
+            if Path(trainer.default_root_dir).is_dir() and not any(Path(trainer.default_root_dir).iterdir()):
+                Path(trainer.default_root_dir).rmdir()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.started = True
+        self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
+
+
+def one_line(message: str) -> str:
+    """The line of a nested parser error that says what is wrong, with the key it is about."""
+    noise = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "Expected a <class 'NoneType'>",
+        "Problem with given",
+        "Parser key",
+    )
+    key = _key(message)
+    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
+    told = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    head = f"{key}: " if key else ""
+    if not told:  # a short error stands on the key's own line
+        return message.strip().splitlines()[0].removeprefix("Parser key ")
+    fix = "" if ": " in told[0] and not key else " (`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted)"
+    return head + "; ".join(told) + fix
+
+
+def _key(message: str) -> str:
+    """The full name of the key that a nested parser error is about: of several branches the first."""
+    path: list[str] = []
+    depth = -1
+    for line in message.splitlines():
+        found = re.search(r'Parser key "([^"]+)"', line)
+        if found and found.start() > depth:
+            path, depth = [*path, found[1]], found.start()
+    if len(path) > 1 and path[0] in ("data", "model"):
+        path.insert(1, "init_args")
+    return ".".join(path)
+
+
+def quiet() -> None:
+    """Leave the terminal to the progress bar and the table."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR if name == "bitsandbytes" else logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    told = ("num_workers", "eval mode at the start", "activation_checkpointing", "transfer_batch_to_device", "manual optimization")
+    for text in (*told, "args parameter", "litlogger", "treespec", "exists and is not empty"):
+        warnings.filterwarnings("ignore", message=f"(?s).*{text}")
+
+
 def main(args: ArgsType = None) -> int:
     """Run a command. Bad input prints one line and returns 2; SKILLSD_DEBUG=1 shows the traceback instead."""
     argv = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
@@ -169,9 +262,7 @@ def main(args: ArgsType = None) -> int:
         return 0
     if argv and argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
         argv += ["-c", "sokoban"]
-    warnings.filterwarnings("ignore", message=".*(num_workers|eval mode at the start|is_gradient_checkpointing|transfer_batch_to_device).*")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    debug = os.environ.get("SKILLSD_DEBUG") == "1"
+    quiet()
     try:
         CLI(
             model_class=L.LightningModule,
@@ -180,18 +271,25 @@ def main(args: ArgsType = None) -> int:
             subclass_mode_data=True,
             trainer_class=Trainer,
             seed_everything_default=0,
+            save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd"},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False},
             args=resolve_configs(argv),
         )
-    except ConfigError as e:
-        if debug:
+    except (ConfigError, ArgumentError, OSError) as e:
+        if os.environ.get("SKILLSD_DEBUG") == "1" or (isinstance(e, OSError) and not _users_business(e)):
             raise
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        if debug or e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(f"error: {e.strerror}: {e.filename or 'the run folder'}: free some room or name another trainer.default_root_dir.", file=sys.stderr)
+        print(f"error: {_told(e)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _users_business(e: OSError) -> bool:
+    """A full or read-only disk; what the bank reports has no number."""
+    return e.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
+def _told(e: Exception) -> str:
+    if isinstance(e, OSError) and e.errno is not None:
+        return f"{e.strerror}: {e.filename or 'the run folder'}: make room, or name another trainer.default_root_dir."
+    return one_line(str(e)) if isinstance(e, ArgumentError) else " ".join(str(e).split())

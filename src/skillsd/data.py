@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 
 from skillsd.errors import ConfigError
+from skillsd.policy import Policy
 from skillsd.rollout import Chat, Collector, InProcessEngine, Request, RolloutSettings, Row, make_env
 from skillsd.rollout.noise import stream_key
 from skillsd.skills.callback import SkillBankCallback
@@ -25,6 +26,7 @@ class RolloutData(L.LightningDataModule):
     Args:
         env: Gymnasium id, `module:Id-v0`; the environment fulfils `skillsd.testing.check_text_env`.
         env_kwargs: Its keyword arguments.
+        env_overrides: What an overlay changes in them (a dictionary in a later file replaces an earlier one whole).
         train_split: Split of the training tasks, a fixed set: an epoch visits each once.
         panel_split: Split of the held-out panel.
         tasks_file: A JSONL file of tasks instead of the environment's own; each line holds task_id, split, and options for `reset`.
@@ -42,6 +44,7 @@ class RolloutData(L.LightningDataModule):
         self,
         env: str,
         env_kwargs: dict[str, Any] | None = None,
+        env_overrides: dict[str, Any] | None = None,
         train_split: str = "train",
         panel_split: str = "test",
         tasks_file: str | None = None,
@@ -60,12 +63,14 @@ class RolloutData(L.LightningDataModule):
                 raise ConfigError(f"data.init_args.{key} is {value}: give at least 1.")
         if panel_temperature < 0:
             raise ConfigError(f"data.init_args.panel_temperature is {panel_temperature}: 0 is greedy, more samples.")
-        self.env_id, self.env_kwargs = env, env_kwargs or {}
+        self.env_id, self.env_kwargs = env, {**(env_kwargs or {}), **(env_overrides or {})}
         self.train_split, self.panel_split, self.tasks_file = train_split, panel_split, tasks_file
         self.batch_tasks, self.group_size, self.rollout = batch_tasks, group_size, rollout or RolloutSettings()
         self.panel_temperature, self.panel_attempts, self.panel_adapter = panel_temperature, panel_attempts, panel_adapter
         self.panel_seeds, self.seed = panel_seeds or [0], seed
         self.rollout_tokens_per_s = 0.0
+        self._resume_at = 0
+        self._stream: GroupStream | None = None
         self._collector: Collector | None = None
 
     def setup(self, stage: str) -> None:
@@ -73,13 +78,14 @@ class RolloutData(L.LightningDataModule):
         self.panel_tasks = self._tasks(self.panel_split, "panel_split")
         if stage != "fit":
             return
+        self._resume_at, self._stream = 0, None
         self.train_tasks = self._tasks(self.train_split, "train_split")
         both = {t.task_id for t in self.train_tasks} & {t.task_id for t in self.panel_tasks}
         if both:
             raise ConfigError(
                 f"data.init_args: train_split and panel_split share {len(both)} tasks ({min(both)}, ...): name two that are disjoint."
             )
-        module: Any = self.trainer.lightning_module
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         if self.group_size < 2 and module.objective.policy_weight > 0:
             raise ConfigError(
                 f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
@@ -99,31 +105,47 @@ class RolloutData(L.LightningDataModule):
         return listed
 
     @property
+    def policy(self) -> Policy:
+        """The module's policy."""
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        return module.policy  # type: ignore[no-any-return]
+
+    @property
     def collector(self) -> Collector:
         """The collector on the module's policy, made when first used."""
         if self._collector is None:
-            policy: Any = self.trainer.lightning_module.policy
+            policy = self.policy
             chat = Chat(policy.tokenizer, policy.stop_ids)
-            self._collector = Collector(
-                self.env_id, self.env_kwargs, chat, InProcessEngine(policy), self.rollout, policy.context_length
-            )
+            self._collector = Collector(self.env_id, self.env_kwargs, chat, InProcessEngine(policy), self.rollout, policy.context_length)
         return self._collector
 
     @property
     def bank(self) -> SkillBankCallback | None:
         """The SkillBank callback of this run, if it has one."""
-        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next((c for c in callbacks if isinstance(c, SkillBankCallback)), None)
+        trainer: Any = self.trainer
+        return next((c for c in trainer.callbacks if isinstance(c, SkillBankCallback)), None)
 
     def train_dataloader(self) -> GroupStream:
         if self.bank is not None:
             self.bank.bind(self.generate)
-        return GroupStream(self)
+        self._stream = GroupStream(self)
+        self._stream.position = self._resume_at
+        return self._stream
+
+    def state_dict(self) -> dict[str, int]:
+        """The stream's. Lightning restores a loader only if nobody asked for its length (estimated_stepping_batches) before."""
+        return self._stream.state_dict() if self._stream is not None else {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The inverse of `state_dict`; comes before `train_dataloader`."""
+        self._resume_at = state["position"]
 
     def val_dataloader(self) -> PanelStream:
         return PanelStream(self)
 
-    def generate(self, conversations: Sequence[Any], max_new_tokens: int, seed_keys: Sequence[Any], adapter: str | None = None) -> list[str]:
+    def generate(
+        self, conversations: Sequence[Any], max_new_tokens: int, seed_keys: Sequence[Any], adapter: str | None = None
+    ) -> list[str]:
         """Answers to whole conversations, sampled at the training temperature; the default is the untouched base model.
 
         Args:
@@ -136,7 +158,7 @@ class RolloutData(L.LightningDataModule):
             The texts; "" where the conversation leaves no room for an answer.
         """
         chat, texts = self.collector.chat, [""] * len(conversations)
-        context = self.trainer.lightning_module.policy.context_length  # type: ignore[union-attr]
+        context = self.policy.context_length
         prompts = [chat.encode(chat.render(c)) for c in conversations]
         todo = [i for i, p in enumerate(prompts) if len(p) < context]
         for start in range(0, len(todo), self.rollout.max_rows):
@@ -230,13 +252,13 @@ def _read_tasks(path: Path, split: str, key: str) -> list[Task]:
     if not path.is_file():
         raise ConfigError(f"data.init_args.tasks_file: no file {path}: check the path.")
     tasks: dict[str, Task] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # of bytes: text has further line ends, which JSON strings may hold
         if not line.strip():
             continue
         try:
             raw = json.loads(line)
             task = Task(str(raw.pop("task_id")), str(raw.pop("split")), str(raw.pop("difficulty", "")), raw)
-        except (ValueError, KeyError, AttributeError) as e:
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise ConfigError(f"data.init_args.tasks_file: {path}:{number} needs a JSON object with task_id and split ({e}).") from e
         if task.split != split:
             continue

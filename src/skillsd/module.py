@@ -28,7 +28,7 @@ METRICS = (
     "optimizer/lr", "rollout/action_tokens", "rollout/turns", "rollout/finish_length", "skills/bank", "skills/failed",
     "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
 )  # fmt: skip
-"""Every scalar a training iteration logs, in the order of metrics.csv. Those under time/ are the only ones that a re-run does not repeat."""
+"""Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ differ in a re-run."""
 
 
 @dataclass
@@ -79,6 +79,7 @@ class SkillSD(L.LightningModule):
         self.micro_batch_tokens, self.grad_norm_every = micro_batch_tokens, grad_norm_every
         self.policy: Policy = None  # type: ignore[assignment]
         self.metrics: dict[str, float] = {}
+        self._teacher_is_student: bool | None = None  # of the checkpoint being loaded
 
     def configure_model(self) -> None:
         if self.policy is None:
@@ -102,6 +103,7 @@ class SkillSD(L.LightningModule):
     def training_step(self, groups: Sequence[TrajectoryGroup], batch_idx: int) -> dict[str, Tensor]:
         started = time.perf_counter()
         rows = [t for g in groups for t in g.trajectories]
+        torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration)  # for dropout: a resumed run draws the same
         advantage = self._advantages(groups)
         n = max(1, sum(t.n_actions for t in rows))  # N of Eq. 3-14: one count, whatever the micro-batches
         teacher_rows = self._teacher_rows(groups)
@@ -125,7 +127,9 @@ class SkillSD(L.LightningModule):
             terms = self.objective.terms(logp, logp_old, logp_teacher, mask, advantage[index].to(logp))
             if apart:
                 share = self.objective.distillation_weight * terms.distillation / n
-                for total, g in zip(distillation_grad, torch.autograd.grad(share, params, retain_graph=True, allow_unused=True), strict=True):
+                for total, g in zip(
+                    distillation_grad, torch.autograd.grad(share, params, retain_graph=True, allow_unused=True), strict=True
+                ):
                     if g is not None:
                         total += g
             self.manual_backward(self.objective.total(terms, n))
@@ -191,7 +195,8 @@ class SkillSD(L.LightningModule):
 
     def _record(
         self, groups: Sequence[TrajectoryGroup], rows: Sequence[Trajectory], sums: Mapping[str, float], n: int,
-        teacher_rows: Mapping[int, Any], norm: float, distillation_grad: Sequence[Tensor], params: Sequence[torch.nn.Parameter], seconds: float,
+        teacher_rows: Mapping[int, Any], norm: float, distillation_grad: Sequence[Tensor],
+        params: Sequence[torch.nn.Parameter], seconds: float,
     ) -> None:  # fmt: skip
         taught = max(1, sum(rows[i].n_actions for i in teacher_rows))
         o, gap = self.objective, sums["gap"] / taught
@@ -228,18 +233,21 @@ class SkillSD(L.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # plain data; tensors are made where they are needed
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The two adapters alone: the base is never saved."""
         return self.policy.adapter_state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self.policy.load_adapter_state(dict(state_dict))
+        if self._teacher_is_student is not None:  # equal tensors do not tell: after a step without a gradient the run scores both
+            self.policy.teacher_is_student = self._teacher_is_student
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["skillsd"] = {"base": self.policy.base_name}
+        checkpoint["skillsd"] = {"base": self.policy.base_name, "teacher_is_student": self.policy.teacher_is_student}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("skillsd", {}).get("base")
+        state = checkpoint.get("skillsd", {})
+        saved, self._teacher_is_student = state.get("base"), state.get("teacher_is_student")
         if saved != self.policy.base_name:
             raise ConfigError(
                 f"ckpt_path: the checkpoint belongs to the base model [{saved}], this run has [{self.policy.base_name}]: "

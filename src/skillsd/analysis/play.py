@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from skillsd.errors import ConfigError
-from skillsd.rollout import Row
+from skillsd.rollout import Row, demonstrate, make_env
 from skillsd.skills import SkillBank
 
 
@@ -33,9 +33,6 @@ def play(trainer: Any, model: Any, data: Any, level: int, skill: bool) -> None:
 
 def skill_text(trainer: Any, data: Any, task: Any) -> str:
     """The task's skill from the run's bank, or from the environment's own solution."""
-    from skillsd.pretrain import demonstrate
-    from skillsd.rollout import make_env
-
     callback = data.bank
     if callback is None:
         raise ConfigError("trainer.callbacks: --skill needs the SkillBankCallback: it holds the skill's template.")

@@ -34,9 +34,7 @@ def export_adapter(policy: Any, folder: Path, steps: int) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     policy.save_adapter(temporary, "student")
     lora = policy.settings.lora
-    card = CARD.format(
-        base=policy.settings.model, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__, steps=steps
-    )
+    card = CARD.format(base=policy.settings.model, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__, steps=steps)
     (temporary / "student" / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)

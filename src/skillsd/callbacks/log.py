@@ -11,7 +11,9 @@ from typing import Any
 
 import lightning as L
 
+from skillsd.errors import ConfigError
 from skillsd.module import METRICS
+from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
 METRICS_FILE, TRAJECTORIES_FILE = "metrics.csv", "trajectories.jsonl"
@@ -32,6 +34,11 @@ class RunLog(L.Callback):
         self.trajectories = trajectories
         self.lengths: dict[str, int] | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(c, SkillBankCallback) for c in callbacks[callbacks.index(self) :]):
+            raise ConfigError("trainer.callbacks: SkillBankCallback comes after RunLog, which writes its numbers: list it before.")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +52,8 @@ class RunLog(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         groups: Sequence[TrajectoryGroup] = batch
-        folder, metrics = Path(trainer.default_root_dir), pl_module.metrics
+        folder = Path(trainer.default_root_dir)
+        metrics: Any = pl_module.metrics
         metrics["time/rollout_tokens_per_s"] = rate = trainer.datamodule.rollout_tokens_per_s  # type: ignore[attr-defined, index]
         pl_module.log("time/rollout_tokens_per_s", rate, batch_size=1)
         iteration = groups[0].trajectories[0].iteration
@@ -61,7 +69,7 @@ class RunLog(L.Callback):
         if batch_idx == 0:
             self._show(trainer, groups[0].trajectories[0])
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         panel: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Panel"), None)  # type: ignore[attr-defined]
         final = {f"final/{k}": panel.result[k] for k in ("success", "completion")} if panel is not None and panel.result else {}
         config = getattr(trainer, "skillsd_config", {})
@@ -82,9 +90,7 @@ class RunLog(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         folder = Path(trainer.default_root_dir)
-        checkpoint["run_log"] = {
-            n: (folder / n).stat().st_size if (folder / n).is_file() else 0 for n in (METRICS_FILE, TRAJECTORIES_FILE)
-        }
+        checkpoint["run_log"] = {n: (folder / n).stat().st_size if (folder / n).is_file() else 0 for n in (METRICS_FILE, TRAJECTORIES_FILE)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.lengths = checkpoint.get("run_log")

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from rich.progress import Progress
 
+from skillsd.errors import ConfigError
 from skillsd.statistics import bootstrap_mean, wilson_interval
 from skillsd.trajectory import Trajectory
 
@@ -25,7 +26,7 @@ class Panel(L.Callback):
 
     Args:
         before: Play it before training (a resumed run reads panel.json instead).
-        after: Play it after training.
+        after: Play it after training (a finished run that is run again reads panel.json instead).
     """
 
     def __init__(self, before: bool = True, after: bool = True) -> None:
@@ -33,16 +34,32 @@ class Panel(L.Callback):
         self.before, self.after = before, after
         self.played: list[Trajectory] = []
         self.result: dict[str, Any] = {}
+        self.trained = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.before and "before" not in read_panel(trainer.default_root_dir):
+        self.trained = False
+        stored = read_panel(trainer.default_root_dir)
+        if "before" in stored and self.after and not self._same(trainer, stored["before"]):
+            raise ConfigError(
+                f"data.init_args: the panel of {trainer.default_root_dir} was played on other episodes: set the environment, the split, "
+                "panel_attempts and panel_seeds as they were, or start a new run folder."
+            )
+        if self.before and "before" not in stored:
             if trainer.global_step:
                 print("panel: this run was resumed and panel.json has no `before`; it is left out.")
                 return
             self._keep(trainer, "before")
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.trained:
+            self.trained = True
+            write_panel(trainer.default_root_dir, {}, drop=("after", "difference"))  # of an earlier end that training now goes beyond
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.after:
+        stored = read_panel(trainer.default_root_dir).get("after")
+        if self.after and not self.trained and stored is not None and self._same(trainer, stored):
+            self.result = stored
+        elif self.after:
             self._keep(trainer, "after")
             score = self.result["success"]
             for logger in trainer.loggers:
@@ -64,6 +81,10 @@ class Panel(L.Callback):
             for k, share in self.result["pass_at"].items():
                 pl_module.log(f"panel/pass@{k}", share, batch_size=1)
             write_panel(trainer.default_root_dir, {"validate": self.result})
+
+    def _same(self, trainer: L.Trainer, result: dict[str, Any]) -> bool:
+        rows = trainer.datamodule.val_dataloader().rows  # type: ignore[attr-defined]
+        return [(x["task_id"], x["member"], x["seed"]) for x in result["levels"]] == [(r.task.task_id, r.member, s) for s, r in rows]
 
     def _keep(self, trainer: L.Trainer, when: str) -> None:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
@@ -130,11 +151,13 @@ def read_panel(folder: str | Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def write_panel(folder: str | Path, part: dict[str, Any]) -> None:
-    """Add a part to panel.json, by way of a temporary file."""
+def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = ()) -> None:
+    """Add a part to panel.json and leave others out, by way of a temporary file."""
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = read_panel(folder) | part
+    content = {k: v for k, v in read_panel(folder).items() if k not in drop} | part
+    if drop and content == read_panel(folder):
+        return
     if "before" in content and "after" in content:
         content["difference"] = {k: list(paired_difference(content["before"], content["after"], k)) for k in ("success", "completion")}
     temporary = path.with_suffix(".tmp")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning as L
 
 from skillsd.errors import ConfigError
+from skillsd.policy import Policy
 
 
 class TeacherSync(L.Callback):
@@ -28,8 +29,12 @@ class TeacherSync(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mode == "sync" and trainer.global_step % self.every == 0:
-            pl_module.policy.sync()  # type: ignore[union-attr]
+            _policy(pl_module).sync()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.mode == "ema":
-            pl_module.policy.ema(self.rate)  # type: ignore[union-attr]
+            _policy(pl_module).ema(self.rate)
+
+
+def _policy(module: Any) -> Policy:
+    return module.policy  # type: ignore[no-any-return]

@@ -1,6 +1,11 @@
 """One base model, named LoRA adapters: loading, switching, scoring. The only place that touches peft and bitsandbytes."""
 
-from skillsd.policy.config import LoraSettings, PolicySettings
-from skillsd.policy.policy import Policy, TokenSequence, micro_batches
+import logging
+
+# On import it reports a CPU kernel that it does without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from skillsd.policy.config import LoraSettings, PolicySettings  # noqa: E402
+from skillsd.policy.policy import Policy, TokenSequence, micro_batches  # noqa: E402
 
 __all__ = ["LoraSettings", "Policy", "PolicySettings", "TokenSequence", "micro_batches"]

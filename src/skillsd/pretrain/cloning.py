@@ -46,7 +46,7 @@ class Cloning(L.LightningModule):
             raise ConfigError("model.init_args.train: full needs policy.quantise: none; train a quantised base with lora.")
         self.settings, self.train_what, self.lr, self.warmup_steps, self.weight_decay = policy, train, lr, warmup_steps, weight_decay
         self.gradient_clip_norm, self.bf16, self.rollout = gradient_clip_norm, bf16, rollout or RolloutSettings()
-        self.policy: Policy | None = None
+        self.policy: Policy = None  # type: ignore[assignment]
 
     def configure_model(self) -> None:
         if self.policy is None:
@@ -88,10 +88,10 @@ class Cloning(L.LightningModule):
     def validation_step(self, batch: tuple[str, list[Row]], batch_idx: int) -> None:
         """Plays the held-out levels greedily: plain, with their own skill in front, with another level's."""
         name, rows = batch
-        data = self.trainer.datamodule
+        data: DemonstrationData = self.trainer.datamodule  # type: ignore[attr-defined]
         chat = Chat(self.policy.tokenizer, self.policy.stop_ids)
         collector = Collector(
-            data.env_id, data.env_kwargs, chat, InProcessEngine(self.policy), self.rollout, self.policy.context_length
+            data.env_id, data.panel_env_kwargs, chat, InProcessEngine(self.policy), self.rollout, self.policy.context_length
         )
         played = collector.collect(rows, seed=0, iteration=0, temperature=0.0, adapter="student")
         wins = sum(t.success for t in played)
@@ -123,25 +123,27 @@ class DemonstrationData(L.LightningDataModule):
         batch_size: Episodes a step.
         num_workers: Processes that make episodes.
         panel_split: Split of the panel.
+        panel_env_kwargs: Keyword arguments that differ when the panel is played, such as its horizon.
         seed: Run seed (linked to `seed_everything`): of the levels' order and the noise.
     """
 
     def __init__(
         self, env: str, env_kwargs: dict[str, Any], rules: RulesSummariser, template: str,
         demonstrations: DemonstrationSettings | None = None, batch_size: int = 256, num_workers: int = 0, panel_split: str = "test",
-        seed: int = 0,
+        panel_env_kwargs: dict[str, Any] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.env_id, self.env_kwargs, self.rules, self.template = env, env_kwargs, rules, template
         self.demonstrations, self.batch_size, self.num_workers = demonstrations or DemonstrationSettings(), batch_size, num_workers
-        self.panel_split, self.seed = panel_split, seed
+        self.panel_split, self.panel_env_kwargs, self.seed = panel_split, env_kwargs | (panel_env_kwargs or {}), seed
 
     def _set(self) -> Demonstrations:
-        policy = self.trainer.lightning_module.policy
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        policy: Policy = module.policy
         chat = Chat(policy.tokenizer, policy.stop_ids)
         return Demonstrations(self.env_id, self.env_kwargs, chat, self.rules, self.template, self.demonstrations, self.seed)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> DataLoader[tuple[list[int], list[int]]]:
         return DataLoader(
             self._set(), self.batch_size, num_workers=self.num_workers, collate_fn=collate, drop_last=True,
             prefetch_factor=4 if self.num_workers else None,
@@ -149,7 +151,7 @@ class DemonstrationData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[str, list[Row]]]:
         shown = self._set()
-        shown.env = make_env(self.env_id, self.env_kwargs)
+        shown.env = make_env(self.env_id, self.panel_env_kwargs)
         tasks = [Task(t["task_id"], t["split"], t.get("difficulty", "")) for t in shown.env.unwrapped.tasks(self.panel_split)]
         skills = [shown.skill(t, 0.0, random.Random(0)) for t in tasks]
         ways = {"plain": [""] * len(tasks), "own": skills, "shuffled": skills[1:] + skills[:1]}

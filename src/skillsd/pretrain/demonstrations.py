@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-import gymnasium
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from skillsd.errors import ConfigError
-from skillsd.rollout import Chat, make_env
+from skillsd.rollout import Chat, demonstrate, make_env
 from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Task, Turn
 
@@ -44,35 +43,9 @@ class DemonstrationSettings:
     """Turns after which an episode is cut."""
 
 
-def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: random.Random) -> tuple[list[Turn], list[str], str, bool]:
-    """Play the solver's plan with noise.
-
-    Args:
-        env: An environment that offers `solution()` and `actions` (such as skillsd/Sokoban-v0).
-        task: What to play.
-        noise: Chance of a random action at each turn.
-        rng: Source of the noise.
-
-    Returns:
-        turns (observation, executed action, reward), the label of each turn, the instruction, and whether the task was solved.
-    """
-    base: Any = env.unwrapped
-    observation, info = env.reset(options={**task.options, "task_id": task.task_id})
-    instruction = str(info.get("instruction", ""))
-    turns, labels, over = [], [], False
-    while not over and (plan := base.solution()):
-        action = base.actions[int(rng.random() * len(base.actions))] if rng.random() < noise else plan[0]
-        seen = observation
-        observation, reward, terminated, truncated, info = env.step(action)
-        turns.append(Turn(seen, action, float(reward)))
-        labels.append(plan[0])
-        over = terminated or truncated
-    return turns, labels, instruction, bool(info["success"])
-
-
 @dataclass
 class Demonstrations(Dataset[tuple[list[int], list[int]]]):
-    """Item i is (token ids, labels): labels are -100 but where an answer is to be learnt. A pure function of the settings, the seed and i."""
+    """Item i is (token ids, labels): labels are -100 except in answers. A pure function of the settings, seed and i."""
 
     env_id: str
     env_kwargs: Mapping[str, Any]
@@ -113,12 +86,12 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
         ids = self.chat.prompt_ids(instruction, turns[0].observation, skill)
         target = [-100] * len(ids)
         for i, (turn, label) in enumerate(zip(turns, labels, strict=False)):
-            done, wanted = self.chat.encode(turn.action), self.chat.encode(label)
             tail = self.chat.turn_ids(turns[i + 1].observation if i + 1 < len(turns) else "", stopped=False)
+            done, wanted = ([*self.chat.encode(answer), tail[0]] for answer in (turn.action, label))
             split = next((k for k, (a, b) in enumerate(zip(done, wanted, strict=False)) if a != b), len(done))
             # Where the executed answer leaves the label, one token says what should have come; what follows is not to be learnt.
-            target += wanted[:split] + ([tail[0]] if split == len(done) else [wanted[split]] + [-100] * (len(done) - split))
-            ids += done + (tail if i + 1 < len(turns) else tail[:1])
+            target += wanted[: split + 1]
+            ids += done + (tail[1:] if i + 1 < len(turns) else [])
             target += [-100] * (len(ids) - len(target))
         return ids, target
 

@@ -2,6 +2,19 @@
 
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.collector import Collector, RolloutSettings, Row, make_env
+from skillsd.rollout.demonstrate import demonstrate
 from skillsd.rollout.engine import Completion, Engine, InProcessEngine, Request, Session
 
-__all__ = ["Chat", "Collector", "Completion", "Engine", "InProcessEngine", "Request", "RolloutSettings", "Row", "Session", "make_env"]
+__all__ = [
+    "Chat",
+    "Collector",
+    "Completion",
+    "Engine",
+    "InProcessEngine",
+    "Request",
+    "RolloutSettings",
+    "Row",
+    "Session",
+    "demonstrate",
+    "make_env",
+]

@@ -49,7 +49,7 @@ class SkillBankCallback(L.Callback):
         super().__init__()
         self.summariser: Summariser = summariser or RulesSummariser()
         self.context: PrivilegedContext = context or BankContext()
-        self.bank_settings = {"capacity": capacity, "drop": drop, "booking": booking}
+        self.bank_settings: dict[str, Any] = {"capacity": capacity, "drop": drop, "booking": booking}
         self.template, self.refresh_when = template, refresh
         try:
             template.format(success_analysis="", mistake_analysis="", golden_workflow="")
@@ -58,15 +58,18 @@ class SkillBankCallback(L.Callback):
         self.prompts: dict[str, int] = {}
         self.failed = 0
         self.bank: SkillBank | None = None
+        self._state: dict[str, Any] | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and self.bank is None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.bank is None:  # opened late: input that is refused before leaves no file behind
             path = Path(trainer.default_root_dir) / FILE
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self.bank = SkillBank(path, **self.bank_settings)
             except (ValueError, sqlite3.Error) as e:
                 raise ConfigError(f"SkillBankCallback: {e}") from e
+        if self._state is not None:
+            self._rewind(self._state)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.bank is not None:
@@ -84,10 +87,11 @@ class SkillBankCallback(L.Callback):
     def refresh(self, task_ids: Sequence[str], seed: int, epoch: int, epoch_start: bool) -> None:
         """Choose every task's skill anew where it is due. Called before each iteration's rollout."""
         assert self.bank is not None
-        if not epoch_start and self.refresh_when == "epoch":
-            return
-        self.prompts = {}
+        if epoch_start or self.refresh_when == "iteration":
+            self.prompts = {}
         for task_id in task_ids:
+            if task_id in self.prompts:
+                continue  # of those without a prompt, one may have got its first skill late, from a slow summariser
             skill = self.context(self.bank, task_id, task_ids, seed, epoch)
             if skill is not None and skill.skill_id is not None:
                 self.prompts[task_id] = skill.skill_id
@@ -118,14 +122,12 @@ class SkillBankCallback(L.Callback):
                 self.bank.record_use(g.skill_id, iteration, reward=reward, gap=gap)
         if not isinstance(self.context, NoContext):
             self.summariser.submit(iteration, [t for g in groups for t in g.trajectories if t.turns])
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            self.summariser.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
         self._insert(iteration)
         metrics: Any = pl_module.metrics
         metrics["skills/bank"], metrics["skills/failed"] = float(len(self.bank)), float(self.failed)
         pl_module.log_dict({"skills/bank": float(len(self.bank)), "skills/failed": float(self.failed)}, batch_size=1)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.summariser.drain()
-        self._insert(max(0, trainer.global_step - 1))
 
     def _insert(self, iteration: int) -> None:
         assert self.bank is not None
@@ -143,11 +145,12 @@ class SkillBankCallback(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rewind the bank to the checkpoint: what was written after it did not happen."""
-        state = checkpoint.get("skill_bank")
-        if state is None or self.bank is None:
-            return
+        self._state = checkpoint.get("skill_bank")
+
+    def _rewind(self, state: dict[str, Any]) -> None:
+        assert self.bank is not None
         try:
             self.bank.cut(state["iteration"], expect=state["position"])
         except ValueError as e:
             raise ConfigError(f"SkillBankCallback: {e}") from e
-        self.prompts, self.failed = dict(state["prompts"]), state["failed"]
+        self.prompts, self.failed, self._state = dict(state["prompts"]), state["failed"], None
