@@ -52,7 +52,7 @@ def join(make_policy: Callable[..., Any]) -> Callable[..., RolloutData]:
 
     def make(*callbacks: Any, stage: str = "fit", objective: Objective | None = None, **settings: Any) -> RolloutData:
         policy = make_policy()
-        module = SimpleNamespace(policy=policy, objective=objective or Objective())
+        module = SimpleNamespace(policy=policy, settings=policy.settings, objective=objective or Objective())
         data = make_data(**settings)
         data.trainer = SimpleNamespace(lightning_module=module, callbacks=list(callbacks))  # type: ignore[assignment]
         data.setup(stage)
@@ -88,7 +88,9 @@ def test_the_last_partial_batch_is_kept(join):
     assert [g.task.task_id for b in batches for g in b] == [t.task_id for t in stream.order(0)]
     for i, batch in enumerate(batches):
         for g in batch:
-            assert [(t.member, t.task_id, t.iteration, t.skill_id) for t in g.trajectories] == [(m, g.task.task_id, i, None) for m in (0, 1)]
+            assert [(t.member, t.task_id, t.iteration, t.skill_id) for t in g.trajectories] == [
+                (m, g.task.task_id, i, None) for m in (0, 1)
+            ]
             assert g.teacher_prompt_ids == g.trajectories[0].prompt_ids == g.trajectories[1].prompt_ids
             assert g.skill_id is None and g.temperature == 1.0
     assert stream.state_dict() == {"position": 3}

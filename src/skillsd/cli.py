@@ -10,7 +10,9 @@ import shutil
 import sys
 import warnings
 from argparse import ArgumentError
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -22,7 +24,17 @@ from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.errors import ConfigError
 
-RUN_FILES = ("config.yaml", "metrics.csv", "trajectories.jsonl", "panel.json", "bank.sqlite", "bank.sqlite-wal", "bank.sqlite-shm")
+RUN_FILES = (
+    "config.yaml",
+    "metrics.csv",
+    "trajectories.jsonl",
+    "panel.json",
+    "panel.tmp",
+    "bank.sqlite",
+    "bank.sqlite-wal",
+    "bank.sqlite-shm",
+    "bank.sqlite.new",
+)
 RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
 KEYWORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for `ckpt_path` beside a path."""
@@ -120,6 +132,18 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         trainer: Any = self.trainer
         trainer.skillsd_config = _flat(self.config["fit"].as_dict())
+        self._remember()
+
+    def before_validate(self) -> None:
+        trainer: Any = self.trainer
+        if trainer.limit_val_batches == 0:  # meant for fit, where a callback plays the panel
+            trainer.limit_val_batches = 1.0
+        self._remember()
+
+    def _remember(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveRunConfig):
+                callback.remember(self.trainer)
 
     def after_fit(self) -> None:
         print_report(Path(self.trainer.default_root_dir))
@@ -151,7 +175,8 @@ def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> No
     Raises:
         ConfigError: the folder holds a run.
     """
-    found = [folder / n for n in (*RUN_FILES, *RUN_FOLDERS) if (folder / n).exists()]
+    # Checkpoints go first: one without its bank could not be continued.
+    found = [folder / n for n in (*RUN_FOLDERS, *RUN_FILES) if (folder / n).exists()]
     fresh = ckpt_path == "last" and not (folder / "checkpoints" / "last.ckpt").is_file()
     if not found or (ckpt_path is not None and not fresh and not overwrite):
         return
@@ -189,18 +214,25 @@ def _packaged(name: str) -> str:
 class SaveRunConfig(SaveConfigCallback):
     """Writes the resolved configuration to the run folder once everything has been checked."""
 
+    def remember(self, trainer: L.Trainer) -> None:
+        """Note what the run folder's loggers find there, before Lightning opens them."""
+        folders = [Path(x.log_dir) for x in trainer.loggers if x.save_dir == str(trainer.default_root_dir) and x.log_dir]  # type: ignore[attr-defined]
+        self.logs = {folder: {folder, *folder.rglob("*")} if folder.is_dir() else set() for folder in folders}
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: bad input must leave nothing behind."""
         self.started = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lightning opens its loggers before anything is checked: remove what they made."""
-        if not getattr(self, "started", False) and not (Path(trainer.default_root_dir) / "checkpoints").exists():
-            for logger in trainer.loggers:
-                if logger.save_dir == str(trainer.default_root_dir):
-                    shutil.rmtree(logger.log_dir or "", ignore_errors=True)
-            if Path(trainer.default_root_dir).is_dir() and not any(Path(trainer.default_root_dir).iterdir()):
-                Path(trainer.default_root_dir).rmdir()
+        if getattr(self, "started", False):
+            return
+        for folder, found in self.logs.items():
+            for path in sorted({folder, *folder.rglob("*")} - found, reverse=True):
+                with suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+        with suppress(OSError):
+            Path(trainer.default_root_dir).rmdir()  # if it is empty
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
@@ -225,7 +257,7 @@ def one_line(message: str) -> str:
     told = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
     head = f"{key}: " if key else ""
     if not told:  # a short error stands on the key's own line
-        return message.strip().splitlines()[0].removeprefix("Parser key ")
+        return (message.strip() or "it gave no message").splitlines()[0].removeprefix("Parser key ")
     fix = "" if ": " in told[0] and not key else " (`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted)"
     return head + "; ".join(told) + fix
 
@@ -250,7 +282,15 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR if name == "bitsandbytes" else logging.WARNING)
     transformers_logging.disable_progress_bar()
     told = ("num_workers", "eval mode at the start", "activation_checkpointing", "transfer_batch_to_device", "manual optimization")
-    for text in (*told, "args parameter", "litlogger", "treespec", "exists and is not empty"):
+    for text in (
+        *told,
+        "args parameter",
+        "litlogger",
+        "treespec",
+        "no last checkpoint available",
+        "dirpath has changed",
+        "exists and is not empty",
+    ):
         warnings.filterwarnings("ignore", message=f"(?s).*{text}")
 
 
@@ -276,20 +316,30 @@ def main(args: ArgsType = None) -> int:
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False},
             args=resolve_configs(argv),
         )
-    except (ConfigError, ArgumentError, OSError) as e:
-        if os.environ.get("SKILLSD_DEBUG") == "1" or (isinstance(e, OSError) and not _users_business(e)):
+    except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
+        if os.environ.get("SKILLSD_DEBUG") == "1" or not _users_business(e):
             raise
         print(f"error: {_told(e)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _users_business(e: OSError) -> bool:
-    """A full or read-only disk; what the bank reports has no number."""
-    return e.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+def _users_business(e: Exception) -> bool:
+    """Bad input, a full or read-only disk (what the bank reports has no number), or a file that is no checkpoint."""
+    if isinstance(e, OSError):
+        return _no_checkpoint(e) or e.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    return _no_checkpoint(e) or not isinstance(e, KeyError | RuntimeError)
+
+
+def _no_checkpoint(e: Exception) -> bool:
+    """What torch and Lightning raise for garbage, for a file that was cut short, and for another program's."""
+    cut = isinstance(e, OSError) and e.errno == errno.EINVAL and e.filename is None
+    return cut or isinstance(e, UnpicklingError) or any(mark in str(e) for mark in ("PytorchStreamReader", "pytorch-lightning_version"))
 
 
 def _told(e: Exception) -> str:
+    if _no_checkpoint(e):
+        return "ckpt_path: the file is not a checkpoint of skillsd, or is damaged: name another, or leave it out."
     if isinstance(e, OSError) and e.errno is not None:
         return f"{e.strerror}: {e.filename or 'the run folder'}: make room, or name another trainer.default_root_dir."
     return one_line(str(e)) if isinstance(e, ArgumentError) else " ".join(str(e).split())

@@ -14,6 +14,7 @@ import lightning as L
 
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
+from skillsd.policy.load import load_tokenizer
 from skillsd.rollout import Chat, Collector, InProcessEngine, Request, RolloutSettings, Row, make_env
 from skillsd.rollout.noise import stream_key
 from skillsd.skills.callback import SkillBankCallback
@@ -75,6 +76,9 @@ class RolloutData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """List the tasks. Raises ConfigError for an empty split, overlapping splits, or G < 2 where a group baseline is needed."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if module is not None:
+            Chat(load_tokenizer(module.settings), ())  # refuses a chat template before anything is written
         self.panel_tasks = self._tasks(self.panel_split, "panel_split")
         if stage != "fit":
             return
@@ -85,7 +89,6 @@ class RolloutData(L.LightningDataModule):
             raise ConfigError(
                 f"data.init_args: train_split and panel_split share {len(both)} tasks ({min(both)}, ...): name two that are disjoint."
             )
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         if self.group_size < 2 and module.objective.policy_weight > 0:
             raise ConfigError(
                 f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "

@@ -62,7 +62,8 @@ def test_the_difference_is_paired_by_task():
     after = summarise(panel(1.0, 0.0, 1.0, 1.0, attempts=2))
     assert paired_difference(before, after) == bootstrap_mean([0.5, 0.5])
     assert paired_difference(before, after, "completion") == bootstrap_mean([0.5, 0.25])
-    for other in (panel(1.0, 0.0, 1.0, attempts=2), panel(1.0, 0.0, 1.0, 1.0), [played(x["task_id"], x["member"], 1.0, seed=1) for x in before["levels"]]):
+    reseeded = [played(x["task_id"], x["member"], 1.0, seed=1) for x in before["levels"]]
+    for other in (panel(1.0, 0.0, 1.0, attempts=2), panel(1.0, 0.0, 1.0, 1.0), reseeded):
         with pytest.raises(ValueError, match="different panels"):
             paired_difference(before, summarise(other))
 

@@ -78,7 +78,7 @@ def test_the_three_ways_of_the_panel(tiny_model, tmp_path):
     data = make_data()
     module = Cloning(PolicySettings(model=tiny_model("qwen3")), rollout=RolloutSettings(max_turn_tokens=2))
     fit(module, data, tmp_path, 1)
-    rows = {name: part for name, part in data.val_dataloader()}
+    rows = dict(data.val_dataloader())
     assert [r.task.task_id for r in rows["plain"]] == [f"test-{i:04d}" for i in range(3)] and {r.skill for r in rows["plain"]} == {""}
     own, other = ([r.skill for r in rows[way]] for way in ("own", "shuffled"))
     assert other == own[1:] + own[:1] and all(s.startswith("solved none : ") for s in own)

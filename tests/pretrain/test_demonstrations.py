@@ -113,7 +113,9 @@ def test_only_answers_are_learnt():
 )
 @pytest.mark.parametrize("last", [True, False])
 def test_where_an_answer_leaves_its_label(executed, label, want, last):
-    turns = [Turn("#####\n#P__#\n#_XO#\n#___#\n#####", executed, 0.0)] + [Turn("#####\n#_P_#\n#_XO#\n#___#\n#####", "down", 0.0)] * (not last)
+    turns = [Turn("#####\n#P__#\n#_XO#\n#___#\n#####", executed, 0.0)] + [Turn("#####\n#_P_#\n#_XO#\n#___#\n#####", "down", 0.0)] * (
+        not last
+    )
     ids, labels = make().encode(turns, [label, "down"], "", "")
     tail = [] if last else [("down", "down"), ("<|end|>", "<|end|>")]
     assert learnt(ids, labels) == [tuple(x.split()) for x in want] + tail

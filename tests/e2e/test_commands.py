@@ -1,0 +1,292 @@
+"""Whole commands on tiny boards with the shipped agent: what a run leaves, and what can be done with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from skillsd import cli
+from skillsd.module import METRICS
+from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
+from skillsd.policy.load import model_folder
+from skillsd.skills import SkillBank
+from skillsd.trajectory import Trajectory
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
+]
+KEYS = """iteration task_id member seed instruction prompt_ids token_ids action_mask logprobs turns reward completion success finish_reason
+skill_id""".split()
+TINY: dict[str, Any] = {
+    "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
+    "model": {
+        "init_args": {
+            "policy": {"model": "nano", "lora": {"r": 4, "alpha": 8}},
+            "optimizer": {"lr": 5e-3, "warmup_steps": 0},
+            "objective": {"distillation_weight": 0.01},
+            "grad_norm_every": 2,
+        }
+    },
+    "data": {
+        "init_args": {
+            "env_kwargs": {
+                "size": 6, "boxes": 1, "difficulties": {"short": {"lengths": [3, 6]}},
+                "splits": {"train": {"short": 5}, "test": {"short": 4}},
+                "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
+            },
+            "batch_tasks": 3, "group_size": 3, "rollout": {"max_rows": 16},
+        }
+    },
+}  # fmt: skip
+
+
+def command(name: str, folder: Path, *flags: str) -> int:
+    overlay = folder.with_suffix(".yaml")
+    overlay.write_text(yaml.safe_dump(TINY))
+    return cli.main([name, "-c", "sokoban", "-c", str(overlay), f"--trainer.default_root_dir={folder}", *flags])
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, only to be read."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert command("fit", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of one's own."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def tell(capsys: Any) -> Callable[..., str]:
+    """Run a command that succeeds; what it printed."""
+
+    def call(name: str, folder: Path, *flags: str) -> str:
+        assert command(name, folder, *flags) == 0
+        return str(capsys.readouterr().out)
+
+    return call
+
+
+def panel(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "panel.json").read_text()))
+
+
+def trajectories(folder: Path) -> list[Trajectory]:
+    return [Trajectory.from_json(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+
+
+# -- what a run leaves ------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder(finished):
+    assert sorted(p.name for p in finished.iterdir()) == [
+        "adapter", "bank.sqlite", "checkpoints", "config.yaml", "metrics.csv", "panel.json", "tensorboard", "trajectories.jsonl"
+    ]  # fmt: skip
+    assert [p.name for p in (finished / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert sorted(p.name for p in (finished / "adapter" / "student").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["trainer"]["default_root_dir"] == str(finished) and config["seed_everything"] == 0
+    assert config["data"]["init_args"]["env_kwargs"]["splits"]["train"] == {"short": 5}
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == str(finished)
+
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert list(rows[0]) == ["iteration", "epoch", *METRICS]
+    assert [(r["iteration"], r["epoch"]) for r in rows] == [("0", "0"), ("1", "0"), ("2", "1"), ("3", "1")]
+    optional = {"grad_norm/policy", "grad_norm/distillation"}
+    assert all(math.isfinite(float(r[k])) for r in rows for k in METRICS if k not in optional)
+    assert [bool(r["grad_norm/policy"]) for r in rows] == [True, False, True, False]
+    assert [float(r["teacher/skill_share"]) for r in rows] == [0, 0, 1, 1]
+
+    content = panel(finished)
+    assert list(content) == ["before", "after", "difference"]
+    assert [x["task_id"] for x in content["after"]["levels"]] == [f"test-{i:04d}" for i in range(4)]
+    with SkillBank(finished / "bank.sqlite", read_only=True) as bank:
+        assert len(bank) == float(rows[-1]["skills/bank"]) > 0 and len(bank.tasks()) == 5
+
+
+def test_the_record_can_be_scored_again(finished):
+    lines = (finished / "trajectories.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 5 * 3 and all(list(json.loads(x)) == KEYS for x in lines)
+    assert all(list(turn) == ["observation", "action", "reward"] for x in lines for turn in json.loads(x)["turns"])
+    played = trajectories(finished)
+    order = [(t.iteration, t.member) for t in played]
+    assert order == [(i, m) for i, n in enumerate((3, 2, 3, 2)) for _ in range(n) for m in range(3)]
+    for t in played:
+        assert len(t.token_ids) == len(t.action_mask) == len(t.logprobs) and t.seed == 0
+        assert t.n_actions == len(t.turns) and t.reward == pytest.approx(sum(turn.reward for turn in t.turns))
+        assert (t.skill_id is not None) == (t.iteration >= 2)
+    # The first iteration's by the agent as it is shipped, the next one's no longer.
+    policy = Policy(PolicySettings(lora=LoraSettings(r=4, alpha=8)))
+    for iteration, agrees in ((0, True), (3, False)):
+        rows = [t for t in played if t.iteration == iteration]
+        with torch.no_grad():
+            logp, _ = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask) for t in rows])
+        off = max(abs(a - b) for x, t in zip(logp.tolist(), rows, strict=True) for a, b in zip(x, t.logprobs, strict=False))
+        assert (off < 1e-4) == agrees
+
+
+def test_tensorboard(finished):
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert set(METRICS) - scalars == set()
+    assert {"panel/success", "panel/completion"} <= scalars
+    assert len(events.Scalars("loss/total")) == 4
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert [e.value for e in events.Scalars("loss/total")] == pytest.approx([float(r["loss/total"]) for r in rows], rel=1e-5, abs=1e-9)
+    assert events.Scalars("panel/success")[-1].value == pytest.approx(panel(finished)["after"]["success"])
+    texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("episode/text_summary")]
+    assert len(texts) == 2 and all(t.startswith("task train-") and "→" in t and "#" in t for t in texts)  # one an epoch
+    # Hyper-parameters, with what they gave.
+    assert events.Scalars("final/success")[-1].value == pytest.approx(panel(finished)["after"]["success"])
+    hyper = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"model.init_args.objective.distillation_weight" in hyper
+
+
+def test_the_closing_table_and_running_again(run, tell):
+    """A finished run plays nothing: it prints its table."""
+    stood = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts and p.name != "config.yaml"}
+    out = tell("fit", run, "--ckpt_path", "last")
+    assert "panel of 4 held-out episodes, 95% intervals" in out and "after - before, paired" in out
+    for name, path in (("adapter", "adapter/student"), ("log", "metrics.csv"), ("trajectories", "trajectories.jsonl")):
+        assert f"{name}: {run / path}\n" in out
+    assert "skill bank: " in out and "of 5 tasks" in out
+    assert "panel before" not in out and "panel after" not in out  # said when they are played
+    assert [p.name for p, content in stood.items() if p.read_bytes() != content] == []
+
+
+# -- validate, play, export -------------------------------------------------------------------------------------------------------
+
+
+def test_validate(run, tell, tmp_path):
+    out = tell("validate", run, "--ckpt_path", "last")
+    assert "validate" in out and panel(run)["validate"]["levels"] == panel(run)["after"]["levels"]
+
+    fresh = tmp_path / "fresh"  # without a checkpoint: the agent as it is
+    tell("validate", fresh)
+    assert panel(fresh)["validate"]["levels"] == panel(run)["before"]["levels"] and list(panel(fresh)) == ["validate"]
+    tell("validate", fresh, "--data.init_args.panel_adapter=null")
+    assert panel(fresh)["validate"]["levels"] == panel(run)["before"]["levels"]  # adapters begin at nothing
+    start = f"--model.init_args.policy.lora.init={run / 'adapter' / 'student'}"
+    tell("validate", fresh, start)
+    assert panel(fresh)["validate"]["levels"] == panel(run)["after"]["levels"]
+
+
+def test_sampled_attempts_and_seeds(tell, tmp_path):
+    flags = ["--data.init_args.panel_attempts=4", "--data.init_args.panel_temperature=1.0"]
+    out = tell("validate", tmp_path / "a", *flags)
+    result = panel(tmp_path / "a")["validate"]
+    assert result["n"] == 16 and set(result["pass_at"]) == {"1", "2", "4"}
+    one, two, four = (result["pass_at"][k] for k in "124")
+    assert one == pytest.approx(result["success"]) and one <= two <= four
+    assert f"validate: pass@1 {one:.3f}, pass@2 {two:.3f}, pass@4 {four:.3f}" in out
+
+    tell("validate", tmp_path / "b", "--data.init_args.panel_seeds=[0, 1, 2]", "--data.init_args.panel_temperature=1.0")
+    levels = panel(tmp_path / "b")["validate"]["levels"]
+    assert [x["seed"] for x in levels] == [s for s in range(3) for _ in range(4)]
+    first = [x for x in result["levels"] if x["member"] == 0]
+    assert levels[:4] == first  # the same noise, whatever else is played
+
+
+def test_play(run, tell, tmp_path):
+    plain = tell("play", tmp_path / "none", "--level", "1")
+    assert plain.startswith("task test-0001 short\n--- turn 1\n######") and "skill" not in plain
+    assert "\n> " in plain and "success " in plain.splitlines()[-1]
+    level = panel(run)["before"]["levels"][1]
+    assert f"success {level['success']}" in plain and f"{level['turns']} turns" in plain
+
+    shown = tell("play", tmp_path / "none", "--level", "1", "--skill", "true")
+    assert "--- skill\nsolved none : " in shown
+    trained = tell("play", run, "--level", "1", "--ckpt_path", "last")
+    assert f"success {panel(run)['after']['levels'][1]['success']}" in trained
+    assert not (tmp_path / "none").exists()
+
+
+def test_play_a_level_that_is_not_there(tmp_path, capsys):
+    assert command("play", tmp_path / "none", "--level", "4") == 2
+    assert capsys.readouterr().err == "error: level is 4: the panel has levels 0 to 3.\n"
+
+
+def test_export(run, tell, tmp_path):
+    out = tell("export", run, "--out", str(tmp_path / "exported"))
+    assert out.strip().endswith(f"adapter: {tmp_path / 'exported'}")
+    ids = torch.tensor([trajectories(run)[0].prompt_ids])
+    base = AutoModelForCausalLM.from_pretrained(model_folder("nano"))
+    with torch.no_grad():
+        plain = base(ids).logits
+        logits = PeftModel.from_pretrained(base, tmp_path / "exported")(ids).logits
+    policy = Policy(PolicySettings(lora=LoraSettings(r=4, alpha=8)))
+    policy.load_adapter_state(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    with policy.acting("student"):
+        torch.testing.assert_close(logits, policy.base(ids).logits, atol=1e-5, rtol=1e-5)
+    assert (logits - plain).abs().max() > 1e-3
+    assert "4 iterations" in (tmp_path / "exported" / "README.md").read_text()
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_actions_a_turn_and_a_shaped_reward(tell, tmp_path):
+    env = "--data.init_args.env_kwargs"
+    tell(
+        "fit", tmp_path / "run", "--trainer.max_epochs=1", f"{env}.actions_per_turn=3", f"{env}.distance_reward=0.1",
+        f"{env}.invalid_penalty=0.25", "--data.init_args.rollout.max_turn_tokens=4", "--data.init_args.rollout.temperature=4",
+    )  # fmt: skip
+    played = trajectories(tmp_path / "run")
+    assert len(played) == 15 and any(len(turn.action.split()) > 1 for t in played for turn in t.turns)
+    assert all(t.n_actions <= 4 * len(t.turns) for t in played)
+    shaped = {round(turn.reward, 6) for t in played for turn in t.turns}
+    assert shaped - {0.0, 1.0}
+    assert all(t.reward == pytest.approx(sum(turn.reward for turn in t.turns)) for t in played)
+
+
+def test_any_logger(tell, tmp_path):
+    folder = tmp_path / "run"
+    logger = tmp_path / "logger.yaml"
+    made = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": "csv", "version": ""}}
+    logger.write_text(yaml.safe_dump({"trainer": {"logger": made}}))
+    tell("fit", folder, "-c", str(logger), "--trainer.max_epochs=1")
+    rows = list(csv.DictReader(next(folder.rglob("csv/**/metrics.csv")).open()))
+    assert any(r.get("loss/total") for r in rows) and any(r.get("panel/success") for r in rows)
+    assert "distillation_weight" in next(folder.rglob("csv/**/hparams.yaml")).read_text()
+    assert not (folder / "tensorboard").exists()
+
+
+def test_no_logger_and_no_distillation(tell, tmp_path):
+    tell("fit", tmp_path / "run", "-c", "method/grpo", "--trainer.logger=false", "--trainer.max_epochs=2")
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert all(float(r["loss/distillation"]) == 0 == float(r["teacher/gap_mean"]) for r in rows) and len(rows) == 4
+    assert all(float(r["loss/total"]) == float(r["loss/policy"]) for r in rows)
+
+
+def test_a_panel_in_between(tell, tmp_path):
+    tell("fit", tmp_path / "run", "--trainer.limit_val_batches=1.0", "--trainer.check_val_every_n_epoch=1")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("panel/success")) == 3  # after each epoch, and at the end
+    assert list(panel(tmp_path / "run")) == ["before", "after", "difference"]

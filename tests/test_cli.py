@@ -1,0 +1,291 @@
+"""The command line in-process: what bad input is told, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from skillsd import __version__, cli, conf_dir
+from skillsd.callbacks.resume import _InPlace
+from skillsd.errors import ConfigError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
+]
+ENV = {
+    "size": 5, "boxes": 1, "difficulties": {"short": {"lengths": [2, 4]}}, "splits": {"train": {"short": 2}, "test": {"short": 2}},
+    "max_turns": 2, "action_format": "bare", "prompts": {"instruction": ""},
+}  # fmt: skip
+REWRITING = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{% if loop.last %}{{ m['content'] }}{% endif %}<|end|>"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A chat template that forgets earlier answers."""
+
+
+class Run:
+    """`skillsd fit -c sokoban` made tiny, in a folder of its own."""
+
+    def __init__(self, base: Path, model: str, capsys: Any) -> None:
+        self.folder, self.overlay, self.capsys, self.err = base / "run", base / "tiny.yaml", capsys, ""
+        tiny = {
+            "trainer": {"max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"},
+            "model": {"init_args": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4}}}},
+            "data": {"init_args": {"env_kwargs": ENV, "batch_tasks": 2, "group_size": 2, "rollout": {"max_rows": 8}}},
+        }
+        self.overlay.write_text(yaml.safe_dump(tiny))
+
+    def __call__(self, *flags: str, command: str = "fit") -> int:
+        configs = ["-c", "sokoban", "-c", str(self.overlay)]
+        code = cli.main([command, *configs, f"--trainer.default_root_dir={self.folder}", *flags])
+        if self.capsys is not None:
+            self.out, self.err = self.capsys.readouterr()
+        return code
+
+    def refuses(self, *flags: str, command: str = "fit") -> str:
+        """The one line that bad input is told."""
+        assert self(*flags, command=command) == 2, self.out
+        assert self.err.startswith("error: ") and self.err.endswith("\n") and self.err.count("\n") == 1, self.err
+        return self.err
+
+    def files(self) -> dict[str, bytes]:
+        return {str(p.relative_to(self.folder)): p.read_bytes() for p in sorted(self.folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model: Callable[[str], str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SKILLSD_DEBUG", raising=False)
+    made = Run(tmp_path, tiny_model("qwen3"), capsys)
+    capsys.readouterr()  # what saving the model prints
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], str]) -> Path:
+    """The folder of a finished run."""
+    made = Run(tmp_path_factory.mktemp("finished"), tiny_model("qwen3"), None)
+    assert made() == 0
+    return made.folder
+
+
+@pytest.fixture
+def ended(run: Run, finished: Path) -> Run:
+    """A finished run, to spoil."""
+    shutil.copytree(finished, run.folder)
+    return run
+
+
+SPLITS = "--data.init_args.env_kwargs.splits="
+BAD: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["--data.init_args.nosuch=1"], "'nosuch' is not accepted"),
+    "unknown trainer key": (["--trainer.nosuch=1"], "--trainer.nosuch"),
+    "unknown nested key": (["--model.init_args.policy.nosuch=1"], r"model: .*--policy\.nosuch"),
+    "unknown key of the environment": (["--data.init_args.env_kwargs.nosuch=1"], "'nosuch'"),
+    "unknown class": (["--model.class_path=skillsd.module.NoSuch"], "model: .*NoSuch"),
+    "unknown callback": (["--trainer.callbacks+=skillsd.callbacks.NoSuch"], "trainer.callbacks: .*NoSuch"),
+    "unknown subcommand flag": (["--nosuch"], "--nosuch"),
+    "G = 1": (["--data.init_args.group_size=1"], r"data\.init_args\.group_size is 1: .*at least 2"),
+    "negative lambda": (
+        ["--model.init_args.objective.distillation_weight=-0.1"],
+        r"model\.init_args\.objective\.distillation_weight is -0\.1: give 0 or more",
+    ),
+    "negative learning rate": (["--model.init_args.optimizer.lr=-1"], r"model\.init_args\.optimizer: lr"),
+    "nothing to train": (
+        ["--model.init_args.objective.policy_weight=0", "--model.init_args.objective.distillation_weight=0"], "policy_weight",
+    ),
+    "empty split": ([SPLITS + '{"train": {"short": 0}, "test": {"short": 2}}'], r"splits\['train'\]"),
+    "unknown split": (["--data.init_args.train_split=nosuch"], r"data\.init_args\.train_split: .*nosuch.*'test', 'train'"),
+    "overlapping splits": (["--data.init_args.panel_split=train"], r"data\.init_args: train_split and panel_split share 2 tasks"),
+    "no tasks file": (["--data.init_args.tasks_file=nosuch.jsonl"], r"data\.init_args\.tasks_file: no file nosuch\.jsonl"),
+    "unknown environment": (["--data.init_args.env=nosuch:X-v0"], "env nosuch:X-v0"),
+    "unknown model folder": (["--model.init_args.policy.model=/no/such/folder"], r"policy\.model: there is no folder /no/such/folder"),
+    "folder without weights": (["--model.init_args.policy.model=empty"], r"policy\.model: the folder empty holds no model"),
+    "unknown hub model": (["--model.init_args.policy.model=nobody/nothing"], r"policy\.model: nobody/nothing is neither"),
+    "no adapter": (["--model.init_args.policy.lora.init=empty"], r"policy\.lora\.init: empty is not a PEFT"),
+    "chat template that rewrites": (["--model.init_args.policy.chat_template=rewriting.jinja"], r"policy\.chat_template: .*not prefix"),
+    "unknown chat template": (["--model.init_args.policy.chat_template=nosuch"], r"policy\.chat_template: nosuch is neither .*qwen3"),
+    "no such file": (["-c", "nosuch.yaml"], r"nosuch\.yaml"),
+    "no YAML": (["-c", "broken.yaml"], "parsing"),
+    "no number": (["--data.init_args.group_size=many"], r"data\.init_args\.group_size: Expected a <class 'int'>"),
+    "no number in a file": (["-c", "wrong.yaml"], r"data\.init_args\.rollout\.max_rows: Expected a <class 'int'>"),
+    "no such choice": (["--model.init_args.optimizer.schedule=linear"], r"model\.init_args\.optimizer\.schedule: .*'cosine'"),
+    "no number of epochs": (["--trainer.max_epochs=x"], r"trainer\.max_epochs: Expected"),
+    "no temperature": (["--data.init_args.rollout.temperature=0"], r"rollout\.temperature"),
+    "no checkpoint": (["--ckpt_path=nosuch.ckpt"], r"ckpt_path: no checkpoint at nosuch\.ckpt"),
+    "no accelerator": (["--trainer.accelerator=nosuch"], "accelerator='nosuch'"),
+    "callbacks in the wrong order": (
+        ["--trainer.callbacks+=skillsd.skills.callback.SkillBankCallback"], r"trainer\.callbacks: SkillBankCallback comes after RunLog",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
+    flags, told = BAD[name]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rewriting.jinja").write_text(REWRITING)
+    (tmp_path / "broken.yaml").write_text("data: [\n")
+    (tmp_path / "wrong.yaml").write_text("data: {init_args: {rollout: {max_rows: x}}}\n")
+    before = sorted(tmp_path.rglob("*"))
+    line = run.refuses(*flags)
+    assert re.search(told, line), line
+    assert sorted(tmp_path.rglob("*")) == before  # no run folder, nothing else
+
+
+def test_bad_commands(capsys):
+    for args, told in (
+        (["nosuch"], "nosuch"), ([], "subcommand"), (["fit"], "fit.model"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
+    ):  # fmt: skip
+        assert cli.main(args) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("error: ") and told in err and err.strip().count("\n") == 0 and out == ""
+
+
+# -- run folders ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_run_is_kept(ended):
+    before = ended.files()
+    line = ended.refuses()
+    assert "trainer.default_root_dir" in line and "--ckpt_path last" in line and "--overwrite=true" in line
+    assert ended.files() == before
+
+    assert ended("--overwrite=true", "--seed_everything=5") == 0
+    after = ended.files()
+    assert after["metrics.csv"].count(b"\n") == 2 and after["trajectories.jsonl"] != before["trajectories.jsonl"]
+    assert "seed_everything: 5" in after["config.yaml"].decode()
+
+
+def test_any_part_of_a_run_counts(run):
+    for name in ("bank.sqlite", "metrics.csv"):
+        run.folder.mkdir(exist_ok=True)
+        (run.folder / name).write_text("precious")
+        assert "earlier run" in run.refuses()
+        assert run.files() == {name: b"precious"}
+        (run.folder / name).unlink()
+    (run.folder / "notes.txt").write_text("mine")  # somebody's own file is no run, and stays
+    assert run() == 0 and run.files()["notes.txt"] == b"mine"
+
+
+def make_database(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE precious (x)")
+    db.close()
+
+
+@pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(b"not a bank" * 500), make_database, lambda p: p.write_bytes(b"")])
+def test_a_foreign_bank_is_never_overwritten(ended, spoil):
+    path = ended.folder / "bank.sqlite"
+    spoil(path)
+    before = ended.files()
+    line = ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
+    assert "SkillBankCallback" in line and "bank.sqlite" in line and "left as it is" in line
+    assert ended.files() == before
+
+
+def test_a_bank_of_another_run(ended, tmp_path):
+    (ended.folder / "bank.sqlite").unlink()
+    line = ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
+    assert "does not belong to this checkpoint" in line
+
+
+def test_a_checkpoint_of_another_base(ended, tiny_model):
+    before = ended.files()
+    for command in ("fit", "validate", "export", "play"):
+        flags = ["--ckpt_path", "last"] + (["--out", str(ended.folder.parent / "out")] if command == "export" else [])
+        line = ended.refuses(*flags, f"--model.init_args.policy.model={tiny_model('llama')}", command=command)
+        assert "model.init_args.policy" in line and "belongs to the base model" in line, command
+    assert ended.files() == before and not (ended.folder.parent / "out").exists()
+
+
+def test_a_file_that_is_no_checkpoint(ended, tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(b"nothing")
+    torch.save({"state_dict": {}}, tmp_path / "y.ckpt")
+    (tmp_path / "z.ckpt").write_bytes((ended.folder / "checkpoints" / "last.ckpt").read_bytes()[:9000])
+    before = ended.files()
+    for name in ("x.ckpt", "y.ckpt", "z.ckpt"):
+        for command in ("fit", "validate"):
+            assert "ckpt_path" in ended.refuses(f"--ckpt_path={tmp_path / name}", command=command)
+    assert ended.files() == before
+
+
+# -- a full disk --------------------------------------------------------------------------------------------------------------
+
+
+def full(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+@pytest.mark.parametrize("where", ["skillsd.callbacks.log._append", "skillsd.callbacks.panel.os.replace", "torch.save"])
+def test_a_full_disk(run, monkeypatch, where):
+    with monkeypatch.context() as m:
+        m.setattr(where, full)
+        line = run.refuses()
+    assert "No space left on device" in line and "trainer.default_root_dir" in line
+    assert run("--ckpt_path", "last") == 0  # with room again it goes on
+    files = run.files()
+    assert files["metrics.csv"].count(b"\n") == 2 and files["trajectories.jsonl"].count(b"\n") == 4
+    assert "checkpoints/last.ckpt" in files and not any(name.endswith(".tmp") for name in files)
+
+
+def test_a_full_disk_keeps_the_checkpoint(ended, monkeypatch):
+    before = ended.files()
+    with monkeypatch.context() as m:
+        m.setattr(_InPlace, "save_checkpoint", full)
+        assert "No space" in ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
+    assert ended.files()["checkpoints/last.ckpt"] == before["checkpoints/last.ckpt"]
+    assert ended("--ckpt_path", "last", "--trainer.max_epochs=2") == 0
+    assert ended.files()["metrics.csv"].count(b"\n") == 3
+
+
+def test_debugging_shows_the_traceback(run, monkeypatch):
+    monkeypatch.setenv("SKILLSD_DEBUG", "1")
+    with pytest.raises(ConfigError, match="group_size"):
+        run("--data.init_args.group_size=1")
+    monkeypatch.delenv("SKILLSD_DEBUG")
+    monkeypatch.setattr("skillsd.callbacks.log._append", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):  # nobody's bad input
+        run()
+
+
+# -- names and versions -----------------------------------------------------------------------------------------------------------
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"skillsd {__version__}\n"
+
+
+def test_packaged_files_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sokoban, grpo = str(conf_dir() / "sokoban.yaml"), str(conf_dir() / "method" / "grpo.yaml")
+    names = ["fit", "-c", "sokoban", "--config=sokoban.yaml", "-c", "conf/sokoban.yaml", "--config", "method/grpo", "-c", "nosuch", "-c"]
+    want = ["fit", "-c", sokoban, f"--config={sokoban}", "-c", sokoban, "--config", grpo, "-c", "nosuch", "-c"]
+    assert cli.resolve_configs(names) == want
+    (tmp_path / "sokoban").touch()  # a file of that name comes first
+    assert cli.resolve_configs(["-c", "sokoban"]) == ["-c", "sokoban"]
+
+
+def test_messages_of_the_parser():
+    nested = (
+        "Parser key \"data\":\n  Does not validate against any of the Union subtypes\n  Errors:\n    - Problem with given class_path 'X':\n"
+        "        Parser key \"rollout\":\n          Errors:\n            - Problem with given class_path 'Y':\n"
+        "                Parser key \"max_rows\":\n                  Expected a <class 'int'>. Got value: x\n"
+        "            - Expected a <class 'NoneType'>\n  Given value: 3"
+    )
+    assert cli.one_line(nested).startswith("data.init_args.rollout.max_rows: Expected a <class 'int'>. Got value: x")
+    assert cli.one_line('Parser key "a.b": must be larger') == '"a.b": must be larger'
+    assert cli.one_line("key: do this\n") == "key: do this"
