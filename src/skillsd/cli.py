@@ -238,7 +238,7 @@ class SaveRunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.started = True
-        self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(self.config, str(folder / "config.yaml"), skip_unset=False, overwrite=True, multifile=False)
 
 
 def one_line(message: str) -> str:

@@ -81,6 +81,7 @@ class RolloutData(L.LightningDataModule):
             Chat(load_tokenizer(module.settings), ())  # refuses a chat template before anything is written
         self.panel_tasks = self._tasks(self.panel_split, "panel_split")
         if stage != "fit":
+            self._check_playable(self.panel_tasks)
             return
         self._resume_at, self._stream = 0, None
         self.train_tasks = self._tasks(self.train_split, "train_split")
@@ -94,6 +95,18 @@ class RolloutData(L.LightningDataModule):
                 f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
                 "or set model.init_args.objective.policy_weight to 0."
             )
+        self._check_playable([*self.train_tasks, *self.panel_tasks])
+
+    def _check_playable(self, tasks: Sequence[Task]) -> None:
+        """Reset the environment to each task of a file: a bad board is better known now than in the middle of a run."""
+        if self.tasks_file is None:
+            return
+        env = make_env(self.env_id, self.env_kwargs)
+        for task in tasks:
+            try:
+                env.reset(seed=0, options={**task.options, "task_id": task.task_id})
+            except (ValueError, KeyError, TypeError) as e:
+                raise ConfigError(f"data.init_args.tasks_file: {self.tasks_file}, task {task.task_id}: {e}") from e
 
     def _tasks(self, split: str, key: str) -> list[Task]:
         if self.tasks_file is not None:

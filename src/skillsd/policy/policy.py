@@ -79,7 +79,10 @@ class Policy(nn.Module):
         config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets, task_type="CAUSAL_LM")
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)  # the adapters' first values do not depend on what was drawn before
-            self.model = get_peft_model(self.base, config, adapter_name="student")
+            try:
+                self.model = get_peft_model(self.base, config, adapter_name="student")
+            except ValueError as e:  # no layer of that name, or one that LoRA can't adapt
+                raise ConfigError(f"policy.lora.targets: {str(e).splitlines()[0]}") from e
             self.model.add_adapter("teacher", config)
         for name in ADAPTERS:
             mark = f".{name}."

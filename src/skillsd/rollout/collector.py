@@ -52,7 +52,8 @@ def make_env(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[str, str]:
     try:
         return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     except (ValueError, TypeError, OSError, gymnasium.error.Error, ModuleNotFoundError) as e:
-        raise ConfigError(f"env {env_id}: {e}") from e
+        told = str(e).partition(" was raised from the environment creator")[0]
+        raise ConfigError(f"data.init_args.env, env_kwargs: {env_id}: {told}") from e
 
 
 @dataclass
