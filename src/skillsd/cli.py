@@ -24,6 +24,7 @@ from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.errors import ConfigError
 
+TITLE = "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban"
 RUN_FILES = (
     "config.yaml",
     "metrics.csv",
@@ -190,8 +191,9 @@ def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> No
 
 
 def resolve_configs(args: list[str]) -> list[str]:
-    """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists."""
-    out = list(args)
+    """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists; a bare `--skill` or `--overwrite` means true."""
+    values = ("true", "false")
+    out = [f"{a}=true" if a in ("--skill", "--overwrite") and b not in values else a for a, b in zip(args, [*args[1:], ""], strict=True)]
     for i, arg in enumerate(out):
         flag, _, value = arg.partition("=")
         if flag in ("-c", "--config") and not value and i + 1 < len(out):
@@ -300,7 +302,8 @@ def main(args: ArgsType = None) -> int:
     if argv == ["--version"]:
         print(f"skillsd {__version__}")
         return 0
-    if argv and argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
+    argv = argv or ["--help"]
+    if argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
         argv += ["-c", "sokoban"]
     quiet()
     try:
@@ -313,7 +316,7 @@ def main(args: ArgsType = None) -> int:
             seed_everything_default=0,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
             args=resolve_configs(argv),
         )
     except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
