@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def fit(folder: Path, seed: int, overlay: list[str]) -> None:
     if panel.is_file() and "after" in json.loads(panel.read_text()):
         return
     command = [sys.executable, "-m", "skillsd", "fit", "-c", "conf/sokoban.yaml", *overlay, "--seed_everything", str(seed)]
-    subprocess.run([*command, "--trainer.default_root_dir", str(folder), "--ckpt_path", "last"], check=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of floats depend on the number of threads
+    subprocess.run([*command, "--trainer.default_root_dir", str(folder), "--ckpt_path", "last"], check=True, env=one_thread)
 
 
 def differences(folder: Path, key: str = "success") -> np.ndarray:
@@ -45,7 +47,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--no-fit", action="store_true", help="only print the table of what is there")
     a = parser.parse_args()
-    print("| method | before | after, by seed | after - before | completion |\n|---|---|---|---|---|")
+    print("| method | before | after, by seed | after - before | the same, completion |\n|---|---|---|---|---|")
+    seeds_mean: dict[str, np.ndarray] = {}
     for method in a.methods:
         folders = [a.root / f"{method}-{seed}" for seed in a.seeds]
         for folder, seed in zip(folders, a.seeds, strict=True):
@@ -53,11 +56,18 @@ def main() -> None:
                 fit(folder, seed, METHODS[method])
         panels = [json.loads((f / "panel.json").read_text()) for f in folders]
         after = ", ".join(f"{100 * p['after']['success']:.1f}" for p in panels)
-        points = [
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in bootstrap_mean(np.mean([differences(f, k) for f in folders], 0))))
-            for k in ("success", "completion")
-        ]
-        print(f"| {method} | {100 * panels[0]['before']['success']:.1f} | {after} | {points[0]} | {points[1]} |")
+        seeds_mean[method] = np.mean([differences(f) for f in folders], 0)
+        completion = np.mean([differences(f, "completion") for f in folders], 0)
+        before = 100 * panels[0]["before"]["success"]
+        print(f"| {method} | {before:.1f} | {after} | {points(seeds_mean[method])} | {points(completion)} |")
+    if len(a.methods) == 2:
+        first, second = a.methods
+        print(f"\n{first} - {second}, success: {points(seeds_mean[first] - seeds_mean[second])}")
+
+
+def points(per_level: np.ndarray) -> str:
+    """Mean and 95% bootstrap interval over levels, in percentage points."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in bootstrap_mean(per_level.tolist())))
 
 
 if __name__ == "__main__":
