@@ -146,11 +146,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
 
 def test_bad_commands(capsys):
     for args, told in (
-        (["nosuch"], "nosuch"), ([], "subcommand"), (["fit"], "fit.model"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
+        (["nosuch"], "nosuch"), (["fit"], "fit.model"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
     ):  # fmt: skip
         assert cli.main(args) == 2
         out, err = capsys.readouterr()
         assert err.startswith("error: ") and told in err and err.strip().count("\n") == 0 and out == ""
+
+
+def test_alone_it_shows_its_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 0 and "skillsd fit -c sokoban" in capsys.readouterr().out
 
 
 # -- run folders ------------------------------------------------------------------------------------------------------------

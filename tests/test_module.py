@@ -131,8 +131,9 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
-def close(a: Sequence[Tensor], b: Sequence[Tensor], tolerance: float = 1e-6) -> None:
-    torch.testing.assert_close(flat(a), flat(b), atol=tolerance, rtol=tolerance)
+def close(a: Sequence[Tensor], b: Sequence[Tensor], tolerance: float = 1e-5) -> None:
+    """Equal but for fp32 rounding, whose size depends on the threads: relative to the whole gradient's norm."""
+    assert (flat(a) - flat(b)).norm() <= tolerance * flat(b).norm()
 
 
 def timeless(metrics: dict[str, float]) -> dict[str, float]:

@@ -115,7 +115,7 @@ def test_micro_batched_gradient_is_the_one_batch_gradient(make_policy, checkpoin
     want = gradient([list(range(len(rows)))])
     assert max(w.abs().max() for w in want) > 1e-2
     for a, b in zip(gradient(micro_batches([len(s) for s in rows], 40)), want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert (a - b).norm() <= 1e-5 * max(w.norm() for w in want)  # fp32 rounding, whose size depends on the threads
 
 
 def test_checkpointing_recomputes_the_student_only(make_policy):
