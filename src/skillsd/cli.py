@@ -16,10 +16,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
+from skillsd.analysis.play import play as play_episode
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.errors import ConfigError
@@ -74,18 +76,14 @@ class Trainer(L.Trainer):
             skill: Put the task's skill in front: the bank's, or one made from the environment's own solution.
             ckpt_path: A checkpoint; null plays the policy as it starts.
         """
-        from skillsd.analysis.play import play
-
         if ckpt_path is not None:
             _restore(self, model, ckpt_path)
         else:
             model.configure_model()
-        play(self, model, datamodule, level, skill)
+        play_episode(self, model, datamodule, level, skill)
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
-    import torch
-
     path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
     if not path.is_file():
         raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
@@ -280,8 +278,8 @@ def _key(message: str) -> str:
 def quiet() -> None:
     """Leave the terminal to the progress bar and the table."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR if name == "bitsandbytes" else logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     told = ("num_workers", "eval mode at the start", "activation_checkpointing", "transfer_batch_to_device", "manual optimization")
     for text in (

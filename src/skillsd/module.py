@@ -106,7 +106,7 @@ class SkillSD(L.LightningModule):
         torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration)  # for dropout: a resumed run draws the same
         advantage = self._advantages(groups)
         n = max(1, sum(t.n_actions for t in rows))  # N of Eq. 3-14: one count, whatever the micro-batches
-        teacher_rows = self._teacher_rows(groups)
+        teacher_rows, temperature = self._teacher_rows(groups), groups[0].temperature
         optimizer: Any = self.optimizers()
         params = self.policy.student_parameters()
         optimizer.zero_grad()
@@ -120,7 +120,6 @@ class SkillSD(L.LightningModule):
             if not index:
                 continue
             micro = [rows[i] for i in index]
-            temperature = groups[0].temperature
             logp, entropy = self.policy.score("student", [_sequence(t) for t in micro], temperature)
             logp_teacher = self._teacher_logp(logp.detach(), index, micro, teacher_rows, temperature)
             mask, logp_old = _padded(micro, logp)

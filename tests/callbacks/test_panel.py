@@ -50,7 +50,7 @@ def test_pass_at_k_against_brute_force():
     rng = random.Random(0)
     for attempts in (2, 3, 4, 6):
         rows = [[float(rng.random() < p) for _ in range(attempts)] for p in (0.0, 0.2, 0.5, 0.9)]
-        got = summarise(panel(*itertools.chain(*rows), attempts=attempts), attempts)["pass_at"]
+        got = summarise(panel(*itertools.chain(*rows), attempts=attempts))["pass_at"]
         assert list(got) == [str(k) for k in (1, 2, 4) if k <= attempts]
         for k, share in got.items():
             draws = [[any(d) for d in itertools.combinations(row, int(k))] for row in rows]
@@ -157,7 +157,7 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     assert "skill bank: 3 skills of 2 tasks" in out and "pass@" not in out
     assert f"adapter: {tmp_path}/adapter/student\n" in out and f"log: {tmp_path}/metrics.csv\n" in out and "trajectories:" not in out
 
-    write_panel(tmp_path, {"validate": summarise(panel(1.0, 0.0, 0.0, 0.0, attempts=2), 2)})
+    write_panel(tmp_path, {"validate": summarise(panel(1.0, 0.0, 0.0, 0.0, attempts=2))})
     print_report(tmp_path)
     out = capsys.readouterr().out
     assert "validate: pass@1 0.250, pass@2 0.500" in out

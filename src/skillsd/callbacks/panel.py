@@ -74,7 +74,7 @@ class Panel(L.Callback):
         self.played += batch
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.result = summarise(self.played, trainer.datamodule.panel_attempts)  # type: ignore[attr-defined]
+        self.result = summarise(self.played)
         for key in ("success", "completion"):
             pl_module.log(f"panel/{key}", self.result[key], batch_size=1)
         if trainer.state.fn == "validate":
@@ -94,12 +94,12 @@ class Panel(L.Callback):
             for batch in loader:
                 played += batch
                 bar.advance(task)
-        self.result = summarise(played, trainer.datamodule.panel_attempts)  # type: ignore[attr-defined]
+        self.result = summarise(played)
         print(f"panel {when}: success {self.result['success']:.3f}, completion {self.result['completion']:.3f}")
         write_panel(trainer.default_root_dir, {when: self.result})
 
 
-def summarise(played: Sequence[Trajectory], attempts: int = 1) -> dict[str, Any]:
+def summarise(played: Sequence[Trajectory]) -> dict[str, Any]:
     """Shares with 95% intervals, and every episode.
 
     Returns:

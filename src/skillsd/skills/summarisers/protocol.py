@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -56,7 +57,7 @@ def finished(iteration: int, summaries: Sequence[Skill | None]) -> Finished:
     return Finished(iteration, skills, len(summaries) - len(skills))
 
 
-class Synchronous:
+class Synchronous(ABC):
     """Implements `submit`, `collect`, `drain` and `close` on top of `summarise`."""
 
     asynchronous: bool = False
@@ -64,9 +65,9 @@ class Synchronous:
     def __init__(self) -> None:
         self._ready: list[Finished] = []
 
+    @abstractmethod
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
         """See `Summariser.summarise`."""
-        raise NotImplementedError
 
     def submit(self, iteration: int, trajectories: Sequence[Trajectory]) -> None:
         """Summarises at once."""
@@ -77,7 +78,7 @@ class Synchronous:
         ready, self._ready = self._ready, []
         return ready
 
-    def drain(self) -> None:
+    def drain(self) -> None:  # noqa: B027 - a default, not a gap
         """Nothing to wait for."""
 
     def close(self) -> None:
