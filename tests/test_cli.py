@@ -156,7 +156,8 @@ def test_bad_commands(capsys):
 def test_alone_it_shows_its_help(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([])
-    assert stop.value.code == 0 and "skillsd fit -c sokoban" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "skillsd fit -c sokoban" in out and "skillsd doctor" in out
 
 
 # -- run folders ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 import skillsd.cli
 from skillsd import conf_dir
 from skillsd.callbacks import TeacherSync
+from skillsd.errors import ConfigError
 from skillsd.pretrain import DemonstrationData
 from skillsd.rollout import Row
 from skillsd.skills import SKILL_TEMPLATE, BaseSummariser, RulesSummariser
@@ -20,6 +21,10 @@ from skillsd.skills.callback import SkillBankCallback
 CONF = conf_dir()
 FILES = sorted(p.relative_to(CONF).as_posix() for p in CONF.rglob("*.yaml"))
 OVERLAYS = ("method/", "model/", "hardware/")
+GENERIC = ["model/smollm2-135m.yaml", "model/qwen3-0.6b.yaml", "model/qwen3-4b.yaml"]
+"""Overlays that serve any experiment."""
+SOKOBAN, APPWORLD = "skillsd_sokoban:skillsd/Sokoban-v0", "skillsd_appworld:skillsd/AppWorld-v0"
+EXPERIMENTS = ["sokoban.yaml", *(name for name in FILES if name == "appworld.yaml")]
 TINY = {"Qwen/Qwen3": "qwen3", "smollm2": "llama"}
 """How a model's name begins -> the architecture that stands for it."""
 
@@ -79,7 +84,7 @@ def play(cli: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_instantiates(fit, name):
+def test_every_file_instantiates(fit, name, tmp_path, monkeypatch):
     cli = fit(["sokoban.yaml", name] if name.startswith(OVERLAYS) else [name])
     policy = configured(cli)
     quantised = any(isinstance(m, Linear4bit) for m in policy.base.modules())
@@ -87,13 +92,18 @@ def test_every_file_instantiates(fit, name):
     if isinstance(cli.datamodule, DemonstrationData):
         ids, labels = cli.datamodule._set()[0]
         assert len(ids) == len(labels) and max(labels) >= 0
+    elif cli.datamodule.env_id == APPWORLD:  # its tests play it; without its install it says how to get it
+        monkeypatch.setenv("SKILLSD_APPWORLD", str(tmp_path / "none"))
+        monkeypatch.delenv("APPWORLD_ROOT", raising=False)
+        with pytest.raises(ConfigError, match="appworld download data" if "paper" in name else "make appworld"):
+            cli.datamodule.setup("fit")
     else:
         play(cli)
 
 
 def test_method_model_and_hardware_stack(fit, tiny_model):
     base = fit(["sokoban.yaml"])
-    cli = fit(["sokoban.yaml", "method/grpo.yaml", "model/smollm2-135m.yaml", "hardware/8gb.yaml"])
+    cli = fit(["sokoban.yaml", "method/grpo.yaml", "model/smollm2-sokoban.yaml", "hardware/8gb.yaml"])
     model, data = cli.model, cli.datamodule
     assert model.objective.distillation_weight == 0 and model.objective.clip_high == 0.28  # method
     assert (model.settings.model, model.settings.lora.targets) == (tiny_model("llama"), "all-linear")  # model
@@ -114,14 +124,14 @@ def test_lists_merge_in_overlays(fit, tmp_path):
     more.write_text(
         "trainer:\n  callbacks+:\n    - class_path: skillsd.callbacks.Panel\n      init_args: {before: false}\nmodel: {init_args: {}}\n"
     )
-    files = ["sokoban.yaml", "model/smollm2-135m.yaml", str(more)]
+    files = ["sokoban.yaml", "model/smollm2-sokoban.yaml", str(more)]
     config = fit(files).config["fit"].trainer.callbacks
     listed = read("sokoban.yaml")["trainer"]["callbacks"]
     assert [c.class_path for c in config] == [*(c["class_path"] for c in listed), "skillsd.callbacks.Panel"]
     assert config[-1].init_args.before is False and config[1].init_args.summariser.init_args.joiner == ", "
 
 
-@pytest.mark.parametrize("name", ["model/smollm2-135m.yaml", "model/qwen3-0.6b.yaml", "model/qwen3-4b.yaml"])
+@pytest.mark.parametrize("name", [*GENERIC, "model/smollm2-sokoban.yaml"])
 def test_a_model_overlay_changes_the_skill_texts_alone(fit, tmp_path, name):
     """Its list has the experiment's items, so what the experiment says of the others stays."""
     listed = [c["class_path"] for c in read("sokoban.yaml")["trainer"]["callbacks"]]
@@ -133,7 +143,7 @@ def test_a_model_overlay_changes_the_skill_texts_alone(fit, tmp_path, name):
     cli = fit(["sokoban.yaml", str(other), name])
     (sync,) = (c for c in cli.trainer.callbacks if isinstance(c, TeacherSync))
     assert (sync.mode, sync.rate, bank(cli).bank_settings["capacity"]) == ("ema", 0.5, 3)
-    if "qwen" in name:
+    if name in GENERIC:
         assert isinstance(bank(cli).summariser, BaseSummariser) and bank(cli).template == SKILL_TEMPLATE
 
 
@@ -168,7 +178,7 @@ def skill_texts(experiment: str) -> tuple[Any, str]:
     return item["init_args"]["summariser"], item["init_args"]["template"]
 
 
-PAIRS = [("sokoban.yaml", "pretrain/nano-sokoban.yaml"), ("model/smollm2-135m.yaml", "pretrain/smollm2-sokoban.yaml")]
+PAIRS = [("sokoban.yaml", "pretrain/nano-sokoban.yaml"), ("model/smollm2-sokoban.yaml", "pretrain/smollm2-sokoban.yaml")]
 
 
 @pytest.mark.parametrize(("experiment", "pretraining"), PAIRS)
@@ -192,9 +202,34 @@ def test_the_nano_agent_s_two_panels_are_the_same_levels():
         assert first == second
 
 
-@pytest.mark.parametrize("name", ["model/qwen3-0.6b.yaml", "model/qwen3-4b.yaml"])
-def test_a_model_overlay_keeps_the_experiment_s_levels(name):
-    """It goes through env_overrides, which leave what makes the levels alone."""
+@pytest.mark.parametrize("name", GENERIC)
+def test_a_model_overlay_keeps_the_experiment_s_tasks(name):
+    """It goes through env_overrides, which leave what makes the levels alone, and says nothing of the size of an iteration."""
     given = read(name)["data"]["init_args"]
-    assert "env_kwargs" not in given
-    assert not set(given["env_overrides"]) & {"source", "size", "boxes", "difficulties", "splits", "level_seed"}
+    assert set(given) == {"env_overrides", "rollout"} and set(given["env_overrides"]) == {SOKOBAN}
+    assert set(given["env_overrides"][SOKOBAN]) == {"max_turns", "action_format", "separator", "prompts"}
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_a_model_overlay_s_entry_is_for_its_environment_alone(fit, name):
+    """After another experiment the Sokoban entry is ignored: an unknown keyword would end the run."""
+    base, here = fit(["sokoban.yaml"]).datamodule, fit(["sokoban.yaml", name]).datamodule
+    elsewhere = fit(["sokoban.yaml", name], f"--data.init_args.env={APPWORLD}").datamodule
+    assert here.env_kwargs == {**base.env_kwargs, "max_turns": 14, "action_format": "fenced", "separator": " ", "prompts": None}
+    assert elsewhere.env_kwargs == base.env_kwargs and here.batch_tasks == elsewhere.batch_tasks == base.batch_tasks
+
+
+@pytest.mark.parametrize(("experiment", "name"), [(e, n) for e in EXPERIMENTS for n in GENERIC])
+def test_a_model_overlay_serves_every_experiment(fit, experiment, name):
+    """Whatever summariser and wrapper the experiment has, the overlay's stand afterwards, and a prompt of 2,000 tokens has room."""
+    base, cli = fit([experiment]), fit([experiment, name])
+    assert [type(c) for c in cli.trainer.callbacks] == [type(c) for c in base.trainer.callbacks]
+    summariser, small = bank(cli).summariser, "smollm2" in name
+    assert isinstance(summariser, BaseSummariser) and bank(cli).template == SKILL_TEMPLATE
+    assert bool(summariser.questions) == small and summariser.max_new_tokens == (128 if small else 512)
+    assert read(name)["trainer"]["default_root_dir"] == f"runs/{Path(name).stem}"
+    rollout = cli.datamodule.rollout
+    limits = (rollout.max_turn_tokens, rollout.max_trajectory_tokens)
+    assert limits == ((128, 4096) if small else (512, 8192))
+    assert not small or 2_000 + rollout.max_trajectory_tokens + 3 * summariser.max_new_tokens < 8_192  # the context of SmolLM2
+    assert cli.datamodule.train_split == base.datamodule.train_split and cli.datamodule.group_size == base.datamodule.group_size

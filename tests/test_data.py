@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from skillsd.errors import ConfigError
 from skillsd.module import OptimizerSettings, SkillSD
 from skillsd.objective import Objective
 from skillsd.policy import TokenSequence
-from skillsd.rollout import RolloutSettings, Row
+from skillsd.rollout import RolloutSettings, Row, make_env
 from skillsd.skills import RulesSummariser, Skill, SkillBank
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Trajectory
@@ -107,6 +109,26 @@ def test_a_stream_goes_on_where_it_stood(join):
     assert list(join(seed=1).train_dataloader()) != whole[:3]
 
 
+def test_failed_episodes_are_told_once_an_iteration(join, caplog):
+    stream = join(batch_tasks=2, group_size=3).train_dataloader()
+    collector = stream.data.collector
+    collect, lost = collector.collect, {(0, 1): "out of memory", (0, 4): "killed", (2, 0): "killed"}
+
+    def fail(rows: list[Row], iteration: int, **settings: Any) -> list[Trajectory]:
+        played = collect(rows, iteration=iteration, **settings)
+        return [
+            replace(t, finish_reason="failed", failure=lost[iteration, i], reward=0.0) if (iteration, i) in lost else t
+            for i, t in enumerate(played)
+        ]
+
+    collector.collect = fail
+    batches = list(stream)
+    assert [r.getMessage() for r in caplog.records if r.name == "skillsd.data"] == [
+        "iteration 0: 2 of 6 episodes failed: out of memory", "iteration 2: 1 of 3 episodes failed: killed",
+    ]  # fmt: skip
+    assert [t.failure for g in batches[0] for t in g.trajectories] == ["", "out of memory", "", "", "killed", ""]  # they stay there
+
+
 def test_the_panel_is_the_same_each_time(join):
     data = join(panel_attempts=2, panel_seeds=[0, 7], panel_temperature=1.0, stage="validate")
     first, second = ([t for b in data.val_dataloader() for t in b] for _ in range(2))
@@ -142,6 +164,22 @@ def test_tasks_bring_their_own_boards(join, tmp_path):
     assert {g.task.task_id: g.trajectories[0].turns[0].observation for g in batch} == {f"own-{i}": b for i, b in enumerate(boards)}
     ((t,),) = data.val_dataloader()
     assert t.instruction == "move the box ." and t.task_id == "held\u2028out"
+
+
+def test_scenarios(join, tmp_path, monkeypatch):
+    """From the environment's tasks, or a file's; most have none."""
+    assert {t.scenario for t in join().panel_tasks} == {""}
+    lines = [{"task_id": f"own-{i}", "split": s, "board": BOARD, **more} for i, (s, more) in enumerate(
+        [("train", {"scenario": "a"}), ("test", {"scenario": "b"}), ("test", {"scenario": None}), ("test", {})]
+    )]  # fmt: skip
+    data = join(tasks_file=write(tmp_path / "tasks.jsonl", *lines))
+    tasks = data.train_tasks + data.panel_tasks
+    assert [t.scenario for t in tasks] == ["a", "b", "", ""] and all(dict(t.options) == {"board": BOARD} for t in tasks)
+    listed = type(make_env(ENV, KWARGS).unwrapped).tasks
+    monkeypatch.setattr(
+        "skillsd_sokoban.env.SokobanEnv.tasks", lambda env, split: [t | {"scenario": t["task_id"][:6]} for t in listed(env, split)]
+    )
+    assert [t.scenario for t in join().panel_tasks] == ["test-0"] * 3
 
 
 GOOD = [{"task_id": "a", "split": "train"}, {"task_id": "b", "split": "test"}]
@@ -187,6 +225,9 @@ class NoTasks:
 
     unwrapped = property(lambda self: self)
 
+    def close(self) -> None:
+        pass
+
     def tasks(self, split: str) -> list[dict[str, str]]:
         return []
 
@@ -205,6 +246,16 @@ def test_splits_are_checked(join, monkeypatch):
         join()
 
 
+def test_overrides_are_by_environment(join):
+    assert join(env_overrides={ENV: {"max_turns": 7}}).env_kwargs == KWARGS | {"max_turns": 7}
+    others = {"another:x/Y-v0": {"nosuch": 1}, "skillsd_sokoban:skillsd/Sokoban-v1": {"max_turns": 9}}
+    assert join(env_overrides=others).env_kwargs == make_data(env_overrides=others | {ENV: {}}).env_kwargs == KWARGS
+    with pytest.raises(ConfigError, match=rf"data\.init_args\.env_overrides\.max_turns: .* {{{ENV}: {{max_turns: \.\.\.}}}}"):
+        make_data(env_overrides={ENV: {"boxes": 2}, "max_turns": 14})  # as it was written before
+    with pytest.raises(ConfigError, match=r"data\.init_args\.env_overrides\.skillsd_sokoban:.* is 14: give a dictionary"):
+        make_data(env_overrides={ENV: 14})
+
+
 def test_group_size(join):
     with pytest.raises(ConfigError, match=r"data\.init_args\.group_size is 1: GRPO needs at least 2"):
         join(group_size=1)
@@ -216,6 +267,89 @@ def test_group_size(join):
             make_data(**{key: 0})
     with pytest.raises(ConfigError, match=r"data\.init_args\.panel_temperature"):
         make_data(panel_temperature=-1.0)
+
+
+# -- environments are closed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[Any]:
+    """Every environment made, with the number of times it was closed."""
+    made: list[Any] = []
+
+    def make(env_id: str, kwargs: dict[str, Any]) -> Any:
+        env = make_env(env_id, kwargs)
+        env.unwrapped.closed, close = 0, env.close
+
+        def count() -> None:
+            env.unwrapped.closed += 1
+            close()
+
+        env.close = count  # type: ignore[method-assign]
+        made.append(env)
+        return env
+
+    monkeypatch.setattr("skillsd.data.make_env", make)
+    monkeypatch.setattr("skillsd.rollout.collector.make_env", make)
+    return made
+
+
+def closed(envs: list[Any]) -> list[int]:
+    return [env.unwrapped.closed for env in envs]
+
+
+def test_environments_made_to_look_are_closed(join, tmp_path, opened):
+    """Those that list tasks and those that check boards, also where they refuse."""
+    join()
+    assert closed(opened) == [1, 1]
+    with pytest.raises(ConfigError, match="nosuch"):
+        join(panel_split="nosuch")
+    assert closed(opened) == [1, 1, 1]
+    lines = [g | {"board": BOARD} for g in GOOD]
+    join(tasks_file=write(tmp_path / "a.jsonl", *lines))
+    with pytest.raises(ConfigError, match="task b"):
+        join(tasks_file=write(tmp_path / "b.jsonl", lines[0], lines[1] | {"board": "#"}))
+    assert closed(opened) == [1] * 5
+
+
+class Stop(L.Callback):
+    """Ends training with an error."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of luck")])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_closes_its_environments(make_policy, tmp_path, opened, error, workers):
+    policy = make_policy()
+    module = SkillSD(policy.settings)
+    module.policy = policy
+    data = make_data(rollout=RolloutSettings(max_turn_tokens=1, env_workers=workers))
+
+    def trainer(*callbacks: Any) -> L.Trainer:
+        return L.Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0, callbacks=list(callbacks),
+        )  # fmt: skip
+
+    if error is None:
+        trainer().fit(module, datamodule=data)
+    else:
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer(Stop(error)).fit(module, datamodule=data)
+    assert len(opened) == 2 + 4 and closed(opened) == [1] * 6  # two list the tasks, four are played in
+    assert not [t for t in threading.enumerate() if t.name.startswith("environment")]
+    val = trainer()
+    val.limit_val_batches = 1.0
+    val.validate(module, datamodule=data, verbose=False)  # the collector is made anew, and closed
+    assert len(opened) == 6 + 1 + 3 and closed(opened) == [1] * 10
+    data.teardown("validate")  # nothing is left to do
+    assert closed(opened) == [1] * 10
 
 
 # -- skills ---------------------------------------------------------------------------------------------------------------------

@@ -350,6 +350,10 @@ def test_trajectories_without_tokens(make_policy, step):
     close(mixed.grads[0], torch.autograd.grad(grpo + 0.5 * sdl, policy.student_parameters()))
     assert mixed.metrics[0]["rollout/finish_length"] == pytest.approx(2 / 6)
 
+    lost = replace(second.trajectories[1], finish_reason="failed", failure="killed")
+    one = step(policy, [some, replace(second, trajectories=(second.trajectories[0], lost, second.trajectories[2]))])
+    assert one.metrics[0]["rollout/failed"] == pytest.approx(1 / 6) and mixed.metrics[0]["rollout/failed"] == 0
+
     before = [p.clone() for p in policy.student_parameters()]
     none = [replace(g, trajectories=tuple(map(empty, g.trajectories))) for g in (first, second)]
     nothing = step(policy, none, optimizer=OptimizerSettings(lr=1.0))

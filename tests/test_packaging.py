@@ -40,7 +40,9 @@ def test_citation_validates() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", ["skillsd", "skillsd.trajectory", "skillsd.skills.bank", "skillsd.skills.retrieval", "skillsd_sokoban"])
+@pytest.mark.parametrize(
+    "name", ["skillsd", "skillsd.trajectory", "skillsd.skills.bank", "skillsd.skills.retrieval", "skillsd_sokoban", "skillsd_appworld"]
+)
 def test_imports_neither_torch_nor_lightning(name: str) -> None:
     """The package's __init__ counts too, which import-linter does not see."""
     result = run("-c", f"import sys, {name}; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])")
@@ -49,7 +51,7 @@ def test_imports_neither_torch_nor_lightning(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
-    [("skillsd_sokoban", {"numpy", "gymnasium"}), ("skillsd.objective", {"torch"})],
+    [("skillsd_sokoban", {"numpy", "gymnasium"}), ("skillsd_appworld", {"gymnasium"}), ("skillsd.objective", {"torch"})],
 )
 def test_imports_only(package: str, allowed: set[str]) -> None:
     graph = grimp.build_graph(package.partition(".")[0], include_external_packages=True, cache_dir=None)

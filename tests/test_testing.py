@@ -45,6 +45,43 @@ def test_sound_environment_passes():
     check_text_env(Guess(), actions=["b", "a"])
 
 
+@pytest.mark.parametrize(
+    ("final", "told"),
+    [({"success": False, "completion": 0.5}, None), ({"success": True, "completion": 0.5}, "completes everything"), (None, "must return"),
+     ({"success": False}, "float from 0 to 1")],
+)  # fmt: skip
+def test_finish_returns_the_final_info(final, told):
+    env = type("Finishing", (Guess,), {"finish": lambda self: final})()
+    if told is None:
+        check_text_env(env)
+    else:
+        with pytest.raises(AssertionError, match=told):
+            check_text_env(env)
+
+
+def failing(change=lambda info: info):
+    """Guess, but an answer that it cannot read ends the episode as failed."""
+
+    def step(self, action):
+        obs, reward, done, truncated, info = Guess.step(self, action)
+        if action in ("a", "b"):
+            return obs, reward, done, truncated, info
+        return obs, 0.0, True, False, change({"failed": f"crashed on {action!r}"})
+
+    return type("Failing", (Guess,), {"step": step})
+
+
+def test_an_episode_may_fail_on_what_cannot_be_read():
+    check_text_env(failing()())
+    check_text_env(failing()(), actions=["b", "a"])
+    check_text_env(failing(lambda info: {"failed": None, "success": False, "completion": 0.0})())  # it did not
+
+
+def test_scenarios_pass():
+    listed = type("Some", (Guess,), {"tasks": lambda self, split: [t | {"scenario": "x"} for t in Guess.tasks(self, split)]})
+    check_text_env(listed())
+
+
 def test_own_actions_and_wrappers_pass():
     check_text_env(gym.wrappers.TimeLimit(Guess(), 2), actions=["x"])
 
@@ -127,6 +164,11 @@ BROKEN = {
     "random step": (alter("step", at(0, lambda env: str(count(env)))), "step must be deterministic"),
     "free turn": (type("Broken", (Guess,), {"step": free_turn}), "must cost a turn"),
     "empty answer": (type("Broken", (Guess,), {"answer": ""}), "say what is accepted"),
+    "scenario is a number": (alter("tasks", lambda env, tasks: [{**task, "scenario": 1} for task in tasks]), "scenario must be a str"),
+    "failed, as a flag": (failing(lambda info: {"failed": True}), r"info\['failed'\] must be a str that says why.* it is True"),
+    "failed, without a word": (failing(lambda info: {"failed": ""}), r"info\['failed'\] must be a str that says why.* it is ''"),
+    "failed, and goes on": (alter("step", info(failed="lost")), r"info\['failed'\] must come with terminated or truncated: 'lost'"),
+    "plan that fails": (type("Broken", (failing(),), {"solution": lambda self: ["x"]}), "should play: crashed on 'x'"),
     "bad plan": (type("Broken", (Guess,), {"solution": lambda self: ["x"]}), "does not lead to success"),
     "plan of numbers": (type("Broken", (Guess,), {"solution": lambda self: [1]}), "as str"),
 }
@@ -137,6 +179,11 @@ def test_breach_is_named(name):
     broken, message = BROKEN[name]
     with pytest.raises(AssertionError, match=message):
         check_text_env(broken())
+
+
+def test_given_actions_must_not_fail():
+    with pytest.raises(AssertionError, match="should play: crashed on 'x'"):
+        check_text_env(failing()(), actions=["x"])
 
 
 def test_missing_split_is_named():

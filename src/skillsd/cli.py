@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play."""
+"""The command line: fit, validate, export, play, doctor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import select
 import shutil
 import sys
 import warnings
@@ -21,12 +22,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
-from skillsd.analysis.play import play as play_episode
+from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
+from skillsd.doctor import doctor
 from skillsd.errors import ConfigError
 
-TITLE = "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban"
+TITLE = "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. What is installed: skillsd doctor"
 RUN_FILES = (
     "config.yaml",
     "metrics.csv",
@@ -65,22 +67,38 @@ class Trainer(L.Trainer):
         print(f"adapter: {export_adapter(model.policy, Path(out), steps)}")
 
     def play(
-        self, model: L.LightningModule, datamodule: L.LightningDataModule, level: int = 0, skill: bool = False, ckpt_path: str | None = None
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        policy: str = "model",
+        level: int | None = None,
+        task: str | None = None,
+        skill: bool = False,
+        ckpt_path: str | None = None,
     ) -> None:
-        """Print one greedy episode of the panel, turn by turn.
+        """Print one episode, turn by turn.
 
         Args:
             model: The module.
             datamodule: The tasks.
-            level: Index of the panel's task.
+            policy: `model` (greedy), `oracle` (the environment's own solution) or an agent of the environment; the last two load no model.
+            level: Index of the panel's task; 0 if neither it nor `task` is given.
+            task: Instead of `level`, the task_id of a task of the panel or the training split.
             skill: Put the task's skill in front: the bank's, or one made from the environment's own solution.
             ckpt_path: A checkpoint; null plays the policy as it starts.
         """
+        if policy != "model":
+            if skill:
+                raise ConfigError(f"skill: --policy {policy} reads no prompt, so a skill would change nothing: leave out --skill.")
+            if ckpt_path is not None:
+                raise ConfigError(f"ckpt_path: --policy {policy} loads no model: leave out --ckpt_path.")
+            play_scripted(datamodule, policy, level, task)
+            return
         if ckpt_path is not None:
             _restore(self, model, ckpt_path)
         else:
             model.configure_model()
-        play_episode(self, model, datamodule, level, skill)
+        play_model(self, model, datamodule, level, task, skill)
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
@@ -305,6 +323,9 @@ def main(args: ArgsType = None) -> int:
         argv += ["-c", "sokoban"]
     quiet()
     try:
+        if argv[0] == "doctor":  # it needs no configuration
+            doctor(argv[1:])
+            return 0
         CLI(
             model_class=L.LightningModule,
             datamodule_class=L.LightningDataModule,
@@ -317,12 +338,26 @@ def main(args: ArgsType = None) -> int:
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
             args=resolve_configs(argv),
         )
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return 1
     except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
         if os.environ.get("SKILLSD_DEBUG") == "1" or not _users_business(e):
             raise
         print(f"error: {_told(e)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _unread() -> bool:
+    """Whether stdout was closed at its other end (`| head`); then the interpreter's last flush is kept quiet."""
+    poll = select.poll()
+    poll.register(1, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return closed
 
 
 def _users_business(e: Exception) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +22,8 @@ from skillsd.rollout.noise import stream_key
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup
 
+log = logging.getLogger(__name__)
+
 
 class RolloutData(L.LightningDataModule):
     """Streams rollouts of a text environment.
@@ -27,10 +31,12 @@ class RolloutData(L.LightningDataModule):
     Args:
         env: Gymnasium id, `module:Id-v0`; the environment fulfils `skillsd.testing.check_text_env`.
         env_kwargs: Its keyword arguments.
-        env_overrides: What an overlay changes in them (a dictionary in a later file replaces an earlier one whole).
+        env_overrides: Environment id -> what an overlay changes in that environment's env_kwargs (a dictionary in a later file replaces
+            an earlier one whole); entries of other environments are ignored, so that one overlay serves several experiments.
         train_split: Split of the training tasks, a fixed set: an epoch visits each once.
         panel_split: Split of the held-out panel.
-        tasks_file: A JSONL file of tasks instead of the environment's own; each line holds task_id, split, and options for `reset`.
+        tasks_file: A JSONL file of tasks instead of the environment's own; each line holds task_id and split, maybe difficulty and
+            scenario, and options for `reset`.
         batch_tasks: Tasks an iteration.
         group_size: Trajectories a task, G.
         rollout: How episodes are played.
@@ -64,7 +70,7 @@ class RolloutData(L.LightningDataModule):
                 raise ConfigError(f"data.init_args.{key} is {value}: give at least 1.")
         if panel_temperature < 0:
             raise ConfigError(f"data.init_args.panel_temperature is {panel_temperature}: 0 is greedy, more samples.")
-        self.env_id, self.env_kwargs = env, {**(env_kwargs or {}), **(env_overrides or {})}
+        self.env_id, self.env_kwargs = env, {**(env_kwargs or {}), **_overrides(env, env_overrides or {})}
         self.train_split, self.panel_split, self.tasks_file = train_split, panel_split, tasks_file
         self.batch_tasks, self.group_size, self.rollout = batch_tasks, group_size, rollout or RolloutSettings()
         self.panel_temperature, self.panel_attempts, self.panel_adapter = panel_temperature, panel_attempts, panel_adapter
@@ -101,24 +107,36 @@ class RolloutData(L.LightningDataModule):
         """Reset the environment to each task of a file: a bad board is better known now than in the middle of a run."""
         if self.tasks_file is None:
             return
-        env = make_env(self.env_id, self.env_kwargs)
-        for task in tasks:
-            try:
-                env.reset(seed=0, options={**task.options, "task_id": task.task_id})
-            except (ValueError, KeyError, TypeError) as e:
-                raise ConfigError(f"data.init_args.tasks_file: {self.tasks_file}, task {task.task_id}: {e}") from e
+        with closing(make_env(self.env_id, self.env_kwargs)) as env:
+            for task in tasks:
+                try:
+                    env.reset(seed=0, options={**task.options, "task_id": task.task_id})
+                except (ValueError, KeyError, TypeError) as e:
+                    raise ConfigError(f"data.init_args.tasks_file: {self.tasks_file}, task {task.task_id}: {e}") from e
 
     def _tasks(self, split: str, key: str) -> list[Task]:
         if self.tasks_file is not None:
             return _read_tasks(Path(self.tasks_file), split, key)
-        env: Any = make_env(self.env_id, self.env_kwargs).unwrapped
-        try:
-            listed = [Task(t["task_id"], split, str(t.get("difficulty") or "")) for t in env.tasks(split)]
-        except (ValueError, KeyError) as e:
-            raise ConfigError(f"data.init_args.{key}: {e}") from e
+        env: Any
+        with closing(make_env(self.env_id, self.env_kwargs)) as env:
+            try:
+                tasks = env.unwrapped.tasks(split)
+            except (ValueError, KeyError, FileNotFoundError) as e:
+                raise ConfigError(f"data.init_args.{key}: {e}") from e
+        listed = [Task(t["task_id"], split, str(t.get("difficulty") or ""), scenario=str(t.get("scenario") or "")) for t in tasks]
         if not listed:
             raise ConfigError(f"data.init_args.{key}: the split {split} has no tasks: name another or enlarge it in env_kwargs.")
         return listed
+
+    def teardown(self, stage: str) -> None:
+        """Close the environments. The collector is made anew if it is needed again."""
+        collector, self._collector = self._collector, None
+        if collector is not None:
+            collector.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Close the environments: Lightning calls no `teardown` after an error or an interruption."""
+        self.teardown("exception")
 
     @property
     def policy(self) -> Policy:
@@ -228,6 +246,8 @@ class GroupStream:
         started = time.perf_counter()
         played = d.collector.collect(rows, seed=d.seed, iteration=iteration)
         d.rollout_tokens_per_s = sum(len(t.prompt_ids) + len(t.token_ids) for t in played) / (time.perf_counter() - started)
+        if failed := [t for t in played if t.finish_reason == "failed"]:
+            log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)
         return [self._group(t, played[i * d.group_size : (i + 1) * d.group_size]) for i, t in enumerate(tasks)]
 
     def _group(self, task: Task, played: Sequence[Trajectory]) -> TrajectoryGroup:
@@ -263,6 +283,18 @@ class PanelStream:
             yield played
 
 
+def _overrides(env: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of `env`. Raises ConfigError for one that is not named after an environment, or is no dictionary."""
+    for key, value in overrides.items():
+        if ":" not in key:
+            raise ConfigError(
+                f"data.init_args.env_overrides.{key}: entries are named after environments: write env_overrides: {{{env}: {{{key}: ...}}}}."
+            )
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"data.init_args.env_overrides.{key} is {value!r}: give a dictionary of that environment's env_kwargs.")
+    return dict(overrides.get(env, {}))
+
+
 def _read_tasks(path: Path, split: str, key: str) -> list[Task]:
     """Tasks of one split from a JSONL file; other keys of a line go to `reset(options=...)`."""
     if not path.is_file():
@@ -273,7 +305,9 @@ def _read_tasks(path: Path, split: str, key: str) -> list[Task]:
             continue
         try:
             raw = json.loads(line)
-            task = Task(str(raw.pop("task_id")), str(raw.pop("split")), str(raw.pop("difficulty", "")), raw)
+            task = Task(
+                str(raw.pop("task_id")), str(raw.pop("split")), str(raw.pop("difficulty", "")), raw, str(raw.pop("scenario", None) or "")
+            )  # fmt: skip
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise ConfigError(f"data.init_args.tasks_file: {path}:{number} needs a JSON object with task_id and split ({e}).") from e
         if task.split != split:

@@ -25,7 +25,7 @@ METRICS = (
     "loss/total", "loss/policy", "loss/distillation", "reward/mean", "reward/success", "reward/completion", "reward/zero_variance",
     "teacher/skill_share", "teacher/dropped_rows", "teacher/gap_mean", "teacher/gap_std", "teacher/health", "teacher/k3",
     "policy/entropy", "policy/clip_fraction", "policy/logp_drift", "grad_norm/total", "grad_norm/policy", "grad_norm/distillation",
-    "optimizer/lr", "rollout/action_tokens", "rollout/turns", "rollout/finish_length", "skills/bank", "skills/failed",
+    "optimizer/lr", "rollout/action_tokens", "rollout/turns", "rollout/finish_length", "rollout/failed", "skills/bank", "skills/failed",
     "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
 )  # fmt: skip
 """Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ differ in a re-run."""
@@ -213,6 +213,7 @@ class SkillSD(L.LightningModule):
             "policy/logp_drift": sums["logp_drift"] / n, "grad_norm/total": norm, "optimizer/lr": self.lr,
             "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": _mean(len(t.turns) for t in rows),
             "rollout/finish_length": _mean(t.finish_reason == "length" for t in rows),
+            "rollout/failed": _mean(t.finish_reason == "failed" for t in rows),
             "time/learner_tokens_per_s": sum(len(t.prompt_ids) + len(t.token_ids) for t in rows) / seconds,
         }  # fmt: skip
         m["loss/total"] = o.policy_weight * m["loss/policy"] + o.distillation_weight * m["loss/distillation"]

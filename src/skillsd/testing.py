@@ -2,7 +2,11 @@
 
 The contract: observations and actions are str; `reset(seed=, options={"task_id": ...})` is deterministic; info carries task_id and
 instruction from the start, success (bool) and completion (0..1) at the end; the reward is the completion at the end and 0 before; an action
-that cannot be read costs a turn and never raises; `env.unwrapped.tasks(split)` lists the tasks.
+that cannot be read costs a turn and never raises; `env.unwrapped.tasks(split)` lists the tasks, each with task_id, split, difficulty and,
+where several count together, scenario (str). An episode that the environment cannot carry on ends with info["failed"], a str that says why;
+the rest of that info does not count. Optional: `solution()` lists the actions that lead from the present state to success; `finish()` ends
+the episode early and returns the final info, for an environment that knows its completion at the end only; `agents` maps the names of
+scripted agents to callables that make one with `act(observation) -> action`.
 """
 
 import math
@@ -20,7 +24,8 @@ def check_text_env(env: gym.Env, *, split: str = "train", actions: Sequence[str]
     actions: texts to play when replaying an episode, again from the start when used up. Default: the plan of `env.unwrapped.solution()` if
         there is such a method, else texts that no environment can read.
     max_turns: an episode that takes longer counts as endless.
-    Reward shaping breaks the contract, so check with it turned off. The environment is not closed.
+    Reward shaping breaks the contract, so check with it turned off. An episode on actions that cannot be read may end as failed
+    (info["failed"]); one that fails on a plan or on the given actions is a breach. The environment is not closed.
     """
     tasks = _check_tasks(env, split)
     _check_spaces(env)
@@ -28,6 +33,7 @@ def check_text_env(env: gym.Env, *, split: str = "train", actions: Sequence[str]
         _check_reset(env, task["task_id"], other=tasks[-1]["task_id"])
         _check_replay(env, task["task_id"], actions, max_turns)
         _check_unreadable(env, task["task_id"], max_turns)
+        _check_finish(env, task["task_id"])
     try:
         env.reset(seed=0, options={"task_id": "no such task"})
     except (KeyError, ValueError):
@@ -48,6 +54,7 @@ def _check_tasks(env: gym.Env, split: str) -> list[dict[str, Any]]:
             f"a task is a dict with task_id, split, difficulty: {task!r}"
         )
         assert isinstance(task["task_id"], str) and task["task_id"], f"task_id must be a str that is not empty: {task!r}"
+        assert isinstance(task.get("scenario", ""), str), f"scenario must be a str, or be left out: {task!r}"
         assert task["split"] == split, f"tasks({split!r}) lists a task of another split: {task!r}"
     ids = [task["task_id"] for task in tasks]
     assert len(set(ids)) == len(ids), f"tasks({split!r}) lists a task_id twice: give every task its own"
@@ -108,8 +115,12 @@ def _play(env: gym.Env, task_id: str, actions: Sequence[str], max_turns: int) ->
         assert isinstance(reward, int | float) and math.isfinite(reward), f"the reward must be a finite float; it is {reward!r}"
         steps.append((obs, float(reward), terminated, truncated, dict(info)))
         if over:
-            _check_end(reward, info)
+            if info.get("failed") is None:
+                _check_end(reward, info)
+            else:
+                _check_failed(info["failed"], actions)
             return steps
+        assert not info.get("failed"), f"info['failed'] must come with terminated or truncated: {info['failed']!r} at turn {len(steps)}"
         assert reward == 0, (
             f"the reward before the end must be 0; it was {reward} at turn {len(steps)}: pay the completion at the end, without shaping"
         )
@@ -129,6 +140,11 @@ def _check_end(reward: float, info: dict[str, Any]) -> None:
     )
 
 
+def _check_failed(reason: Any, actions: Sequence[str]) -> None:
+    assert isinstance(reason, str) and reason, f"info['failed'] must be a str that says why, and be left out otherwise; it is {reason!r}"
+    assert actions is _UNREADABLE, f"the episode failed, on actions that should play: {reason}"
+
+
 def _check_replay(env: gym.Env, task_id: str, actions: Sequence[str] | None, max_turns: int) -> None:
     plan = None
     if hasattr(env.unwrapped, "solution"):
@@ -142,6 +158,16 @@ def _check_replay(env: gym.Env, task_id: str, actions: Sequence[str] | None, max
     first = _play(env, task_id, actions, max_turns)
     again = _play(env, task_id, actions, max_turns)
     assert again == first, f"the same actions on task {task_id!r} gave another episode: step must be deterministic"
+
+
+def _check_finish(env: gym.Env, task_id: str) -> None:
+    if not hasattr(env.unwrapped, "finish"):
+        return
+    _reset(env, task_id)
+    info = env.unwrapped.finish()
+    assert isinstance(info, dict), f"finish() must return the final info, a dict, not {type(info).__name__}"
+    completion = info.get("completion")
+    _check_end(completion if isinstance(completion, int | float) else math.nan, info)
 
 
 def _check_unreadable(env: gym.Env, task_id: str, max_turns: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["done", "length", "horizon"]
+FinishReason = Literal["done", "length", "horizon", "failed"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Task:
         split: The split it belongs to, e.g. `train`.
         difficulty: Free text, e.g. a band of optimal lengths.
         options: Further keys that are handed to `env.reset(options=...)` beside `task_id` (a JSONL task may carry its own board).
+        scenario: Tasks of one name count together in the panel's scenario figure; "" stands alone.
     """
 
     task_id: str
     split: str = ""
     difficulty: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    scenario: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Turn:
 class Trajectory:
     """One finished episode, enough to re-score any of it.
 
+    An episode that the environment gave up (`failed`) has reward 0, completion 0 and no success, whatever was reached before. For now it
+    stays in its group's statistics with that reward.
+
     Args:
         iteration: Optimizer step at which it was sampled (0-based).
         task_id: Its task.
@@ -56,11 +61,13 @@ class Trajectory:
         action_mask: For each of `token_ids`, whether the policy sampled it.
         logprobs: For each of `token_ids`, log-prob under the sampling policy at the sampling temperature (nats); 0.0 where not sampled.
         turns: The same episode as text.
-        reward: Sum of the rewards.
+        reward: Sum of the rewards; 0 if failed.
         completion: Share of the task that was completed, 0..1.
         success: Whether the task was solved.
-        finish_reason: `done` (the environment ended it), `horizon` (turn limit) or `length` (token limit or end of context).
+        finish_reason: `done` (the environment ended it), `horizon` (turn limit), `length` (token limit or end of context)
+            or `failed` (the environment could not go on).
         skill_id: The skill that conditions the teacher's rows of this trajectory; None without one.
+        failure: Why it failed, in the environment's words; "" otherwise.
     """
 
     iteration: int
@@ -78,6 +85,7 @@ class Trajectory:
     success: bool
     finish_reason: FinishReason
     skill_id: int | None = None
+    failure: str = ""
 
     @property
     def n_actions(self) -> int:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,17 @@ def played(task: str, member: int, completion: float, seed: int = 0) -> Trajecto
         0, task, member, seed, "", (1,), (2,), (True,), (-0.1,), (Turn("o", "up", completion),) * 2,
         completion, completion, completion == 1.0, "done",
     )  # fmt: skip
+
+
+def scored(successes: dict[str, str], member: int = 0, seed: int = 0) -> list[Trajectory]:
+    """Tasks named scenario_1, scenario_2, ...: "10" are two, the first of them solved."""
+    return [
+        played(f"{name}_{i}", member, float(x == "1"), seed) for name, marks in successes.items() for i, x in enumerate(marks, 1)
+    ]  # fmt: skip
+
+
+def scenarios_of(episodes: list[Trajectory]) -> dict[str, str]:
+    return {t.task_id: t.task_id.partition("_")[0] for t in episodes}
 
 
 def panel(*completions: float, tasks: str = "abcdefgh", attempts: int = 1) -> list[Trajectory]:
@@ -55,6 +67,44 @@ def test_pass_at_k_against_brute_force():
         for k, share in got.items():
             draws = [[any(d) for d in itertools.combinations(row, int(k))] for row in rows]
             assert share == pytest.approx(sum(sum(d) / len(d) for d in draws) / len(rows))
+
+
+def test_failed_episodes_are_counted():
+    gone = [replace(t, finish_reason="failed", failure="killed", completion=0.0, success=False) for t in panel(1.0, 0.5)]
+    result = summarise([*gone, *panel(1.0, 0.0, tasks="xy")])
+    assert (result["n"], result["failed"], result["success"], result["completion"]) == (4, 2, 0.25, 0.25)
+    assert [x["finish_reason"] for x in result["levels"]] == ["failed", "failed", "done", "done"]
+    assert summarise(panel(1.0))["failed"] == 0
+
+
+def test_goal_completion():
+    """A scenario is completed with all of its tasks, whatever their number and their order; as AppWorld counts."""
+    episodes = scored({"a": "111", "b": "110", "c": "000", "d": "1"})
+    random.Random(0).shuffle(episodes)
+    result = summarise(episodes, scenarios_of(episodes))
+    assert result["task_goal_completion"] == result["success"] == 6 / 10 and result["scenario_goal_completion"] == 2 / 4
+    assert result["task_goal_completion_interval"] == result["success_interval"] == list(wilson_interval(6, 10))
+    assert result["scenario_goal_completion_interval"] == list(wilson_interval(2, 4))
+    assert json.loads(json.dumps(result)) == result
+    for without in (None, {}, dict.fromkeys(scenarios_of(episodes), "")):
+        assert not [k for k in summarise(episodes, without) if "goal" in k]
+    alone = scenarios_of(episodes) | {"b_1": "", "b_2": "", "b_3": ""}
+    assert summarise(episodes, alone)["scenario_goal_completion"] == 4 / 6  # b's tasks stand alone: a, b_1, b_2 and d of six
+
+
+def test_goal_completion_of_several_attempts():
+    """Each attempt is judged by itself: two that solve one task each do not make a scenario."""
+    first, second, other = {"a": "10", "b": "11", "c": "00"}, {"a": "01", "b": "11", "c": "00"}, {"a": "11", "b": "10", "c": "00"}
+    episodes = [*scored(first), *scored(second, member=1), *scored(other, seed=7), *scored(other, member=1, seed=7)]
+    result = summarise(episodes, scenarios_of(episodes))
+    each = [summarise(scored(x), scenarios_of(episodes)) for x in (first, second, other, other)]
+    for key in ("task_goal_completion", "scenario_goal_completion"):
+        assert result[key] == pytest.approx(sum(x[key] for x in each) / 4)
+    assert result["scenario_goal_completion"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 3 + 1 / 3) / 4)
+    assert result["scenario_goal_completion_interval"] == list(bootstrap_mean([0.5, 0.5, 0.0])[1:])  # over scenarios, not attempts
+    assert result["task_goal_completion_interval"] == list(bootstrap_mean([0.75, 0.75, 1.0, 0.5, 0.0, 0.0])[1:])
+    same = [*scored(first), *scored(first, member=1)]  # attempts that agree are no further evidence
+    assert summarise(same, scenarios_of(same))["scenario_goal_completion_interval"] == list(wilson_interval(1, 3))
 
 
 def test_the_difference_is_paired_by_task():
@@ -105,7 +155,9 @@ def stand_in(folder: Path, batches: list[list[Trajectory]], step: int = 0) -> An
         rows = [(t.seed, SimpleNamespace(task=Task(t.task_id), member=t.member)) for b in batches for t in b]
 
     trainer = SimpleNamespace(default_root_dir=str(folder), global_step=step, loggers=[], progress_bar_callback=None)
-    trainer.datamodule = SimpleNamespace(val_dataloader=lambda: Loader(batches), panel_attempts=1)
+    tasks = [Task(name, scenario=scenario) for name, scenario in scenarios_of([t for b in batches for t in b]).items()]
+    tasks = [replace(t, scenario="") if t.scenario == t.task_id else t for t in tasks]
+    trainer.datamodule = SimpleNamespace(val_dataloader=lambda: Loader(batches), panel_attempts=1, panel_tasks=tasks)
     return trainer
 
 
@@ -129,6 +181,29 @@ def test_before_and_after(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"data\.init_args: the panel of .* other episodes"):
         again.on_train_start(stand_in(tmp_path, [panel(1.0, 1.0)]), None)
     assert capsys.readouterr().out.count("panel ") == 2
+
+
+def test_scenarios_come_from_the_data_module(tmp_path, capsys):
+    """Into panel.json, the loggers, and one line on the terminal; from before and after training and from validation."""
+    told: dict[str, Any] = {}
+    episodes = scored({"a": "11", "b": "10"})
+    want = {"success": 0.75, "completion": 0.75, "task_goal_completion": 0.75, "scenario_goal_completion": 0.5}
+    trainer = stand_in(tmp_path, [episodes[:3], episodes[3:]])
+    trainer.loggers = [SimpleNamespace(log_metrics=lambda metrics, step: told.update(metrics))]
+    callback = Panel(before=False)
+    callback.on_train_start(trainer, None)
+    callback.on_train_end(trainer, None)
+    assert told == {f"panel/{k}": v for k, v in want.items()}
+    assert capsys.readouterr().out == "panel after: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in want.items()) + "\n"
+    told.clear()
+    trainer.state = SimpleNamespace(fn="validate")
+    callback.on_validation_start(trainer, None)
+    for i, batch in enumerate((episodes[:3], episodes[3:])):
+        callback.on_validation_batch_end(trainer, None, None, batch, i)
+    callback.on_validation_epoch_end(trainer, SimpleNamespace(log=lambda k, v, batch_size: told.update({k: v})))
+    assert told == {f"panel/{k}": v for k, v in want.items()} | {"panel/pass@1": 0.75}
+    stored = read_panel(tmp_path)
+    assert stored["after"] == stored["validate"] == summarise(episodes, scenarios_of(episodes))
 
 
 def test_switched_off(tmp_path):
@@ -161,3 +236,18 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     print_report(tmp_path)
     out = capsys.readouterr().out
     assert "validate: pass@1 0.250, pass@2 0.500" in out
+    assert "goal completion" not in out and "failed" not in out
+
+    episodes = scored({"a": "11", "b": "10"})
+    lost = [*episodes[:3], replace(episodes[3], finish_reason="failed", failure="killed")]
+    write_panel(tmp_path, {"validate": summarise(lost, scenarios_of(lost))})
+    old = read_panel(tmp_path)["before"]
+    del old["failed"]  # of an earlier version
+    write_panel(tmp_path, {"before": old})
+    print_report(tmp_path)
+    out = capsys.readouterr().out
+    (low, high), (s_low, s_high) = wilson_interval(3, 4), wilson_interval(1, 2)
+    assert (
+        f"validate: task goal completion 0.750 [{low:.3f}, {high:.3f}], scenario goal completion 0.500 [{s_low:.3f}, {s_high:.3f}]\n" in out
+    )
+    assert "validate: 1 of 4 episodes failed; they count as not solved\n" in out and out.count("failed") == 1

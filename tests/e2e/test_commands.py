@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 import yaml
@@ -23,13 +27,14 @@ from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.load import model_folder
 from skillsd.skills import SkillBank
 from skillsd.trajectory import Trajectory
+from skillsd_sokoban.env import SokobanEnv
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
 ]
 KEYS = """iteration task_id member seed instruction prompt_ids token_ids action_mask logprobs turns reward completion success finish_reason
-skill_id""".split()
+skill_id failure""".split()
 TINY: dict[str, Any] = {
     "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
     "model": {
@@ -226,10 +231,149 @@ def test_play(run, tell, tmp_path):
     assert f"success {panel(run)['after']['levels'][1]['success']}" in trained
     assert not (tmp_path / "none").exists()
 
+    flags = ["--task", "test-0001", "--ckpt_path", "last"]
+    assert tell("play", run, *flags) == trained
+    assert tell("play", tmp_path / "none", "--task", "train-0002").startswith("task train-0002 short\n--- turn 1\n######")
 
-def test_play_a_level_that_is_not_there(tmp_path, capsys):
-    assert command("play", tmp_path / "none", "--level", "4") == 2
-    assert capsys.readouterr().err == "error: level is 4: the panel has levels 0 to 3.\n"
+
+class Hosted(SokobanEnv):
+    """Sokoban whose host may lose an episode, with an agent of its own; it counts what was not closed."""
+
+    alive = 0
+
+    def __init__(self, lost_at: int = 0, solvable: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.lost_at, self.known = lost_at, solvable
+        Hosted.alive += 1
+
+    @property
+    def agents(self) -> dict[str, Callable[[], Any]]:
+        return {"pusher": Pusher}
+
+    def step(self, action: str) -> Any:
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.lost_at and info["turn"] >= self.lost_at:
+            return observation, 0.5, True, False, {**info, "failed": "the host\nis gone", "completion": 1.0}
+        return observation, reward, terminated, truncated, info
+
+    def solution(self) -> list[str] | None:
+        return super().solution() if self.known else None
+
+    def close(self) -> None:
+        Hosted.alive -= 1
+
+
+class Pusher:
+    """Always to the left; it knows what it has seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def act(self, observation: str) -> str:
+        self.seen.append(observation)
+        return "left" if len(self.seen) % 2 else f"go {len(self.seen)}"
+
+
+@pytest.fixture
+def hosted(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The flag that chooses it."""
+    gymnasium.register("skillsd_test/Hosted-v0", Hosted)
+    monkeypatch.setattr(Hosted, "alive", 0)
+    yield "--data.init_args.env=skillsd_test/Hosted-v0"
+    del gymnasium.registry["skillsd_test/Hosted-v0"]
+
+
+NO_MODEL = "--model.init_args.policy.model=/no/such/model"
+
+
+def test_play_the_oracle(tell, tmp_path, hosted):
+    """It needs no model, not even a tokenizer."""
+    env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
+    for flags, task_id in ((["--level", "3"], "test-0003"), ([], "test-0000"), (["--task", "train-0004"], "train-0004")):
+        observation, info = env.reset(options={"task_id": task_id})
+        plan = env.solution()
+        assert plan and len(plan) == info["optimal_length"]
+        told = tell("play", tmp_path / "none", NO_MODEL, "--policy", "oracle", *flags)
+        assert told.startswith(f"task {task_id} short\n--- turn 1\n{observation}\n> {plan[0]}\n")
+        assert told.endswith(f"\n> {plan[-1]}\n--- done: success True, completion 1.00, reward 1.00, {len(plan)} turns\n")
+        assert told == tell("play", tmp_path / "none", NO_MODEL, hosted, "--policy=oracle", *flags)
+        assert Hosted.alive == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_play_an_agent_of_the_environment(tell, tmp_path, hosted):
+    told = tell("play", tmp_path / "none", NO_MODEL, hosted, "--policy", "pusher", "--level", "1")
+    answers = [line for line in told.splitlines() if line.startswith("> ")]
+    assert answers == ["> left", "> go 2", "> left", "> go 4", "> left", "> go 6"]  # a new agent an episode
+    assert told.count("could not be read") == 2  # what it answered last is not shown
+    assert told.splitlines()[-1].startswith("--- horizon: success False, completion 0.00") and told.endswith(" 6 turns\n")
+    assert Hosted.alive == 0
+
+
+@pytest.mark.parametrize("flags", [["--policy", "model"], ["--policy", "pusher"], ["--skill"]])
+def test_play_an_episode_that_fails(tell, tmp_path, hosted, flags):
+    told = tell("play", tmp_path / "none", hosted, "--data.init_args.env_kwargs.lost_at=2", *flags)
+    assert told.splitlines()[-1] == "--- failed (the host is gone): success False, completion 0.00, reward 0.00, 2 turns"
+    assert Hosted.alive == 0
+
+
+def test_play_where_no_solution_is_known(tell, tmp_path, hosted):
+    told = tell("play", tmp_path / "none", NO_MODEL, hosted, "--data.init_args.env_kwargs.solvable=false", "--policy", "oracle")
+    assert told.splitlines()[-1] == "--- no solution from here: success False, completion 0.00, reward 0.00, 0 turns"
+
+
+BAD_PLAY: dict[str, tuple[list[str], str]] = {
+    "level": (["--level", "4"], "level is 4: the panel has levels 0 to 3."),
+    "level of the oracle": (["--policy", "oracle", "--level", "-1"], "level is -1: the panel has levels 0 to 3."),
+    "task": (["--task", "1_1"], "task is 1_1: no task of the split test (test-0000, ...) nor of train (train-0000, ...)."),
+    "both": (["--level", "0", "--task", "test-0000"], "level and task are both given: name the task to play with one of them."),
+    "policy": (["--policy", "nosuch"], "policy is nosuch: with this environment choose one of model, oracle, pusher."),
+    "skill": (
+        ["--policy", "oracle", "--skill"],
+        "skill: --policy oracle reads no prompt, so a skill would change nothing: leave out --skill.",
+    ),
+    "checkpoint": (["--policy", "pusher", "--ckpt_path", "last"], "ckpt_path: --policy pusher loads no model: leave out --ckpt_path."),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLAY)
+def test_play_what_is_not_there(tmp_path, capsys, hosted, name):
+    flags, told = BAD_PLAY[name]
+    assert command("play", tmp_path / "none", hosted, *flags) == 2
+    out, err = capsys.readouterr()
+    assert err == f"error: {told}\n" and out == "" and Hosted.alive == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_play_an_environment_without_extras(tmp_path, capsys, hosted, monkeypatch):
+    monkeypatch.setattr(Hosted, "agents", None)
+    monkeypatch.setattr(SokobanEnv, "solution", property(lambda env: getattr(env, "no solution")))
+    monkeypatch.delattr(Hosted, "solution")
+    for policy, told in (
+        ("oracle", "policy is oracle: the environment offers no solution() to replay: choose one of model.\n"),
+        ("pusher", "policy is pusher: with this environment choose one of model.\n"),
+    ):
+        assert command("play", tmp_path / "none", hosted, NO_MODEL, "--policy", policy) == 2
+        assert capsys.readouterr().err == f"error: {told}"
+
+
+def test_a_solution_that_fails(tmp_path, capsys, hosted, monkeypatch):
+    def fails(env: Any) -> None:
+        raise RuntimeError("too large")
+
+    monkeypatch.setattr(Hosted, "solution", fails)
+    assert command("play", tmp_path / "none", hosted, "--policy", "oracle") == 2
+    assert capsys.readouterr().err == "error: policy is oracle: the environment's solution() fails: too large\n" and Hosted.alive == 0
+
+
+def test_a_reader_that_stops_reading():
+    """`skillsd play | head`, with the pipe closed before anything is written."""
+    command, environ = [sys.executable, "-m", "skillsd", "play", "--policy=oracle"], {**os.environ, "PYTHONUNBUFFERED": ""}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environ)
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == ""
 
 
 def test_export(run, tell, tmp_path):

@@ -3,30 +3,42 @@
 import json
 import threading
 import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from skillsd.skills import OpenAISummariser, Summariser
+from skillsd.skills.summarisers.openai import _retry_after_s
 
 pytest.importorskip("openai")
 
 ANSWER = json.dumps({"success_analysis": "s", "mistake_analysis": "m", "golden_workflow": "w"})
+CONTENTS = {
+    "chat": "I cannot.",
+    "empty": None,
+    "fence": f"```json\n{ANSWER}\n```",
+    "prose": f"The agent printed {{title, artist}} and then f'{{x}}'.\n\n{ANSWER}",
+    "both": f"Here it is:\n```json\n{ANSWER}\n```\nI hope that {{it}} helps.",
+}
+"""What the server's model says at a step; at others it says ANSWER."""
 
 
 class Server(ThreadingHTTPServer):
-    """`plan[task]` is the list of what to do at each try of that task; the last entry repeats."""
+    """`plan[task]` is the list of what to do at each try of that task; the last entry repeats. A status may come with its Retry-After."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.plan, self.tries, self.lock, self.stop = {}, {}, threading.Lock(), threading.Event()
+        self.bodies = []
 
     def step(self, body):
         text = body["messages"][-1]["content"]
         task = next((task for task in self.plan if f"task={task}." in text), "")
         with self.lock:
+            self.bodies.append(body)
             count = self.tries[task] = self.tries.get(task, 0) + 1
         plan = self.plan.get(task, ["good"])
         return plan[min(count, len(plan)) - 1]
@@ -39,8 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions" and body["model"] == "m"
         step, status, kind = self.server.step(body), 200, "application/json"
-        content = {"chat": "I cannot.", "empty": None}.get(step, ANSWER)
-        message = {"role": "assistant", "content": content}
+        step, retry_after = step if isinstance(step, tuple) else (step, None)
+        message = {"role": "assistant", "content": CONTENTS.get(step, ANSWER)}
         data = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
         payload = json.dumps(data).encode()
@@ -56,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(payload)))
+        if retry_after is not None:
+            self.send_header("Retry-After", retry_after)
         self.end_headers()
         if step == "drip":  # a byte now and then: no socket time-out ever fires
             for byte in payload:
@@ -124,6 +138,56 @@ def test_tries_again_then_counts(make, group, server, bad):
     once, ever = summariser.summarise(group("once", "ever"))
     assert once.task_id == "once" and ever is None and summariser.last_error
     assert server.tries == {"once": 2, "ever": 3}
+
+
+@pytest.mark.parametrize("step", ["fence", "prose", "both"])
+def test_the_object_may_stand_in_a_fence_or_after_prose(make, group, server, step):
+    server.plan = {"a": [step]}
+    (skill,) = make(retries=0).summarise(group("a"))
+    assert skill.texts == ("s", "m", "w")
+
+
+def test_the_request_holds_rules_task_and_end_of_forty_turns(make, make_trajectory, server):
+    rules = "RULES-BEGIN" + " one python block a turn;" * 160 + " RULES-END"
+    page = json.dumps([{"song_id": i, "title": "{conversation}", "note": 'say "golden_workflow": {}'} for i in range(70)])
+    answer = "I print a page.\n```python\nprint(apis.spotify.show_song_library(page_index={}))\n```"
+    end = 'I am done.\n```python\napis.supervisor.complete_task(answer="Song {9}")\n```'
+    pairs = [("TASK-BEGIN the most played song? TASK-END", answer), *[(page, answer)] * 38, (page, end)]
+    assert 4_000 < len(rules) < 4_200 and 5_000 < len(page) <= 6_000
+    (skill,) = make(max_chars=12_000, request={"temperature": 0.5, "max_tokens": 600}).summarise(
+        [make_trajectory(pairs=pairs, instruction=rules, completion=0.25)]
+    )
+    (body,) = server.bodies
+    system, user = (message["content"] for message in body["messages"])
+    text = user.partition("<conversation>\n")[2].rpartition("\n</conversation>")[0]
+    assert skill.texts == ("s", "m", "w") and (body["temperature"], body["max_tokens"]) == (0.5, 600) and "analyst" in system
+    for part in (rules, "TASK-BEGIN the most played song? TASK-END", answer, end, "[Turn 40: agent]", "left out]"):
+        assert part in text
+    assert 10_000 < len(text) <= 12_000 and len(user) <= 12_000 + 1_800
+    assert "Completion rate: 25%" in user and "Number of steps: 40" in user
+
+
+def test_retry_after_is_waited_for(make, group, server):
+    server.plan = {"a": [(429, "0.5"), "good"], "b": [(503, "0.5"), "good"], "c": [(429, "soon"), "good"]}
+    summariser, start = make(), time.monotonic()
+    assert [skill.task_id for skill in summariser.summarise(group("c"))] == ["c"] and time.monotonic() - start < 0.4
+    start = time.monotonic()
+    assert [skill.task_id for skill in summariser.summarise(group("a", "b"))] == ["a", "b"]
+    assert 0.5 <= time.monotonic() - start < 2 and server.tries == {"a": 2, "b": 2, "c": 2}
+
+
+def test_retry_after_is_waited_for_no_longer_than_a_try_and_is_not_counted_as_lateness(make, group, server):
+    server.plan = {"a": [(429, "3600"), (429, "3600"), "good"]}
+    summariser, start = make(timeout_s=0.6), time.monotonic()
+    summariser.limit_s = 0.5  # the two waits alone take longer
+    (skill,) = summariser.summarise(group("a"))
+    assert skill.task_id == "a" and 1.2 <= time.monotonic() - start < 3
+
+
+def test_retry_after_as_text():
+    read = {text: _retry_after_s({"retry-after": text}) for text in ("2", "1.5", "-3", "nan", "", "soon", formatdate(0, usegmt=True))}
+    assert list(read.values()) == [2.0, 1.5, 0.0, 0.0, 0.0, 0.0, 0.0] and _retry_after_s({}) == 0.0
+    assert 50 < _retry_after_s({"retry-after": formatdate(time.time() + 60, usegmt=True)}) <= 60
 
 
 def test_a_wrong_key_is_not_tried_again(make, group, server):

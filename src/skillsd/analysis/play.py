@@ -1,34 +1,121 @@
-"""One episode, turn by turn, for reading."""
+"""One episode, turn by turn, for reading: the model's, the oracle's, or that of an agent which the environment offers."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from skillsd.errors import ConfigError
 from skillsd.rollout import Row, demonstrate, make_env
 from skillsd.skills import SkillBank
+from skillsd.trajectory import Task, Turn
 
 
-def play(trainer: Any, model: Any, data: Any, level: int, skill: bool) -> None:
-    """Print a greedy episode of the panel's task `level`; with `skill`, its skill is put in front of the prompt."""
+def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool) -> None:
+    """Print the model's greedy episode; with `skill`, the task's skill is put in front of the prompt."""
     data.trainer = trainer
     trainer.strategy.connect(model)
     data.setup("validate")
-    if not 0 <= level < len(data.panel_tasks):
-        raise ConfigError(f"level is {level}: the panel has levels 0 to {len(data.panel_tasks) - 1}.")
-    task = data.panel_tasks[level]
-    text = skill_text(trainer, data, task) if skill else ""
-    (t,) = data.collector.collect([Row(task, 0, text)], seed=data.seed, iteration=0, temperature=0.0)
-    print(f"task {task.task_id} {task.difficulty}")
-    if t.instruction:
-        print(t.instruction)
+    try:
+        task = pick(data, data.panel_tasks, level, task_id)
+        text = skill_text(trainer, data, task) if skill else ""
+        (t,) = data.collector.collect([Row(task, 0, text)], seed=data.seed, iteration=0, temperature=0.0)
+    finally:
+        data.teardown("validate")
+    _print_head(task, t.instruction)
     if text:
         print(f"--- skill\n{text.rstrip()}")
     for number, turn in enumerate(t.turns, 1):
-        print(f"--- turn {number}\n{turn.observation}\n> {turn.action}")
-    print(f"--- {t.finish_reason}: success {t.success}, completion {t.completion:.2f}, reward {t.reward:.2f}, {len(t.turns)} turns")
+        _print_turn(number, turn)
+    _print_end(t.finish_reason, t.success, t.completion, t.reward, len(t.turns), t.failure)
+
+
+def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None) -> None:
+    """Print an episode of the oracle or of an agent, each turn as it is played. No model, no tokenizer.
+
+    Raises:
+        ConfigError: no such policy, or no such task.
+    """
+    with closing(make_env(data.env_id, data.env_kwargs)) as env:
+        act = actor(env.unwrapped, policy)
+        task = pick(data, data._tasks(data.panel_split, "panel_split"), level, task_id)
+        try:
+            observation, info = env.reset(seed=0, options={**task.options, "task_id": task.task_id})
+        except (ValueError, KeyError, TypeError, RuntimeError) as e:
+            raise ConfigError(f"task {task.task_id}: {e}") from e
+        _print_head(task, str(info.get("instruction", "")))
+        turns, reward, finish, failure = 0, 0.0, "", ""
+        while not finish:
+            action = act(observation)
+            if action is None:
+                finish = "no solution from here"
+                break
+            seen = observation
+            observation, gained, terminated, truncated, info = env.step(action)
+            turns, reward = turns + 1, reward + float(gained)
+            _print_turn(turns, Turn(seen, action, float(gained)))
+            if terminated or truncated:
+                failure = str(info.get("failed") or "")
+                finish = "failed" if failure else "done" if terminated else "horizon"
+    success, completion = bool(info.get("success", False)), float(info.get("completion", 0.0))
+    if failure:  # it counts as nothing done, as in training
+        success, completion, reward = False, 0.0, 0.0
+    _print_end(finish, success, completion, reward, turns, failure)
+
+
+def actor(env: Any, policy: str) -> Callable[[str], str | None]:
+    """What answers an observation; the oracle's answer is None where the environment knows no solution.
+
+    Args:
+        env: An environment, unwrapped. It may offer `solution()`, the plan from its current state, and `agents`, a dict from names to
+            callables that make an object with `act(observation) -> answer`.
+        policy: `oracle`, or a name in `agents`.
+
+    Raises:
+        ConfigError: the environment does not offer it.
+    """
+    agents = dict(getattr(env, "agents", None) or {})
+    offered = ", ".join(["model", *(["oracle"] if hasattr(env, "solution") else []), *sorted(agents)])
+    if policy == "oracle":
+        if not hasattr(env, "solution"):
+            raise ConfigError(f"policy is oracle: the environment offers no solution() to replay: choose one of {offered}.")
+        return lambda _: _next_of_plan(env)
+    if policy not in agents:
+        raise ConfigError(f"policy is {policy}: with this environment choose one of {offered}.")
+    act: Callable[[str], str] = agents[policy]().act
+    return act
+
+
+def _next_of_plan(env: Any) -> str | None:
+    """Asked anew each turn, so that it follows whatever happened."""
+    try:
+        plan = env.solution()
+    except (RuntimeError, ValueError, OSError) as e:
+        raise ConfigError(f"policy is oracle: the environment's solution() fails: {e}") from e
+    return str(plan[0]) if plan else None
+
+
+def pick(data: Any, panel: Sequence[Task], level: int | None, task_id: str | None) -> Task:
+    """The panel's task `level` (0 if nothing is given), or the task of the panel or the training split called `task_id`."""
+    if task_id is None:
+        level = level or 0
+        if not 0 <= level < len(panel):
+            raise ConfigError(f"level is {level}: the panel has levels 0 to {len(panel) - 1}.")
+        return panel[level]
+    if level is not None:
+        raise ConfigError("level and task are both given: name the task to play with one of them.")
+    for task in panel:
+        if task.task_id == task_id:
+            return task
+    training: list[Task] = data._tasks(data.train_split, "train_split")
+    for task in training:
+        if task.task_id == task_id:
+            return task
+    splits = f"{data.panel_split} ({panel[0].task_id}, ...) nor of {data.train_split} ({training[0].task_id}, ...)"
+    raise ConfigError(f"task is {task_id}: no task of the split {splits}.")
 
 
 def skill_text(trainer: Any, data: Any, task: Any) -> str:
@@ -41,8 +128,23 @@ def skill_text(trainer: Any, data: Any, task: Any) -> str:
         with SkillBank(path, read_only=True) as bank:
             if (found := bank.retrieve(task.task_id)) is not None:
                 return str(found.render(callback.template))
-    env = make_env(data.env_id, data.env_kwargs)
-    if not hasattr(env.unwrapped, "solution"):
-        raise ConfigError(f"the bank has no skill of {task.task_id}, and the environment offers no solution() to make one from.")
-    turns, _, _, success = demonstrate(env, task, 0.0, random.Random(0))
+    with closing(make_env(data.env_id, data.env_kwargs)) as env:
+        if not hasattr(env.unwrapped, "solution"):
+            raise ConfigError(f"the bank has no skill of {task.task_id}, and the environment offers no solution() to make one from.")
+        turns, _, _, success = demonstrate(env, task, 0.0, random.Random(0))
     return str(callback.summariser.summarise_one(turns, success, float(success)).render(callback.template))
+
+
+def _print_head(task: Task, instruction: str) -> None:
+    print(f"task {task.task_id} {task.difficulty}")
+    if instruction:
+        print(instruction)
+
+
+def _print_turn(number: int, turn: Turn) -> None:
+    print(f"--- turn {number}\n{turn.observation}\n> {turn.action}", flush=True)
+
+
+def _print_end(finish: str, success: bool, completion: float, reward: float, turns: int, failure: str) -> None:
+    reason = f" ({' '.join(failure.split())})" if failure else ""
+    print(f"--- {finish}{reason}: success {success}, completion {completion:.2f}, reward {reward:.2f}, {turns} turns")

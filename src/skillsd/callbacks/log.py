@@ -82,7 +82,8 @@ class RunLog(L.Callback):
 
     def _show(self, trainer: L.Trainer, t: Trajectory) -> None:
         text = "\n\n".join(f"    {turn.observation}\n→ {turn.action}".replace("\n", "\n    ") for turn in t.turns)
-        text = f"task {t.task_id}, member {t.member}: {t.finish_reason}, completion {t.completion:.2f}\n\n{text}"
+        finish = f"{t.finish_reason} ({t.failure})" if t.failure else t.finish_reason
+        text = f"task {t.task_id}, member {t.member}: {finish}, completion {t.completion:.2f}\n\n{text}"
         for logger in trainer.loggers:
             add = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add is not None:

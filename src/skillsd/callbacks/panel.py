@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from skillsd.statistics import bootstrap_mean, wilson_interval
 from skillsd.trajectory import Trajectory
 
 FILE = "panel.json"
+SHARES = ("success", "completion", "task_goal_completion", "scenario_goal_completion")
+"""What is logged of a result; the last two where tasks have scenarios."""
 
 
 class Panel(L.Callback):
@@ -61,9 +63,8 @@ class Panel(L.Callback):
             self.result = stored
         elif self.after:
             self._keep(trainer, "after")
-            score = self.result["success"]
             for logger in trainer.loggers:
-                logger.log_metrics({"panel/success": score, "panel/completion": self.result["completion"]}, trainer.global_step)
+                logger.log_metrics({f"panel/{k}": v for k, v in _shares(self.result).items()}, trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.played = []
@@ -74,9 +75,9 @@ class Panel(L.Callback):
         self.played += batch
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.result = summarise(self.played)
-        for key in ("success", "completion"):
-            pl_module.log(f"panel/{key}", self.result[key], batch_size=1)
+        self.result = summarise(self.played, _scenarios(trainer))
+        for key, share in _shares(self.result).items():
+            pl_module.log(f"panel/{key}", share, batch_size=1)
         if trainer.state.fn == "validate":
             for k, share in self.result["pass_at"].items():
                 pl_module.log(f"panel/pass@{k}", share, batch_size=1)
@@ -94,17 +95,30 @@ class Panel(L.Callback):
             for batch in loader:
                 played += batch
                 bar.advance(task)
-        self.result = summarise(played)
-        print(f"panel {when}: success {self.result['success']:.3f}, completion {self.result['completion']:.3f}")
+        self.result = summarise(played, _scenarios(trainer))
+        print(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(self.result).items()))
         write_panel(trainer.default_root_dir, {when: self.result})
 
 
-def summarise(played: Sequence[Trajectory]) -> dict[str, Any]:
+def _scenarios(trainer: L.Trainer) -> dict[str, str]:
+    return {t.task_id: t.scenario for t in trainer.datamodule.panel_tasks}  # type: ignore[attr-defined]
+
+
+def _shares(result: dict[str, Any]) -> dict[str, float]:
+    return {k: result[k] for k in SHARES if k in result}
+
+
+def summarise(played: Sequence[Trajectory], scenarios: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Shares with 95% intervals, and every episode.
 
+    Args:
+        played: The episodes.
+        scenarios: Task id -> its scenario; "" for a task that stands alone.
+
     Returns:
-        n, success and its Wilson interval over episodes, completion, pass_at (k -> unbiased pass@k of Chen et al. 2021,
-        arXiv:2107.03374, averaged over tasks), and levels: [{task_id, member, seed, success, completion, turns, finish_reason}].
+        n, failed (how many of them the environment gave up; they count as not solved), success and its Wilson interval over episodes,
+        completion, pass_at (k -> unbiased pass@k of Chen et al. 2021, arXiv:2107.03374, averaged over tasks), what `goal_completion` gives
+        if a task has a scenario, and levels: [{task_id, member, seed, success, completion, turns, finish_reason}].
     """
     wins = sum(t.success for t in played)
     by_task: dict[str, list[bool]] = {}
@@ -116,10 +130,12 @@ def summarise(played: Sequence[Trajectory]) -> dict[str, Any]:
         pass_at[str(k)] = sum(chances) / len(chances)
     return {
         "n": len(played),
+        "failed": sum(t.finish_reason == "failed" for t in played),
         "success": wins / max(1, len(played)),
         "success_interval": list(wilson_interval(wins, len(played))),
         "completion": sum(t.completion for t in played) / max(1, len(played)),
         "pass_at": pass_at,
+        **(goal_completion(played, scenarios) if scenarios and any(scenarios.values()) else {}),
         "levels": [
             {
                 "task_id": t.task_id, "member": t.member, "seed": t.seed, "success": t.success, "completion": t.completion,
@@ -128,6 +144,40 @@ def summarise(played: Sequence[Trajectory]) -> dict[str, Any]:
             for t in played
         ],
     }  # fmt: skip
+
+
+def goal_completion(played: Sequence[Trajectory], scenarios: Mapping[str, str]) -> dict[str, Any]:
+    """AppWorld's figures (Trivedi et al. 2024, arXiv:2407.18901), as shares.
+
+    With several attempts or seeds a task's score is the mean over its episodes, and a scenario's the share of attempts in which all of its
+    tasks were solved. Either way a task, or a scenario, is one item of its interval.
+
+    Returns:
+        task_goal_completion, the share of tasks solved; scenario_goal_completion, the share of scenarios all of whose tasks are solved; and
+        of each its `_interval`: Wilson's over tasks or scenarios, the bootstrap's over them where some score lies between 0 and 1.
+    """
+    tasks: dict[str, list[bool]] = {}
+    attempts: dict[tuple[str, str], dict[tuple[int, int], bool]] = {}
+    for t in played:
+        tasks.setdefault(t.task_id, []).append(t.success)
+        scenario = scenarios.get(t.task_id, "")
+        solved = attempts.setdefault((scenario, "" if scenario else t.task_id), {})
+        solved[t.seed, t.member] = solved.get((t.seed, t.member), True) and t.success
+    (tgc, tgc_interval), (sgc, sgc_interval) = _mean(tasks.values()), _mean([s.values() for s in attempts.values()])
+    return {
+        "task_goal_completion": tgc, "task_goal_completion_interval": tgc_interval,
+        "scenario_goal_completion": sgc, "scenario_goal_completion_interval": sgc_interval,
+    }  # fmt: skip
+
+
+def _mean(items: Iterable[Collection[bool]]) -> tuple[float, list[float]]:
+    """Mean over the items of their shares, and its 95% interval."""
+    shares = [sum(x) / len(x) for x in items]
+    if any(0 < x < 1 for x in shares):
+        mean, *interval = bootstrap_mean(shares)
+        return mean, interval
+    wins = round(sum(shares))
+    return wins / max(1, len(shares)), list(wilson_interval(wins, len(shares)))
 
 
 def paired_difference(before: dict[str, Any], after: dict[str, Any], key: str = "success") -> tuple[float, float, float]:

@@ -29,6 +29,11 @@ def print_report(folder: Path) -> None:
         for when in shown:
             if len(panel[when]["pass_at"]) > 1:
                 console.print(f"{when}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in panel[when]["pass_at"].items()))
+            if goals := [k for k in ("task_goal_completion", "scenario_goal_completion") if k in panel[when]]:
+                told = ", ".join(f"{k.replace('_', ' ')} {_interval(panel[when][k], *panel[when][f'{k}_interval'])}" for k in goals)
+                console.print(f"{when}: {told}", soft_wrap=True)
+            if panel[when].get("failed"):
+                console.print(f"{when}: {panel[when]['failed']} of {panel[when]['n']} episodes failed; they count as not solved")
     if (folder / "bank.sqlite").is_file():
         with SkillBank(folder / "bank.sqlite", read_only=True) as bank:
             console.print(f"skill bank: {len(bank)} skills of {len(bank.tasks())} tasks")
@@ -38,9 +43,12 @@ def print_report(folder: Path) -> None:
 
 
 def _shares(result: dict[str, Any]) -> tuple[str, str]:
-    low, high = result["success_interval"]
-    mean, c_low, c_high = bootstrap_mean([x["completion"] for x in result["levels"]])
-    return f"{result['success']:.3f} [{low:.3f}, {high:.3f}]", f"{mean:.3f} [{c_low:.3f}, {c_high:.3f}]"
+    completion = bootstrap_mean([x["completion"] for x in result["levels"]])
+    return _interval(result["success"], *result["success_interval"]), _interval(*completion)
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _points(difference: list[float]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium
 
@@ -13,6 +15,9 @@ from skillsd.rollout.chat import Chat
 from skillsd.rollout.engine import Engine, Request, Session
 from skillsd.rollout.noise import stream_key
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -29,11 +34,15 @@ class RolloutSettings:
     """Longest first prompt of the student."""
     max_rows: int = 64
     """Trajectories in progress at one time; the next one starts as soon as one ends."""
+    env_workers: int = 0
+    """Threads that reset and step environments at the same time; 0: one after another, best for environments that take microseconds."""
 
     def __post_init__(self) -> None:
         for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
+        if self.env_workers < 0:
+            raise ConfigError(f"rollout.env_workers is {self.env_workers}: give 0 (no threads) or more.")
         if self.temperature <= 0:
             raise ConfigError(f"rollout.temperature is {self.temperature}: give a value above 0 (training samples, evaluation is greedy).")
 
@@ -53,7 +62,7 @@ def make_env(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[str, str]:
         return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     except (ValueError, TypeError, OSError, gymnasium.error.Error, ModuleNotFoundError) as e:
         told = str(e).partition(" was raised from the environment creator")[0]
-        raise ConfigError(f"data.init_args.env, env_kwargs: {env_id}: {told}") from e
+        raise ConfigError(f"data.init_args.env, env_kwargs: {env_id}: {' '.join(told.split())}") from e
 
 
 @dataclass
@@ -76,9 +85,17 @@ class _Episode:
     reward: float = 0.0
     finish: FinishReason | None = None
 
+    def check_failed(self) -> None:
+        """If the environment calls the episode failed, nothing else that it says counts."""
+        if self.info.get("failed"):
+            self.finish, self.reward, self.info = "failed", 0.0, {"failed": str(self.info["failed"])}
+
 
 class Collector:
     """Plays episodes of one environment with one policy.
+
+    Environments are made when first needed and kept until `close`. With `settings.env_workers` they wait in threads, each environment in
+    one at a time; what comes back is handled in the order of the rows, so the trajectories are the same as without threads.
 
     Args:
         env_id: Gymnasium id, `module:Id-v0`.
@@ -95,6 +112,7 @@ class Collector:
         self.make = lambda: make_env(env_id, env_kwargs)
         self.chat, self.engine, self.settings, self.context_length = chat, engine, settings, context_length
         self.envs: list[gymnasium.Env[str, str]] = []
+        self.threads: ThreadPoolExecutor | None = None
 
     def collect(
         self, rows: Sequence[Row], *, seed: int, iteration: int, temperature: float | None = None, adapter: str | None = "student",
@@ -129,18 +147,42 @@ class Collector:
             if running:
                 self._turn(session, running)
 
+    def close(self) -> None:
+        """Close the environments, all of them even if one raises, and end the threads. The next `collect` makes new ones."""
+        envs, threads = self.envs, self.threads
+        self.envs, self.threads = [], None
+        with ExitStack() as stack:
+            for env in envs:
+                stack.callback(env.close)
+            if threads is not None:  # comes first: after an interruption a step may still be running
+                stack.callback(threads.shutdown, cancel_futures=True)
+
+    def _each(self, call: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`call` of every item, in their order. Of several errors the first in that order is raised, once all calls have ended."""
+        if not self.settings.env_workers:
+            return [call(x) for x in items]
+        threads = self.threads = self.threads or ThreadPoolExecutor(self.settings.env_workers, "environment")
+        futures = [threads.submit(call, x) for x in items]
+        for f in futures:
+            f.exception()  # waits
+        return [f.result() for f in futures]
+
     def _pool(self, n: int) -> list[gymnasium.Env[str, str]]:
         while len(self.envs) < n:
             self.envs.append(self.make())
         return self.envs[:n]
 
     def _start(self, waiting: Iterator[tuple[int, Row]], free: list[gymnasium.Env[str, str]], seed: int, iteration: int) -> list[_Episode]:
-        started = []
-        while free and (item := next(waiting, None)) is not None:
-            index, row = item
-            env = free.pop()
+        def reset(item: tuple[int, Row, gymnasium.Env[str, str]]) -> tuple[str, dict[str, Any]]:
+            _, row, env = item
             # Always the same seed: a task is the same in every run and for every member of its group.
-            observation, info = env.reset(seed=0, options={**row.task.options, "task_id": row.task.task_id})
+            return env.reset(seed=0, options={**row.task.options, "task_id": row.task.task_id})
+
+        started = []
+        items: list[tuple[int, Row, gymnasium.Env[str, str]]] = []
+        while free and (item := next(waiting, None)) is not None:
+            items.append((*item, free.pop()))
+        for (index, row, env), (observation, info) in zip(items, self._each(reset, items), strict=True):
             instruction = str(info.get("instruction", ""))
             prompt = self.chat.prompt_ids(instruction, observation, row.skill)
             key = stream_key(seed, "rollout", iteration, row.task.task_id, row.member)
@@ -159,26 +201,33 @@ class Collector:
         requests = [
             Request(e.index, e.new_ids, e.key, len(e.token_ids), min(self.settings.max_turn_tokens, self._room(e))) for e in running
         ]
-        for e, c in zip(running, session.turn(requests), strict=True):
+        completions = session.turn(requests)
+        actions = [self.chat.action_text(c.token_ids) for c in completions]
+        steps = self._each(lambda x: x[0].env.step(x[1]), list(zip(running, actions, strict=True)))
+        for e, c, action, (observation, reward, terminated, truncated, info) in zip(running, completions, actions, steps, strict=True):
             e.token_ids += c.token_ids
             e.action_mask += [True] * len(c.token_ids)
             e.logprobs += c.logprobs
-            action = self.chat.action_text(c.token_ids)
-            observation, reward, terminated, truncated, e.info = e.env.step(action)
+            e.info = info
             e.turns.append(Turn(e.observation, action, float(reward)))
             e.reward += float(reward)
             e.observation = observation
             if terminated or truncated:
                 e.finish = "done" if terminated else "horizon"
+                e.check_failed()
                 continue
             e.new_ids = self.chat.turn_ids(observation, c.stopped)
             if self._room(e) <= len(e.new_ids):
                 e.finish = "length"
-                e.reward += float(e.info.get("completion", 0.0))  # the environment would have paid it at the end
                 continue
             e.token_ids += e.new_ids
             e.action_mask += [False] * len(e.new_ids)
             e.logprobs += [0.0] * len(e.new_ids)
+        cut = [e for e in running if e.finish == "length"]
+        for e, info in zip(cut, self._each(lambda e: getattr(e.env.unwrapped, "finish", lambda: e.info)(), cut), strict=True):
+            e.info = info
+            e.reward += float(info.get("completion", 0.0))  # the environment would have paid it at the end
+            e.check_failed()
 
     def _finish(self, e: _Episode, seed: int, iteration: int) -> Trajectory:
         assert e.finish is not None
@@ -187,4 +236,5 @@ class Collector:
             prompt_ids=tuple(e.prompt_ids), token_ids=tuple(e.token_ids), action_mask=tuple(e.action_mask), logprobs=tuple(e.logprobs),
             turns=tuple(e.turns), reward=e.reward, completion=float(e.info.get("completion", 0.0)),
             success=bool(e.info.get("success", False)), finish_reason=e.finish,
+            failure=e.info["failed"] if e.finish == "failed" else "",
         )  # fmt: skip

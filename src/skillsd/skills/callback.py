@@ -121,7 +121,7 @@ class SkillBankCallback(L.Callback):
                 reward = sum(t.reward for t in g.trajectories) / len(g.trajectories)
                 self.bank.record_use(g.skill_id, iteration, reward=reward, gap=gap)
         if not isinstance(self.context, NoContext):
-            self.summariser.submit(iteration, [t for g in groups for t in g.trajectories if t.turns])
+            self.summariser.submit(iteration, [t for g in groups for t in g.trajectories if t.turns and not t.failure])
         if trainer.global_step >= trainer.estimated_stepping_batches:
             self.summariser.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
         self._insert(iteration)

@@ -145,7 +145,8 @@ def _objects(text: str) -> list[_Pairs]:
         except (json.JSONDecodeError, RecursionError):
             end = at + 1  # a brace in the prose
         else:
-            found.append(value)
+            if any(name in FIELDS for name, _ in value):  # not one that the prose quotes
+                found.append(value)
         at = text.find("{", end)
     return found
 

@@ -2,11 +2,13 @@
 
 from skillsd.skills.summarisers.base import BaseSummariser, Generate, SeedKey
 from skillsd.skills.summarisers.openai import OpenAISummariser
-from skillsd.skills.summarisers.prompt import SYSTEM_PROMPT, USER_PROMPT, analyst_messages
+from skillsd.skills.summarisers.prompt import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, USER_PROMPT, analyst_messages
 from skillsd.skills.summarisers.protocol import Finished, Summariser
 from skillsd.skills.summarisers.rules import RulesSummariser
 
 __all__ = [
+    "FIELD_PROMPT",
+    "FIELD_QUESTIONS",
     "SYSTEM_PROMPT",
     "USER_PROMPT",
     "BaseSummariser",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-from skillsd.skills.skill import Skill
-from skillsd.skills.summarisers.prompt import SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
+from skillsd.skills.skill import FIELDS, Skill
+from skillsd.skills.summarisers.prompt import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
 from skillsd.skills.summarisers.protocol import Synchronous
 from skillsd.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
 
-SeedKey = tuple[int, int, str, int]
-"""(run seed, iteration, task_id, member): names the noise of one answer, whatever batch it is sampled in."""
+SeedKey = tuple[int, int, str, int] | tuple[int, int, str, int, str]
+"""(run seed, iteration, task_id, member), and the field asked for if it is one: names the noise of one answer, whatever batch it is
+sampled in."""
 
 Generate = Callable[[list[list[dict[str, str]]], int, list[SeedKey]], list[str]]
 """(conversations, max_new_tokens, seed_keys) -> one answer each, in order."""
@@ -25,9 +27,11 @@ class BaseSummariser(Synchronous):
     Args:
         max_new_tokens: Longest answer, in tokens.
         batch_size: Conversations per call of the generator; None: all at once.
-        template: The request, see `prompt.USER_PROMPT`.
+        template: The request, see `prompt.USER_PROMPT` (`json`) and `prompt.FIELD_PROMPT` (`fields`); None: the one of the form.
         system: The role; empty for none.
         max_chars: Budget of the conversation, in characters.
+        form: `json` asks once, for one JSON object. `fields` asks three times, for one text each: small models rarely write the object.
+        questions: With `fields`, other questions by field; a field left out keeps that of `prompt.FIELD_QUESTIONS`.
 
     Raises:
         ValueError: A setting is out of range, or the template cannot be filled.
@@ -37,17 +41,26 @@ class BaseSummariser(Synchronous):
         self,
         max_new_tokens: int = 512,
         batch_size: int | None = None,
-        template: str = USER_PROMPT,
+        template: str | None = None,
         system: str = SYSTEM_PROMPT,
         max_chars: int = 24_000,
+        form: Literal["json", "fields"] = "json",
+        questions: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         if max_new_tokens < 1 or (batch_size is not None and batch_size < 1):
             raise ValueError("max_new_tokens and batch_size must be >= 1")
-        check_prompt(template, max_chars)
+        if form not in ("json", "fields"):
+            raise ValueError(f"form is {form!r}: one of json, fields")
+        if questions and form == "json":
+            raise ValueError("questions are asked by field: set form to fields")
+        if unknown := set(questions or {}) - set(FIELDS):
+            raise ValueError(f"questions names {', '.join(sorted(unknown))}: the fields are {', '.join(FIELDS)}")
+        self.questions = {**FIELD_QUESTIONS, **(questions or {})} if form == "fields" else {}
+        self.template = template or (FIELD_PROMPT if form == "fields" else USER_PROMPT)
+        check_prompt(self.template, max_chars, "" if form == "fields" else None)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self.template = template
         self.system = system
         self.max_chars = max_chars
         self._generate: Generate | None = None
@@ -57,29 +70,41 @@ class BaseSummariser(Synchronous):
         self._generate = generate
 
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
-        """One skill per trajectory; None where the answer was not the JSON asked for.
+        """One skill per trajectory; None where the answer was not the JSON asked for, or the answer for a field was blank.
 
         Raises:
             RuntimeError: No generator is bound, or it returned another number of answers.
         """
         if self._generate is None:
             raise RuntimeError("BaseSummariser has no model yet: call bind(generate) first")
-        size = self.batch_size or max(1, len(trajectories))
-        summaries: list[Skill | None] = []
-        for start in range(0, len(trajectories), size):
-            batch = trajectories[start : start + size]
-            messages = [analyst_messages(trajectory, self.template, self.system, self.max_chars) for trajectory in batch]
-            keys = [(t.seed, t.iteration, t.task_id, t.member) for t in batch]
-            answers = self._generate(messages, self.max_new_tokens, keys)
-            if len(answers) != len(batch):
-                raise RuntimeError(f"the generator returned {len(answers)} answers to {len(batch)} conversations")
-            summaries += [_parsed(answer, trajectory) for answer, trajectory in zip(answers, batch, strict=True)]
-        return summaries
+        requests = [request for trajectory in trajectories for request in self._requests(trajectory)]
+        size = self.batch_size or max(1, len(requests))
+        answers: list[str] = []
+        for start in range(0, len(requests), size):
+            messages, keys = map(list, zip(*requests[start : start + size], strict=True))
+            batch = self._generate(messages, self.max_new_tokens, keys)
+            if len(batch) != len(messages):
+                raise RuntimeError(f"the generator returned {len(batch)} answers to {len(messages)} conversations")
+            answers += batch
+        each = len(self.questions) or 1
+        return [self._skill(answers[at * each : (at + 1) * each], trajectory) for at, trajectory in enumerate(trajectories)]
 
+    def _requests(self, t: Trajectory) -> list[tuple[list[dict[str, str]], SeedKey]]:
+        """The conversations that make one skill, and the name of each one's noise."""
 
-def _parsed(answer: str, trajectory: Trajectory) -> Skill | None:
-    try:
-        return Skill.parse(answer).of(trajectory)
-    except ValueError as error:
-        log.info("no skill from %s, member %d: %s", trajectory.task_id, trajectory.member, error)
-        return None
+        def messages(question: str | None = None) -> list[dict[str, str]]:
+            return analyst_messages(t, self.template, self.system, self.max_chars, question)
+
+        if not self.questions:
+            return [(messages(), (t.seed, t.iteration, t.task_id, t.member))]
+        return [(messages(question), (t.seed, t.iteration, t.task_id, t.member, name)) for name, question in self.questions.items()]
+
+    def _skill(self, answers: Sequence[str], trajectory: Trajectory) -> Skill | None:
+        try:
+            if not self.questions:
+                return Skill.parse(answers[0]).of(trajectory)
+            success, mistakes, workflow = (answer.strip() for answer in answers)
+            return Skill(success, mistakes, workflow).of(trajectory)
+        except ValueError as error:
+            log.info("no skill from %s, member %d: %s", trajectory.task_id, trajectory.member, error)
+            return None

@@ -8,8 +8,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from skillsd.skills.skill import Skill
@@ -28,6 +29,8 @@ class _Job:
     trajectory: Trajectory
     skill: Skill | None = None
     started: float | None = None
+    asked_s: float = 0.0
+    """What the server's Retry-After asked for beyond the own waits, in seconds."""
     done: bool = False
 
 
@@ -35,7 +38,8 @@ class OpenAISummariser:
     """Asks a chat-completions endpoint, several trajectories at a time.
 
     Connection errors, time-outs, status 408, 409, 429 and 5xx, and answers that are not the JSON asked for are tried again; other
-    statuses (a wrong key, an unknown model) fail at once. A trajectory that takes longer than all its tries together may is given up.
+    statuses (a wrong key, an unknown model) fail at once. Where the server says Retry-After, the next try waits as long as it asks, at most
+    `timeout_s`. A trajectory that takes longer than all its tries and waits together may is given up.
 
     Args:
         model: The endpoint's name of the model.
@@ -84,6 +88,7 @@ class OpenAISummariser:
         self._openai = openai
         self._client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=timeout_s, max_retries=0)
         self.model = model
+        self.timeout_s = timeout_s
         self.retries = retries
         self.backoff_s = backoff_s
         self.template = template
@@ -93,7 +98,7 @@ class OpenAISummariser:
         self.last_error = ""
         """Why the latest failed summary failed."""
         self.limit_s = (retries + 1) * timeout_s + backoff_s * (2**retries - 1) + 1.0
-        """After this many seconds a trajectory is given up."""
+        """After this many seconds a trajectory is given up, plus what the server asked it to wait."""
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: deque[tuple[int, list[_Job]]] = deque()
         self._lock = threading.Lock()
@@ -159,23 +164,28 @@ class OpenAISummariser:
             if job.done:
                 continue
             job.started = time.monotonic()
-            skill, error = self._ask(job.trajectory)
+            skill, error = self._ask(job)
             if not self._finish(job, skill, error):
                 return  # given up meanwhile, and this worker was replaced
 
-    def _ask(self, trajectory: Trajectory) -> tuple[Skill | None, str]:
-        error = ""
+    def _ask(self, job: _Job) -> tuple[Skill | None, str]:
+        error, asked_s = "", 0.0
         for attempt in range(self.retries + 1):
-            if attempt and self._closed.wait(self.backoff_s * 2 ** (attempt - 1)):
-                break
+            if attempt:
+                own_s = self.backoff_s * 2 ** (attempt - 1)
+                job.asked_s += max(0.0, asked_s - own_s)
+                if self._closed.wait(max(own_s, asked_s)):
+                    break
+                asked_s = 0.0
             try:
-                messages = analyst_messages(trajectory, self.template, self.system, self.max_chars)
+                messages = analyst_messages(job.trajectory, self.template, self.system, self.max_chars)
                 answer = self._client.chat.completions.create(model=self.model, messages=messages, **self.request)
-                return Skill.parse(answer.choices[0].message.content or "").of(trajectory), ""
+                return Skill.parse(answer.choices[0].message.content or "").of(job.trajectory), ""
             except self._openai.APIStatusError as failure:
                 error = f"status {failure.status_code}: {failure.message}"
                 if failure.status_code < 500 and failure.status_code not in (408, 409, 429):
                     break
+                asked_s = min(_retry_after_s(failure.response.headers), self.timeout_s)
             except Exception as failure:  # whatever a server sends back, training goes on
                 error = f"{type(failure).__name__}: {failure}"
         return None, error
@@ -193,11 +203,24 @@ class OpenAISummariser:
 
     def _over(self, job: _Job) -> bool:
         # A server that sends a byte now and then outlives every socket time-out: the clock decides.
-        late = not job.done and job.started is not None and time.monotonic() - job.started > self.limit_s
-        if late and self._finish(job, None, f"given up after {self.limit_s:.0f} s"):
+        late = not job.done and job.started is not None and time.monotonic() - job.started > self.limit_s + job.asked_s
+        if late and self._finish(job, None, f"given up after {self.limit_s + job.asked_s:.0f} s"):
             self._start_worker()  # in place of the one that hangs
         return job.done
 
     def _wait(self, jobs: Sequence[_Job]) -> None:
         while not all(self._over(job) for job in jobs):
             time.sleep(_POLL_S)
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """The seconds that a Retry-After header asks for, in numbers or as a date; 0 without a readable one."""
+    text = headers.get("retry-after", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return seconds if seconds > 0 else 0.0  # not a number: 0

@@ -1,0 +1,62 @@
+"""What `skillsd doctor` says of AppWorld: rows of check, state (ok, limited, missing), detail and fix."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from skillsd_appworld import places
+
+SANDBOX = Path(__file__).parent / "worker" / "sandbox.py"
+
+
+def checks() -> list[dict[str, str]]:
+    """The interpreter, the generated tasks, the official data, and what confines an agent's code here."""
+    python: Path | None = None
+    rows = []
+    try:
+        python = places.find_python()
+        rows.append(_row("AppWorld's interpreter", "ok", f"{_version(python)}, {python}"))
+    except (OSError, ValueError) as e:
+        rows.append(_row("AppWorld's interpreter", "missing", str(e).partition(": ")[2].partition(":")[0], "make appworld"))
+    rows.append(_tasks("tiny AppWorld-format tasks", "tiny", "make appworld"))
+    fix = "$(APPWORLD_PYTHON) -m appworld.cli download data, then set APPWORLD_ROOT"
+    rows.append(_tasks("official AppWorld data", "official", fix.replace("$(APPWORLD_PYTHON)", str(python or "python"))))
+    if python is not None:
+        rows.append(_sandbox(python))
+    return rows
+
+
+def _row(check: str, state: str, detail: str, fix: str = "") -> dict[str, str]:
+    return {"check": check, "state": state, "detail": detail, "fix": fix}
+
+
+def _version(python: Path) -> str:
+    code = "import importlib.metadata as m; print('appworld', m.version('appworld'))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise OSError(f"python: {python} has no appworld package: ")
+    return done.stdout.strip()
+
+
+def _tasks(check: str, source: str, fix: str) -> dict[str, str]:
+    try:
+        root = places.find_root(source)
+    except (FileNotFoundError, ValueError) as e:
+        unset = source == "official" and not os.environ.get("APPWORLD_ROOT")
+        return _row(check, "missing", "APPWORLD_ROOT is not set" if unset else str(e), fix)
+    sizes = [f"{name} {len((root / 'data' / 'datasets' / f'{name}.txt').read_text().split())}" for name in places.split_names(root)]
+    return _row(check, "ok", f"{', '.join(sizes)}; {root}")
+
+
+def _sandbox(python: Path) -> dict[str, str]:
+    check, fix = "isolation of agents' code", "a Linux kernel with seccomp and Landlock (5.13 or newer)"
+    done = subprocess.run([str(python), str(SANDBOX)], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        return _row(check, "missing", (done.stderr.strip().splitlines() or ["it could not be probed"])[-1], fix)
+    found = json.loads(done.stdout)
+    detail = f"network: {found['network']}, files: {found['files']}, system calls: {found['syscalls']}"
+    if found["syscalls"] == "none":
+        return _row(check, "missing", detail + "; worlds do not start", fix)
+    weaker = found["network"] != "namespace" or found["files"] != "landlock"
+    return _row(check, "limited" if weaker else "ok", detail, "")

@@ -1,0 +1,76 @@
+"""A warm process in AppWorld's interpreter that forks one child an episode: `python zygote.py FD world|judge`.
+
+It has imported the engine and played one episode, so a child starts in a tenth of a second and shares most of its memory with the others.
+FD is a socket to the trainer's side. On it come messages with one file descriptor each: the socket that the child will serve.
+"""
+
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Warm up, then fork on demand until the socket closes. Children die with this process (sandbox.confine)."""
+    control, role = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:0] = [here, os.path.dirname(here)]  # the second for channel, which both sides load
+    try:
+        import engine
+        import judge
+        import world
+
+        serve = {"world": world.serve, "judge": judge.serve}[role]
+        engine.warm_up(role == "judge")
+    except Exception as e:
+        control.send(json.dumps({"error": f"{type(e).__name__}: {e}"}).encode())
+        raise
+    del sys.path[:2]
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page that it shares
+    control.send(json.dumps({"pid": os.getpid(), "version": engine.version()}).encode())
+    ended: dict[int, int] = {}
+    while True:
+        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+        if not data:
+            return
+        _reap(ended)
+        request: dict[str, Any] = json.loads(data)
+        if "status" in request:  # why did it end?
+            control.send(json.dumps({"status": ended.pop(request["status"], None)}).encode())
+            continue
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                control.close()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                serve(socket.socket(fileno=fds[0]), request, parent)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(fds[0])
+        handle = os.pidfd_open(pid)  # a kill through it can never hit another process
+        socket.send_fds(control, [json.dumps({"pid": pid}).encode()], [handle])
+        os.close(handle)
+
+
+def _reap(ended: dict[int, int]) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        ended[pid] = os.waitstatus_to_exitcode(status)
+        if len(ended) > 1000:
+            del ended[next(iter(ended))]
+
+
+if __name__ == "__main__":
+    main()
