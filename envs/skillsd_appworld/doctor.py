@@ -55,8 +55,8 @@ def _sandbox(python: Path) -> dict[str, str]:
     if done.returncode:
         return _row(check, "missing", (done.stderr.strip().splitlines() or ["it could not be probed"])[-1], fix)
     found = json.loads(done.stdout)
-    detail = f"network: {found['network']}, files: {found['files']}, system calls: {found['syscalls']}"
+    detail = ", ".join(f"{what}: {how}" for what, how in found.items())
     if found["syscalls"] == "none":
         return _row(check, "missing", detail + "; worlds do not start", fix)
-    weaker = found["network"] != "namespace" or found["files"] != "landlock"
+    weaker = (found["network"], found["files"], found["hidden"]) != ("namespace", "landlock", "mount")
     return _row(check, "limited" if weaker else "ok", detail, "")

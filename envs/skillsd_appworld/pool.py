@@ -5,6 +5,7 @@ the judge that scores it. Whatever happens to a child costs its own episode at m
 """
 
 import atexit
+import fcntl
 import os
 import shutil
 import tempfile
@@ -87,7 +88,7 @@ class Pool:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.data = settings, settings.root / "data"
-        self.folder = Path(tempfile.mkdtemp(prefix="skillsd-appworld-")).resolve()
+        self.folder, self._lock_file = _working_folder()
         if "memory" in str(self.folder):
             raise ValueError(f"TMPDIR: {self.folder} contains the word memory, which AppWorld cannot bear in a path: name another.")
         self._warm_task = min(p.name for p in (self.data / "tasks").iterdir() if (p / "specs.json").is_file())
@@ -105,7 +106,9 @@ class Pool:
         self._show(task_id)
         s, own = self.settings, self.data / "tasks" / task_id
         readable = [self.view, self.data / "api_docs", self.data / "base_dbs", own / "dbs", own / "specs.json"]
-        request = {"task_id": task_id, "turn_seconds": s.turn_seconds, "max_api_calls": s.max_api_calls}
+        request = {
+            "task_id": task_id, "turn_seconds": s.turn_seconds, "max_api_calls": s.max_api_calls, "hidden": [str(own / "ground_truth")],
+        }  # fmt: skip
         limits = self._limits(s.memory_mb, s.cpu_seconds, s.file_mb)
         for last in (False, True):
             child = self._fork(self._worlds, "world", request, readable, limits)
@@ -152,6 +155,7 @@ class Pool:
         self._worlds.close()
         self._judges.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock_file)
 
     # Inside
 
@@ -228,6 +232,28 @@ class Pool:
             staged.rename(target)
         except OSError:  # another thread was first
             shutil.rmtree(staged)
+
+
+def _working_folder() -> tuple[Path, int]:
+    """A new folder and the lock that says it is in use; those of runs that were killed are removed."""
+    place = Path(tempfile.gettempdir()).resolve()
+    for old in place.glob("skillsd-appworld-*"):
+        try:
+            lock = os.open(old / "lock", os.O_RDWR)
+        except OSError:  # another user's, or just being made
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+    folder = Path(tempfile.mkdtemp(prefix="skillsd-appworld-", dir=place))
+    lock = os.open(folder / "lock.new", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(folder / "lock.new", folder / "lock")  # never seen without its lock
+    return folder, lock
 
 
 _pools: dict[Settings, Pool] = {}

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import gymnasium
 import pytest
 from gymnasium.error import ResetNeeded
+from tests.envs.conftest import block
 
 from skillsd.testing import check_text_env
 from skillsd_appworld import AppWorldEnv, places
-from tests.envs.conftest import block
 
 
 def first(env: AppWorldEnv, tier: int, split: str = "train") -> str:

@@ -127,11 +127,13 @@ LOST = {
         "other = __import__('_sqlite3').connect(url, uri=True)\nother.execute('DELETE FROM notes')\nother.commit()",
         "without an API call",
     ),
-    "calls an app's functions past the tape": (
-        "sys = __import__('sys')\nclient = sys.modules['starlette.testclient'].TestClient(sys.modules['appworld.apps.simple_note.apis'].app)\n"
-        "p = {a['account_name']: a['password'] for a in apis.supervisor.show_account_passwords()}['simple_note']\n"
-        "t = apis.simple_note.login(username=apis.supervisor.show_profile()['email'], password=p)['access_token']\n"
-        "print(client.post('/notes', json={'title': 'x', 'content': 'y'}, headers={'Authorization': 'Bearer ' + t}).text)",
+    "calls an app past the tape": (
+        "modules = __import__('sys').modules\napp = modules['appworld.apps.simple_note.apis'].app\n"
+        "client = modules['starlette.testclient'].TestClient(app)\n"
+        "passwords = {a['account_name']: a['password'] for a in apis.supervisor.show_account_passwords()}\n"
+        "me = {'username': apis.supervisor.show_profile()['email'], 'password': passwords['simple_note']}\n"
+        "headers = {'Authorization': 'Bearer ' + apis.simple_note.login(**me)['access_token']}\n"
+        "print(client.post('/notes', json={'title': 'x', 'content': 'y'}, headers=headers).text)",
         "without an API call",
     ),
 }
@@ -257,6 +259,17 @@ for path in (root + '/data/tasks/' + TASK, root + '/data/tasks/' + TASK + '/grou
             assert value not in observation, name
 
 
+def test_not_even_the_size_of_the_answer(env):
+    asks = task(env, ASKS)
+    path = places.find_root("tiny").resolve() / "data" / "tasks" / asks / "ground_truth"
+    _, info = env.reset(options={"task_id": asks})
+    if info["confinement"]["hidden"] != "mount":
+        pytest.skip("no mount namespace here")
+    assert "Permission denied" in run(env, f"print(__import__('posix').stat({str(path / 'answer.json')!r}).st_size)")
+    assert (path / "answer.json").stat().st_size > 0  # the host still sees it
+    solve(env)
+
+
 def test_the_host_is_out_of_reach(env):
     """Neither a port of the host nor the memory of the processes around."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -275,7 +288,7 @@ def test_an_old_kernel_confines_as_well(make_env, monkeypatch):
     monkeypatch.setattr("skillsd_appworld.env.Settings", partial(Settings, landlock=False, namespace=False))
     env = make_env(turn_seconds=3)
     _, info = env.reset(options={"task_id": task(env)})
-    assert info["confinement"] == {"files": "seccomp", "network": "seccomp"}
+    assert info["confinement"] == {"files": "seccomp", "network": "seccomp", "hidden": "none"}
     for code in ("px = __import__('posix')\npx.open('/etc/passwd', 0)", "__import__('_socket').socket()", "__import__('posix').fork()"):
         assert "PermissionError" in run(env, code)
     solve(env)

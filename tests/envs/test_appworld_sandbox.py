@@ -1,6 +1,5 @@
 """The sandbox of AppWorld's workers: hostile programs, each in a sandbox of its own, with and without Landlock, namespaces and root."""
 
-import importlib.util
 import json
 import os
 import re
@@ -21,9 +20,11 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "envs/skillsd_appworld/worker/sandbox.py"
 NOBODY = 65534
 
-spec = importlib.util.spec_from_file_location("appworld_sandbox", SCRIPT)
-sandbox = sys.modules["appworld_sandbox"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sandbox)
+sys.path.insert(0, str(SCRIPT.parent))  # as its interpreter has it
+import sandbox  # noqa: E402
+import syscalls  # noqa: E402
+
+sys.path.remove(str(SCRIPT.parent))
 PROBE = json.loads(subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=True).stdout)
 
 # What the kernel says, not `probe`: a sandbox that does not work must fail here.
@@ -37,9 +38,9 @@ TEMPLATE = """
 import asyncio, concurrent.futures.thread, ctypes, encodings.idna, fcntl, importlib.util, json, os, resource, signal, socket, subprocess
 import sys, threading, time, traceback
 o = json.loads(sys.argv[1])
-spec = importlib.util.spec_from_file_location("sandbox", o["script"])
-sandbox = sys.modules["sandbox"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sandbox)
+sys.path.insert(0, os.path.dirname(o["script"]))
+import sandbox, syscalls
+del sys.path[0]
 if o["abi"]:
     sandbox._landlock_abi = lambda: o["abi"]
 libc, template, out = ctypes.CDLL(None, use_errno=True), os.getpid(), {}
@@ -65,7 +66,7 @@ if child == 0:
             os.setgroups([]), os.setgid(o["user"]), os.setuid(o["user"])
         readable = [*sandbox.interpreter_paths(), *o["readable"]]
         parent = o["parent"] or template
-        flags = {"landlock": o["files"] == "landlock", "namespace": o["namespace"]}
+        flags = {"landlock": o["files"] == "landlock", "namespace": o["namespace"], "hidden": o["hidden"]}
         limits, keep = sandbox.Limits(**o["limits"]), [write, *o["keep"]]
         box = sandbox.confine(o["folder"], readable, limits, keep, parent=parent, environ={"GIVEN": "1"}, **flags)
         out["box"] = vars(box)
@@ -95,14 +96,16 @@ class Place:
         (self.readable / "lazily.py").write_text("VALUE = 42\n")
         (self.folder / "leads_out").symlink_to(self.secret)
 
-    def command(self, code, *, ahead="", build="", files="seccomp", user=None, namespace=True, keep=(), parent=0, abi=0, **limits):
+    def command(
+        self, code, *, ahead="", build="", files="seccomp", user=None, namespace=True, keep=(), parent=0, abi=0, hidden=(), **limits
+    ):
         limits = {"memory_mb": 256, "cpu_s": 20, "file_mb": 1, "processes": 64, "open_files": 64, **limits}
         if user:
             os.chown(self.folder, user, user)
         options = dict(
             script=str(SCRIPT), folder=str(self.folder), readable=[str(self.readable), "/does/not/exist"], secret=str(self.secret),
             ahead=dedent(ahead), build=dedent(build), code=dedent(code), files=files, user=user, namespace=namespace, keep=list(keep),
-            parent=parent, abi=abi, limits=limits,
+            parent=parent, abi=abi, hidden=list(hidden), limits=limits,
         )  # fmt: skip
         return [sys.executable, "-c", TEMPLATE, json.dumps(options)]
 
@@ -125,6 +128,24 @@ def place():
 
 
 # --- files ---
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_hidden_folders_do_not_even_tell_sizes(place, user):
+    """Unlike the rest, which Landlock keeps closed but not secret."""
+    inside = place.readable / "truth"
+    inside.mkdir()
+    (inside / "answer").write_text("42")
+    code = """
+    out["size"] = os.stat(o["secret"]).st_size
+    out["hidden"] = [attempt(lambda: os.stat(o["hidden"][0] + "/answer")), attempt(lambda: os.listdir(o["hidden"][0]))]
+    out["note"] = open(o["readable"][0] + "/note.txt").read()
+    """
+    out = place.play(code, files="landlock", hidden=[str(inside)], user=user)
+    if out["box"]["hidden"] != "mount":
+        pytest.skip("no own mounts here")
+    assert out["size"] == 6 and out["hidden"] == ["PermissionError"] * 2 and out["note"] == "note"
+    assert (inside / "answer").read_text() == "42"
 
 
 @pytest.mark.parametrize("user", USERS)
@@ -416,11 +437,11 @@ syslog 103 116  acct 163 89  settimeofday 164 170  clock_settime 227 112  quotac
 
 
 def test_the_rest_of_the_kernel(place):
-    names = sandbox.numbers(REFUSED, os.uname().machine)
+    names = syscalls.numbers(REFUSED, os.uname().machine)
     out = place.play(
         f"""
         out["errno"] = {{name: call(number, 0, 0, 0, 0, 0, 0) for name, number in {names!r}.items()}}
-        own = sandbox.numbers(sandbox.JUDGED + sandbox.OWN, {os.uname().machine!r})
+        own = syscalls.numbers(syscalls.JUDGED + syscalls.OWN, {os.uname().machine!r})
         out["clone3"], out["future"] = call(own["clone3"], 0, 0), call(1000)
         out["prctl"] = [call(own["prctl"], *a, 0, 0, 0) for a in ((1, 0), (4, 1), (38, 0), (22, 0), (24, 0), (8, 1), (35, 1))]
         out["clone"] = [call(own["clone"], flags, 0, 0, 0, 0) for flags in (17, 0x4011, 0x10000000, 0x40010000)]
@@ -528,10 +549,10 @@ def test_a_container_that_refuses_namespaces_and_landlock(place):
         out["refused"] = [attempt(action) for action in (os.fork, socket.socket, lambda: open("x", "w"), lambda: open(o["secret"]))]
         """,
         ahead="""
-            code = [sandbox._do(0x20, 0)]
+            code = [syscalls._do(0x20, 0)]
             for number in (272 if os.uname().machine == "x86_64" else 97, 444):  # unshare, landlock_create_ruleset
-                code += [sandbox._do(0x15, number, 0, 1), sandbox._do(0x06, sandbox.ERRNO | 1)]
-            sandbox.program, program = lambda *_, **__: b"".join([*code, sandbox._do(0x06, sandbox.ALLOW)]), sandbox.program
+                code += [syscalls._do(0x15, number, 0, 1), syscalls._do(0x06, syscalls.ERRNO | 1)]
+            sandbox.program, program = lambda *_, **__: b"".join([*code, syscalls._do(0x06, syscalls.ALLOW)]), sandbox.program
             sandbox._prctl(38, 1)
             sandbox.seal(sandbox.Confinement("", ""))
             sandbox.program = program
@@ -539,7 +560,7 @@ def test_a_container_that_refuses_namespaces_and_landlock(place):
         """,
         files="landlock",
     )
-    assert out["probe"] == out["box"] == {"network": "seccomp", "files": "seccomp", "syscalls": "seccomp"}
+    assert out["probe"] == out["box"] == {"network": "seccomp", "files": "seccomp", "hidden": "none", "syscalls": "seccomp"}
     assert out["refused"] == ["PermissionError"] * 4
 
 
@@ -574,18 +595,18 @@ def run(code, number, *arguments, arch):
             at += yes if {0x15: a == k, 0x35: a >= k}[operation] else no
 
 
-@pytest.mark.parametrize("machine", sandbox.MACHINES)
+@pytest.mark.parametrize("machine", syscalls.MACHINES)
 def test_filter(machine):
-    arch = sandbox.MACHINES[machine][1]
+    arch = syscalls.MACHINES[machine][1]
     allow, eperm, enosys, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
-    sealed, landlocked = (sandbox.program(machine, 4321, files=files) for files in (False, True))
-    judged, own = sandbox.numbers(sandbox.JUDGED, machine), sandbox.numbers(sandbox.OWN, machine)
+    sealed, landlocked = (syscalls.program(machine, 4321, files=files) for files in (False, True))
+    judged, own = syscalls.numbers(syscalls.JUDGED, machine), syscalls.numbers(syscalls.OWN, machine)
     assert len(sealed) // 8 < len(landlocked) // 8 < 4096  # BPF_MAXINSNS
     for code in (sealed, landlocked):
-        assert all(run(code, number, arch=arch) == allow for number in sandbox.numbers(sandbox.HARMLESS, machine).values())
-        assert {run(code, number, arch=arch) for number in sandbox.numbers(REFUSED, machine).values()} == {eperm}
+        assert all(run(code, number, arch=arch) == allow for number in syscalls.numbers(syscalls.HARMLESS, machine).values())
+        assert {run(code, number, arch=arch) for number in syscalls.numbers(REFUSED, machine).values()} == {eperm}
         assert run(code, 0, arch=0x40000003) == run(code, 0x40000000, arch=arch) == run(code, 0xFFFFFFFF, arch=arch) == kill
-        assert run(code, own["clone3"], arch=arch) == run(code, sandbox.NEWEST + 1, arch=arch) == enosys
+        assert run(code, own["clone3"], arch=arch) == run(code, syscalls.NEWEST + 1, arch=arch) == enosys
         assert run(code, judged["clone"], 0x3D0F00, arch=arch) == allow
         for flags in (0x11, 0x4111, 0x3D0F00 & ~0x10000, 0x3D0F00 | 0x10000000, 0x3D0F00 | 0x40000000, 0x3D0F00 | 0x20000):
             assert run(code, judged["clone"], flags, arch=arch) == eperm
@@ -599,7 +620,7 @@ def test_filter(machine):
         assert run(code, judged["socketpair"], 2, 1, 0, arch=arch) == eperm
         assert run(code, judged["sendto"], 3, 4, 5, 0, 0, 0, arch=arch) == allow
         assert run(code, judged["sendto"], 3, 4, 5, 0, 1 << 32, 0, arch=arch) == eperm
-    opening = sandbox.numbers(sandbox.FILES, machine).values()
+    opening = syscalls.numbers(syscalls.FILES, machine).values()
     assert {run(sealed, number, arch=arch) for number in opening} == {eperm}
     assert {run(landlocked, number, arch=arch) for number in opening} == {allow}
 
@@ -607,11 +628,11 @@ def test_filter(machine):
 HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
 
 
-@pytest.mark.parametrize("machine", sandbox.MACHINES)
+@pytest.mark.parametrize("machine", syscalls.MACHINES)
 def test_numbers_are_the_kernels(machine):
     if not os.path.exists(HEADERS[machine]):
         pytest.skip("the kernel's headers are not installed")
     known = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(HEADERS[machine]).read_text()))
     known.setdefault("newfstatat", known.get("fstatat"))  # the generic header's name for it
-    ours = sandbox.numbers(sandbox.HARMLESS + sandbox.FILES + sandbox.JUDGED + sandbox.OWN + REFUSED, machine)
+    ours = syscalls.numbers(syscalls.HARMLESS + syscalls.FILES + syscalls.JUDGED + syscalls.OWN + REFUSED, machine)
     assert {name: str(number) for name, number in ours.items()} == {name: known[name] for name in ours}

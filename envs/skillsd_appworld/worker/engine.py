@@ -73,7 +73,9 @@ class Tape:
         self.world = world
         self.calls: list[list[Any]] = []
         self.tampered = False
-        self.paused = False
+        self.paused = False  # the environment's own questions are not recorded
+        self._completed, self._looked = False, 0
+        self._digest_of: list[tuple[int, int]] | None = None
         self._databases = [import_models_module(app).SQLModel.db for app in (*PUBLIC_APPS, "admin")]
         self._seen = self._marks()
         client = world.requester.client
@@ -86,18 +88,21 @@ class Tape:
             self.tampered = True
         return not self.tampered
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """The environment's own questions are not recorded."""
-        self.paused = True
-        try:
-            yield
-        finally:
-            self.paused = False
-
     def digest(self) -> str:
         """Of all changes since the task's start, in order."""
-        return hashlib.sha256(json.dumps([d.tracker.changes for d in self._databases], default=str).encode()).hexdigest()
+        if self._digest_of != (marks := self._marks()):
+            changes = json.dumps([d.tracker.changes for d in self._databases], default=str)
+            self._digest_of, self._digest = marks, hashlib.sha256(changes.encode()).hexdigest()
+        return self._digest
+
+    def completed(self) -> bool:
+        """Whether the agent has declared the task complete. The engine is asked only after a call that may have done so."""
+        if not self._completed and any(call[0] == "POST" and call[1].startswith("/supervisor/") for call in self.calls[self._looked :]):
+            self.paused = True
+            self._completed = bool(self.world.task_completed())
+            self.paused = False
+        self._looked = len(self.calls)
+        return self._completed
 
     def _marks(self) -> list[tuple[int, int]]:
         # Rows changed through the connection itself, and a number that moves when another connection writes.

@@ -7,9 +7,10 @@ import socket
 from typing import Any
 
 import channel
+from appworld.ground_truth import GroundTruth
+
 import engine
 import sandbox
-from appworld.ground_truth import GroundTruth
 
 
 def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:

@@ -138,6 +138,7 @@ def write_base(root: Path, seed: int, docs: dict[str, dict[str, Any]]) -> None:
     """The databases that every task starts from: the API docs, and people of no split with their notes, songs and payments."""
     from appworld.apps import get_all_apps
     from appworld.collections.models import ModelCollection
+
     from tiny.base import populate
 
     home = ":memory:tiny_base"
@@ -201,6 +202,7 @@ def write_task(models: Any, task_id: str, family: Family, scenario: int, content
     from appworld.common.constants import DB_VERSION, DEFAULT_SYSTEM_DATETIME
     from appworld.ground_truth import GroundTruth
     from appworld.task import Task
+
     from tiny.world import World
 
     me = content.person()

@@ -10,8 +10,9 @@ Afterwards the process reads `readable` and its `folder`, writes its `folder`, t
 file, program, process, socket, signal or privilege. The filter lists what is allowed; a system call that is not on it fails with EPERM.
 Where Landlock is missing the filter opens no file at all: whatever is to be imported must be imported before `seal`.
 
-It does not hide names and sizes of files (stat), bound the number of files in `folder` (use a small file system, or delete it after each
-episode), bound wall-clock time (the parent kills), or keep an agent from its own process: it can write anything to the kept descriptors.
+It does not hide names and sizes of files (stat) but those beneath `hidden`, bound the number of files in `folder` (use a small file
+system, or delete it after each episode), bound wall-clock time (the parent kills), or keep an agent from its own process: it can write
+anything to the kept descriptors.
 Standard library only, Python >= 3.11. `python sandbox.py` prints `probe()` as JSON.
 """
 
@@ -29,120 +30,7 @@ import zoneinfo
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# --- system calls: name, number on x86_64, number on aarch64 ("-": it has none) ---
-
-# Harmless to others in any argument: memory, open descriptors, time, waiting, threads, one's own signals, the names and sizes of files.
-HARMLESS = """
-read 0 63  write 1 64  close 3 57  lseek 8 62  pread64 17 67  pwrite64 18 68  readv 19 65  writev 20 66  preadv 295 69  pwritev 296 70
-preadv2 327 286  pwritev2 328 287  sendfile 40 71  copy_file_range 326 285  dup 32 23  dup2 33 -  dup3 292 24  pipe 22 -  pipe2 293 59
-close_range 436 436  fsync 74 82  fdatasync 75 83  ftruncate 77 46  fallocate 285 47  fadvise64 221 223  flock 73 32  getdents64 217 61
-mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  mremap 25 216  msync 26 227  mincore 27 232  madvise 28 233
-futex 202 98  sched_yield 24 124  sched_getaffinity 204 123  set_robust_list 273 99  rseq 334 293  membarrier 324 283  getcpu 309 168
-exit 60 93  exit_group 231 94  restart_syscall 219 128  getrandom 318 278
-poll 7 -  ppoll 271 73  select 23 -  pselect6 270 72  epoll_create 213 -  epoll_create1 291 20  epoll_ctl 233 21  epoll_wait 232 -
-epoll_pwait 281 22  epoll_pwait2 441 441  eventfd 284 -  eventfd2 290 19  timerfd_create 283 85  timerfd_settime 286 86
-timerfd_gettime 287 87
-recvfrom 45 207  recvmsg 47 212  sendmsg 46 211  shutdown 48 210  getsockname 51 204  getpeername 52 205  getsockopt 55 209
-rt_sigaction 13 134  rt_sigprocmask 14 135  rt_sigreturn 15 139  rt_sigpending 127 136  rt_sigtimedwait 128 137  rt_sigsuspend 130 133
-sigaltstack 131 132  pause 34 -  alarm 37 -  getitimer 36 102  setitimer 38 103  timer_create 222 107  timer_settime 223 110
-timer_gettime 224 108  timer_getoverrun 225 109  timer_delete 226 111
-nanosleep 35 101  clock_nanosleep 230 115  clock_gettime 228 113  clock_getres 229 114  gettimeofday 96 169  time 201 -  times 100 153
-getpid 39 172  getppid 110 173  gettid 186 178  getpgrp 111 -  getpgid 121 155  getsid 124 156  getuid 102 174  geteuid 107 175
-getgid 104 176  getegid 108 177  getresuid 118 148  getresgid 120 150  getgroups 115 158  getrlimit 97 163  getrusage 98 165  uname 63 160
-sysinfo 99 179  getcwd 79 17  stat 4 -  lstat 6 -  fstat 5 80  newfstatat 262 79  statx 332 291  access 21 -  faccessat 269 48
-faccessat2 439 439  readlink 89 -  readlinkat 267 78
-"""
-
-# Safe beneath Landlock's rules alone. Left out on purpose, as Landlock does not judge them or not in every version, and the process may own
-# files elsewhere: chmod, chown, utime, xattr, truncate by path; link and symlink, which could lead a parent that reads the folder astray.
-FILES = """
-open 2 -  openat 257 56  creat 85 -  mkdir 83 -  mkdirat 258 34  rmdir 84 -  unlink 87 -  unlinkat 263 35  rename 82 -  renameat 264 38
-renameat2 316 276  chdir 80 49  fchdir 81 50
-"""
-
-# Allowed for some arguments: see `_conditions`.
-JUDGED = """
-clone 56 220  kill 62 129  tgkill 234 131  prctl 157 167  prlimit64 302 261  socketpair 53 199  sendto 44 206  fcntl 72 25  ioctl 16 29
-"""
-
-# Used here, before the filter stands; and clone3, which a filter cannot judge: its flags lie in memory.
-OWN = """
-seccomp 317 277  capset 126 91  landlock_create_ruleset 444 444  landlock_add_rule 445 445  landlock_restrict_self 446 446  clone3 435 435
-"""
-
-NEWEST = 450
-"""The newest system call that was considered. Later ones answer ENOSYS, as on an older kernel, so that libc falls back."""
-
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-"""Column of the numbers above, and the AUDIT_ARCH that seccomp reports."""
-
-
-def numbers(table: str, machine: str) -> dict[str, int]:
-    """Name -> number of the system calls in `table` that `machine` has."""
-    words, column = table.split(), MACHINES[machine][0]
-    rows = zip(words[::3], words[1 + column :: 3], strict=True)
-    return {name: int(number) for name, number in rows if number != "-"}
-
-
-# --- the filter (classic BPF over struct seccomp_data: nr, arch, instruction pointer, six arguments of 64 bits) ---
-
-ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_LOAD, _AND, _RETURN, _EQUAL, _AT_LEAST = 0x20, 0x54, 0x06, 0x15, 0x35
-_ALL = 0xFFFFFFFF
-
-_CLONE_THREAD, _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000, 0x10000000, 0x40000000
-_CLONE_NAMESPACES = 0x7E020000  # mount, cgroup, uts, ipc, user, pid, net
-_F_COMMANDS = [0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032]  # duplicate, flags, locks, pipe size; not F_SETOWN: it would signal others
-_IOCTLS = [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]  # isatty, window size, FIONREAD, FIONBIO, close-on-exec
-
-Condition = tuple[int, int, Sequence[int]]
-"""(32-bit word of the arguments, mask, values): the masked word must be one of the values. Argument i is the words 2i (low) and 2i + 1."""
-
-
-def _conditions(pid: int) -> dict[str, list[Condition]]:
-    """What the arguments of a judged system call must all fulfil."""
-    return {
-        "clone": [(0, _CLONE_THREAD | _CLONE_NAMESPACES, [_CLONE_THREAD])],
-        "kill": [(0, _ALL, [pid])],
-        "tgkill": [(0, _ALL, [pid])],
-        "prctl": [(0, _ALL, [15, 16])],  # PR_SET_NAME, PR_GET_NAME: threads are named
-        "prlimit64": [(0, _ALL, [0]), (4, _ALL, [0]), (5, _ALL, [0])],  # own limits, and nothing to set
-        "socketpair": [(0, _ALL, [1]), (2, 0xF, [1])],  # AF_UNIX, SOCK_STREAM: a datagram one could be sent to any address
-        "sendto": [(8, _ALL, [0]), (9, _ALL, [0])],  # no address
-        "fcntl": [(2, _ALL, _F_COMMANDS)],
-        "ioctl": [(2, _ALL, _IOCTLS)],
-    }
-
-
-def _do(code: int, k: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    return struct.pack("=HBBI", code, if_true, if_false, k)
-
-
-def _judge(conditions: Sequence[Condition]) -> list[bytes]:
-    block = []
-    for word, mask, values in conditions:
-        block += [_do(_LOAD, 16 + 4 * word), _do(_AND, mask)]
-        block += [_do(_EQUAL, value, len(values) - i) for i, value in enumerate(values)]  # a match jumps over the refusal
-        block += [_do(_RETURN, ERRNO | errno.EPERM)]
-    return [*block, _do(_RETURN, ALLOW)]
-
-
-def program(machine: str, pid: int, *, files: bool) -> bytes:
-    """The seccomp filter, 8 bytes an instruction, for process `pid` on `machine`; `files`: files may be opened (Landlock judges which)."""
-    number = numbers(HARMLESS + (FILES if files else ""), machine)
-    judged, own = numbers(JUDGED, machine), numbers(OWN, machine)
-    # A foreign calling convention (32-bit, x32) numbers its calls differently: whoever uses one means to slip through.
-    code = [_do(_LOAD, 4), _do(_EQUAL, MACHINES[machine][1], 1), _do(_RETURN, KILL)]
-    code += [_do(_LOAD, 0), _do(_AT_LEAST, 0x40000000, 0, 1), _do(_RETURN, KILL)]
-    for allowed in number.values():
-        code += [_do(_EQUAL, allowed, 0, 1), _do(_RETURN, ALLOW)]
-    for name, conditions in _conditions(pid).items():
-        block = _judge(conditions)
-        code += [_do(_EQUAL, judged[name], 0, len(block)), *block]
-    code += [_do(_EQUAL, own["clone3"], 0, 1), _do(_RETURN, ERRNO | errno.ENOSYS)]  # glibc falls back to clone
-    code += [_do(_AT_LEAST, NEWEST + 1, 0, 1), _do(_RETURN, ERRNO | errno.ENOSYS), _do(_RETURN, ERRNO | errno.EPERM)]
-    return b"".join(code)
-
+from syscalls import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUSER, KILL, MACHINES, OWN, numbers, program
 
 # --- calls into the kernel ---
 
@@ -238,21 +126,33 @@ def _in_child(action: Callable[[], object]) -> bool:
 
 
 def _user_namespace() -> bool:
-    """An own network in an own user namespace: needs no privilege where the system's administrator has not switched it off."""
+    """Own network and mounts in an own user namespace: needs no privilege where the system's administrator has not switched it off."""
     uid, gid = os.getuid(), os.getgid()
-    _checked(_libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET), "unshare")
+    _checked(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     return True
 
 
-def _own_network() -> str:
-    """Leaves the host's network: "net" (privileged), "user" (with an own user namespace) or "" (refused)."""
-    if _libc.unshare(_CLONE_NEWNET) == 0:
-        return "net"
+def _own_namespaces() -> str:
+    """Leaves the host's network and mounts: "root" (privileged), "user" (with an own user namespace) or "" (refused)."""
+    if _libc.unshare(CLONE_NEWNET | CLONE_NEWNS) == 0:
+        return "root"
     # Some systems grant the namespace and then refuse its maps, and there is no way back: a child tries first.
     return "user" if _in_child(_user_namespace) and _user_namespace() else ""
+
+
+def _hide(paths: Sequence[str]) -> bool:
+    """Puts an empty folder over each of `paths`, in own mounts: Landlock alone would still tell names and sizes. Whether it was allowed."""
+
+    def mount(source: bytes | None, target: str, kind: bytes | None, flags: int, data: bytes | None) -> bool:
+        return _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data) == 0
+
+    private = mount(None, "/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: the host sees none of it
+    return private and all(
+        mount(b"none", path, b"tmpfs", 0xF, b"size=4k,mode=0") for path in paths
+    )  # read-only, no device, set-id or program
 
 
 def _close_all_but(keep: Sequence[int]) -> None:
@@ -332,6 +232,7 @@ class Confinement:
 
     network: str
     files: str
+    hidden: str = "none"
     syscalls: str = "seccomp"
 
 
@@ -343,6 +244,7 @@ def confine(
     *,
     environ: Mapping[str, str] | None = None,
     parent: int | None = None,
+    hidden: Sequence[str] = (),
     landlock: bool = True,
     namespace: bool = True,
 ) -> Confinement:
@@ -350,7 +252,8 @@ def confine(
 
     `folder` becomes the working directory, the only place to write; `readable` are files or folders, those that do not exist are skipped;
     `keep_fds` stay open, 0, 1 and 2 otherwise become /dev/null, the rest is closed; `environ` is the whole new environment (default:
-    empty); `parent` is the pid that must still be the parent (default: the present one). `landlock` and `namespace` False do without.
+    empty); `parent` is the pid that must still be the parent (default: the present one); `hidden` folders become empty where the kernel
+    allows own mounts. `landlock` and `namespace` False do without.
     Raises OSError where seccomp is missing (an unconfined world is never run), on an unknown machine, and if a step is refused.
     """
     parent = os.getppid() if parent is None else parent
@@ -362,8 +265,9 @@ def confine(
     os.chdir(folder)
     os.umask(0o077)
     _set_environ(environ or {})
-    network = _own_network() if namespace else ""
-    _set_limits(limits, own_users=network == "user")
+    own = _own_namespaces() if namespace else ""
+    hides = bool(own) and _hide(hidden)
+    _set_limits(limits, own_users=own == "user")
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     landlock = landlock and _landlock_abi() > 0
     if landlock:
@@ -373,7 +277,7 @@ def confine(
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
-    return Confinement("namespace" if network else "seccomp", "landlock" if landlock else "seccomp")
+    return Confinement("namespace" if own else "seccomp", "landlock" if landlock else "seccomp", "mount" if hides else "none")
 
 
 def seal(confinement: Confinement) -> None:
@@ -410,7 +314,8 @@ def interpreter_paths() -> list[str]:
 def probe() -> dict[str, str]:
     """What this machine can do, each tried in a forked child.
 
-    {"network": "namespace" | "seccomp" | "none", "files": "landlock" | "seccomp" | "none", "syscalls": "seccomp" | "none"}
+    {"network": "namespace" | "seccomp" | "none", "files": "landlock" | "seccomp" | "none", "hidden": "mount" | "none",
+    "syscalls": "seccomp" | "none"}
     """
 
     def refused(action: Callable[[], object]) -> bool:
@@ -431,10 +336,11 @@ def probe() -> dict[str, str]:
         return refused(lambda: os.listdir("/"))
 
     if not _in_child(filtered):
-        return {"network": "none", "files": "none", "syscalls": "none"}
+        return dict.fromkeys(("network", "files", "hidden", "syscalls"), "none")
     return {
-        "network": "namespace" if _in_child(lambda: _own_network() != "") else "seccomp",
+        "network": "namespace" if _in_child(lambda: _own_namespaces() != "") else "seccomp",
         "files": "landlock" if _in_child(walled) else "seccomp",
+        "hidden": "mount" if _in_child(lambda: _own_namespaces() != "" and _hide(["/"])) else "none",
         "syscalls": "seccomp",
     }
 

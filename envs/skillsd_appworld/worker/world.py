@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 import channel
+
 import engine
 import sandbox
 
@@ -18,14 +19,18 @@ def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
     Messages in: {code, max_chars}. Out, first: {task, supervisor, datetime, confinement, digest}; then for each: {output, cut,
     completed, calls, digest, tampered}.
     """
-    folder = request["folder"]
+    folder, paths = request["folder"], sandbox.interpreter_paths()
+    for truth in request["hidden"]:
+        if inside := next((p for p in paths if os.path.realpath(truth).startswith(p + "/")), None):
+            raise PermissionError(f"the tasks lie beneath {inside}, which the interpreter reads: move them elsewhere")
     confinement = sandbox.confine(
         folder,
-        [*sandbox.interpreter_paths(), *request["readable"]],
+        [*paths, *request["readable"]],
         sandbox.Limits(**request["limits"]),
         [sock.fileno()],
         environ={"APPWORLD_ROOT": os.environ["APPWORLD_ROOT"], "APPWORLD_CACHE": folder, "HOME": folder, "PATH": ""},
         parent=parent,
+        hidden=request["hidden"],
         landlock=request["landlock"],
         namespace=request["namespace"],
     )
@@ -38,7 +43,7 @@ def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
         "task": world.task.instruction,
         "supervisor": {field: str(supervisor[field]) for field in fields},
         "datetime": str(world.task.datetime),
-        "confinement": {"network": confinement.network, "files": confinement.files},
+        "confinement": {"network": confinement.network, "files": confinement.files, "hidden": confinement.hidden},
         "digest": tape.digest(),
     }
     channel.send(sock, first)
@@ -55,8 +60,7 @@ def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
             world.safety_guard.disable()
             output = f"Execution failed. Traceback:\n{type(e).__name__}: {e}"
         output, cut = _shorten(output, message["max_chars"])
-        with tape.pause():
-            completed = bool(world.task_completed())
+        completed = tape.completed()
         intact = tape.check()
         calls, sent = tape.calls[sent:], len(tape.calls)
         channel.send(
