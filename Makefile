@@ -27,7 +27,8 @@ fit: $(VENV)/.installed  ## train on Sokoban and print the table; again: continu
 test: $(VENV)/.installed-dev  ## run the tests that are not slow
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-check: lint  ## lint, import rules, types, citation, then all tests, the slow ones too
+check: lint  ## lint, import rules, types, citation, then all tests, the slow ones and AppWorld's too
+	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## the checks that run no test: ruff, import rules, types, citation

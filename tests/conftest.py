@@ -14,6 +14,14 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.nano import build_tokenizer
 
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """AppWorld's tests need what `make appworld` makes: a run without them says so in its closing lines."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "AppWorld is not set up" in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"NOT RUN: {len(skipped)} tests on AppWorld's engine; `make appworld` sets it up.", yellow=True)
+
+
 SHAPE: dict[str, Any] = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
     max_position_embeddings=1024, pad_token_id=0, eos_token_id=4, bos_token_id=None, initializer_range=0.25,

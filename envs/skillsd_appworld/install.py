@@ -12,6 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -20,38 +21,52 @@ from skillsd_appworld import places
 WORKER = Path(__file__).parent / "worker"
 
 
+class NoIndex(Exception):
+    """No package index can be reached."""
+
+
 def install(folder: Path, pip_args: str = "") -> None:
-    """Make what is missing in `folder`. CalledProcessError if a step fails."""
+    """Make what is missing in `folder`. CalledProcessError if a step fails, NoIndex if that is why."""
     folder = folder.expanduser().absolute()
-    python = folder / "venv" / "bin" / "python"
+    python, pins = folder / "venv" / "bin" / "python", WORKER / "constraints.txt"
     environ = {**os.environ, "APPWORLD_CACHE": str(folder / "cache"), "APPWORLD_ROOT": str(folder), "PYTHONHASHSEED": "0"}
+    done = folder / "venv" / ".installed"
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "venv" / ".installed").is_file():
+    if not done.is_file() or done.read_text() != pins.read_text():
         print(f"AppWorld's interpreter: {folder / 'venv'}", flush=True)
         venv.create(folder / "venv", with_pip=True, clear=True)
-        pins = WORKER / "constraints.txt"
-        quiet = ["--quiet", "--disable-pip-version-check", *shlex.split(pip_args)]
-        subprocess.run([str(python), "-m", "pip", "install", *quiet, "-c", str(pins), "appworld"], check=True)
+        pip, options = [str(python), "-m", "pip"], ["--quiet", "--disable-pip-version-check", *shlex.split(pip_args)]
+        try:
+            subprocess.run([*pip, "install", *options, "-c", str(pins), "appworld"], check=True)
+        except subprocess.CalledProcessError:
+            with tempfile.TemporaryDirectory() as empty:
+                if subprocess.run([*pip, "download", *options, "--no-deps", "-d", empty, "pip"], capture_output=True).returncode:
+                    raise NoIndex from None
+            raise
         subprocess.run([str(folder / "venv" / "bin" / "appworld"), "install"], check=True, env=environ, stdout=subprocess.DEVNULL)
-        (folder / "venv" / ".installed").touch()
-    if not (folder / "tiny" / places.MARKER).is_file():
-        subprocess.run([str(python), str(WORKER / "make_tiny.py"), str(folder / "tiny")], check=True, env=environ)
+        done.write_text(pins.read_text())
+    subprocess.run([str(python), str(WORKER / "make_tiny.py"), str(folder / "tiny"), "--keep"], check=True, env=environ)
     print(f"AppWorld: {python}\ntiny AppWorld-format tasks: {folder / 'tiny'}")
 
 
-def main() -> None:
-    """The command."""
+def main() -> int:
+    """The command. 2 if a step fails, 0 with a message for a missing index if that is allowed."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m skillsd_appworld.install", description=__doc__.split("\n\n")[1])
     parser.add_argument("folder", nargs="?", type=Path, default=places.home(), help="where to (default: %(default)s)")
     parser.add_argument("--pip-args", default="", help="options for pip, such as another index")
+    parser.add_argument("--optional", action="store_true", help="end well on a machine that reaches no package index")
     arguments = parser.parse_args()
     try:
         install(arguments.folder, arguments.pip_args)
+    except NoIndex:
+        print(f"AppWorld is NOT set up: this machine reaches no package index ({arguments.folder}).", file=sys.stderr)
+        return 0 if arguments.optional else 2
     except subprocess.CalledProcessError as e:
         print(f"error: {shlex.join(map(str, e.cmd))} ended with {e.returncode}: see above.", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.envs.conftest import block
 
 from skillsd_appworld import AppWorldEnv, pool
-from tests.envs.conftest import block
 
 
 def begin(env: AppWorldEnv, at: int = 0) -> None:

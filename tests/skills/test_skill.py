@@ -14,7 +14,7 @@ TEXT = json.dumps(GOOD)
         TEXT,
         f"```json\n{TEXT}\n```",
         f"Sure {{thinking}}: here it is.\n```\n{TEXT}\n```\nHope {{it}} helps.",
-        f"The last call was {{}} with {{{{\"a\": 1}}}}, so:\n{TEXT}",
+        f'The last call was {{}} with {{{{"a": 1}}}}, so:\n{TEXT}',
         TEXT.replace('"go"', '"  go\\n"'),
     ],
 )

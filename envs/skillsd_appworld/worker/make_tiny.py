@@ -43,6 +43,8 @@ SCENARIOS = {"train": 3, "dev": 1, "test": 2}
 TASKS = 3
 """Of each scenario, as in AppWorld: one phrasing, other people and things."""
 KIND = "tiny AppWorld-format tasks"
+VERSION = 1
+"""Rises with every change of what is generated."""
 POPULATION = 12
 """People of the base databases."""
 
@@ -51,8 +53,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make tiny AppWorld-format tasks in ROOT.")
     parser.add_argument("root", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="other people, texts and numbers for another seed")
+    parser.add_argument("--keep", action="store_true", help="leave a ROOT that this version made from this seed as it is")
     arguments = parser.parse_args()
     root = arguments.root.resolve()
+    if arguments.keep and is_tiny(root, (VERSION, arguments.seed)):
+        return 0
     if problem := refusal(root):
         print(f"make_tiny: {problem}", file=sys.stderr)
         return 2
@@ -79,9 +84,10 @@ def refusal(root: Path) -> str | None:
     return None
 
 
-def is_tiny(root: Path) -> bool:
+def is_tiny(root: Path, version_and_seed: tuple[int, int] | None = None) -> bool:
     try:
-        return json.loads((root / "tiny.json").read_text())["kind"] == KIND
+        told = json.loads((root / "tiny.json").read_text())
+        return told["kind"] == KIND and version_and_seed in (None, (told["version"], told["seed"]))
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
@@ -115,7 +121,7 @@ def build(root: Path, seed: int) -> None:
     for split, task_ids in ids.items():
         (datasets / f"{split}.txt").write_text("\n".join(task_ids) + "\n")
     families = {family.name: {"tier": family.tier, "apps": list(family.apps)} for family in FAMILIES}
-    about = {"kind": KIND, "version": 1, "seed": seed, "splits": ids, "families": families}
+    about = {"kind": KIND, "version": VERSION, "seed": seed, "splits": ids, "families": families}
     (root / "tiny.json").write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -1,0 +1,111 @@
+"""Whole commands on AppWorld's real engine, with a tiny random model: the machinery, not the agent."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from skillsd import cli
+from skillsd.trajectory import Trajectory
+from skillsd_appworld import places
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def appworld() -> None:
+    try:
+        places.find_python()
+        places.find_root("tiny")
+    except FileNotFoundError as e:
+        pytest.skip(f"AppWorld is not set up ({e})")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished run of two iterations, and the overlay that it was made with."""
+    folder = tmp_path_factory.mktemp("appworld")
+    overlay = folder / "tiny.yaml"
+    overlay.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu", "default_root_dir": str(folder / "run")},
+                "model": {
+                    "init_args": {
+                        "policy": {"model": tiny_model("llama"), "quantise": "none", "lora": {"r": 4, "alpha": 8}, "context_length": 8192}
+                    }
+                },
+                "data": {
+                    "init_args": {
+                        "env_overrides": {"skillsd_appworld:skillsd/AppWorld-v0": {"limit": 3, "max_turns": 2, "turn_seconds": 5}},
+                        "batch_tasks": 3, "group_size": 2, "rollout": {"max_turn_tokens": 8, "max_rows": 6, "env_workers": 3},
+                    }
+                },
+            }
+        )
+    )  # fmt: skip
+    assert cli.main(["fit", "-c", "appworld", "-c", str(overlay)]) == 0
+    return folder / "run", overlay
+
+
+def test_skill_sd_iterations_on_the_real_engine(finished):
+    folder, _ = finished
+    played = [Trajectory.from_json(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    assert len(played) == 2 * 3 * 2 and {len(t.turns) for t in played} == {2}
+    for t in played:
+        assert t.instruction.startswith("You are an assistant") and "\nTask: " in t.turns[0].observation
+        assert t.finish_reason == "horizon" and "no code" in t.turns[1].observation and t.failure == ""
+        assert 0 < t.completion < 1 and t.reward == t.completion  # doing nothing passes some tests, not all
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert len(rows) == 2 and all(math.isfinite(float(r["loss/total"])) and float(r["rollout/failed"]) == 0 for r in rows)
+    assert float(rows[0]["skills/bank"]) + float(rows[0]["skills/failed"]) == 6
+    panel = json.loads((folder / "panel.json").read_text())
+    for when in ("before", "after"):
+        assert panel[when]["task_goal_completion"] == panel[when]["scenario_goal_completion"] == 0 and panel[when]["n"] == 3
+
+
+def test_validate(finished, capsys):
+    _, overlay = finished
+    assert cli.main(["validate", "-c", "appworld", "-c", str(overlay), "--trainer.default_root_dir", str(overlay.parent / "other")]) == 0
+    told = capsys.readouterr().out
+    assert "task goal completion 0.000" in told and "scenario goal completion 0.000" in told
+    assert json.loads((overlay.parent / "other" / "panel.json").read_text())["validate"]["completion"] > 0
+
+
+@pytest.mark.parametrize(("policy", "success"), [("oracle", "True"), ("explorer", "False")])
+def test_play_without_a_model(policy, success, capsys):
+    """The whole path through commands, data and environment; the model that the file names need not be there."""
+    flags = ["--model.init_args.policy.model=/no/such/model", "--policy", policy, "--level", "50"]
+    assert cli.main(["play", "-c", "appworld", *flags]) == 0
+    told = capsys.readouterr().out
+    assert f"--- done: success {success}" in told and "complete_task" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--data.init_args.env_kwargs.source=official"], "official AppWorld data is not there: get it with `appworld download data`"),
+        (["--data.init_args.panel_split=test_normal"], "data.init_args.panel_split: split = 'test_normal': unknown"),
+        (["--data.init_args.env_kwargs.max_turns=0"], "max_turns = 0"),
+        (["--data.init_args.env_kwargs.python=/bin/true"], "AppWorld"),
+    ],
+)
+def test_bad_input_is_one_line(flags, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("APPWORLD_ROOT", raising=False)
+    model = [
+        "--model.init_args.policy.model=nano",
+        "--model.init_args.policy.quantise=none",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]
+    assert cli.main(["fit", "-c", "appworld", *model, *flags]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "run").exists()
