@@ -63,7 +63,7 @@ def found(name: str, rows: list[Row]) -> Row:
 
 def test_the_rows_are_true(tell):
     rows = json.loads(tell("--json"))
-    assert all(list(r) == ["check", "state", "detail", "fix"] and r["state"] in ("ok", "limited", "missing") for r in rows)
+    assert all(list(r) == ["check", "state", "detail", "fix"] and r["state"] in ("ok", "limited", "optional", "missing") for r in rows)
     assert [r["check"] for r in rows[: len(doctor.CHECKS)]] == list(doctor.CHECKS)
     assert found("Python", rows)["detail"].startswith(platform.python_version())
     assert found("PyTorch", rows)["detail"].startswith(torch.__version__)
@@ -132,10 +132,10 @@ def test_packages_that_are_not_there(monkeypatch):
 
     monkeypatch.setattr(doctor, "version", none)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor.openai() == ("missing", "only for OpenAISummariser", "pip install 'openai>=2'")
+    assert doctor.openai() == ("optional", "only for OpenAISummariser", "pip install 'openai>=2'")
     assert doctor.tensorboard()[0] == "missing" and doctor.tensorboard()[2].startswith("pip install 'tensorboard>=")
     assert doctor.bitsandbytes()[0] == "missing" and doctor.bitsandbytes()[2].startswith("pip install 'bitsandbytes<")
-    assert doctor.triton()[0] == "missing" and doctor.triton()[2] == ""  # nothing to be done on a CPU
+    assert doctor.triton()[0] == "optional" and doctor.triton()[2] == ""  # nothing to be done on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert doctor.triton()[2] == "pip install 'triton'"
 
@@ -229,7 +229,7 @@ BROKEN = {
     "no_list": ("def checks():\n    return None\n", "TypeError"),
     "no_text": (f"def checks():\n    return [{ROW | {'detail': 3}!r}]\n", "a row is a dict of str"),
     "key_missing": ("def checks():\n    return [{'check': 'x'}]\n", "check, state, detail, fix"),
-    "no_state": (f"def checks():\n    return [{ROW | {'state': 'fine'}!r}]\n", "state is 'fine': one of ok, limited, missing"),
+    "no_state": (f"def checks():\n    return [{ROW | {'state': 'fine'}!r}]\n", "state is 'fine': one of ok, limited, optional, missing"),
 }
 
 

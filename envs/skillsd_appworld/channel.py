@@ -8,7 +8,7 @@ from typing import Any
 
 _HEAD = struct.Struct("!I")
 MAX_BYTES = 64 * 1024 * 1024
-"""Longest message. The other end may run hostile code: what it sends is bounded, parsed as JSON and nothing else."""
+"""Longest message that a worker takes from the trainer's side."""
 
 
 class Closed(Exception):
@@ -26,11 +26,11 @@ def send(sock: socket.socket, message: Any) -> None:
         raise Closed("it is gone") from e
 
 
-def receive(sock: socket.socket, seconds: float | None = None) -> Any:
-    """Read one message. Closed after `seconds` in all, at the end of the stream, and for anything but a bounded JSON value."""
+def receive(sock: socket.socket, seconds: float | None = None, max_bytes: int = MAX_BYTES) -> Any:
+    """Read one message. Closed after `seconds` in all, at the stream's end, and for anything but JSON of at most `max_bytes`."""
     end = None if seconds is None else time.monotonic() + seconds
     (length,) = _HEAD.unpack(_exactly(sock, _HEAD.size, end))
-    if length > MAX_BYTES:
+    if length > max_bytes:
         raise Closed(f"it sent a message of {length} bytes")
     try:
         return json.loads(_exactly(sock, length, end))

@@ -18,10 +18,10 @@ def checks() -> list[dict[str, str]]:
         python = places.find_python()
         rows.append(_row("AppWorld's interpreter", "ok", f"{_version(python)}, {python}"))
     except (OSError, ValueError) as e:
-        rows.append(_row("AppWorld's interpreter", "missing", str(e).partition(": ")[2].partition(":")[0], "make appworld"))
+        rows.append(_row("AppWorld's interpreter", "missing", str(e), "make appworld"))
     rows.append(_tasks("tiny AppWorld-format tasks", "tiny", "make appworld"))
-    fix = "$(APPWORLD_PYTHON) -m appworld.cli download data, then set APPWORLD_ROOT"
-    rows.append(_tasks("official AppWorld data", "official", fix.replace("$(APPWORLD_PYTHON)", str(python or "python"))))
+    fix = f"{python or 'python'} -m appworld.cli download data --root FOLDER; export APPWORLD_ROOT=FOLDER"
+    rows.append(_tasks("official AppWorld data", "official", fix))
     if python is not None:
         rows.append(_sandbox(python))
     return rows
@@ -35,7 +35,7 @@ def _version(python: Path) -> str:
     code = "import importlib.metadata as m; print('appworld', m.version('appworld'))"
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=60)
     if done.returncode:
-        raise OSError(f"python: {python} has no appworld package: ")
+        raise OSError(f"python: {python} has no appworld package")
     return done.stdout.strip()
 
 

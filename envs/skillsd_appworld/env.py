@@ -132,6 +132,8 @@ class AppWorldEnv(gym.Env[str, str]):
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode. ValueError for an unknown option, task or split; OSError if AppWorld does not run."""
+        if self._closed:
+            raise ResetNeeded("the environment is closed; make a new one")
         super().reset(seed=seed)
         given = dict(options or {})
         task = self._pick(given)
@@ -172,19 +174,14 @@ class AppWorldEnv(gym.Env[str, str]):
         truncated = not terminated and self._turn >= self._max_turns
         info = self._info(code is not None)
         if terminated or truncated:
-            self._running = False
             info |= self._score(failed)
-            self._end_world()
         return self._last, float(info["completion"]), terminated, truncated, info
 
     def finish(self) -> dict[str, Any]:
         """End the episode before its time, for whoever has no room for another turn, and score it as it stands; the final info."""
         if not self._running:
             raise ResetNeeded("finish() needs a running episode; call reset() first")
-        self._running = False
-        info = self._info(True) | self._score("")
-        self._end_world()
-        return info
+        return self._info(True) | self._score("")
 
     def render(self) -> str:
         """The last observation."""
@@ -210,14 +207,18 @@ class AppWorldEnv(gym.Env[str, str]):
             release(self._settings)
 
     def _score(self, failed: str) -> dict[str, Any]:
-        """What the end of an episode adds to info."""
+        """End the episode: what that adds to info."""
         assert self._world is not None
+        self._running = False
         verdict: dict[str, Any] = {}
-        if not failed:
-            verdict = self._pool.judge(self._task["task_id"], self._world.calls, self._world.digest)
-            failed = verdict["failed"] or ""
+        try:
+            if not failed:
+                verdict = self._pool.judge(self._task["task_id"], self._world.calls, self._world.digest)
+                failed = verdict["failed"] or ""
+        finally:
+            self._end_world()
         if failed:
-            return {"success": False, "completion": 0.0, "failed": failed}
+            return {"success": False, "completion": 0.0, "failed": printable(failed)[:300]}
         share = len(verdict["passed"]) / verdict["tests"]
         effort = verdict["effort_passed"] / verdict["effort_tests"] if verdict["effort_tests"] else share
         return {
@@ -237,11 +238,13 @@ class AppWorldEnv(gym.Env[str, str]):
             self._world = None
 
     def _pick(self, options: dict[str, Any]) -> dict[str, str]:
-        if unknown := set(options) - {"task_id", "split", "difficulty", "scenario", "instruction"}:
+        if unknown := set(options) - {"task_id", "split", "difficulty", "instruction"}:
             raise ValueError(f"options: unknown key {sorted(unknown)[0]!r}; use task_id or split")
         task_id, split = options.get("task_id"), options.get("split")
         if task_id is None:
             listed = self.tasks(split if split is not None else self._splits[0])
+            if not listed:
+                raise ValueError(f"difficulties = {self._difficulties}: no task of the split has one of these; leave it out or name others")
             return dict(listed[int(self.np_random.random() * len(listed))])
         for name in self._splits if split is None else [split]:
             for task in self._pool.tasks(name) if name in self._splits else self.tasks(name):

@@ -1,9 +1,7 @@
 """Where AppWorld's interpreter and its tasks are. Every error says how to get what is missing."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 SOURCES = ("tiny", "official")
 MARKER = "tiny.json"
@@ -55,15 +53,16 @@ def find_root(source: str, given: str | None = None) -> Path:
         raise ValueError(f"root: {root} holds tiny AppWorld-format tasks, not AppWorld's own: set source to tiny, or {DOWNLOAD}.")
     if not tiny and source == "tiny":
         raise ValueError(f"root: {root} holds no tiny AppWorld-format tasks: set source to official, or {INSTALL}.")
+    there = set(os.listdir(root / "data" / "tasks"))
+    listed = [t for name in split_names(root) for t in (root / "data" / "datasets" / f"{name}.txt").read_text().split()]
+    if lost := [t for t in listed if t.partition(":")[0] not in there]:
+        raise ValueError(
+            f"root: {root} is incomplete, {len(lost)} of its {len(listed)} tasks are not there ({lost[0]}, ...): "
+            + (INSTALL if tiny else DOWNLOAD) + "."
+        )  # fmt: skip
     return root
 
 
 def split_names(root: Path) -> list[str]:
     """The splits of a root."""
     return sorted(p.stem for p in (root / "data" / "datasets").glob("*.txt"))
-
-
-def marker(root: Path) -> dict[str, Any]:
-    """What the generator says of its tasks; empty for the official root."""
-    path = root / MARKER
-    return dict(json.loads(path.read_text())) if path.is_file() else {}

@@ -7,17 +7,23 @@ the judge that scores it. Whatever happens to a child costs its own episode at m
 import atexit
 import fcntl
 import os
-import shutil
 import tempfile
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from skillsd_appworld.process import START_SECONDS, Child, Herd, Lost, Zygote
+from skillsd_appworld.process import START_SECONDS, Child, ForkServer, ForkServers, Lost, Refused, remove
 
 LINGER_SECONDS = 30.0
 """How long the processes stay when the last environment is closed."""
+REPLY_BYTES = 8 << 20
+"""Longest reply of a world."""
+SENT_CHARS = 4 << 20
+"""What the API calls of an episode may send, all together."""
+JUDGE_SECONDS = 300.0
+"""Time limit of scoring an episode; it takes less than one."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,12 @@ class Settings:
 
 
 class World:
-    """One episode's world. What it says may come from the agent's code: it is never believed, only shown and judged."""
+    """One episode's world. What it says may come from the agent's code: it is bounded, checked, shown and judged, but never believed."""
 
-    def __init__(self, child: Child, first: dict[str, Any], seconds: float) -> None:
-        self.child, self.first, self.seconds = child, first, seconds
+    def __init__(self, child: Child, first: dict[str, Any], settings: Settings) -> None:
+        self.child, self.first, self.settings = child, first, settings
         self.calls: list[Any] = []
+        self.sent = 0
         self.digest = str(first["digest"])
         self.tampered = False
 
@@ -67,20 +74,40 @@ class World:
             [output] or [its head, its tail], the number of characters left out, and whether the task is declared complete.
 
         Raises:
-            Lost: the process did not survive it.
+            Lost: the process did not survive it, or said what no world says.
         """
-        self.child.send({"code": code, "max_chars": max_chars})
-        reply = self.child.receive(self.seconds)
+        s = self.settings
+        self.child.send({"code": code, "max_chars": max_chars}, s.grace_seconds)
+        reply = self.child.receive(s.turn_seconds + s.grace_seconds, REPLY_BYTES)
         try:
-            self.calls += list(reply["calls"])
-            self.digest, self.tampered = str(reply["digest"]), self.tampered or bool(reply["tampered"])
-            return [str(part) for part in reply["output"]], int(reply["cut"]), bool(reply["completed"])
-        except (KeyError, TypeError, ValueError) as e:
+            output, cut, calls, digest = reply["output"], reply["cut"], reply["calls"], reply["digest"]
+            sound = (
+                all(type(part) is str for part in output) and 1 <= len(output) <= 2 and sum(map(len, output)) <= max_chars
+                and type(cut) is int and 0 <= cut < 1 << 40 and type(digest) is str and len(digest) == 64
+                and len(calls) <= s.max_api_calls + 1 and all(map(_is_call, calls))
+            )  # fmt: skip
+            tampered, completed = bool(reply["tampered"]), bool(reply["completed"])
+        except (KeyError, TypeError) as e:
             raise Lost(f"sent rubbish ({type(e).__name__})") from e
+        if not sound:
+            raise Lost("sent rubbish")
+        self.sent += sum(len(call[1]) + len(call[3]) + sum(map(len, call[2].values())) for call in calls)
+        if self.sent > SENT_CHARS:
+            raise Lost(f"sent more than {SENT_CHARS >> 20} MB to the APIs")
+        self.calls += calls
+        self.digest, self.tampered = digest, self.tampered or tampered
+        return output, cut, completed
 
     def close(self) -> None:
         """End it, whatever it is doing."""
         self.child.close()
+
+
+def _is_call(call: Any) -> bool:
+    """[method, path, headers, body], as worker/engine.py records it."""
+    if type(call) is not list or len(call) != 4 or type(call[2]) is not dict or len(call[2]) > 2:
+        return False
+    return all(type(text) is str for text in (call[0], call[1], call[3], *call[2].values()))
 
 
 class Pool:
@@ -95,27 +122,31 @@ class Pool:
         self._tasks: dict[str, list[dict[str, str]]] = {}
         self._jobs = 0
         self._lock = threading.Lock()
-        self._judging = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))
-        self.view = self.folder / "view"
-        self._make_view()
-        self._worlds = Herd(lambda: self._zygote("world", self.view), settings.forks)
-        self._judges = Herd(lambda: self._zygote("judge", settings.root), settings.forks)
+        self._judging = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
+        self._started: list[ForkServers] = []
+        try:
+            for role in ("world", "judge"):
+                self._started.append(ForkServers(partial(self._server, role), settings.forks))
+        except BaseException:
+            self.close()
+            raise
+        self._worlds, self._judges = self._started
 
     def world(self, task_id: str) -> World:
         """A fresh world of a task. ValueError for an unknown one, OSError if it does not start."""
-        self._show(task_id)
-        s, own = self.settings, self.data / "tasks" / task_id
-        readable = [self.view, self.data / "api_docs", self.data / "base_dbs", own / "dbs", own / "specs.json"]
-        request = {
-            "task_id": task_id, "turn_seconds": s.turn_seconds, "max_api_calls": s.max_api_calls, "hidden": [str(own / "ground_truth")],
-        }  # fmt: skip
+        if Path(task_id).name != task_id or not (self.data / "tasks" / task_id / "specs.json").is_file():
+            raise ValueError(f"task_id {task_id!r}: no such task in {self.settings.root}")
+        s = self.settings
+        request = {"task_id": task_id, "turn_seconds": s.turn_seconds, "max_api_calls": s.max_api_calls}
         limits = self._limits(s.memory_mb, s.cpu_seconds, s.file_mb)
         for last in (False, True):
-            child = self._fork(self._worlds, "world", request, readable, limits)
+            child = self._fork(self._worlds, "world", request, limits)
             try:
-                return World(child, child.receive(START_SECONDS), s.turn_seconds + s.grace_seconds)
-            except Lost as e:
+                return World(child, child.receive(START_SECONDS), s)
+            except BaseException as e:
                 child.close()
+                if not isinstance(e, Lost):
+                    raise
                 if last:
                     raise OSError(f"AppWorld: the world of task {task_id} does not start: it {e}. {self._log('world')}") from e
         raise AssertionError
@@ -127,11 +158,9 @@ class Pool:
             failed (a reason, or None), success, tests, passed and missed (requirements), effort_passed and effort_tests (of those that
             doing nothing fails); or {failed: reason} alone if the judge was lost.
         """
-        # Each thousand calls may take as long as the agent had for them.
-        seconds = 60 + (1 + len(calls) / 1000) * self.settings.turn_seconds
         try:
-            answer = self._ask({"evaluate": task_id, "calls": calls, "digest": digest}, seconds)
-        except Lost as e:
+            answer = self._ask({"evaluate": task_id, "calls": calls, "digest": digest}, JUDGE_SECONDS)
+        except (Lost, OSError) as e:
             return {"failed": f"the judge {e}"}
         return answer if "error" not in answer else {"failed": f"the judge met {answer['error']}"}
 
@@ -148,13 +177,13 @@ class Pool:
 
     def pids(self) -> list[int]:
         """Of the warm processes, for measurements."""
-        return [*self._worlds.pids(), *self._judges.pids()]
+        return [pid for servers in self._started for pid in servers.pids()]
 
     def close(self) -> None:
         """End every process and remove the working folders."""
-        self._worlds.close()
-        self._judges.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for servers in self._started:
+            servers.close()
+        remove(self.folder)
         os.close(self._lock_file)
 
     # Inside
@@ -170,30 +199,32 @@ class Pool:
 
     def _ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         with self._judging:
-            child = self._fork(self._judges, "judge", {}, [self.data], self._limits(4096, int(seconds) + 60, 1024))
+            child = self._fork(self._judges, "judge", {}, self._limits(4096, int(seconds) + 60, 64))
             try:
                 child.send(question)
                 return dict(child.receive(seconds))
             finally:
                 child.close()
 
-    def _fork(self, herd: Herd, role: str, request: dict[str, Any], readable: list[Path], limits: dict[str, int]) -> Child:
+    def _fork(self, servers: ForkServers, role: str, request: dict[str, Any], limits: dict[str, int]) -> Child:
         s, folder = self.settings, self._workplace()
         request = {
-            **request, "folder": str(folder), "readable": [str(p) for p in readable], "limits": limits,
+            **request, "folder": str(folder), "data": str(self.data), "limits": limits,
             "landlock": s.landlock, "namespace": s.namespace,
         }  # fmt: skip
         try:
-            return herd.fork(request, folder)
-        except (OSError, ValueError) as e:
+            return servers.fork(request, folder)
+        except (OSError, ValueError, Refused) as e:
+            remove(folder)
             raise OSError(f"AppWorld's {role} process does not run: {e}. {self._log(role)}") from e
 
-    def _zygote(self, role: str, root: Path) -> Zygote:
+    def _server(self, role: str) -> ForkServer:
         folder = self._workplace()
         environ = {
-            "APPWORLD_ROOT": str(root), "APPWORLD_CACHE": str(folder), "SKILLSD_FOLDER": str(folder), "SKILLSD_WARM_TASK": self._warm_task,
+            "APPWORLD_ROOT": str(folder), "APPWORLD_CACHE": str(folder), "SKILLSD_FOLDER": str(folder), "SKILLSD_DATA": str(self.data),
+            "SKILLSD_WARM_TASK": self._warm_task,
         }  # fmt: skip
-        return Zygote(self.settings.python, role, folder, environ, self.folder / f"{role}.log")
+        return ForkServer(self.settings.python, role, folder, environ, self.folder / f"{role}.log")
 
     def _limits(self, memory_mb: int, cpu_s: int, file_mb: int) -> dict[str, int]:
         return {"memory_mb": memory_mb, "cpu_s": cpu_s, "file_mb": file_mb, "processes": 256, "open_files": 256}
@@ -212,27 +243,6 @@ class Pool:
         path.mkdir(parents=True)
         return path
 
-    def _make_view(self) -> None:
-        """The root that worlds see: links to the docs and databases, and no ground truth."""
-        (self.view / "data" / "tasks").mkdir(parents=True)
-        for name in ("api_docs", "base_dbs"):
-            (self.view / "data" / name).symlink_to(self.data / name)
-        self._show(self._warm_task)
-
-    def _show(self, task_id: str) -> None:
-        source, target = self.data / "tasks" / task_id, self.view / "data" / "tasks" / task_id
-        if target.is_dir():
-            return
-        if source.parent != self.data / "tasks" or not (source / "specs.json").is_file():
-            raise ValueError(f"task_id {task_id!r}: no such task in {self.settings.root}")
-        staged = self._workplace()
-        for name in ("dbs", "specs.json"):
-            (staged / name).symlink_to(source / name)
-        try:
-            staged.rename(target)
-        except OSError:  # another thread was first
-            shutil.rmtree(staged)
-
 
 def _working_folder() -> tuple[Path, int]:
     """A new folder and the lock that says it is in use; those of runs that were killed are removed."""
@@ -244,7 +254,7 @@ def _working_folder() -> tuple[Path, int]:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         except BlockingIOError:
             pass
         finally:
@@ -259,6 +269,7 @@ def _working_folder() -> tuple[Path, int]:
 _pools: dict[Settings, Pool] = {}
 _users: dict[Settings, int] = {}
 _guard = threading.Lock()
+_owner = os.getpid()
 
 
 def lease(settings: Settings) -> Pool:
@@ -288,6 +299,5 @@ def _close_idle(settings: Settings) -> None:
 
 @atexit.register
 def _close_all() -> None:
-    with _guard:
-        while _pools:
-            _pools.popitem()[1].close()
+    while _pools and os.getpid() == _owner:  # not in a process that was forked from this one
+        _pools.popitem()[1].close()

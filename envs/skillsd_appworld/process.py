@@ -1,20 +1,20 @@
-"""Warm processes and the children that they fork, seen from the trainer's side (worker/zygote.py is the other)."""
+"""Warm processes and the children that they fork, seen from the trainer's side (worker/fork_server.py is the other)."""
 
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from skillsd_appworld import channel
 
-ZYGOTE = Path(__file__).parent / "worker" / "zygote.py"
+SCRIPT = Path(__file__).parent / "worker" / "fork_server.py"
 START_SECONDS = 180.0
 """Time limit of a warm process's start; it takes seconds."""
 
@@ -23,25 +23,44 @@ class Lost(Exception):
     """A child is gone: killed at a limit, dead, or it sent rubbish. The text goes on after "the process"."""
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder that hostile code may have filled: rm, unlike shutil before Python 3.13, goes as deep as it has to."""
+    try:
+        folder.rmdir()
+    except OSError:
+        subprocess.run(["rm", "-rf", "--", str(folder)], stderr=subprocess.DEVNULL)
+
+
+def _readable(fd: int, seconds: float) -> bool:
+    """Wait until a descriptor can be read; a process's handle can when it has ended."""
+    poll = select.poll()  # select.select knows no descriptor beyond 1023
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
+
+
+class Refused(Exception):
+    """The machine did not give a new process. The text says why."""
+
+
 class Child:
     """A forked process: its socket, a handle to kill it by, and its working folder."""
 
-    def __init__(self, sock: socket.socket, pid: int, handle: int, zygote: "Zygote", folder: Path) -> None:
-        self.sock, self.pid, self.handle, self.zygote, self.folder = sock, pid, handle, zygote, folder
+    def __init__(self, sock: socket.socket, pid: int, handle: int, server: "ForkServer", folder: Path) -> None:
+        self.sock, self.pid, self.handle, self.server, self.folder = sock, pid, handle, server, folder
         self.closed = False
 
-    def send(self, message: Any) -> None:
-        """Lost if it does not read."""
-        self.sock.settimeout(30)
+    def send(self, message: Any, seconds: float = 10.0) -> None:
+        """Lost if it does not read for so long."""
+        self.sock.settimeout(seconds)
         try:
             channel.send(self.sock, message)
         except channel.Closed as e:
-            raise Lost(self._why(str(e), 30)) from e
+            raise Lost(self._why(str(e), seconds)) from e
 
-    def receive(self, seconds: float) -> Any:
-        """The next message. Lost after `seconds`."""
+    def receive(self, seconds: float, max_bytes: int = channel.MAX_BYTES) -> Any:
+        """The next message. Lost after `seconds`, and if it is longer than `max_bytes`."""
         try:
-            return channel.receive(self.sock, seconds)
+            return channel.receive(self.sock, seconds, max_bytes)
         except channel.Closed as e:
             raise Lost(self._why(str(e), seconds)) from e
 
@@ -51,28 +70,28 @@ class Child:
             return
         self.closed = True
         try:
-            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-            select.select([self.handle], [], [], 10)  # readable when the process has ended
-        except ProcessLookupError:
-            pass
-        self.sock.close()
-        os.close(self.handle)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.zygote.release()
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+                _readable(self.handle, 10)
+            self.sock.close()
+            os.close(self.handle)
+            remove(self.folder)
+        finally:
+            self.server.release()
 
     def _why(self, what: str, seconds: float) -> str:
         if what == "the time limit":
             return f"ran past the time limit of {seconds:g} s and was killed"
         if what != "it is gone":
             return what.removeprefix("it ")
-        select.select([self.handle], [], [], 1)
-        code = self.zygote.exit_code(self.pid)
+        _readable(self.handle, 1)
+        code = self.server.exit_code(self.pid)
         if code == -signal.SIGKILL:
             return "was killed by the kernel: its CPU time is used up, or the machine's memory"
         return "ended" if code is None or code >= 0 else f"was killed by signal {-code}"
 
 
-class Zygote:
+class ForkServer:
     """A warm process. It starts in the background: the first fork waits for it."""
 
     def __init__(self, python: Path, role: str, folder: Path, environ: dict[str, str], errors: Path) -> None:
@@ -84,23 +103,24 @@ class Zygote:
         }  # fmt: skip
         with errors.open("ab") as log:
             self.process = subprocess.Popen(
-                [str(python), "-P", "-s", str(ZYGOTE), str(theirs.fileno()), role], cwd=folder, env=environ, pass_fds=[theirs.fileno()],
+                [str(python), "-P", "-s", str(SCRIPT), str(theirs.fileno()), role], cwd=folder, env=environ, pass_fds=[theirs.fileno()],
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
             )  # fmt: skip
         theirs.close()
+        self.folder = folder
         self.forks = self.live = 0
         self._ready = False
         self._lock = threading.Lock()
 
     def fork(self, request: dict[str, Any], folder: Path) -> Child:
-        """A child that serves `request`. OSError or ValueError if this process is no more."""
+        """A child that serves `request`. Refused if there is none to be had, OSError or ValueError if this process is no more."""
         ours, theirs = socket.socketpair()
         try:
             with self._lock:
                 self._wait()
-                socket.send_fds(self.control, [json.dumps(request).encode()], [theirs.fileno()])
-                data, fds, _, _ = socket.recv_fds(self.control, 4096, 1)
-                pid = json.loads(data)["pid"]
+                told, fds = self._exchange(request, [theirs.fileno()])
+                if "error" in told:
+                    raise Refused(told["error"])
                 self.forks += 1
                 self.live += 1
         except BaseException:
@@ -108,7 +128,7 @@ class Zygote:
             raise
         finally:
             theirs.close()
-        return Child(ours, pid, fds[0], self, folder)
+        return Child(ours, told["pid"], fds[0], self, folder)
 
     def release(self) -> None:
         """One child less."""
@@ -119,17 +139,35 @@ class Zygote:
         """Of an ended child, negative for a signal; None if unknown."""
         try:
             with self._lock:
-                self.control.send(json.dumps({"status": pid}).encode())
-                status = json.loads(self.control.recv(4096))["status"]
+                status = self._exchange({"status": pid}, [])[0]["status"]
                 return None if status is None else int(status)
         except (OSError, ValueError):
             return None
+
+    @property
+    def warm(self) -> bool:
+        """Whether a fork need not wait."""
+        return self._ready or _readable(self.control.fileno(), 0)
 
     def close(self) -> None:
         """End it; its children die with it."""
         self.control.close()
         self.process.kill()
         self.process.wait()
+        remove(self.folder)
+
+    def _exchange(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """One question and its answer. After an interruption between the two nobody could tell whose the next answer is: it ends."""
+        try:
+            socket.send_fds(self.control, [json.dumps(request).encode()], fds)
+            data, got, _, _ = socket.recv_fds(self.control, 1 << 16, 1)
+            told = dict(json.loads(data))
+            if "pid" in told and not got:
+                raise OSError("this process has no file descriptor left")
+            return told, got
+        except BaseException:
+            self.control.close()
+            raise
 
     def _wait(self) -> None:
         if self._ready:
@@ -140,22 +178,22 @@ class Zygote:
         self._ready = True
 
 
-class Herd:
+class ForkServers:
     """The current warm process of one kind, its successor, and the former ones that still have children.
 
     Args:
         start: Makes one.
-        forks: Children after which one is replaced.
+        forks: Children after which one is replaced, as soon as the next is warm.
     """
 
-    def __init__(self, start: Callable[[], Zygote], forks: int) -> None:
+    def __init__(self, start: Callable[[], ForkServer], forks: int) -> None:
         self.start, self.forks = start, forks
-        self.current, self.next = start(), None  # type: Zygote, Zygote | None
-        self.former: list[Zygote] = []
+        self.current, self.next = start(), None  # type: ForkServer, ForkServer | None
+        self.former: list[ForkServer] = []
         self._lock = threading.Lock()
 
     def fork(self, request: dict[str, Any], folder: Path) -> Child:
-        """A child that serves `request`; a warm process that died is replaced. OSError or ValueError if the new one does not run either."""
+        """A child that serves `request`; a warm process that died is replaced. OSError, ValueError or Refused without one."""
         with self._lock:
             self._renew()
             try:
@@ -172,17 +210,17 @@ class Herd:
     def close(self) -> None:
         """End all."""
         with self._lock:
-            for zygote in (self.current, self.next, *self.former):
-                if zygote is not None:
-                    zygote.close()
+            for server in (self.current, self.next, *self.former):
+                if server is not None:
+                    server.close()
 
     def _renew(self) -> None:
         """Start the successor early enough to be warm when its time comes."""
-        for zygote in [z for z in self.former if z.live == 0]:
-            zygote.close()
-            self.former.remove(zygote)
+        for server in [z for z in self.former if z.live == 0]:
+            server.close()
+            self.former.remove(server)
         if self.next is None and self.current.forks >= self.forks * 3 // 4:
             self.next = self.start()
-        if self.next is not None and self.current.forks >= self.forks:
+        if self.next is not None and self.current.forks >= self.forks and self.next.warm:
             self.former.append(self.current)
             self.current, self.next = self.next, None

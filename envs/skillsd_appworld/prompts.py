@@ -85,7 +85,7 @@ DEFAULTS = {
     "output": "Output:\n```\n{output}\n```",
     "cut": "\n[... {cut} of {length} characters left out ...]\n",
     "no_code": "Your answer holds no code, so nothing was run and a turn is gone: write one piece of code between ```python and ```. "
-    "{turns_left} turns are left.",
+    "Turns left: {turns_left}.",
 }
 
 FIELDS = {

@@ -83,11 +83,10 @@ class RolloutData(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """List the tasks. Raises ConfigError for an empty split, overlapping splits, or G < 2 where a group baseline is needed."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        if module is not None:
-            Chat(load_tokenizer(module.settings), ())  # refuses a chat template before anything is written
         self.panel_tasks = self._tasks(self.panel_split, "panel_split")
         if stage != "fit":
             self._check_playable(self.panel_tasks)
+            self._check_chat(module)
             return
         self._resume_at, self._stream = 0, None
         self.train_tasks = self._tasks(self.train_split, "train_split")
@@ -102,6 +101,12 @@ class RolloutData(L.LightningDataModule):
                 "or set model.init_args.objective.policy_weight to 0."
             )
         self._check_playable([*self.train_tasks, *self.panel_tasks])
+        self._check_chat(module)
+
+    def _check_chat(self, module: Any) -> None:
+        """Refuse a chat template before anything is written; after the tasks, since a hub's tokenizer may take minutes not to come."""
+        if module is not None:
+            Chat(load_tokenizer(module.settings), ())
 
     def _check_playable(self, tasks: Sequence[Task]) -> None:
         """Reset the environment to each task of a file: a bad board is better known now than in the middle of a run."""

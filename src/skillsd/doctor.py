@@ -34,7 +34,7 @@ from skillsd.policy.smollm2 import cached_folder
 
 GROUP = "skillsd.doctor"
 KEYS = ("check", "state", "detail", "fix")
-STATES = {"ok": "green", "limited": "yellow", "missing": "red"}
+STATES = {"ok": "green", "limited": "yellow", "optional": "blue", "missing": "red"}
 HUB_SECONDS = 2.5
 """Most that the hub is waited for."""
 
@@ -168,13 +168,13 @@ def smollm2() -> Finding:
 
 
 def openai() -> Finding:
-    return _package("openai", "only for OpenAISummariser")
+    return _package("openai", "only for OpenAISummariser", "optional")
 
 
 def triton() -> Finding:
     if torch.cuda.is_available():
         return _package("triton", "comes with torch for CUDA")
-    state, detail, _ = _package("triton", "comes with torch for CUDA; a CPU does without")
+    state, detail, _ = _package("triton", "comes with torch for CUDA; a CPU does without", "optional")
     return state, detail, ""
 
 
@@ -182,11 +182,11 @@ def tensorboard() -> Finding:
     return _package("tensorboard", "the logger of the experiments in conf/")
 
 
-def _package(name: str, purpose: str) -> Finding:
+def _package(name: str, purpose: str, without: str = "missing") -> Finding:
     try:
         return "ok", version(name), ""
     except PackageNotFoundError:
-        return "missing", purpose, _pip(name)
+        return without, purpose, _pip(name)
 
 
 def _pip(name: str) -> str:
@@ -233,10 +233,10 @@ def doctor(args: Sequence[str]) -> None:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
     table = Table(title=f"skillsd {__version__}")
-    table.add_column("check", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for heading in ("detail", "how to get it"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("check", "state"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what was found; how to get it", overflow="fold")
     for row in found:  # as Text: brackets in a detail are no markup
-        table.add_row(Text(row["check"]), Text(row["state"], STATES[row["state"]]), Text(row["detail"]), Text(row["fix"]))
+        detail = Text(row["detail"]) + Text(f"\n-> {row['fix']}" if row["fix"] else "", "bold")
+        table.add_row(Text(row["check"]), Text(row["state"], STATES[row["state"]]), detail)
     Console().print(table)

@@ -180,7 +180,7 @@ def test_before_and_after(tmp_path, capsys):
     assert list(read_panel(tmp_path)) == ["before"]
     with pytest.raises(ConfigError, match=r"data\.init_args: the panel of .* other episodes"):
         again.on_train_start(stand_in(tmp_path, [panel(1.0, 1.0)]), None)
-    assert capsys.readouterr().out.count("panel ") == 2
+    assert capsys.readouterr().out.count("success") == 2
 
 
 def test_scenarios_come_from_the_data_module(tmp_path, capsys):
@@ -194,7 +194,8 @@ def test_scenarios_come_from_the_data_module(tmp_path, capsys):
     callback.on_train_start(trainer, None)
     callback.on_train_end(trainer, None)
     assert told == {f"panel/{k}": v for k, v in want.items()}
-    assert capsys.readouterr().out == "panel after: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in want.items()) + "\n"
+    line = capsys.readouterr().out.splitlines()[-1] + "\n"  # after how many episodes there are, as a log file shows no bar
+    assert line == "panel after: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in want.items()) + "\n"
     told.clear()
     trainer.state = SimpleNamespace(fn="validate")
     callback.on_validation_start(trainer, None)

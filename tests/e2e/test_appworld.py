@@ -46,7 +46,11 @@ def finished(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
                 },
                 "data": {
                     "init_args": {
-                        "env_overrides": {"skillsd_appworld:skillsd/AppWorld-v0": {"limit": 3, "max_turns": 2, "turn_seconds": 5}},
+                        "env_overrides": {
+                            "skillsd_appworld:skillsd/AppWorld-v0": {
+                                "limit": 3, "max_turns": 2, "turn_seconds": 20, "prompts": {"instruction": "Use the APIs."},
+                            }
+                        },
                         "batch_tasks": 3, "group_size": 2, "rollout": {"max_turn_tokens": 8, "max_rows": 6, "env_workers": 3},
                     }
                 },
@@ -62,7 +66,7 @@ def test_skill_sd_iterations_on_the_real_engine(finished):
     played = [Trajectory.from_json(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
     assert len(played) == 2 * 3 * 2 and {len(t.turns) for t in played} == {2}
     for t in played:
-        assert t.instruction.startswith("You are an assistant") and "\nTask: " in t.turns[0].observation
+        assert t.instruction == "Use the APIs." and "\nTask: " in t.turns[0].observation
         assert t.finish_reason == "horizon" and "no code" in t.turns[1].observation and t.failure == ""
         assert 0 < t.completion < 1 and t.reward == t.completion  # doing nothing passes some tests, not all
     rows = list(csv.DictReader((folder / "metrics.csv").open()))

@@ -26,7 +26,7 @@ def make_env(appworld: None) -> Iterator[Callable[..., AppWorldEnv]]:
     made: list[AppWorldEnv] = []
 
     def make(**kwargs: Any) -> AppWorldEnv:
-        made.append(AppWorldEnv(**kwargs))
+        made.append(AppWorldEnv(**{"turn_seconds": 20, **kwargs}))
         return made[-1]
 
     yield make
@@ -36,8 +36,14 @@ def make_env(appworld: None) -> Iterator[Callable[..., AppWorldEnv]]:
 
 @pytest.fixture
 def env(make_env: Callable[..., AppWorldEnv]) -> AppWorldEnv:
-    """With narrow limits."""
-    return make_env(turn_seconds=2, grace_seconds=1, max_api_calls=100)
+    """With the limits that all tests share."""
+    return make_env(max_api_calls=100)
+
+
+@pytest.fixture
+def hasty(make_env: Callable[..., AppWorldEnv]) -> AppWorldEnv:
+    """With a short time limit, for code that runs into it; not too short for what follows on a busy machine."""
+    return make_env(turn_seconds=4, grace_seconds=1)
 
 
 def block(code: str) -> str:

@@ -22,7 +22,7 @@ def first(env: AppWorldEnv, tier: int, split: str = "train") -> str:
 
 
 def test_the_contract(appworld):
-    env = gymnasium.make("skillsd_appworld:skillsd/AppWorld-v0", max_turns=3, limit=2, turn_seconds=5)
+    env = gymnasium.make("skillsd_appworld:skillsd/AppWorld-v0", max_turns=3, limit=1, turn_seconds=20)
     check_text_env(env, split="dev")
     env.close()
 
@@ -36,7 +36,7 @@ def test_the_tasks(env):
         scenarios = [t["scenario"] for t in env.tasks(split)]
         assert all(scenarios.count(s) == 3 for s in scenarios)
         assert all(t["task_id"].startswith(t["scenario"] + "_") for t in env.tasks(split))
-    families = places.marker(places.find_root("tiny"))["families"].values()
+    families = json.loads((places.find_root("tiny") / places.MARKER).read_text())["families"].values()
     assert len(families) >= 6 and len({app for f in families for app in f["apps"]}) >= 4
     assert {(f["tier"], len(f["apps"])) for f in families} == {(1, 1), (2, 1), (3, 2)}
     with pytest.raises(ValueError, match="the splits are 'dev', 'test', 'train'"):
@@ -55,12 +55,12 @@ def test_a_choice_of_tasks(make_env):
 
 
 def test_the_turns(make_env):
-    env = make_env(max_turns=4, max_chars=200, turn_seconds=5)
+    env = make_env(max_turns=4, max_chars=200)
     observation, info = env.reset(options={"task_id": first(env, 1)})
     assert observation.startswith("I am your supervisor: ") and "\nTask: " in observation and "@" in observation
     assert info["instruction"].startswith("You are an assistant") and (info["success"], info["completion"]) == (False, 0.0)
     observation, *_, info = env.step("I had rather talk.")
-    assert "no code" in observation and "3 turns are left" in observation and (info["valid"], info["turn"]) == (False, 1)
+    assert "no code" in observation and "Turns left: 3." in observation and (info["valid"], info["turn"]) == (False, 1)
     observation, *_, info = env.step(block("x = 41\nprint('a' * 500)"))
     assert f"{'a' * 150}\n[... 301 of 501 characters left out ...]\n{'a' * 49}\n" in observation and info["valid"]
     observation, *_ = env.step("```python\nx = 0\n```" + block("print(x + 1)\nprint({'b': [1]})"))
@@ -77,7 +77,7 @@ def test_the_turns(make_env):
 
 
 def test_the_example_of_the_prompt_runs(make_env):
-    env = make_env(turn_seconds=10, max_chars=100_000)
+    env = make_env(max_chars=100_000)
     observation, info = env.reset(options={"task_id": first(env, 1)})
     text = info["instruction"]
     codes = [part.partition("```")[0] for part in text[: text.index("Rules:")].split("```python\n")[1:]]
@@ -142,7 +142,7 @@ def test_the_effort_s_completion(make_env):
 
 def test_the_explorer_finds_its_way(make_env):
     """From the docs alone to a login, for every app that tasks of one app are about."""
-    env = make_env(max_chars=100_000, turn_seconds=10)
+    env = make_env(max_chars=100_000)
     for task in [t for t in env.tasks("dev") if t["difficulty"] in ("1", "2")][::3]:
         observation, _ = env.reset(options={"task_id": task["task_id"]})
         agent, seen, over = env.agents["explorer"](), [], False
@@ -154,8 +154,8 @@ def test_the_explorer_finds_its_way(make_env):
 
 def test_many_at_once(make_env: Callable[..., AppWorldEnv]):
     """Episodes side by side do not see each other, and give what one after another would."""
-    envs = [make_env(turn_seconds=20) for _ in range(8)]
-    tasks = random.Random(0).sample(envs[0].tasks("test"), 8)
+    envs = [make_env() for _ in range(4)]
+    tasks = random.Random(0).sample(envs[0].tasks("test"), 4)
 
     def play(env: AppWorldEnv, at: int) -> tuple[str, float]:
         env.reset(options={"task_id": tasks[at]["task_id"]})
@@ -163,15 +163,15 @@ def test_many_at_once(make_env: Callable[..., AppWorldEnv]):
         assert f"\n{at}\n" in env.step(block("print(mine)"))[0]
         return seen, env.step(env.solution()[0])[1]
 
-    with ThreadPoolExecutor(8) as threads:
-        together = list(threads.map(play, envs, range(8)))
-    assert together == [play(envs[0], at) for at in range(8)] and {reward for _, reward in together} == {1.0}
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(play, envs, range(4)))
+    assert together == [play(envs[0], at) for at in range(4)] and {reward for _, reward in together} == {1.0}
 
 
 @pytest.mark.slow
 def test_every_solution_is_accepted(make_env):
     """All tasks of all splits, by AppWorld's own evaluator; and doing nothing passes what is labelled so."""
-    envs = [make_env(turn_seconds=30) for _ in range(4)]
+    envs = [make_env() for _ in range(4)]
     tasks = [t for split in ("train", "dev", "test") for t in envs[0].tasks(split)]
     assert len(tasks) >= 120
 

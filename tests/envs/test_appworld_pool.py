@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from gymnasium.error import ResetNeeded
 from tests.envs.conftest import block
 
-from skillsd_appworld import AppWorldEnv, pool
+from skillsd_appworld import AppWorldEnv, pool, process
 
 
 def begin(env: AppWorldEnv, at: int = 0) -> None:
@@ -47,7 +48,9 @@ def test_the_warm_process_is_replaced_and_its_children_live_on(make_env):
     for _ in range(3):
         begin(env)
     assert env._pool._worlds.next is not None  # it warms up before it is needed
-    begin(env)
+    end = time.monotonic() + 60
+    while env._pool._worlds.current is first and time.monotonic() < end:
+        begin(env)  # and until it is warm, nobody waits for it
     assert env._pool._worlds.current is not first and alive(first.process.pid)
     assert "\n42\n" in other.step(block("print(kept)"))[0] and solved(other) and solved(env)
     begin(env)
@@ -66,14 +69,70 @@ def test_a_killed_world_costs_its_episode(env):
 
 def test_a_killed_warm_process_is_started_again(env):
     begin(env)
-    child, zygote = env._world.child.pid, env._pool._worlds.current.process
-    zygote.kill()
+    child, server = env._world.child.pid, env._pool._worlds.current.process
+    server.kill()
     assert gone([child])  # nobody would end it any more
     *_, info = env.step(block("print(1)"))
     assert "failed" in info
     env._pool._judges.current.process.kill()
     begin(env)
-    assert solved(env) and env._pool._worlds.current.process is not zygote
+    assert solved(env) and env._pool._worlds.current.process is not server
+
+
+def test_a_machine_without_processes_costs_one_episode_s_start(env, monkeypatch):
+    """The fork fails, the warm process and its other children live on."""
+    begin(env)
+    other = AppWorldEnv(turn_seconds=20, max_api_calls=100)
+    assert other._pool is env._pool
+    server = env._pool._worlds.current
+    exchange = server._exchange
+    monkeypatch.setattr(server, "_exchange", lambda request, fds: ({"error": "BlockingIOError: no process left"}, []))
+    with pytest.raises(OSError, match="AppWorld's world process does not run: BlockingIOError: no process left"):
+        begin(other)
+    monkeypatch.setattr(server, "_exchange", exchange)
+    begin(other)
+    assert env._pool._worlds.current is server and solved(env) and solved(other)
+    other.close()
+
+
+def test_an_interruption_does_not_mix_up_answers(env, monkeypatch):
+    """Ctrl-C between a question and its answer: that process is given up, the next episode gets another."""
+    begin(env)
+    server = env._pool._worlds.current
+    monkeypatch.setattr("skillsd_appworld.process.socket.recv_fds", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        begin(env)
+    monkeypatch.undo()
+    begin(env)
+    assert env._pool._worlds.current is not server and solved(env)
+
+
+def test_episodes_leave_no_folders(env):
+    for at in range(3):
+        begin(env, at)
+        assert solved(env)
+    kept = {server.folder for servers in env._pool._started for server in (servers.current, servers.next, *servers.former) if server}
+    assert set((env._pool.folder / "jobs").iterdir()) == kept
+
+
+def test_a_judge_that_cannot_start_fails_the_episode(env, monkeypatch):
+    begin(env)
+    monkeypatch.setattr(env._pool._judges, "fork", lambda *a: (_ for _ in ()).throw(ValueError("it ended while it started")))
+    info = env.finish()
+    assert "the judge AppWorld's judge process does not run" in info["failed"] and env._world is None
+    monkeypatch.undo()
+    begin(env)
+    assert solved(env)
+
+
+def test_a_closed_environment_says_so(make_env):
+    env = make_env()
+    begin(env)
+    env.close()
+    with pytest.raises(ResetNeeded, match="closed"):
+        env.reset()
+    with pytest.raises(ResetNeeded):
+        env.step("")
 
 
 def test_a_judge_that_hangs_or_dies_fails_the_episode(env, monkeypatch):
@@ -137,6 +196,19 @@ def test_nothing_is_left_when_the_last_environment_is_closed(make_env, monkeypat
     assert not folder.exists()
 
 
+def test_a_bottomless_folder_is_removed(tmp_path):
+    """On a kernel without own mounts the agent's folder is the host's to clear."""
+    at = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=at)
+        inner = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = inner
+    os.close(at)
+    process.remove(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
 def test_nobody_listens(env):
     """The processes talk over pairs of sockets that nobody else can reach: there is no port to guard."""
     begin(env)
@@ -156,7 +228,7 @@ def test_the_host_s_secrets_stay_at_home(env, monkeypatch):
         environ = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
         assert {line.partition("=")[0] for line in environ if line} <= {
             "PATH", "HOME", "LANG", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "APPWORLD_ROOT", "APPWORLD_CACHE", "SKILLSD_FOLDER",
-            "SKILLSD_WARM_TASK",
+            "SKILLSD_DATA", "SKILLSD_WARM_TASK",
         }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ if child == 0:
             os.setgroups([]), os.setgid(o["user"]), os.setuid(o["user"])
         readable = [*sandbox.interpreter_paths(), *o["readable"]]
         parent = o["parent"] or template
-        flags = {"landlock": o["files"] == "landlock", "namespace": o["namespace"], "hidden": o["hidden"]}
+        flags = {"landlock": o["files"] == "landlock", "namespace": o["namespace"], "hidden": o["hidden"], "folder_mb": o["folder_mb"]}
         limits, keep = sandbox.Limits(**o["limits"]), [write, *o["keep"]]
         box = sandbox.confine(o["folder"], readable, limits, keep, parent=parent, environ={"GIVEN": "1"}, **flags)
         out["box"] = vars(box)
@@ -97,7 +97,20 @@ class Place:
         (self.folder / "leads_out").symlink_to(self.secret)
 
     def command(
-        self, code, *, ahead="", build="", files="seccomp", user=None, namespace=True, keep=(), parent=0, abi=0, hidden=(), **limits
+        self,
+        code,
+        *,
+        ahead="",
+        build="",
+        files="seccomp",
+        user=None,
+        namespace=True,
+        keep=(),
+        parent=0,
+        abi=0,
+        hidden=(),
+        folder_mb=0,
+        **limits,
     ):
         limits = {"memory_mb": 256, "cpu_s": 20, "file_mb": 1, "processes": 64, "open_files": 64, **limits}
         if user:
@@ -105,7 +118,7 @@ class Place:
         options = dict(
             script=str(SCRIPT), folder=str(self.folder), readable=[str(self.readable), "/does/not/exist"], secret=str(self.secret),
             ahead=dedent(ahead), build=dedent(build), code=dedent(code), files=files, user=user, namespace=namespace, keep=list(keep),
-            parent=parent, abi=abi, hidden=list(hidden), limits=limits,
+            parent=parent, abi=abi, hidden=list(hidden), folder_mb=folder_mb, limits=limits,
         )  # fmt: skip
         return [sys.executable, "-c", TEMPLATE, json.dumps(options)]
 
@@ -146,6 +159,25 @@ def test_hidden_folders_do_not_even_tell_sizes(place, user):
         pytest.skip("no own mounts here")
     assert out["size"] == 6 and out["hidden"] == ["PermissionError"] * 2 and out["note"] == "note"
     assert (inside / "answer").read_text() == "42"
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_a_folder_of_its_own_cannot_fill_the_disk(place, user):
+    code = """
+    def fill(size):
+        for i in range(10_000):
+            with open(f"file{i}", "wb") as file:
+                file.write(bytes(size))
+    out["bytes"], n = attempt(lambda: fill(1 << 20)), len(os.listdir("."))
+    for name in os.listdir("."):
+        os.remove(name)
+    out["files"], out["counts"] = attempt(lambda: fill(0)), [n, len(os.listdir("."))]
+    """
+    out = place.play(code, files="landlock", folder_mb=8, file_mb=4, user=user)
+    if out["box"]["hidden"] != "mount":
+        pytest.skip("no own mounts here")
+    assert out["bytes"] == out["files"] == "OSError" and out["counts"][0] <= 9 and out["counts"][1] <= sandbox.FOLDER_INODES
+    assert [p.name for p in place.folder.iterdir()] == ["leads_out"]  # the host sees nothing of it
 
 
 @pytest.mark.parametrize("user", USERS)

@@ -93,6 +93,13 @@ def test_neither_kind_of_tasks_is_taken_for_the_other(tmp_path, monkeypatch):
         places.find_root("tiny")
 
 
+def test_a_damaged_root_is_not_taken_for_whole(tmp_path):
+    tiny = root(tmp_path / "a", True)
+    (tiny / "data" / "datasets" / "dev.txt").write_text("x_1\nx_2\n")
+    with pytest.raises(ValueError, match=r"is incomplete, 1 of its 3 tasks are not there \(x_2, ...\): run `make appworld`"):
+        places.find_root("tiny", str(tiny))
+
+
 def test_what_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"appworld download data.*APPWORLD_ROOT"):
         places.find_root("official")

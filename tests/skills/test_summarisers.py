@@ -6,7 +6,7 @@ import pytest
 
 from skillsd.skills import BaseSummariser, RulesSummariser, Summariser
 from skillsd.skills.summarisers import analyst_messages
-from skillsd.skills.summarisers.prompt import conversation
+from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Turn
 
 ANSWER = json.dumps({"success_analysis": "s", "mistake_analysis": "m", "golden_workflow": "w"})

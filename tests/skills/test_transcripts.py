@@ -10,7 +10,7 @@ from skillsd.rollout.noise import stream_key
 from skillsd.skills import BaseSummariser
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.summarisers import FIELD_QUESTIONS, analyst_messages
-from skillsd.skills.summarisers.prompt import MIN_CHARS, MIN_KEPT, conversation, shorten
+from skillsd.skills.summarisers.transcript import MIN_CHARS, MIN_KEPT, conversation, shorten
 from skillsd.trajectory import Trajectory, Turn
 
 RULES = "RULES-BEGIN\n" + "Write one python block each turn. Only print() shows anything. Look the APIs up before use.\n" * 42 + "RULES-END"

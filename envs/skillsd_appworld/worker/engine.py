@@ -1,14 +1,16 @@
-"""AppWorld's package as the workers use it: warm-up, a world, and the tape of its API calls."""
+"""AppWorld's package as the workers use it: warm-up, a world, and the log of its API calls."""
 
 import hashlib
 import json
 import os
 import random
+import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import appworld
 import httpx
 from appworld import AppWorld, load_task_ids, update_root
 from appworld.apps import get_all_apps
@@ -22,24 +24,30 @@ ALLOWED_MODULE_NAMES.discard("appworld")  # an agent has no business in the engi
 PUBLIC_APPS = tuple(get_all_apps(skip_admin=True))
 
 
-def version() -> str:
-    """AppWorld's."""
-    return str(appworld.__version__)
+def lay_out(folder: str, data: str, task_id: str) -> str:
+    """Make a root beneath `folder` that holds one task and no ground truth; its path."""
+    own = os.path.join(folder, "root", "data", "tasks", task_id)
+    os.makedirs(own)
+    for name in ("api_docs", "base_dbs"):
+        os.symlink(os.path.join(data, name), os.path.join(folder, "root", "data", name))
+    shutil.copytree(os.path.join(data, "tasks", task_id, "dbs"), os.path.join(own, "dbs"))
+    shutil.copy(os.path.join(data, "tasks", task_id, "specs.json"), own)
+    return os.path.join(folder, "root")
 
 
 def warm_up(judge: bool) -> None:
     """Import all apps and play one episode, so that no child has to; leaves no thread and no open database behind.
 
     Args:
-        judge: Score it, too: this root holds the ground truth.
+        judge: On the full root, and score it, too. A world's template never sees more than one task without its ground truth.
     """
-    update_root(os.environ["APPWORLD_ROOT"])
+    folder, data, task_id = os.environ["SKILLSD_FOLDER"], os.environ["SKILLSD_DATA"], os.environ["SKILLSD_WARM_TASK"]
+    update_root(os.path.dirname(data) if judge else lay_out(folder, data, task_id))
     for app in get_all_apps():
         import_apis_module(app)
         import_models_module(app)
         get_name_to_apis(app)
     ApiDocCollection.load(load_apps=PUBLIC_APPS, include_response_schemas=True)
-    folder, task_id = os.environ["SKILLSD_FOLDER"], os.environ["SKILLSD_WARM_TASK"]
     world = open_world(task_id, folder, 30, 100, ground_truth=judge)
     for code in ("print(apis.supervisor.show_profile())", "print(apis.api_docs.show_app_descriptions())", "1 / 0"):
         world.execute(code)
@@ -62,11 +70,11 @@ def open_world(task_id: str, folder: str, turn_seconds: int, max_api_calls: int,
     )
 
 
-class Tape:
+class CallLog:
     """Records every API call of a world, and notices changes of its databases that no call made.
 
-    The random numbers of a call depend on its place on the tape alone, not on what the agent drew in between: the judge, who plays the
-    tape on a fresh world, gets the same tokens and codes.
+    The random numbers of a call depend on its place on the log alone, not on what the agent drew in between: the judge, who plays the
+    log on a fresh world, gets the same tokens and codes.
     """
 
     def __init__(self, world: AppWorld) -> None:
@@ -79,6 +87,7 @@ class Tape:
         self._databases = [import_models_module(app).SQLModel.db for app in (*PUBLIC_APPS, "admin")]
         self._seen = self._marks()
         client = world.requester.client
+        client.follow_redirects = False  # no API redirects, and where one leads is not looked at again
         self._send = client.send
         client.send = self._record
 
@@ -116,10 +125,27 @@ class Tape:
         if not self.paused:
             headers = {k: request.headers[k] for k in ("authorization", "content-type") if k in request.headers}
             self.calls.append([request.method, path, headers, request.read().decode("utf-8", "surrogateescape")])
-        with seeded(len(self.calls)):
-            response = self._send(request, **options)
-        self._seen = self._marks()
-        return response
+        with undisturbed(), seeded(len(self.calls)):
+            try:
+                return self._send(request, **options)
+            finally:
+                self._seen = self._marks()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold the time limit's alarm back until a call is done: half a call is none that the judge could make."""
+    if threading.current_thread() is not threading.main_thread():  # it strikes only there
+        yield
+        return
+    late: list[tuple[int, Any]] = []
+    handler = signal.signal(signal.SIGALRM, lambda number, frame: late.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    if late and callable(handler):
+        handler(*late[0])
 
 
 @contextmanager
@@ -134,17 +160,34 @@ def seeded(number: int) -> Iterator[None]:
 
 
 def replay(world: AppWorld, calls: list[list[Any]]) -> str | None:
-    """Make the recorded calls on a fresh world with a tape of its own. What is wrong with them, or None."""
+    """Make the recorded calls on a fresh world with a log of its own. What is wrong with them, or None.
+
+    A token that no login gave is not used: AppWorld signs tokens with a word that everybody can read in its code.
+    """
     client = world.requester.client
+    tokens: set[str] = set()
     for method, path, headers, body in calls:
-        request = client.build_request(method, path, headers=headers, content=body.encode("utf-8", "surrogateescape"))
+        kept = {k: headers[k] for k in ("authorization", "content-type") if k in headers}
+        if "authorization" in kept and kept["authorization"] not in tokens:
+            kept["authorization"] = "Bearer none"
+        request = client.build_request(method, path, headers=kept, content=body.encode("utf-8", "surrogateescape"))
         try:
-            client.send(request)
+            response = client.send(request)
         except PermissionError:
             return f"the agent's code called {method} {path}, which is no API of the apps"
         except Exception:  # an error of the API's own: the agent saw it too
             continue
+        tokens |= _tokens_in(response.text)
     return None
+
+
+def _tokens_in(text: str) -> set[str]:
+    """The authorization that a login's answer gives; empty for another API's."""
+    try:
+        answer = json.loads(text) if '"access_token"' in text else None
+    except ValueError:
+        return set()
+    return {f"Bearer {answer['access_token']}"} if isinstance(answer, dict) and "access_token" in answer else set()
 
 
 def tasks(split: str) -> list[dict[str, str]]:

@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave a ROOT that this version made from this seed as it is")
     arguments = parser.parse_args()
     root = arguments.root.resolve()
-    if arguments.keep and is_tiny(root, (VERSION, arguments.seed)):
+    if arguments.keep and is_whole(root, arguments.seed):
         return 0
     if problem := refusal(root):
         print(f"make_tiny: {problem}", file=sys.stderr)
@@ -84,10 +84,19 @@ def refusal(root: Path) -> str | None:
     return None
 
 
-def is_tiny(root: Path, version_and_seed: tuple[int, int] | None = None) -> bool:
+def is_whole(root: Path, seed: int) -> bool:
+    """Whether this version made `root` from `seed`, and all of its tasks are still there."""
+    if not is_tiny(root):
+        return False
+    told = json.loads((root / "tiny.json").read_text())
+    ids = [task_id for split in told["splits"].values() for task_id in split]
+    whole = all((root / "data" / "tasks" / task_id / "ground_truth").is_dir() for task_id in ids) and (root / "data" / "base_dbs").is_dir()
+    return whole and (told["version"], told["seed"]) == (VERSION, seed)
+
+
+def is_tiny(root: Path) -> bool:
     try:
-        told = json.loads((root / "tiny.json").read_text())
-        return told["kind"] == KIND and version_and_seed in (None, (told["version"], told["seed"]))
+        return json.loads((root / "tiny.json").read_text())["kind"] == KIND
     except (OSError, ValueError, TypeError, KeyError):
         return False
 

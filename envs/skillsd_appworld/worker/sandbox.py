@@ -143,16 +143,21 @@ def _own_namespaces() -> str:
     return "user" if _in_child(_user_namespace) and _user_namespace() else ""
 
 
+def _mount(source: bytes | None, target: str, kind: bytes | None, flags: int, data: bytes | None) -> bool:
+    return _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data) == 0
+
+
+def _own_mounts(folder: str, folder_mb: int) -> bool:
+    """In a mount namespace: a small file system of its own on `folder`, gone with the process, so that no code fills the disk. Whether it
+    was allowed."""
+    size = f"size={folder_mb}m,nr_inodes={FOLDER_INODES},mode=700".encode()
+    private = _mount(None, "/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: the host sees none of it
+    return private and (not folder_mb or _mount(b"none", folder, b"tmpfs", 0xE, size))  # no device, set-id or program
+
+
 def _hide(paths: Sequence[str]) -> bool:
-    """Puts an empty folder over each of `paths`, in own mounts: Landlock alone would still tell names and sizes. Whether it was allowed."""
-
-    def mount(source: bytes | None, target: str, kind: bytes | None, flags: int, data: bytes | None) -> bool:
-        return _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data) == 0
-
-    private = mount(None, "/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: the host sees none of it
-    return private and all(
-        mount(b"none", path, b"tmpfs", 0xF, b"size=4k,mode=0") for path in paths
-    )  # read-only, no device, set-id or program
+    """An empty folder over each of `paths`: Landlock alone would still tell names and sizes. Whether it was allowed."""
+    return all(_mount(b"none", path, b"tmpfs", 0xF, b"size=4k,mode=0") for path in paths)
 
 
 def _close_all_but(keep: Sequence[int]) -> None:
@@ -184,6 +189,8 @@ def _set_limits(limits: "Limits", *, own_users: bool) -> None:
         resource.RLIMIT_FSIZE: limits.file_mb << 20,
         resource.RLIMIT_NOFILE: limits.open_files,
         resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: 256,
     }
     if own_users and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (5, 14):
         values[resource.RLIMIT_NPROC] = limits.processes
@@ -207,6 +214,10 @@ def _drop_capabilities() -> None:
 
 
 # --- public ---
+
+
+FOLDER_INODES = 4096
+"""Files and folders that fit into a folder that is a file system of its own."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +256,8 @@ def confine(
     environ: Mapping[str, str] | None = None,
     parent: int | None = None,
     hidden: Sequence[str] = (),
+    folder_mb: int = 0,
+    prepare: Callable[[], object] = lambda: None,
     landlock: bool = True,
     namespace: bool = True,
 ) -> Confinement:
@@ -252,8 +265,9 @@ def confine(
 
     `folder` becomes the working directory, the only place to write; `readable` are files or folders, those that do not exist are skipped;
     `keep_fds` stay open, 0, 1 and 2 otherwise become /dev/null, the rest is closed; `environ` is the whole new environment (default:
-    empty); `parent` is the pid that must still be the parent (default: the present one); `hidden` folders become empty where the kernel
-    allows own mounts. `landlock` and `namespace` False do without.
+    empty); `parent` is the pid that must still be the parent (default: the present one). Where the kernel allows own mounts, `hidden`
+    folders become empty, and with `folder_mb` the folder is a file system of that many MiB that goes with the process. `prepare` is called
+    in the folder while everything can still be read. `landlock` and `namespace` False do without.
     Raises OSError where seccomp is missing (an unconfined world is never run), on an unknown machine, and if a step is refused.
     """
     parent = os.getppid() if parent is None else parent
@@ -262,11 +276,13 @@ def confine(
     if os.getsid(0) != os.getpid():
         os.setsid()
     _close_all_but(keep_fds)
-    os.chdir(folder)
     os.umask(0o077)
     _set_environ(environ or {})
     own = _own_namespaces() if namespace else ""
-    hides = bool(own) and _hide(hidden)
+    mounts = bool(own) and _own_mounts(folder, folder_mb)
+    os.chdir(folder)
+    prepare()
+    mounts = mounts and _hide(hidden)
     _set_limits(limits, own_users=own == "user")
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     landlock = landlock and _landlock_abi() > 0
@@ -277,7 +293,7 @@ def confine(
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
-    return Confinement("namespace" if own else "seccomp", "landlock" if landlock else "seccomp", "mount" if hides else "none")
+    return Confinement("namespace" if own else "seccomp", "landlock" if landlock else "seccomp", "mount" if mounts else "none")
 
 
 def seal(confinement: Confinement) -> None:
@@ -340,7 +356,7 @@ def probe() -> dict[str, str]:
     return {
         "network": "namespace" if _in_child(lambda: _own_namespaces() != "") else "seccomp",
         "files": "landlock" if _in_child(walled) else "seccomp",
-        "hidden": "mount" if _in_child(lambda: _own_namespaces() != "" and _hide(["/"])) else "none",
+        "hidden": "mount" if _in_child(lambda: _own_namespaces() != "" and _own_mounts("/", 1)) else "none",
         "syscalls": "seccomp",
     }
 

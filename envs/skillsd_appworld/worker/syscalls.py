@@ -13,7 +13,7 @@ from collections.abc import Sequence
 HARMLESS = """
 read 0 63  write 1 64  close 3 57  lseek 8 62  pread64 17 67  pwrite64 18 68  readv 19 65  writev 20 66  preadv 295 69  pwritev 296 70
 preadv2 327 286  pwritev2 328 287  sendfile 40 71  copy_file_range 326 285  dup 32 23  dup2 33 -  dup3 292 24  pipe 22 -  pipe2 293 59
-close_range 436 436  fsync 74 82  fdatasync 75 83  ftruncate 77 46  fallocate 285 47  fadvise64 221 223  flock 73 32  getdents64 217 61
+close_range 436 436  fsync 74 82  fdatasync 75 83  ftruncate 77 46  fallocate 285 47  fadvise64 221 223  getdents64 217 61
 mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  mremap 25 216  msync 26 227  mincore 27 232  madvise 28 233
 futex 202 98  sched_yield 24 124  sched_getaffinity 204 123  set_robust_list 273 99  rseq 334 293  membarrier 324 283  getcpu 309 168
 exit 60 93  exit_group 231 94  restart_syscall 219 128  getrandom 318 278
@@ -22,8 +22,7 @@ epoll_pwait 281 22  epoll_pwait2 441 441  eventfd 284 -  eventfd2 290 19  timerf
 timerfd_gettime 287 87
 recvfrom 45 207  recvmsg 47 212  sendmsg 46 211  shutdown 48 210  getsockname 51 204  getpeername 52 205  getsockopt 55 209
 rt_sigaction 13 134  rt_sigprocmask 14 135  rt_sigreturn 15 139  rt_sigpending 127 136  rt_sigtimedwait 128 137  rt_sigsuspend 130 133
-sigaltstack 131 132  pause 34 -  alarm 37 -  getitimer 36 102  setitimer 38 103  timer_create 222 107  timer_settime 223 110
-timer_gettime 224 108  timer_getoverrun 225 109  timer_delete 226 111
+sigaltstack 131 132  pause 34 -  alarm 37 -  getitimer 36 102  setitimer 38 103 
 nanosleep 35 101  clock_nanosleep 230 115  clock_gettime 228 113  clock_getres 229 114  gettimeofday 96 169  time 201 -  times 100 153
 getpid 39 172  getppid 110 173  gettid 186 178  getpgrp 111 -  getpgid 121 155  getsid 124 156  getuid 102 174  geteuid 107 175
 getgid 104 176  getegid 108 177  getresuid 118 148  getresgid 120 150  getgroups 115 158  getrlimit 97 163  getrusage 98 165  uname 63 160

@@ -3,12 +3,14 @@ plays its API calls again elsewhere.
 """
 
 import os
+import random
+import re
+import shutil
 import signal
 import socket
 from typing import Any
 
 import channel
-
 import engine
 import sandbox
 
@@ -19,24 +21,29 @@ def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
     Messages in: {code, max_chars}. Out, first: {task, supervisor, datetime, confinement, digest}; then for each: {output, cut,
     completed, calls, digest, tampered}.
     """
-    folder, paths = request["folder"], sandbox.interpreter_paths()
-    for truth in request["hidden"]:
-        if inside := next((p for p in paths if os.path.realpath(truth).startswith(p + "/")), None):
-            raise PermissionError(f"the tasks lie beneath {inside}, which the interpreter reads: move them elsewhere")
+    folder, data, task_id = request["folder"], request["data"], request["task_id"]
+    paths, tasks = sandbox.interpreter_paths(), os.path.join(data, "tasks")
+    if inside := next((p for p in paths if os.path.realpath(tasks).startswith(p + "/")), None):
+        raise PermissionError(f"the tasks lie beneath {inside}, which the interpreter reads: move them elsewhere")
     confinement = sandbox.confine(
         folder,
-        [*paths, *request["readable"]],
+        [*paths, os.path.join(data, "api_docs"), os.path.join(data, "base_dbs")],
         sandbox.Limits(**request["limits"]),
         [sock.fileno()],
-        environ={"APPWORLD_ROOT": os.environ["APPWORLD_ROOT"], "APPWORLD_CACHE": folder, "HOME": folder, "PATH": ""},
+        environ={"APPWORLD_ROOT": os.path.join(folder, "root"), "APPWORLD_CACHE": folder, "HOME": folder, "PATH": ""},
         parent=parent,
-        hidden=request["hidden"],
+        hidden=[tasks],
+        folder_mb=4 * request["limits"]["file_mb"],
+        prepare=lambda: engine.lay_out(folder, data, task_id),
         landlock=request["landlock"],
         namespace=request["namespace"],
     )
-    world = engine.open_world(request["task_id"], folder, request["turn_seconds"], request["max_api_calls"])
+    world = engine.open_world(task_id, folder, request["turn_seconds"], request["max_api_calls"])
+    shutil.rmtree(os.path.join(folder, "root"))  # all is in memory now; the rows that belong to the task would stand out in its files
     world._save_state = world.save_logs = lambda *args: None  # nobody reads them: the judge makes its own
-    tape = engine.Tape(world)
+    log = engine.CallLog(world)
+    # What an agent draws from the system is the same in every run, as what it draws from `random` is.
+    os.urandom = random._urandom = random.Random(0).randbytes  # type: ignore[attr-defined]
     sandbox.seal(confinement)
     supervisor, fields = world.task.supervisor, ("first_name", "last_name", "email", "phone_number")
     first = {
@@ -44,7 +51,7 @@ def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
         "supervisor": {field: str(supervisor[field]) for field in fields},
         "datetime": str(world.task.datetime),
         "confinement": {"network": confinement.network, "files": confinement.files, "hidden": confinement.hidden},
-        "digest": tape.digest(),
+        "digest": log.digest(),
     }
     channel.send(sock, first)
     sent = 0
@@ -59,14 +66,19 @@ def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
             signal.alarm(0)
             world.safety_guard.disable()
             output = f"Execution failed. Traceback:\n{type(e).__name__}: {e}"
-        output, cut = _shorten(output, message["max_chars"])
-        completed = tape.completed()
-        intact = tape.check()
-        calls, sent = tape.calls[sent:], len(tape.calls)
+        output, cut = _shorten(_reproducible(output, folder), message["max_chars"])
+        completed = log.completed()
+        intact = log.check()
+        calls, sent = log.calls[sent:], len(log.calls)
         channel.send(
             sock,
-            {"output": output, "cut": cut, "completed": completed, "calls": calls, "digest": tape.digest(), "tampered": not intact},
+            {"output": output, "cut": cut, "completed": completed, "calls": calls, "digest": log.digest(), "tampered": not intact},
         )
+
+
+def _reproducible(text: str, folder: str) -> str:
+    """Without what differs from process to process: the addresses in an object's repr, and the name of the working folder."""
+    return re.sub(r"\bat 0x[0-9a-f]{6,}\b", "at 0x0", text).replace(folder, "/home/agent")
 
 
 def _shorten(text: str, limit: int) -> tuple[list[str], int]:

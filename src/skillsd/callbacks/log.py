@@ -47,8 +47,12 @@ class RunLog(L.Callback):
             if path.is_file() and path.stat().st_size > length:
                 with path.open("r+b") as f:
                     f.truncate(length)
-        if not (folder / METRICS_FILE).is_file() or not (folder / METRICS_FILE).stat().st_size:
-            _append(folder / METRICS_FILE, ",".join(COLUMNS) + "\n")
+        metrics, header = folder / METRICS_FILE, ",".join(COLUMNS) + "\n"
+        if not metrics.is_file() or not metrics.stat().st_size:
+            _append(metrics, header)
+        with metrics.open(encoding="utf-8") as f:
+            if f.readline() != header:
+                raise ConfigError(f"trainer.default_root_dir: {metrics} has the columns of another version of skillsd: name a new folder.")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         groups: Sequence[TrajectoryGroup] = batch

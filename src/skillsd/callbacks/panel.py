@@ -91,6 +91,8 @@ class Panel(L.Callback):
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         played: list[Trajectory] = []
         with Progress(disable=not trainer.progress_bar_callback, transient=True) as bar:
+            if not bar.console.is_terminal:  # a log file shows no bar
+                print(f"panel {when}: {len(loader.rows)} episodes", flush=True)
             task = bar.add_task(f"panel {when}", total=len(loader))
             for batch in loader:
                 played += batch

@@ -1,4 +1,4 @@
-"""A warm process in AppWorld's interpreter that forks one child an episode: `python zygote.py FD world|judge`.
+"""A warm process in AppWorld's interpreter that forks one child an episode: `python fork_server.py FD world|judge`.
 
 It has imported the engine and played one episode, so a child starts in a tenth of a second and shares most of its memory with the others.
 FD is a socket to the trainer's side. On it come messages with one file descriptor each: the socket that the child will serve.
@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     del sys.path[:2]
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page that it shares
-    control.send(json.dumps({"pid": os.getpid(), "version": engine.version()}).encode())
+    control.send(json.dumps({"pid": os.getpid()}).encode())
     ended: dict[int, int] = {}
     while True:
         data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
@@ -42,21 +43,35 @@ def main() -> None:
         if "status" in request:  # why did it end?
             control.send(json.dumps({"status": ended.pop(request["status"], None)}).encode())
             continue
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                control.close()
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                serve(socket.socket(fileno=fds[0]), request, parent)
-                code = 0
-            finally:
-                os._exit(code)
-        os.close(fds[0])
-        handle = os.pidfd_open(pid)  # a kill through it can never hit another process
+        try:
+            pid, handle = _fork(control, fds[0], request, serve)
+        except OSError as e:  # no memory, no process left: the others live on
+            control.send(json.dumps({"error": f"{type(e).__name__}: {e}"}).encode())
+            continue
+        finally:
+            for fd in fds:
+                os.close(fd)
         socket.send_fds(control, [json.dumps({"pid": pid}).encode()], [handle])
         os.close(handle)
+
+
+def _fork(control: socket.socket, fd: int, request: dict[str, Any], serve: Callable[..., None]) -> tuple[int, int]:
+    """A child that serves `request` over `fd`: its pid, and a handle through which a kill can never hit another process."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            control.close()
+            serve(socket.socket(fileno=fd), request, parent)
+            code = 0
+        finally:
+            os._exit(code)
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        raise
 
 
 def _reap(ended: dict[int, int]) -> None:
