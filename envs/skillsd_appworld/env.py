@@ -96,7 +96,7 @@ class AppWorldEnv(gym.Env[str, str]):
         self._difficulties = None if difficulties is None else [str(d) for d in difficulties]
         self._limit = None if limit is None else _whole("limit", limit, 1, 1_000_000)
         self._max_turns = _whole("max_turns", max_turns, 1, 100_000)
-        self._max_chars = _whole("max_chars", max_chars, 100, 10_000_000)
+        self._max_chars = _whole("max_chars", max_chars, 100, 1_000_000)
         self._prompts = check_prompts(prompts)
         root_folder = places.find_root(source, root)
         self._settings = Settings(

@@ -82,9 +82,9 @@ class World:
         try:
             output, cut, calls, digest = reply["output"], reply["cut"], reply["calls"], reply["digest"]
             sound = (
-                all(type(part) is str for part in output) and 1 <= len(output) <= 2 and sum(map(len, output)) <= max_chars
-                and type(cut) is int and 0 <= cut < 1 << 40 and type(digest) is str and len(digest) == 64
-                and len(calls) <= s.max_api_calls + 1 and all(map(_is_call, calls))
+                type(output) is list and 1 <= len(output) <= 2 and all(type(part) is str for part in output)
+                and sum(map(len, output)) <= max_chars and type(cut) is int and 0 <= cut < 1 << 40
+                and type(digest) is str and len(digest) == 64 and len(calls) <= s.max_api_calls + 1 and all(map(_is_call, calls))
             )  # fmt: skip
             tampered, completed = bool(reply["tampered"]), bool(reply["completed"])
         except (KeyError, TypeError) as e:
@@ -214,8 +214,10 @@ class Pool:
         }  # fmt: skip
         try:
             return servers.fork(request, folder)
-        except (OSError, ValueError, Refused) as e:
+        except BaseException as e:
             remove(folder)
+            if not isinstance(e, OSError | ValueError | Refused):
+                raise
             raise OSError(f"AppWorld's {role} process does not run: {e}. {self._log(role)}") from e
 
     def _server(self, role: str) -> ForkServer:

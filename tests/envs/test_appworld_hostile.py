@@ -262,7 +262,7 @@ token = apis.todoist.login(**me)['access_token']
 
 def test_a_time_limit_within_a_call_is_no_offence(hasty):
     """The alarm waits for the end of the call: half a call is none that could be judged."""
-    for _ in range(3):
+    for _ in range(2):
         hasty.reset(options={"task_id": task(hasty)})
         run(hasty, LOGIN)
         endless = "while True: apis.todoist.create_project(name=str(random.random()), access_token=token)"
