@@ -142,7 +142,10 @@ class Pool:
         for last in (False, True):
             child = self._fork(self._worlds, "world", request, limits)
             try:
-                return World(child, child.receive(START_SECONDS), s)
+                first = child.receive(START_SECONDS)
+                if "error" in first:
+                    raise Lost(f"met {first['error']}")
+                return World(child, first, s)
             except BaseException as e:
                 child.close()
                 if not isinstance(e, Lost):

@@ -88,6 +88,12 @@ def test_the_example_of_the_prompt_runs(make_env):
     assert observation.split("\n")[2].isdigit()
 
 
+def test_the_task_that_the_processes_warm_up_with(env):
+    """What AppWorld remembered of it while it warmed up is not used again."""
+    env.reset(options={"task_id": env._pool._warm_task})
+    assert env.step(env.solution()[0])[4]["success"]
+
+
 @pytest.mark.parametrize("tier", [1, 2, 3])
 def test_scores(env, tier):
     """The solution, doing nothing, a wrong answer, and a change that nobody asked for."""

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from appworld import AppWorld, load_task_ids, update_root
 from appworld.apps import get_all_apps
-from appworld.apps.model_lib import get_cached_db_engine, get_direct_cached_sqlite3_connection
+from appworld.apps.model_lib import get_cached_db_engine, get_db_home_path, get_direct_cached_sqlite3_connection
 from appworld.collections.api_docs import ApiDocCollection
 from appworld.common.path_store import path_store
 from appworld.common.safety_guard import ALLOWED_MODULE_NAMES
@@ -54,8 +54,8 @@ def warm_up(judge: bool) -> None:
     if judge:
         world.evaluate()
     AppWorld.close_all()
-    get_direct_cached_sqlite3_connection.cache_clear()
-    get_cached_db_engine.cache_clear()
+    for remembered in (get_direct_cached_sqlite3_connection, get_cached_db_engine, get_db_home_path):  # paths of this root
+        remembered.cache_clear()
 
 
 def open_world(task_id: str, folder: str, turn_seconds: int, max_api_calls: int, ground_truth: bool = False) -> AppWorld:

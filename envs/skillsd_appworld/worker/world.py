@@ -18,9 +18,47 @@ import sandbox
 def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
     """Open the world of a task, then execute code until the other end closes.
 
-    Messages in: {code, max_chars}. Out, first: {task, supervisor, datetime, confinement, digest}; then for each: {output, cut,
+    Messages in: {code, max_chars}. Out, first: {task, supervisor, datetime, confinement, digest}, or {error}; then for each: {output, cut,
     completed, calls, digest, tampered}.
     """
+    try:
+        world, log, confinement = _open(sock, request, parent)
+    except Exception as e:
+        channel.send(sock, {"error": f"{type(e).__name__}: {e}"})
+        return
+    supervisor, fields = world.task.supervisor, ("first_name", "last_name", "email", "phone_number")
+    first = {
+        "task": world.task.instruction,
+        "supervisor": {field: str(supervisor[field]) for field in fields},
+        "datetime": str(world.task.datetime),
+        "confinement": {"network": confinement.network, "files": confinement.files, "hidden": confinement.hidden},
+        "digest": log.digest(),
+    }
+    channel.send(sock, first)
+    sent = 0
+    while True:
+        try:
+            message = channel.receive(sock)
+        except channel.Closed:
+            return
+        try:
+            output = str(world.execute(message["code"]))
+        except BaseException as e:  # KeyboardInterrupt and SystemExit escape execute()
+            signal.alarm(0)
+            world.safety_guard.disable()
+            output = f"Execution failed. Traceback:\n{type(e).__name__}: {e}"
+        output, cut = _shorten(_reproducible(output, request["folder"]), message["max_chars"])
+        completed = log.completed()
+        intact = log.check()
+        calls, sent = log.calls[sent:], len(log.calls)
+        channel.send(
+            sock,
+            {"output": output, "cut": cut, "completed": completed, "calls": calls, "digest": log.digest(), "tampered": not intact},
+        )
+
+
+def _open(sock: socket.socket, request: dict[str, Any], parent: int) -> tuple[engine.AppWorld, engine.CallLog, sandbox.Confinement]:
+    """Confine this process, build the world in it, and seal it."""
     folder, data, task_id = request["folder"], request["data"], request["task_id"]
     paths, tasks = sandbox.interpreter_paths(), os.path.join(data, "tasks")
     if inside := next((p for p in paths if os.path.realpath(tasks).startswith(p + "/")), None):
@@ -45,35 +83,7 @@ def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
     # What an agent draws from the system is the same in every run, as what it draws from `random` is.
     os.urandom = random._urandom = random.Random(0).randbytes  # type: ignore[attr-defined]
     sandbox.seal(confinement)
-    supervisor, fields = world.task.supervisor, ("first_name", "last_name", "email", "phone_number")
-    first = {
-        "task": world.task.instruction,
-        "supervisor": {field: str(supervisor[field]) for field in fields},
-        "datetime": str(world.task.datetime),
-        "confinement": {"network": confinement.network, "files": confinement.files, "hidden": confinement.hidden},
-        "digest": log.digest(),
-    }
-    channel.send(sock, first)
-    sent = 0
-    while True:
-        try:
-            message = channel.receive(sock)
-        except channel.Closed:
-            return
-        try:
-            output = str(world.execute(message["code"]))
-        except BaseException as e:  # KeyboardInterrupt and SystemExit escape execute()
-            signal.alarm(0)
-            world.safety_guard.disable()
-            output = f"Execution failed. Traceback:\n{type(e).__name__}: {e}"
-        output, cut = _shorten(_reproducible(output, folder), message["max_chars"])
-        completed = log.completed()
-        intact = log.check()
-        calls, sent = log.calls[sent:], len(log.calls)
-        channel.send(
-            sock,
-            {"output": output, "cut": cut, "completed": completed, "calls": calls, "digest": log.digest(), "tampered": not intact},
-        )
+    return world, log, confinement
 
 
 def _reproducible(text: str, folder: str) -> str:
