@@ -116,8 +116,6 @@ class Pool:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.data = settings, settings.root / "data"
         self.folder, self._lock_file = _working_folder()
-        if "memory" in str(self.folder):
-            raise ValueError(f"TMPDIR: {self.folder} contains the word memory, which AppWorld cannot bear in a path: name another.")
         self._warm_task = min(p.name for p in (self.data / "tasks").iterdir() if (p / "specs.json").is_file())
         self._tasks: dict[str, list[dict[str, str]]] = {}
         self._jobs = 0
@@ -252,6 +250,8 @@ class Pool:
 def _working_folder() -> tuple[Path, int]:
     """A new folder and the lock that says it is in use; those of runs that were killed are removed."""
     place = Path(tempfile.gettempdir()).resolve()
+    if "memory" in str(place):
+        raise ValueError(f"TMPDIR: {place} contains the word memory, which AppWorld cannot bear in a path: name another.")
     for old in place.glob("skillsd-appworld-*"):
         try:
             lock = os.open(old / "lock", os.O_RDWR)

@@ -1,5 +1,6 @@
 """A family of tasks: its instructions, its solution and its evaluation as text. Imports no AppWorld; make_tiny.py says how to add one."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +65,7 @@ class Draft:
     """None for a task that only acts."""
 
 
-class Family:
+class Family(ABC):
     """Tasks that differ in content only.
 
     `solution` is the body of a function: it sees the names of `public`, `profile`, and a `<app>_token` for each of `apps`.
@@ -78,9 +79,9 @@ class Family:
     solution: str
     checks: tuple[Check, ...]
 
+    @abstractmethod
     def build(self, world: Any, content: Content) -> Draft:
         """Adds the task's rows to `world` (world.World) from `content` and returns what to ask."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its tasks are made of")
 
     def solution_code(self, public: dict[str, Any]) -> str:
         lines = ["def solution(apis, requester):", *(f"    {name} = {value!r}" for name, value in public.items()), LOGIN.rstrip("\n")]

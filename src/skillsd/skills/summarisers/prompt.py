@@ -12,7 +12,7 @@ SYSTEM_PROMPT = (
     "what would help it to do better at the same task next time."
 )
 
-USER_PROMPT = """\
+_ATTEMPT = """\
 Here is one attempt of an agent at a task.
 
 <conversation>
@@ -23,6 +23,11 @@ Result: {result}
 Number of steps: {steps}
 Completion rate: {completion:.0%}
 
+"""
+
+USER_PROMPT = (
+    _ATTEMPT
+    + """\
 Answer with one JSON object and nothing else. It has exactly these three fields, each a string of about 40 to 70 words:
 - "success_analysis": the strategic intent that led to success, or that would have led to it.
 - "mistake_analysis": the root causes of failures and inefficiencies, not a list of their symptoms.
@@ -36,22 +41,16 @@ How to write:
 
 {{"success_analysis": "...", "mistake_analysis": "...", "golden_workflow": "..."}}
 """
+)
 """Default template (str.format): {conversation}, {result} (`solved` or `not solved`), {steps} (turns), {completion} (0..1)."""
 
-FIELD_PROMPT = """\
-Here is one attempt of an agent at a task.
-
-<conversation>
-{conversation}
-</conversation>
-
-Result: {result}
-Number of steps: {steps}
-Completion rate: {completion:.0%}
-
+FIELD_PROMPT = (
+    _ATTEMPT
+    + """\
 {question}
 Answer in one paragraph of plain text, about 40 to 70 words. Use only what the conversation shows.
 """
+)
 """Default template for one field at a time: the fields of `USER_PROMPT`, and {question}."""
 
 FIELD_QUESTIONS = dict(
