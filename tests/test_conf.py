@@ -11,20 +11,27 @@ from bitsandbytes.nn import Linear4bit
 
 import skillsd.cli
 from skillsd import conf_dir
-from skillsd.callbacks import TeacherSync
+from skillsd.callbacks import AdapterExport, Panel, RunCheckpoint, RunLog, TeacherSync
 from skillsd.errors import ConfigError
 from skillsd.pretrain import DemonstrationData
 from skillsd.rollout import Row
-from skillsd.skills import SKILL_TEMPLATE, BaseSummariser, RulesSummariser
-from skillsd.skills.callback import SkillBankCallback
+from skillsd.skills import SKILL_TEMPLATE, BaseSummariser, NoContext, RulesSummariser
+from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
+from skillsd.study.cells import make_cells
+from skillsd.study.settings import read_settings
+from skillsd.trajectory import Trajectory, Turn
 
 CONF = conf_dir()
-FILES = sorted(p.relative_to(CONF).as_posix() for p in CONF.rglob("*.yaml"))
+EVERY = sorted(p.relative_to(CONF).as_posix() for p in CONF.rglob("*.yaml"))
+STUDIES = [name for name in EVERY if name.startswith("study/")]
+"""Read by another command."""
+FILES = [name for name in EVERY if name not in STUDIES]
 OVERLAYS = ("method/", "model/", "hardware/")
 GENERIC = ["model/smollm2-135m.yaml", "model/qwen3-0.6b.yaml", "model/qwen3-4b.yaml"]
 """Overlays that serve any experiment."""
 SOKOBAN, APPWORLD = "skillsd_sokoban:skillsd/Sokoban-v0", "skillsd_appworld:skillsd/AppWorld-v0"
 EXPERIMENTS = ["sokoban.yaml", *(name for name in FILES if name == "appworld.yaml")]
+ALL_EXPERIMENTS = [name for name in FILES if "/" not in name]
 TINY = {"Qwen/Qwen3": "qwen3", "smollm2": "llama"}
 """How a model's name begins -> the architecture that stands for it."""
 
@@ -35,7 +42,7 @@ def read(name: str) -> dict[str, Any]:
 
 def named_model(files: list[str]) -> str:
     """The model of the last file that names one."""
-    names = [read(f)["model"]["init_args"].get("policy", {}).get("model") for f in files]
+    names = [read(f).get("model", {}).get("init_args", {}).get("policy", {}).get("model") for f in files]
     return next(n for n in reversed(names) if n)
 
 
@@ -62,6 +69,20 @@ def fit(monkeypatch, tmp_path, tiny_model) -> Callable[..., Any]:
 def bank(cli: Any) -> SkillBankCallback:
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, SkillBankCallback))
     return callback
+
+
+def sync(cli: Any) -> TeacherSync:
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, TeacherSync))
+    return callback
+
+
+def kinds(cli: Any) -> list[type]:
+    return [type(c) for c in cli.trainer.callbacks]
+
+
+def resolved(cli: Any) -> dict[str, Any]:
+    """The configuration, but for the files that it came from."""
+    return {k: v for k, v in cli.config["fit"].as_dict().items() if k != "config"}
 
 
 def configured(cli: Any) -> Any:
@@ -111,7 +132,7 @@ def test_method_model_and_hardware_stack(fit, tiny_model):
     assert (data.rollout.max_turn_tokens, data.rollout.max_rows, data.group_size) == (16, 4, 4)  # hardware over model over experiment
     assert (model.settings.head_chunk, model.settings.gradient_checkpointing, model.micro_batch_tokens) == (256, True, 4096)
     assert "prompts" not in data.env_kwargs and data.env_kwargs["separator"] == " "
-    assert [type(c) for c in cli.trainer.callbacks] == [type(c) for c in base.trainer.callbacks]
+    assert kinds(cli) == kinds(base)
     assert bank(cli).template.startswith("success_analysis: {success_analysis}\n")
     policy = configured(cli)
     assert policy.base.config.model_type == "llama" and policy.base.is_gradient_checkpointing
@@ -119,32 +140,164 @@ def test_method_model_and_hardware_stack(fit, tiny_model):
 
 
 def test_lists_merge_in_overlays(fit, tmp_path):
-    """`callbacks+:` appends; a list of the same length changes items in place. The latter must come first."""
+    """`callbacks+:` appends; a list of the same length changes items in place, and leaves what it does not name."""
+    listed = [c["class_path"] for c in read("sokoban.yaml")["trainer"]["callbacks"]]
+
+    def overlay(name: str, **panel: Any) -> str:
+        items = [{"class_path": c, "init_args": panel if c.endswith("Panel") else {}} for c in listed]
+        (tmp_path / name).write_text(yaml.safe_dump({"trainer": {"callbacks": items}}))
+        return str(tmp_path / name)
+
     more = tmp_path / "more.yaml"
-    more.write_text(
-        "trainer:\n  callbacks+:\n    - class_path: skillsd.callbacks.Panel\n      init_args: {before: false}\nmodel: {init_args: {}}\n"
-    )
-    files = ["sokoban.yaml", "model/smollm2-sokoban.yaml", str(more)]
-    config = fit(files).config["fit"].trainer.callbacks
-    listed = read("sokoban.yaml")["trainer"]["callbacks"]
-    assert [c.class_path for c in config] == [*(c["class_path"] for c in listed), "skillsd.callbacks.Panel"]
-    assert config[-1].init_args.before is False and config[1].init_args.summariser.init_args.joiner == ", "
+    more.write_text("trainer:\n  callbacks+:\n    - {class_path: skillsd.callbacks.EnvStepBudget, init_args: {steps: 9}}\n")
+    cli = fit(["sokoban.yaml", overlay("a.yaml", every=3), overlay("b.yaml", before=False), str(more)])
+    config = cli.config["fit"].trainer.callbacks
+    assert [c.class_path for c in config] == [*listed, "skillsd.callbacks.EnvStepBudget"] and config[-1].init_args.steps == 9
+    (panel,) = (c for c in cli.trainer.callbacks if isinstance(c, Panel))
+    assert (panel.every, panel.before, panel.after) == (3, False, True)
+
+
+# -- `teacher:` and `skills:` -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL_EXPERIMENTS)
+def test_the_two_callbacks_that_every_run_has(fit, name):
+    """They come first, whatever the list says: what is logged and saved at an iteration's end includes theirs."""
+    cli = fit([name])
+    assert kinds(cli)[:2] == [TeacherSync, SkillBankCallback] and sync(cli).mode == "sync" and sync(cli).every == 1
+    assert not [c for c in read(name)["trainer"]["callbacks"] if c["class_path"].endswith(("TeacherSync", "SkillBankCallback"))]
+    bare = fit([name], "--trainer.callbacks=null")
+    assert kinds(bare)[:2] == [TeacherSync, SkillBankCallback] and bank(bare).template == bank(cli).template
+
+
+def test_they_are_set_in_a_file_and_by_flags(fit, tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("teacher: {mode: ema, rate: 0.5}\nskills: {capacity: 3, refresh: iteration, template: '{golden_workflow}'}\n")
+    base, cli = fit(["sokoban.yaml"]), fit(["sokoban.yaml", str(file)])
+    assert (sync(cli).mode, sync(cli).rate, sync(cli).every) == ("ema", 0.5, 1)
+    assert (bank(cli).bank_settings["capacity"], bank(cli).refresh_when, bank(cli).template) == (3, "iteration", "{golden_workflow}")
+    assert bank(cli).summariser._solved == bank(base).summariser._solved  # the rest stays
+    assert bank(cli).transcript_template == bank(base).transcript_template == "solved none : {actions}\n"
+    flags = ["--teacher.rate=0.25", "--skills.context=skillsd.skills.NoContext", "--skills.capacity=null", "--skills.template=null"]
+    both = fit(["sokoban.yaml", str(file)], *flags)
+    assert (sync(both).mode, sync(both).rate) == ("ema", 0.25)
+    assert isinstance(bank(both).context, NoContext) and bank(both).bank_settings["capacity"] is None
+    assert (bank(both).template, bank(both).refresh_when) == (SKILL_TEMPLATE, "iteration")
+    assert sync(fit(["sokoban.yaml"], "--teacher.mode=ema")).mode == "ema"
+    context = "--skills.context={class_path: skillsd.skills.BankContext, init_args: {c: 0.5}}"
+    assert bank(fit(["sokoban.yaml"], context)).context.c == 0.5
+    assert bank(fit(["sokoban.yaml"], "--skills.summariser.init_args.joiner=;")).summariser.joiner == ";"
 
 
 @pytest.mark.parametrize("name", [*GENERIC, "model/smollm2-sokoban.yaml"])
 def test_a_model_overlay_changes_the_skill_texts_alone(fit, tmp_path, name):
-    """Its list has the experiment's items, so what the experiment says of the others stays."""
-    listed = [c["class_path"] for c in read("sokoban.yaml")["trainer"]["callbacks"]]
-    assert [c["class_path"] for c in read(name)["trainer"]["callbacks"]] == listed
+    """What an experiment, or another overlay, says of the teacher, the bank and the callbacks stays."""
+    given = read(name)
+    assert set(given["trainer"]) == {"default_root_dir"} and "teacher" not in given
+    assert set(given["skills"]) == {"summariser", "template", "transcript_template"}
     other = tmp_path / "other.yaml"
-    settings = {"TeacherSync": {"mode": "ema", "rate": 0.5}, "SkillBankCallback": {"capacity": 3}, "Panel": {"before": False}}
-    items = [{"class_path": c, "init_args": settings.get(c.rpartition(".")[2], {})} for c in listed]
-    other.write_text(yaml.safe_dump({"trainer": {"callbacks": items}, "model": {"init_args": {}}}))
-    cli = fit(["sokoban.yaml", str(other), name])
-    (sync,) = (c for c in cli.trainer.callbacks if isinstance(c, TeacherSync))
-    assert (sync.mode, sync.rate, bank(cli).bank_settings["capacity"]) == ("ema", 0.5, 3)
-    if name in GENERIC:
-        assert isinstance(bank(cli).summariser, BaseSummariser) and bank(cli).template == SKILL_TEMPLATE
+    listed = [c["class_path"] for c in read("sokoban.yaml")["trainer"]["callbacks"]]
+    items = [{"class_path": c, "init_args": {"before": False} if c.endswith("Panel") else {}} for c in listed]
+    settings = {"teacher": {"mode": "ema", "rate": 0.5}, "skills": {"capacity": 3, "context": {"class_path": "skillsd.skills.NoContext"}}}
+    other.write_text(yaml.safe_dump({"trainer": {"callbacks": items}, **settings}))
+    for files in (["sokoban.yaml", str(other), name], ["sokoban.yaml", name, str(other)]):
+        cli = fit(files)
+        assert (sync(cli).mode, sync(cli).rate, bank(cli).bank_settings["capacity"]) == ("ema", 0.5, 3)
+        assert isinstance(bank(cli).context, NoContext)
+        assert [c.before for c in cli.trainer.callbacks if isinstance(c, Panel)] == [False]
+        if name in GENERIC:
+            assert isinstance(bank(cli).summariser, BaseSummariser)
+            assert (bank(cli).template, bank(cli).transcript_template) == (SKILL_TEMPLATE, TRANSCRIPT_TEMPLATE)
+
+
+# -- methods ------------------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {"weight": 0.0},
+    "skillsd": {},
+    "opd": {"policy": 0.0, "weight": 1.0, "teacher": "frozen"},
+    "skill_grpo": {"weight": 0.0, "actor": "student_with_skill"},
+    "frozen_teacher": {"teacher": "frozen"},
+    "ema_teacher": {"teacher": "ema", "rate": 0.05},
+    "off_policy_frozen": {"teacher": "frozen", "actor": "teacher"},
+    "off_policy_dynamic": {"actor": "teacher"},
+    "no_skill": {"context": "NoContext"},
+    "shuffled_skill": {"context": "ShuffledContext"},
+    "hindsight": {"context": "HindsightContext"},
+    "sibling": {"context": "SiblingContext"},
+    "sdar": {"signal": "SDAR", "weight": 0.01},
+    "opid": {"signal": "OPID", "placement": "advantage", "context": "HindsightContext"},
+    "rlsd": {"signal": "RLSD", "placement": "multiplier", "weight": 0.5, "weight_steps": 50, "every": 10},
+    "sdpg_gate": {"signal": "SDPG", "gate": "PositiveGate", "filter": "zero_variance"},
+    "topk_jsd": {"signal": "SDPO", "teacher": "ema", "rate": 0.05},
+    "ucob_pairs": {"signal": "UCOB", "weight": 0.1, "gate": "SigmoidGate", "actor": "half_with_skill"},
+}
+"""Overlay -> in what it differs from Skill-SD as every experiment has it."""
+SKILL_SD: dict[str, Any] = {
+    "signal": "SkillSD", "placement": "loss", "policy": 1.0, "weight": 0.001, "weight_steps": 0, "gate": "NoneType", "filter": "none",
+    "teacher": "sync", "every": 1, "rate": 0.05, "context": "BankContext", "actor": "student",
+}  # fmt: skip
+
+
+def method(cli: Any) -> dict[str, Any]:
+    o = cli.model.objective
+    return {
+        "signal": type(o.signal).__name__, "placement": o.placement, "policy": o.policy_weight, "weight": o.distillation_weight,
+        "weight_steps": o.weight_steps, "gate": type(o.gate).__name__, "filter": o.group_filter, "teacher": sync(cli).mode,
+        "every": sync(cli).every, "rate": sync(cli).rate, "context": type(bank(cli).context).__name__, "actor": cli.datamodule.actor,
+    }  # fmt: skip
+
+
+def test_every_method_is_listed():
+    assert {f"method/{name}.yaml" for name in METHODS} == {name for name in FILES if name.startswith("method/")}
+
+
+@pytest.mark.parametrize("experiment", ALL_EXPERIMENTS)
+def test_experiments_are_skill_sd(fit, experiment):
+    assert method(fit([experiment])) == SKILL_SD
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_on_every_experiment(fit, name):
+    """What it is for is as it should be, and nothing else has changed."""
+    for experiment in ALL_EXPERIMENTS:
+        base, cli = fit([experiment]), fit([experiment, f"method/{name}.yaml"])
+        assert method(cli) == SKILL_SD | METHODS[name]
+        assert kinds(cli) == kinds(base)
+        before, after = resolved(base), resolved(cli)
+        for config in (before, after):
+            config["model"]["init_args"].pop("objective")
+            config["data"]["init_args"].pop("actor")
+            config["skills"].pop("context")
+            config.pop("teacher")
+        assert before == after
+        assert (cli.model.objective.clip_low, cli.model.objective.clip_high) == (0.2, 0.28)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_goes_before_or_after_a_model(fit, name):
+    method_file = f"method/{name}.yaml"
+    for model in ("model/smollm2-sokoban.yaml", "model/qwen3-0.6b.yaml"):
+        first, last = fit(["sokoban.yaml", method_file, model]), fit(["sokoban.yaml", model, method_file])
+        assert resolved(first) == resolved(last) and method(first) == method(last) == SKILL_SD | METHODS[name]
+        summariser = RulesSummariser if "sokoban" in model else BaseSummariser
+        assert type(bank(first).summariser) is type(bank(last).summariser) is summariser
+        assert bank(last).template.startswith("success_analysis: " if "sokoban" in model else "# Notes")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_s_cells(fit, name, monkeypatch):
+    """Each is what its method is by itself, and plays the panel in between; what writes its files is there."""
+    cells = make_cells(read_settings(["-c", str(CONF / name)]), lambda n: str(CONF / n))
+    assert len({c.method for c in cells}) * len({c.seed for c in cells}) == len(cells)
+    for cell in cells:
+        if cell.seed != cells[0].seed:
+            continue
+        cli = fit(list(cell.configs), *cell.flags)
+        assert method(cli) == SKILL_SD | METHODS[cell.method]
+        assert {TeacherSync, SkillBankCallback, RunLog, AdapterExport, RunCheckpoint} <= set(kinds(cli)) and cli.datamodule.seed == cell.seed
+        (panel,) = (c for c in cli.trainer.callbacks if isinstance(c, Panel))
+        assert panel.before and panel.after and panel.every > 0
 
 
 def test_a_later_flag_overrides_the_file(fit, tmp_path):
@@ -174,8 +327,8 @@ def test_the_paper_s_setting(fit):
 
 
 def skill_texts(experiment: str) -> tuple[Any, str]:
-    (item,) = (c for c in read(experiment)["trainer"]["callbacks"] if c["class_path"].endswith("SkillBankCallback"))
-    return item["init_args"]["summariser"], item["init_args"]["template"]
+    given = read(experiment)["skills"]
+    return given["summariser"], given["template"]
 
 
 PAIRS = [("sokoban.yaml", "pretrain/nano-sokoban.yaml"), ("model/smollm2-sokoban.yaml", "pretrain/smollm2-sokoban.yaml")]
@@ -190,6 +343,15 @@ def test_an_agent_is_trained_on_the_texts_it_was_taught(experiment, pretraining)
     assert [shown.get(k) for k in ("action_format", "separator", "prompts", "max_turns")] == [
         trained["env_kwargs"].get(k) for k in ("action_format", "separator", "prompts", "max_turns")
     ]
+
+
+def test_a_sibling_s_attempt_is_told_in_the_texts_it_was_taught(fit):
+    """An attempt that went straight to the solution reads like the skill of it."""
+    turns = tuple(Turn(f"s{i}", a, 0.0) for i, a in enumerate(("up", "left", "up")))
+    solved = Trajectory(0, "t", 0, 0, "", (1,), (2,), (True,), (-0.1,), turns, 1.0, 1.0, True, "done")
+    callback = bank(fit(["sokoban.yaml", "method/sibling.yaml"]))
+    (skill,) = callback.summariser.summarise([solved])
+    assert callback._text(solved) == callback._text(skill) == "solved none : up left up\n"
 
 
 def test_the_nano_agent_s_two_panels_are_the_same_levels():
@@ -223,7 +385,7 @@ def test_a_model_overlay_s_entry_is_for_its_environment_alone(fit, name):
 def test_a_model_overlay_serves_every_experiment(fit, experiment, name):
     """Whatever summariser and wrapper the experiment has, the overlay's stand afterwards, and a prompt of 2,000 tokens has room."""
     base, cli = fit([experiment]), fit([experiment, name])
-    assert [type(c) for c in cli.trainer.callbacks] == [type(c) for c in base.trainer.callbacks]
+    assert kinds(cli) == kinds(base)
     summariser, small = bank(cli).summariser, "smollm2" in name
     assert isinstance(summariser, BaseSummariser) and bank(cli).template == SKILL_TEMPLATE
     assert bool(summariser.questions) == small and summariser.max_new_tokens == (128 if small else 512)

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from skillsd.callbacks import RunLog, TeacherSync
 from skillsd.data import RolloutData
@@ -19,9 +20,21 @@ from skillsd.errors import ConfigError
 from skillsd.module import OptimizerSettings, SkillSD
 from skillsd.objective import Objective
 from skillsd.policy import TokenSequence
-from skillsd.rollout import RolloutSettings, Row, make_env
-from skillsd.skills import RulesSummariser, Skill, SkillBank
-from skillsd.skills.callback import SkillBankCallback
+from skillsd.policy.nano import build_tokenizer
+from skillsd.rollout import Chat, RolloutSettings, Row, make_env
+from skillsd.skills import (
+    BankContext,
+    GroundTruthContext,
+    HindsightContext,
+    NoContext,
+    RulesSummariser,
+    ShuffledContext,
+    SiblingContext,
+    Skill,
+    SkillBank,
+)
+from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
+from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Trajectory
 
 pytestmark = [
@@ -93,8 +106,9 @@ def test_the_last_partial_batch_is_kept(join):
             assert [(t.member, t.task_id, t.iteration, t.skill_id) for t in g.trajectories] == [
                 (m, g.task.task_id, i, None) for m in (0, 1)
             ]
-            assert g.teacher_prompt_ids == g.trajectories[0].prompt_ids == g.trajectories[1].prompt_ids
-            assert g.skill_id is None and g.temperature == 1.0
+            prompt = g.trajectories[0].prompt_ids
+            assert g.teacher_prompts == g.student_prompts == (prompt, prompt) and g.trajectories[1].prompt_ids == prompt
+            assert g.skill_id is None and g.temperature == 1.0 and not g.by_teacher and not g.told(0)
     assert stream.state_dict() == {"position": 3}
     assert [g.task.task_id for b in stream for g in b] == [t.task_id for t in stream.order(1)]
 
@@ -218,6 +232,20 @@ def test_bad_files(join, tmp_path):
 
 
 # -- bad settings ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("actor", ["student_with_skill", "half_with_skill", "teacher"])
+def test_an_actor_with_a_skill_needs_one_before_the_rollout(join, actor):
+    told = rf"data\.init_args\.actor is {actor}, which needs a skill before the rollout: .*BankContext"
+    with pytest.raises(ConfigError, match=told):
+        join(actor=actor)
+    for context in (NoContext(), HindsightContext(), SiblingContext(), GroundTruthContext()):
+        with pytest.raises(ConfigError, match=told):
+            join(SkillBankCallback(rules(), context), actor=actor)
+        assert join(SkillBankCallback(rules(), context)).train_tasks
+        assert join(SkillBankCallback(rules(), context), actor=actor, stage="validate").panel_tasks  # nobody acts with a skill there
+    for context in (BankContext(), ShuffledContext()):
+        assert join(SkillBankCallback(rules(), context), actor=actor).train_tasks
 
 
 class NoTasks:
@@ -371,14 +399,15 @@ def test_the_teacher_sees_the_skill_in_front(join, tmp_path, instruction):
     for g in groups:
         t = g.trajectories[0]
         if g.task.task_id != "train-0003":
-            assert (g.skill_id, g.teacher_prompt_ids) == (None, t.prompt_ids)
+            assert (g.skill_id, g.teacher_prompts) == (None, (t.prompt_ids,) * 2)
             continue
         assert g.skill_id == 1 and [t.skill_id for t in g.trajectories] == [1, 1]
         text = "skill solved none : up up left\n"
-        assert list(g.teacher_prompt_ids) == chat.prompt_ids(instruction, t.turns[0].observation, text)
+        first, second = map(list, g.teacher_prompts)
+        assert first == second == chat.prompt_ids(instruction, t.turns[0].observation, text)
         skill, plain = chat.encode(text), list(t.prompt_ids)
         at = 1 if instruction else 0  # behind the mark of the system text
-        assert list(g.teacher_prompt_ids) == plain[:at] + skill + plain[at:]
+        assert first == plain[:at] + skill + plain[at:] and g.student_prompts == (t.prompt_ids,) * 2
         # The student has not seen it: the same tokens as without a bank.
         (same,) = data.collector.collect([Row(g.task, 0)], seed=0, iteration=0)
         assert (same.prompt_ids, same.token_ids) == (t.prompt_ids, t.token_ids)
@@ -428,11 +457,302 @@ def test_two_epochs(make_policy, tmp_path, monkeypatch):
             assert stored.get(t.skill_id).task_id == t.task_id and stored.get(t.skill_id).source_iteration < 3
         assert sum(s.uses for name in stored.tasks() for s in stored.skills(name)) <= 5
     # Student and teacher were asked for the same tokens, the teacher behind a longer prompt.
-    conditioned = [(g.teacher_prompt_ids, t.token_ids) for e, _, batch in log if e for g in batch for t in g.trajectories]
+    conditioned = [
+        (p, t.token_ids) for e, _, batch in log if e for g in batch for p, t in zip(g.teacher_prompts, g.trajectories, strict=True)
+    ]
     assert sorted((tuple(s.prompt_ids), s.token_ids) for s in asked) == sorted(conditioned)
     plain = {(t.prompt_ids, t.token_ids) for t in lines}
     assert {(s.prompt_ids, s.token_ids) for s in rows} == plain
     assert all(len(prompt) > max(len(p) for p, _ in plain) for prompt, _ in conditioned)
+
+
+# -- who acts -------------------------------------------------------------------------------------------------------------------
+
+ACTORS: dict[str, tuple[str, Callable[[int, int], bool]]] = {
+    "student": ("student", lambda member, size: False),
+    "student_with_skill": ("student", lambda member, size: True),
+    "half_with_skill": ("student", lambda member, size: member >= (size + 1) // 2),
+    "teacher": ("teacher", lambda member, size: True),
+}
+"""Actor -> its adapter, and which members of a group act with the skill."""
+
+
+def logprobs(data: RolloutData, adapter: str, prompt: Any, t: Trajectory) -> list[float]:
+    """Of the trajectory's tokens, under an adapter behind a prompt."""
+    with torch.no_grad():
+        return list(data.policy.score(adapter, [TokenSequence(prompt, t.token_ids, t.action_mask)]).logp[0].tolist())
+
+
+def furthest(a: Any, b: Any) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("actor", ACTORS)
+def test_who_acts_and_what_everybody_sees(join, tmp_path, actor, size):
+    adapter, acts_with_skill = ACTORS[actor]
+    skills = {"train_0003": "up up left", "train_0001": "down"}
+    data = join(bank_of(tmp_path, **skills), batch_tasks=5, group_size=size, actor=actor)
+    (groups,) = data.train_dataloader()
+    assert sum(g.skill_id is not None for g in groups) == 2
+    for g in groups:
+        first = g.trajectories[0].turns[0].observation
+        workflow = skills.get(g.task.task_id.replace("-", "_"))
+        plain, told = (
+            tuple(data.collector.chat.prompt_ids("", first, x)) for x in ("", f"skill solved none : {workflow}\n" if workflow else "")
+        )
+        with_skill = [acts_with_skill(m, size) for m in range(size)]
+        acted = tuple(told if x else plain for x in with_skill)
+        assert [t.prompt_ids for t in g.trajectories] == list(acted) and g.by_teacher == (actor == "teacher")
+        other = {
+            "student": (plain,) * size,  # what the student is trained to say without, the teacher says with it
+            "student_with_skill": (told,) * size,
+            "half_with_skill": acted,
+            "teacher": (plain,) * size,
+        }
+        assert g.student_prompts == other[actor]
+        assert g.teacher_prompts == (tuple(plain if x else told for x in with_skill) if actor == "half_with_skill" else (told,) * size)
+        untold = actor == "student_with_skill" or workflow is None
+        assert [g.told(m) for m in range(size)] == [not untold] * size
+        # On record is the log-prob of whoever sampled, behind the prompt that it saw: nobody else's.
+        for t in g.trajectories:
+            assert furthest(t.logprobs, logprobs(data, adapter, t.prompt_ids, t)) < 1e-4
+            assert furthest(t.logprobs, logprobs(data, "teacher" if adapter == "student" else "student", t.prompt_ids, t)) > 1e-3
+            if workflow is not None:
+                assert furthest(t.logprobs, logprobs(data, adapter, plain if t.prompt_ids == told else told, t)) > 1e-3
+            if actor == "teacher":
+                assert t.logprobs == pytest.approx(logprobs(data, "teacher", g.teacher_prompts[t.member], t), abs=1e-4)
+    again = join(bank_of(tmp_path / "again", **skills), batch_tasks=5, group_size=size, actor=actor)
+    assert next(iter(again.train_dataloader())) == groups
+
+
+@pytest.fixture
+def train(make_policy: Callable[..., Any], tmp_path: Path) -> Callable[..., list[tuple[Any, dict[str, float], list[TokenSequence]]]]:
+    """A real run; of each iteration the batch, its metrics, and what the teacher was asked."""
+
+    def run(
+        *callbacks: Any, policy: Any = None, epochs: int = 2, weight: float = 0.5, **settings: Any
+    ) -> list[tuple[Any, dict[str, float], list[TokenSequence]]]:
+        policy = policy or make_policy(randomise=False)
+        module = SkillSD(policy.settings, Objective(distillation_weight=weight), OptimizerSettings(lr=1e-2))
+        module.policy = policy
+        score, log, asked = type(policy).score, [], []
+
+        def spy(adapter: str, sequences: list[TokenSequence], temperature: float = 1.0) -> Any:
+            asked.extend(sequences if adapter == "teacher" else ())
+            return score(policy, adapter, sequences, temperature)
+
+        class Keep(L.Callback):
+            def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+                policy.__dict__["score"] = spy
+
+            def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+                del policy.__dict__["score"]
+                log.append((batch, dict(module.metrics), list(asked)))
+                asked.clear()
+
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[*callbacks, Keep()],
+        )  # fmt: skip
+        trainer.fit(module, datamodule=make_data(**settings))
+        return log
+
+    return run
+
+
+class AtStart(L.Callback):
+    """Looks at each batch before it is trained on."""
+
+    def __init__(self, look: Callable[[Any, Any, Any], Any]) -> None:
+        self.look, self.seen = look, []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(self.look(trainer, module, batch))
+
+
+@pytest.mark.parametrize("sync", [TeacherSync(), TeacherSync(every=2), TeacherSync("ema", rate=0.3), TeacherSync("frozen")])
+def test_a_teacher_that_rolls_out_is_current(train, sync):
+    """What it sampled is on record as it is scored in the same iteration: it was synced before the rollout, not after."""
+
+    def look(trainer: Any, module: Any, batch: Any) -> tuple[float, float]:
+        data, rows = trainer.datamodule, [(t, g.teacher_prompts[t.member]) for g in batch for t in g.trajectories]
+        off = [max(furthest(t.logprobs, logprobs(data, who, p, t)) for t, p in rows) for who in ("teacher", "student")]
+        return off[0], off[1]
+
+    seen = AtStart(look)
+    shaped = KWARGS | {"distance_reward": 0.1, "invalid_penalty": 0.1}  # rewards that differ within each group
+    log = train(sync, SkillBankCallback(rules(), template=TEMPLATE), seen, actor="teacher", env_kwargs=shaped, group_size=4)
+    teacher, student = zip(*seen.seen, strict=True)
+    assert max(teacher) < 1e-4 and len(teacher) == 6
+    lags = {"sync": [False, sync.every == 2] * 3, "ema": [False] + [True] * 5, "frozen": [False] + [True] * 5}
+    assert [x > 1e-3 for x in student] == lags[sync.mode]
+    for i, (batch, m, asked) in enumerate(log):
+        rows = [(g.teacher_prompts[t.member], t.token_ids) for g in batch for t in g.trajectories]
+        assert m["policy/clip_fraction"] == m["policy/logp_drift"] == 0  # GRPO is on-policy with today's student
+        assert sorted((s.prompt_ids, s.token_ids) for s in asked) == (sorted(rows) if i >= 3 or lags[sync.mode][i] else [])
+    assert [m["teacher/skill_share"] for _, m, _ in log] == [0, 0, 0, 1, 1, 1] and all(m["teacher/k3"] > 0 for _, m, _ in log[3:])
+
+
+# -- contexts that choose after the rollout -------------------------------------------------------------------------------------
+
+
+class Counted(RulesSummariser):
+    """Notes what it summarises; some of it fails."""
+
+    def __init__(self, fails: Callable[[Trajectory], bool]) -> None:
+        super().__init__(joiner=" ", solved_workflow="{workflow} {turns}", unsolved_workflow="{workflow} {turns}")
+        self.fails, self.seen = fails, []
+
+    def summarise(self, trajectories: Any) -> list[Skill | None]:
+        self.seen += [(t.iteration, t.task_id, t.member) for t in trajectories]
+        return [None if self.fails(t) else self.plain(t) for t in trajectories]
+
+    def plain(self, t: Trajectory) -> Skill:
+        return self.summarise_one(t.turns, t.success, t.completion).of(t)
+
+
+class Later(Counted):
+    """Ready when it is waited for, or told to be."""
+
+    asynchronous = True
+    ready = 0
+
+    def collect(self) -> list[Any]:
+        done, self._ready, self.ready = self._ready[: self.ready], self._ready[self.ready :], 0
+        return done
+
+    def drain(self) -> None:
+        self.ready = len(self._ready)
+
+
+@pytest.mark.parametrize("kind", [Counted, Later])
+def test_hindsight(train, tmp_path, kind):
+    """Each member's teacher is told of this very attempt. Summarised once, before the update; in the bank once, after it."""
+    summariser = kind(lambda t: (t.iteration + t.member) % 3 == 0)
+    bank = SkillBankCallback(summariser, HindsightContext(), capacity=None, template=TEMPLATE)
+    sizes = AtStart(lambda trainer, module, batch: (bank.bank.position, len(summariser.seen)))
+    log = train(TeacherSync(), bank, sizes, RunLog(), group_size=3)
+    chat, failed, inserted = Chat(build_tokenizer(), ()), 0, 0
+    for (batch, m, asked), (position, seen) in zip(log, sizes.seen, strict=True):
+        rows, want = [t for g in batch for t in g.trajectories], []
+        assert (seen, position) == (inserted + failed + len(rows), inserted)  # made before the update, stored after it
+        for g in batch:
+            assert g.skill_id is None and {t.skill_id for t in g.trajectories} == {None} and not g.by_teacher
+            for t, student, teacher in zip(g.trajectories, g.student_prompts, g.teacher_prompts, strict=True):
+                text = "" if summariser.fails(t) else summariser.plain(t).render(TEMPLATE)
+                assert teacher == tuple(chat.prompt_ids("", t.turns[0].observation, text))
+                assert student == t.prompt_ids == tuple(chat.prompt_ids("", t.turns[0].observation))
+                want += [(teacher, t.token_ids)] if text else []
+        assert 0 < len(want) < len(rows) and sorted((s.prompt_ids, s.token_ids) for s in asked) == sorted(want)
+        assert m["teacher/skill_share"] == len(want) / len(rows)
+        inserted, failed = inserted + len(want), failed + len(rows) - len(want)
+        assert m["skills/failed"] == failed and m["time/summary_s"] > 0
+    assert sorted(summariser.seen) == sorted((t.iteration, t.task_id, t.member) for b, *_ in log for g in b for t in g.trajectories)
+    lines = [Trajectory.from_json(x) for x in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
+    good = [t for t in lines if not summariser.fails(t)]
+    with SkillBank(tmp_path / "bank.sqlite", read_only=True) as stored:
+        kept = [s for name in stored.tasks() for s in stored.skills(name)]
+        assert sum(s.sources for s in kept) == len(good) == inserted and all(s.uses == 0 for s in kept)
+        assert {(s.task_id, s.texts) for s in kept} == {(t.task_id, summariser.plain(t).texts) for t in good}
+
+
+def test_hindsight_of_episodes_without_a_turn(train):
+    """A prompt that does not fit leaves nothing to look back at."""
+    summariser = Counted(lambda t: False)
+    bank = SkillBankCallback(summariser, HindsightContext(), template=TEMPLATE)
+    log = train(TeacherSync(), bank, epochs=1, rollout=RolloutSettings(max_turn_tokens=1, max_prompt_tokens=1))
+    assert summariser.seen == [] and all(asked == [] and m["skills/bank"] == m["skills/failed"] == 0 for _, m, asked in log)
+    assert all(g.teacher_prompts == g.student_prompts == tuple(t.prompt_ids for t in g.trajectories) for batch, *_ in log for g in batch)
+
+
+def alter(data: RolloutData, change: Callable[[Trajectory], Trajectory]) -> None:
+    """Let the episodes come out otherwise."""
+    collect = data.collector.collect
+    data.collector.collect = lambda rows, **settings: [change(t) for t in collect(rows, **settings)]  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("template", ["solved : {actions}\n", None])
+def test_a_sibling_that_solved_it(join, template):
+    """Its attempt, or its answers alone, are in front of the others' teacher prompts; where nobody else solved it there is nothing."""
+    bank = SkillBankCallback(rules(), SiblingContext(), template=TEMPLATE, transcript_template=template)
+    bank.bank = SkillBank()
+    data = join(bank, batch_tasks=5, group_size=4)
+    data.train_dataloader()
+    solved = {"train-0000": {}, "train-0001": {2: 3}, "train-0002": {0: 2, 3: 1}, "train-0003": {1: 2, 2: 2, 3: 2}, "train-0004": {0: 3}}
+
+    def change(t: Trajectory) -> Trajectory:
+        turns = tuple(replace(t.turns[0], action=f"move {t.member} {i}") for i in range(solved[t.task_id].get(t.member, 1)))
+        return replace(t, turns=turns, success=t.member in solved[t.task_id])
+
+    alter(data, change)
+    (groups,) = data.train_dataloader()
+    told = {"train-0000": "----", "train-0001": "22-2", "train-0002": "3330", "train-0003": "1211", "train-0004": "-000"}
+    for g in groups:
+        for t, teacher in zip(g.trajectories, g.teacher_prompts, strict=True):
+            other = told[g.task.task_id][t.member]
+            text = ""
+            if other != "-":
+                shown = g.trajectories[int(other)]
+                actions = " ".join(f"move {other} {i}" for i in range(len(shown.turns)))
+                text = f"solved : {actions}\n" if template else TRANSCRIPT_TEMPLATE.format(transcript=conversation(shown))
+                assert all(x in text for x in actions.split())
+            assert teacher == tuple(data.collector.chat.prompt_ids("", t.turns[0].observation, text))
+            assert g.told(t.member) == bool(text) and g.student_prompts[t.member] == t.prompt_ids
+    assert len(bank.bank) == 0  # it is filled as ever, at the iteration's end
+
+
+def test_the_environment_s_own_solution(train, monkeypatch):
+    """One plan a task, whatever the members did, asked for once; the bank is filled with what they did, not with the plan."""
+    asked: list[str] = []
+    solve = RolloutData.solution
+
+    def count(self: RolloutData, task_id: str, summariser: Any) -> Skill | None:
+        asked.append(task_id)
+        return solve(self, task_id, summariser)
+
+    monkeypatch.setattr(RolloutData, "solution", count)
+    env: Any = make_env(ENV, KWARGS | {"max_turns": 9})
+    plans = {}
+    for name in (f"train-{i:04d}" for i in range(5)):
+        env.reset(options={"task_id": name})
+        plans[name] = env.unwrapped.solution()
+    assert all(plans.values()) and len({tuple(x) for x in plans.values()}) > 2
+    summariser = Counted(lambda t: False)
+    bank = SkillBankCallback(summariser, GroundTruthContext(), template="{golden_workflow}|\n")
+    log = train(TeacherSync(), bank, env_kwargs=KWARGS | {"max_turns": 9})
+    chat = Chat(build_tokenizer(), ())
+    for g in (g for batch, *_ in log for g in batch):
+        text = f"{' '.join(plans[g.task.task_id])} {len(plans[g.task.task_id])}|\n"
+        assert g.teacher_prompts == (tuple(chat.prompt_ids("", g.trajectories[0].turns[0].observation, text)),) * 2
+        assert g.student_prompts == tuple(t.prompt_ids for t in g.trajectories) != g.teacher_prompts and g.skill_id is None
+    assert sorted(asked) == sorted(plans)
+    played = [(t.iteration, t.task_id, t.member) for batch, *_ in log for g in batch for t in g.trajectories]
+    assert sorted(summariser.seen) == sorted([*played, *((0, name, 0) for name in plans)])
+    assert log[-1][1]["skills/bank"] > 0 and all(len(a) == 2 * len(b) for b, _, a in log)
+
+
+def test_a_task_whose_solution_is_not_known(join, tmp_path):
+    """It teaches nothing."""
+    boards = {"stuck": "#####\n#XP_#\n#__O#\n#___#\n#####", "open": BOARD}
+    lines = [{"task_id": name, "split": "train", "board": b} for name, b in boards.items()]
+    lines.append({"task_id": "held-out", "split": "test", "board": BOARD})
+    bank = SkillBankCallback(rules(), GroundTruthContext(), template="{golden_workflow}|\n")
+    bank.bank = SkillBank()
+    data = join(bank, tasks_file=write(tmp_path / "tasks.jsonl", *lines))
+    (groups,) = data.train_dataloader()
+    told = {g.task.task_id: {g.told(m) for m in (0, 1)} for g in groups}
+    assert told == {"stuck": {False}, "open": {True}}
+
+
+def test_an_environment_without_solutions(join, monkeypatch):
+    bank = SkillBankCallback(rules(), GroundTruthContext())
+    bank.bank = SkillBank()
+    data = join(bank)
+    stream = data.train_dataloader()
+    monkeypatch.delattr("skillsd_sokoban.env.SokobanEnv.solution")
+    with pytest.raises(ConfigError, match=r"GroundTruthContext: .*Sokoban-v0 offers no solution\(\): choose another context"):
+        next(iter(stream))
 
 
 def test_answers_to_whole_conversations(join):

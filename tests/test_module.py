@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from torch import Tensor
 from skillsd.callbacks import TeacherSync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS, OptimizerSettings, SkillSD
-from skillsd.objective import Objective
-from skillsd.policy import Policy, TokenSequence
+from skillsd.objective import OPID, RLSD, SDPG, SDPO, UCOB, Objective, PositiveGate, SigmoidGate
+from skillsd.policy import Policy, Scores, TokenSequence
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup, Turn
 
 pytestmark = [
@@ -49,7 +50,7 @@ def make_groups(
             mask = [a for _ in range(rng.randint(1, 3)) for a in [True] * rng.randint(1, 3) + [False] * rng.randint(2, 4)]
             tokens = ids(len(mask))
             with torch.no_grad():
-                logp = policy.score("student", [TokenSequence(prompt, tokens, mask)], TEMPERATURE)[0][0].tolist()
+                logp = policy.score("student", [TokenSequence(prompt, tokens, mask)], TEMPERATURE).logp[0].tolist()
             logp = [x + rng.uniform(-spread, spread) if m else 0.0 for x, m in zip(logp, mask, strict=True)]
             t = Trajectory(
                 0, f"t{number}", member, 0, "", tuple(prompt), tuple(tokens), tuple(mask), tuple(logp), (Turn("o", "a", reward),),
@@ -57,8 +58,28 @@ def make_groups(
             )  # fmt: skip
             played.append(t)
         teacher = (*ids(7), *prompt) if skill_id is not None else tuple(prompt)
-        groups.append(TrajectoryGroup(Task(f"t{number}"), tuple(played), teacher, skill_id, TEMPERATURE))
+        prompts = [(p,) * len(row) for p in (tuple(prompt), teacher)]
+        groups.append(TrajectoryGroup(Task(f"t{number}"), tuple(played), *prompts, skill_id, TEMPERATURE))
     return groups
+
+
+def apart(groups: Sequence[TrajectoryGroup], seed: int = 5) -> list[TrajectoryGroup]:
+    """The same, each member with prompts of its own: acted, student's and teacher's differ, in length too."""
+    rng = random.Random(seed)
+
+    def ids() -> tuple[int, ...]:
+        return tuple(rng.randrange(5, 60) for _ in range(rng.randint(3, 9)))
+
+    return [
+        replace(g, student_prompts=tuple(ids() for _ in g.trajectories), teacher_prompts=tuple(ids() for _ in g.trajectories))
+        for g in groups
+    ]
+
+
+def scores(policy: Policy, adapter: str, prompt: Sequence[int], t: Trajectory) -> Tensor:
+    """Log-probs of the trajectory's tokens, 0 where they are no actions."""
+    with torch.no_grad():
+        return policy.score(adapter, [TokenSequence(prompt, t.token_ids, t.action_mask)], TEMPERATURE).logp[0]
 
 
 class Stream:
@@ -76,16 +97,18 @@ class Stream:
 
 @dataclass
 class Steps(L.Callback):
-    """Of every iteration: the gradient after the step, what was logged, and what the teacher was asked."""
+    """Of every iteration: the gradient after the step, what was logged, what the teacher was asked, and on what the student trained."""
 
     policy: Policy
     grads: list[list[Tensor]] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     gaps: list[Tensor] = field(default_factory=list)
     asked: list[list[TokenSequence]] = field(default_factory=list)
+    trained: list[list[TokenSequence]] = field(default_factory=list)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.asked.append([])
+        self.trained.append([])
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
         self.grads.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.policy.student_parameters()])
@@ -108,9 +131,9 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Steps]:
         module.policy, policy.teacher_is_student, steps = policy, same, Steps(policy)
         score = type(policy).score
 
-        def spy(adapter: str, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-            if adapter == "teacher":
-                steps.asked[-1].extend(sequences)
+        def spy(adapter: str, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> Scores:
+            if steps.asked:
+                (steps.asked if adapter == "teacher" else steps.trained)[-1].extend(sequences)
             return score(policy, adapter, sequences, temperature)
 
         monkeypatch.setattr(policy, "score", spy, raising=False)
@@ -140,31 +163,73 @@ def timeless(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if not k.startswith("time/") and not math.isnan(v)}
 
 
-def by_hand(policy: Policy, groups: Sequence[TrajectoryGroup]) -> tuple[Tensor, Tensor]:
-    """Both losses from Eq. 3-14, one trajectory at a time, on full logits."""
+@dataclass
+class Row:
+    """The actions of one trajectory, from full logits: both distributions at each of them, and the log-probs of what was sampled."""
 
-    def logp(prompt: Sequence[int], t: Trajectory) -> Tensor:
+    group: TrajectoryGroup
+    member: int
+    student: Tensor
+    teacher: Tensor
+    picked: Tensor
+    recorded: Tensor
+    advantage: float
+
+    def logp(self, of: Tensor) -> Tensor:
+        return of.gather(-1, self.picked[:, None])[:, 0]
+
+    @property
+    def ell(self) -> Tensor:
+        return self.logp(self.student) - self.logp(self.teacher)
+
+    @property
+    def old(self) -> Tensor:
+        """Of the student at the rollout: Eq. 13 has today's where the teacher sampled."""
+        return self.logp(self.student).detach() if self.group.by_teacher else self.recorded
+
+    def grpo(self, shift: Tensor | float = 0.0) -> Tensor:
+        ratio, advantage = (self.logp(self.student) - self.old).exp(), self.advantage + shift
+        return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+
+    @property
+    def rho(self) -> Tensor:
+        return (self.logp(self.student) - self.recorded).exp()
+
+
+def in_full(policy: Policy, groups: Sequence[TrajectoryGroup]) -> list[Row]:
+    """One trajectory at a time; those without an action are in the baseline alone."""
+
+    def full(prompt: Sequence[int], t: Trajectory) -> Tensor:
         ids = torch.tensor([[*prompt, *t.token_ids]])
-        full = (policy.base(input_ids=ids).logits[0, :-1].float() / TEMPERATURE).log_softmax(-1)
-        full = full[torch.arange(ids.shape[1] - 1), ids[0, 1:]][len(prompt) - 1 :]
-        return full[torch.tensor(t.action_mask)]
+        at = torch.tensor(t.action_mask).nonzero()[:, 0] + len(prompt)
+        return (policy.base(input_ids=ids).logits[0, at - 1].float() / TEMPERATURE).log_softmax(-1)
 
-    grpo, sdl, n = torch.zeros(()), torch.zeros(()), 0
+    rows = []
     for g in groups:
         rewards = [t.reward for t in g.trajectories]
         mean = sum(rewards) / len(rewards)
         std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
-        for t in (t for t in g.trajectories if t.n_actions):
-            advantage = (t.reward - mean) / (std + 1e-8)
+        for k, t in ((k, t) for k, t in enumerate(g.trajectories) if t.n_actions):
+            mask = torch.tensor(t.action_mask)
             with policy.acting("teacher"):
-                teacher = logp(g.teacher_prompt_ids, t)
-            student = logp(t.prompt_ids, t)
-            ratio = (student - torch.tensor(t.logprobs)[torch.tensor(t.action_mask)]).exp()
-            ell = student - teacher
-            grpo = grpo - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum()
-            sdl = sdl + (ratio * ((-ell).exp() - 1 + ell)).sum()
-            n += len(student)
-    return grpo / n, sdl / n
+                teacher = full(g.teacher_prompts[k], t)
+            student = full(g.student_prompts[k], t)
+            picked, recorded = torch.tensor(t.token_ids)[mask], torch.tensor(t.logprobs)[mask]
+            rows.append(Row(g, k, student, teacher, picked, recorded, (t.reward - mean) / (std + 1e-8)))
+    return rows
+
+
+def by_hand(policy: Policy, groups: Sequence[TrajectoryGroup]) -> tuple[Tensor, Tensor]:
+    """Both losses from Eq. 3-14, one trajectory at a time, on full logits."""
+    rows = in_full(policy, groups)
+    n = sum(len(r.picked) for r in rows)
+    sdl = torch.stack([(r.rho * ((-r.ell).exp() - 1 + r.ell)).sum() for r in rows]).sum()
+    return torch.stack([r.grpo().sum() for r in rows]).sum() / n, sdl / n
+
+
+def gradient(policy: Policy, loss: Tensor) -> tuple[Tensor, ...]:
+    """Before any step: an optimizer's step, even of rate 0, counts as a change."""
+    return torch.autograd.grad(loss, policy.student_parameters(), retain_graph=True)
 
 
 # -- the gradient -----------------------------------------------------------------------------------------------------------
@@ -185,10 +250,24 @@ def test_the_gradient_is_that_of_the_paper(make_policy, step):
         for name, norm in norms.items():
             assert m[f"grad_norm/{name}"] == pytest.approx(norm, rel=1e-4)
         assert m["loss/policy"] == pytest.approx(grpo.item(), abs=1e-5)
-        assert m["loss/distillation"] == pytest.approx(sdl.item(), abs=1e-5)
+        assert m["loss/distillation"] == pytest.approx(0.5 * sdl.item(), abs=1e-5)  # as it enters the total
         assert m["loss/total"] == pytest.approx((grpo + 0.5 * sdl).item(), abs=1e-5)
         assert 0 < m["policy/clip_fraction"] < 1
     assert flat(clipped.grads[0]).norm() == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_each_member_has_prompts_of_its_own(make_policy, step):
+    """Scored under what the group says, whatever was seen by whoever acted; the student under its own, the teacher under its own."""
+    policy = make_policy()
+    groups = apart(make_groups(policy))
+    grpo, sdl = by_hand(policy, groups)
+    want = gradient(policy, grpo + 0.5 * sdl)
+    for tokens in (1, 60, 4096):
+        steps = step(policy, groups, micro_batch_tokens=tokens)
+        close(steps.grads[0], want)
+        for asked, prompts in ((steps.trained, "student_prompts"), (steps.asked, "teacher_prompts")):
+            pairs = [(p, t.token_ids) for g in groups for p, t in zip(getattr(g, prompts), g.trajectories, strict=True)]
+            assert sorted((s.prompt_ids, s.token_ids) for s in asked[0]) == sorted(pairs)
 
 
 def test_environment_tokens_are_no_targets(make_policy, step):
@@ -233,7 +312,7 @@ def test_recorded_loss_and_gradient_norm(make_policy, step):
 
 
 RECORDED = {
-    "loss/policy": 0.0369425, "loss/distillation": 0.2500583, "loss/total": 0.1619716,
+    "loss/policy": 0.0369425, "loss/distillation": 0.5 * 0.2500583, "loss/total": 0.1619716,
     "grad_norm/total": 0.7102308, "grad_norm/policy": 1.1881642, "teacher/gap_mean": -0.2999740,
 }  # fmt: skip
 
@@ -246,7 +325,7 @@ def test_an_empty_skill_with_equal_weights_asks_no_teacher(make_policy, step):
     policy.sync()
     groups = make_groups(policy, skills=(None, 8))
     equal = step(policy, groups, same=True)
-    assert [s.prompt_ids for s in equal.asked[0]] == [groups[1].teacher_prompt_ids] * 3
+    assert [s.prompt_ids for s in equal.asked[0]] == [*groups[1].teacher_prompts]
     assert equal.gaps[0][0] == 0 != equal.gaps[0][1]
 
     plain = make_groups(policy, skills=(None, None))
@@ -260,6 +339,26 @@ def test_an_empty_skill_with_equal_weights_asks_no_teacher(make_policy, step):
 
     untaught = step(policy, groups, objective=Objective(distillation_weight=0.0))
     assert untaught.asked == [[]] and math.isnan(untaught.metrics[0]["grad_norm/distillation"])
+
+
+def test_members_that_are_told_nothing_ask_no_teacher(make_policy, step):
+    """Within a group: who sees what the student sees needs none."""
+    policy = make_policy()
+    policy.sync()
+    first, second = make_groups(policy)
+    some = replace(first, teacher_prompts=(first.teacher_prompts[0], *first.student_prompts[1:]))
+    assert [some.told(k) for k in range(3)] == [True, False, False]
+    grpo, sdl = by_hand(policy, [some, second])
+    want = gradient(policy, grpo + 0.5 * sdl)
+    steps = step(policy, [some, second], same=True)
+    close(steps.grads[0], want)
+    told = [first.trajectories[0], *second.trajectories]
+    assert sorted(s.token_ids for s in steps.asked[0]) == sorted(t.token_ids for t in told)
+    m = steps.metrics[0]
+    assert m["teacher/skill_share"] == pytest.approx(4 / 6)
+    gaps = torch.cat([(scores(policy, "teacher", g.teacher_prompts[t.member], t) - scores(policy, "student", t.prompt_ids, t))
+                      for g in (some, second) for t in g.trajectories if t in told])  # fmt: skip
+    assert m["teacher/gap_mean"] == pytest.approx(float(gaps.sum()) / sum(t.n_actions for t in told), abs=1e-5)  # over those alone
 
 
 @pytest.mark.parametrize(
@@ -285,14 +384,14 @@ def test_a_teacher_that_lags_is_asked_without_a_skill(make_policy, step, sync, a
 def test_a_teacher_prompt_too_long_is_dropped_whole(make_policy, step):
     policy = make_policy()
     groups = make_groups(policy)
-    fits = [len(g.teacher_prompt_ids) + len(t.token_ids) for g in groups for t in g.trajectories]
+    fits = [len(p) + len(t.token_ids) for g in groups for p, t in zip(g.teacher_prompts, g.trajectories, strict=True)]
     plain = max(len(t.prompt_ids) + len(t.token_ids) for g in groups for t in g.trajectories)
     policy.context_length = limit = sorted(fits)[3]
     assert plain <= limit < max(fits)  # the student's rows all fit
     steps = step(policy, groups, micro_batch_tokens=1)
     assert steps.metrics[0]["teacher/dropped_rows"] == sum(n > limit for n in fits) > 0
     assert len(steps.asked[0]) == sum(n <= limit for n in fits)
-    prompts = {g.teacher_prompt_ids for g in groups}
+    prompts = {p for g in groups for p in g.teacher_prompts}
     assert all(s.prompt_ids in prompts and len(s) <= limit for s in steps.asked[0])
 
     policy.context_length = plain  # none fits: only GRPO is left
@@ -311,15 +410,208 @@ def test_the_gap_of_a_group_is_aligned_with_its_outcome(make_policy, step):
     steps, want = step(policy, groups), []
     for g in groups:
         rewards, total = torch.tensor([t.reward for t in g.trajectories]), 0.0
-        for t, a in zip(g.trajectories, ((rewards - rewards.mean()) / rewards.std()).tolist(), strict=True):
-            with torch.no_grad():
-                teacher = policy.score("teacher", [TokenSequence(g.teacher_prompt_ids, t.token_ids, t.action_mask)], TEMPERATURE)[0]
-                student = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask)], TEMPERATURE)[0]
+        for k, (t, a) in enumerate(zip(g.trajectories, ((rewards - rewards.mean()) / rewards.std()).tolist(), strict=True)):
+            teacher, student = scores(policy, "teacher", g.teacher_prompts[k], t), scores(policy, "student", g.student_prompts[k], t)
             total += a * float((teacher - student).sum())
         want.append(total)
     assert steps.gaps[0].tolist() == pytest.approx(want, abs=1e-4)
     n = sum(t.n_actions for g in groups for t in g.trajectories)
     assert steps.metrics[0]["teacher/health"] == pytest.approx(sum(want) / n, abs=1e-5)
+
+
+# -- Eq. 13: the teacher rolls out ---------------------------------------------------------------------------------------------
+
+
+def recorded(policy: Policy, t: Trajectory, adapter: str, prompt: tuple[int, ...], spread: float = 0.0) -> Trajectory:
+    """The same tokens as if `adapter` had sampled them under `prompt`, log-probs off by up to `spread`."""
+    rng = random.Random(len(t.token_ids))
+    logp = zip(scores(policy, adapter, prompt, t).tolist(), t.action_mask, strict=True)
+    return replace(t, prompt_ids=prompt, logprobs=tuple(x + rng.uniform(-spread, spread) if m else 0.0 for x, m in logp))
+
+
+def sampled_by_teacher(policy: Policy, groups: Sequence[TrajectoryGroup], spread: float = 0.0) -> list[TrajectoryGroup]:
+    return [
+        replace(
+            g, by_teacher=True,
+            trajectories=tuple(recorded(policy, t, "teacher", p, spread) for t, p in zip(g.trajectories, g.teacher_prompts, strict=True)),
+        )
+        for g in groups
+    ]  # fmt: skip
+
+
+def test_the_teacher_s_rollout(make_policy, step):
+    """GRPO's ratio is 1, since the old student is today's; rho is the student over the teacher, whose log-probs are on record."""
+    policy = make_policy()
+    groups = sampled_by_teacher(policy, make_groups(policy))
+    rows = in_full(policy, groups)
+    n = sum(len(r.picked) for r in rows)
+    by_reward = -sum((r.advantage * r.logp(r.student)).sum() for r in rows) / n
+    by_teacher = sum((r.ell.exp().detach() * r.ell.detach() * r.logp(r.student)).sum() for r in rows) / n  # Prop. 2
+    want = gradient(policy, by_reward + 0.5 * by_teacher)
+    steps = step(policy, groups)
+    close(steps.grads[0], want)
+    m = steps.metrics[0]
+    assert m["policy/clip_fraction"] == m["policy/logp_drift"] == 0
+    assert max((r.rho.log() - r.ell).abs().max() for r in rows) < 1e-4  # rho = pi_stu / pi_tea
+    assert m["loss/policy"] == pytest.approx(-sum(r.advantage * len(r.picked) for r in rows) / n, abs=1e-5)
+    ell = torch.cat([r.ell for r in rows]).detach().double()
+    assert m["loss/distillation"] == pytest.approx(float(0.5 * (1 - ell.exp() + ell * ell.exp()).mean()), abs=1e-5)
+    # As if the student had sampled the same record, ratios are clipped.
+    assert step(policy, [replace(g, by_teacher=False) for g in groups]).metrics[0]["policy/clip_fraction"] > 0
+
+
+def test_the_record_of_a_teacher_s_rollout_is_used(make_policy, step):
+    """rho's denominator is what was recorded at the rollout, not today's teacher; and each group is treated by its own actor."""
+    policy = make_policy()
+    own, taught = make_groups(policy), sampled_by_teacher(policy, apart(make_groups(policy, seed=3)), spread=0.4)
+    for groups in (taught, [own[0], taught[1]], [taught[0], own[1]]):
+        grpo, sdl = by_hand(policy, groups)
+        want = gradient(policy, grpo + 0.5 * sdl)
+        for tokens in (1, 90, 4096):
+            close(step(policy, groups, micro_batch_tokens=tokens).grads[0], want)
+
+
+# -- other signals ------------------------------------------------------------------------------------------------------------
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+def top_jsd(row: Row, k: int, alpha: float) -> Tensor:
+    """SDPO's, on probabilities in float64, position by position."""
+    out = []
+    for p, q in zip(row.student.double().exp(), row.teacher.double().exp(), strict=True):
+        top = sorted(range(len(p)), key=lambda i: -p[i].item())[:k]
+        p, q = (torch.cat([x[top], (x.sum() - x[top].sum())[None]]) for x in (p, q))
+        m = (1 - alpha) * p + alpha * q
+        out.append((1 - alpha) * kl(p, m) + alpha * kl(q, m))
+    return torch.stack(out)
+
+
+SIGNALS: dict[str, tuple[Any, Callable[[Row], Tensor]]] = {
+    "sdpg": (SDPG(), lambda r: kl(r.student.double().exp(), r.teacher.double().exp())),
+    "sdpo": (SDPO(k=4, alpha=0.3), lambda r: r.rho.detach().clamp_max(2.0) * top_jsd(r, 4, 0.3)),
+}
+
+
+def ragged(policy: Policy) -> tuple[list[TrajectoryGroup], Callable[[Row], bool]]:
+    """Members with prompts of their own, some of them not taught: told nothing, or too much. And which are."""
+    first, second = apart(make_groups(policy))
+    first = replace(first, teacher_prompts=(*first.teacher_prompts[:2], first.student_prompts[2]))
+    second = replace(second, teacher_prompts=(second.teacher_prompts[0] * 12, *second.teacher_prompts[1:]))
+    policy.context_length = limit = 40
+    lengths = {(g.task.task_id, k): len(g.teacher_prompts[k]) + len(g.trajectories[k].token_ids) for g in (first, second) for k in range(3)}
+    assert lengths["t1", 0] > limit and sum(n <= limit for n in lengths.values()) == 5
+    return [first, second], lambda r: r.group.told(r.member) and lengths[r.group.task.task_id, r.member] <= limit
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_whole_distributions(make_policy, step, name):
+    """Their gradient is that of a direct computation on full logits, whatever the micro-batches; rows without a teacher add nothing."""
+    signal, divergence = SIGNALS[name]
+    policy = make_policy(head_chunk=3)
+    policy.sync()
+    with torch.no_grad():  # the student has moved on a little
+        for p in policy.student_parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    groups, taught = ragged(policy)
+    rows = in_full(policy, groups)
+    n = sum(len(r.picked) for r in rows)
+    grpo = sum(r.grpo().sum() for r in rows) / n
+    added = 0.5 * sum(divergence(r).sum() for r in rows if taught(r)) / n
+    good = 0.5 * sum(divergence(r).sum() for r in rows if taught(r) and r.advantage > 0) / n
+    each, want = [gradient(policy, x.float()) for x in (grpo, added)], gradient(policy, (grpo + good).float())
+    untold = groups[0].trajectories[2].token_ids
+    for tokens in (1, 60, 120, 4096):
+        steps = step(policy, groups, objective=Objective(distillation_weight=0.5, loss=signal), micro_batch_tokens=tokens, same=True)
+        m = steps.metrics[0]
+        close(steps.grads[0], [a + b for a, b in zip(*each, strict=True)], 2e-5)
+        assert m["loss/distillation"] == pytest.approx(added.item(), rel=1e-4)
+        assert m["grad_norm/distillation"] == pytest.approx(float(flat(each[1]).norm()), rel=1e-3) and m["teacher/dropped_rows"] == 1
+        assert len(steps.asked[0]) == 4 and untold not in [s.token_ids for s in steps.asked[0]]
+    gated = step(policy, groups, objective=Objective(distillation_weight=0.5, loss=signal, gate=PositiveGate()), same=True)
+    close(gated.grads[0], want, 2e-5)
+    assert 0 < good.item() < added.item()
+
+
+def halves(policy: Policy, rewards: Sequence[Sequence[float]], skills: Sequence[int | None]) -> list[TrajectoryGroup]:
+    """The second half of each group acted with the skill in front; each half's teacher is the other view."""
+    groups = []
+    for g in make_groups(policy, rewards, skills):
+        plain, told = g.student_prompts[0], g.teacher_prompts[0]
+        acted, other = ((plain,) * 2 + (told,) * 2), ((told,) * 2 + (plain,) * 2)
+        played = tuple(recorded(policy, t, "student", p, 0.1) for t, p in zip(g.trajectories, acted, strict=True))
+        groups.append(replace(g, trajectories=played, student_prompts=acted, teacher_prompts=other))
+    return groups
+
+
+def test_the_view_that_fared_better_teaches_the_other(make_policy, step):
+    """UCOB's weights come from the halves' mean rewards, in either direction; its divergence is the other view's top K."""
+    policy = make_policy(head_chunk=3)
+    rewards = ((1.0, 0.0, 0.5, 0.0), (0.0, 0.0, 1.0, 1.0), (0.5, 0.0, 0.54, 0.0), (1.0, 1.0, 0.0, 0.0))
+    groups = halves(policy, rewards, (3, 8, 9, None))
+    weights = {("t0", 2): 1.25, ("t0", 3): 1.25, ("t1", 0): 2.0, ("t1", 1): 2.0}  # t2's gap is too small, and t3 has no skill
+    rows = in_full(policy, groups)
+    n, grpo = sum(len(r.picked) for r in rows), sum(r.grpo().sum() for r in rows)
+    added = torch.zeros(())
+    for r in rows:
+        top = r.teacher.topk(6).indices
+        q, p = (x.gather(-1, top).exp() for x in (r.teacher, r.student))
+        gate = torch.sigmoid(-5 * r.ell.detach())
+        added = added + (weights.get((r.group.task.task_id, r.member), 0.0) * gate * kl(q / q.sum(-1, True), p / p.sum(-1, True))).sum()
+    want = gradient(policy, (grpo + 0.1 * added) / n)
+    objective = Objective(distillation_weight=0.1, loss=UCOB(k=6), gate=SigmoidGate(5.0))
+    for tokens in (1, 100, 4096):
+        steps = step(policy, groups, objective=objective, micro_batch_tokens=tokens)
+        close(steps.grads[0], want, 2e-5)
+        assert steps.metrics[0]["loss/distillation"] == pytest.approx((0.1 * added / n).item(), rel=1e-4)
+    assert added.item() > 0
+
+
+@pytest.mark.parametrize("placement", ["advantage", "multiplier"])
+def test_a_signal_in_the_advantage(make_policy, step, placement):
+    """OPID adds w (log tea - log old), RLSD multiplies; both through GRPO's ratio and bounds, and in taught rows alone."""
+    policy = make_policy()
+    groups, taught = ragged(policy)
+
+    def shift(r: Row) -> Tensor:
+        if placement == "advantage":
+            return 0.5 * (r.logp(r.teacher) - r.old)
+        return 0.5 * r.advantage * ((math.copysign(1, r.advantage) * -r.ell).exp().clamp(0.8, 1.2) - 1)
+
+    rows = in_full(policy, groups)
+    n = sum(len(r.picked) for r in rows)
+    shifts = [shift(r).detach() if taught(r) else torch.zeros(len(r.picked)) for r in rows]
+    loss = sum(r.grpo(x).sum() for r, x in zip(rows, shifts, strict=True)) / n
+    plain = sum(r.grpo().sum() for r in rows) / n
+    signal = {"advantage": OPID(), "multiplier": RLSD(clip=0.2)}[placement]
+    objective, want = Objective(distillation_weight=0.5, **{placement: signal}), gradient(policy, loss)
+    for tokens in (1, 4096):
+        # As if the adapters were one: then a row that is told nothing needs no teacher.
+        steps = step(policy, groups, objective=objective, micro_batch_tokens=tokens, same=True)
+        m = steps.metrics[0]
+        close(steps.grads[0], want)
+        assert (m["loss/total"], m["loss/policy"]) == pytest.approx((loss.item(), plain.item()), abs=1e-5)
+        assert m["loss/distillation"] == pytest.approx((loss - plain).item(), abs=1e-5)
+        heard = sum(len(r.picked) for r in rows if taught(r))
+        assert m["teacher/shift"] == pytest.approx(float(sum(x.abs().sum() for x in shifts)) / heard, rel=1e-4) and m["teacher/shift"] > 0
+
+
+def test_the_weight_moves_over_iterations(make_policy, step):
+    """By the optimizer's steps; at weight 0 no teacher is asked."""
+    policy = make_policy()
+    batch = make_groups(policy)
+    steps = step(policy, *[batch] * 5, objective=Objective(distillation_weight=0.6, weight_steps=3, weight_end=0.0))
+    assert [m["teacher/weight"] for m in steps.metrics] == pytest.approx([0.6, 0.4, 0.2, 0.0, 0.0])
+    assert [len(x) for x in steps.asked] == [6, 6, 6, 0, 0]
+    first = steps.metrics[0]["loss/distillation"]
+    assert [m["loss/distillation"] / first for m in steps.metrics] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0], rel=1e-5)
+    constant = step(policy, batch, batch, objective=Objective(distillation_weight=0.6))
+    assert [m["teacher/weight"] for m in constant.metrics] == [0.6, 0.6]
+    rising = step(policy, batch, batch, batch, objective=Objective(distillation_weight=0.0, weight_steps=2, weight_end=0.4))
+    assert [m["teacher/weight"] for m in rising.metrics] == pytest.approx([0.0, 0.2, 0.4])
+    assert [len(x) for x in rising.asked] == [0, 6, 6]
 
 
 # -- groups without a signal --------------------------------------------------------------------------------------------------
@@ -336,6 +628,34 @@ def test_zero_variance_groups(make_policy, step):
     assert mixed.metrics[0]["reward/zero_variance"] == 0.5
 
 
+@pytest.mark.parametrize("policy_weight", [1.0, 0.0])
+def test_groups_that_are_left_out(make_policy, step, policy_weight):
+    """Their rows are in no loss, not in N, and no forward is made for them; the rewards that are logged are everybody's."""
+    policy = make_policy()
+    groups = make_groups(policy, ((0.1, 0.1, 0.1), (1.0, 0.0, 0.5), (1.0, 1.0, 1.0)), (3, 8, None))
+    weights: dict[str, Any] = {"policy_weight": policy_weight, "distillation_weight": 0.5}
+    alone = step(policy, [groups[1]], objective=Objective(**weights))
+    every = step(policy, groups, objective=Objective(**weights))
+    for tokens in (1, 60, 4096):
+        kept = step(policy, groups, objective=Objective(**weights, group_filter="zero_variance"), micro_batch_tokens=tokens)
+        close(kept.grads[0], alone.grads[0])
+        assert {s.token_ids for s in (*kept.asked[0], *kept.trained[0])} == {t.token_ids for t in groups[1].trajectories}
+        assert kept.gaps[0][[0, 2]].eq(0).all() and float(kept.gaps[0][1]) == pytest.approx(float(alone.gaps[0][0]), abs=1e-5)
+        m, a, e = kept.metrics[0], alone.metrics[0], every.metrics[0]
+        for key in METRICS:
+            if math.isnan(a[key]) or key.startswith("time/"):
+                continue
+            overall = key.startswith(("reward/", "rollout/")) or key == "teacher/skill_share"
+            assert m[key] == pytest.approx(e[key] if overall else a[key], abs=1e-5), key
+    assert (flat(every.grads[0]) - flat(alone.grads[0])).norm() > 1e-3
+
+    before = [p.clone() for p in policy.student_parameters()]
+    filtered = Objective(**weights, group_filter="zero_variance")
+    none = step(policy, groups[::2], objective=filtered, optimizer=OptimizerSettings(lr=1.0))
+    assert flat(policy.student_parameters()).equal(flat(before)) and none.asked == none.trained == [[]] and none.gaps[0].eq(0).all()
+    assert none.metrics[0]["loss/total"] == none.metrics[0]["learner/tokens"] == 0 < none.metrics[0]["rollout/action_tokens"]
+
+
 def test_trajectories_without_tokens(make_policy, step):
     """A prompt that did not fit leaves an episode without a turn: it counts in the baseline, not in N."""
     policy = make_policy()
@@ -345,9 +665,10 @@ def test_trajectories_without_tokens(make_policy, step):
         return replace(t, token_ids=(), action_mask=(), logprobs=(), turns=(), finish_reason="length")
 
     some = replace(first, trajectories=(first.trajectories[0], *map(empty, first.trajectories[1:])))
-    mixed = step(policy, [some, second], micro_batch_tokens=1)
     grpo, sdl = by_hand(policy, [some, second])
-    close(mixed.grads[0], torch.autograd.grad(grpo + 0.5 * sdl, policy.student_parameters()))
+    want = gradient(policy, grpo + 0.5 * sdl)
+    mixed = step(policy, [some, second], micro_batch_tokens=1)
+    close(mixed.grads[0], want)
     assert mixed.metrics[0]["rollout/finish_length"] == pytest.approx(2 / 6)
 
     lost = replace(second.trajectories[1], finish_reason="failed", failure="killed")
@@ -373,6 +694,52 @@ def test_groups_of_one(make_policy, step):
         step(policy, groups)
 
 
+# -- counts and times ---------------------------------------------------------------------------------------------------------
+
+
+def test_steps_and_tokens(make_policy, step):
+    """Turns that were played, tokens of all episodes with their prompts, and tokens that went through a forward of the learner."""
+    policy = make_policy()
+    first, second = apart(make_groups(policy))
+    turn = first.trajectories[0].turns[0]
+    first = replace(first, trajectories=tuple(replace(t, turns=(turn,) * n) for t, n in zip(first.trajectories, (4, 1, 2), strict=True)))
+    lost = replace(second.trajectories[0], token_ids=(), action_mask=(), logprobs=(), turns=(), finish_reason="length")
+    second = replace(second, trajectories=(lost, *second.trajectories[1:]))
+    second = replace(second, teacher_prompts=(*second.teacher_prompts[:2], (7,) * 400))
+    policy.context_length = 300
+    m = step(policy, [first, second]).metrics[0]
+    rows = [t for g in (first, second) for t in g.trajectories]
+    assert m["rollout/env_steps"] == 4 + 1 + 2 + 0 + 1 + 1 and m["rollout/turns"] == pytest.approx(9 / 6)
+    assert m["rollout/tokens"] == sum(len(t.prompt_ids) + len(t.token_ids) for t in rows)
+    assert m["rollout/action_tokens"] == sum(t.n_actions for t in rows)
+    pairs = [(p, t) for g in (first, second) for p, t in zip(g.student_prompts, g.trajectories, strict=True)]
+    student = sum(len(p) + len(t.token_ids) for p, t in pairs if t.n_actions)
+    pairs = [(p, t) for g in (first, second) for p, t in zip(g.teacher_prompts, g.trajectories, strict=True)]
+    teacher = sum(len(p) + len(t.token_ids) for p, t in pairs if t.n_actions and len(p) < 300)
+    assert m["learner/tokens"] == student + teacher and m["teacher/dropped_rows"] == 1
+    alone = step(policy, [first, second], objective=Objective(distillation_weight=0.0)).metrics[0]
+    assert alone["learner/tokens"] == student and alone["rollout/tokens"] == m["rollout/tokens"]
+
+
+def test_the_teacher_s_time_is_told_apart(make_policy, step, monkeypatch):
+    policy, score = make_policy(), Policy.score
+    groups, slow = make_groups(policy), {"teacher": 0.05, "student": 0.02}
+
+    def slowly(self: Policy, adapter: str, *args: Any) -> Scores:
+        time.sleep(slow[adapter])
+        return score(self, adapter, *args)
+
+    monkeypatch.setattr(Policy, "score", slowly)
+    started = time.perf_counter()
+    m = step(policy, groups, micro_batch_tokens=1).metrics[0]  # a forward a row; the rollout's are not this module's
+    seconds = time.perf_counter() - started
+    assert m["time/teacher_s"] >= 6 * 0.05 and m["time/update_s"] >= 6 * 0.02 and m["time/teacher_s"] + m["time/update_s"] < seconds
+    assert m["time/learner_tokens_per_s"] == pytest.approx(m["learner/tokens"] / (m["time/teacher_s"] + m["time/update_s"]), rel=1e-3)
+    assert all(math.isnan(m[k]) for k in ("time/rollout_s", "time/summary_s"))  # others' business
+    alone = step(policy, groups, groups, objective=Objective(distillation_weight=0.0)).metrics
+    assert all(m["time/teacher_s"] < 0.05 < 100 * m["time/update_s"] for m in alone)
+
+
 # -- optimizer, settings, checkpoints -----------------------------------------------------------------------------------------
 
 
@@ -392,6 +759,9 @@ def test_warm_up_and_schedule(make_policy, step):
     cosine = [1e-4 * 0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
     assert lr(6, warmup_steps=2, schedule="cosine") == pytest.approx([0.5e-4, 1e-4, *cosine])
     assert lr(2, warmup_steps=8) == pytest.approx([1e-4 / 8, 2e-4 / 8])
+    # A length of its own: the cosine does not follow a run that ends sooner, and stays at 0 in one that goes on.
+    assert lr(3, warmup_steps=2, schedule="cosine", schedule_steps=6) == pytest.approx([0.5e-4, 1e-4, *cosine[:1]])
+    assert lr(8, warmup_steps=2, schedule="cosine", schedule_steps=6) == pytest.approx([0.5e-4, 1e-4, *cosine, 0.0, 0.0], abs=1e-12)
 
 
 def test_how_often_norms_are_measured(make_policy, step):

@@ -1,8 +1,9 @@
-"""The command line: fit, validate, export, play, doctor."""
+"""The command line: fit, validate, export, play, study, doctor."""
 
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -23,12 +24,17 @@ from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
 from skillsd.analysis.play import play_model, play_scripted
+from skillsd.callbacks import TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.doctor import doctor
 from skillsd.errors import ConfigError
+from skillsd.skills.callback import SkillBankCallback
 
-TITLE = "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. What is installed: skillsd doctor"
+TITLE = (
+    "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
+    "Methods x seeds and a report: skillsd study. What is installed: skillsd doctor"
+)
 RUN_FILES = (
     "config.yaml",
     "metrics.csv",
@@ -126,6 +132,8 @@ class CLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(TeacherSync, "teacher")
+        parser.add_lightning_class_args(SkillBankCallback, "skills")
         parser.add_argument("--overwrite", type=bool, default=False, help="fit: discard an earlier run in the run folder")
         parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
 
@@ -146,9 +154,15 @@ class CLI(LightningCLI):
         except (ValueError, TypeError) as e:
             raise ConfigError(one_line(str(e))) from e
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        # `teacher` and `skills` come first: what is logged and saved at an iteration's end includes theirs.
+        return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *(config["callbacks"] or [])]}, [])
+
     def before_fit(self) -> None:
         trainer: Any = self.trainer
         trainer.skillsd_config = _flat(self.config["fit"].as_dict())
+        gc.collect()
+        gc.freeze()  # modules and configuration stay: garbage collections in the rollout's loops need not walk over them
         self._remember()
 
     def before_validate(self) -> None:
@@ -207,9 +221,9 @@ def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> No
 
 
 def resolve_configs(args: list[str]) -> list[str]:
-    """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists; a bare `--skill` or `--overwrite` means true."""
-    values = ("true", "false")
-    out = [f"{a}=true" if a in ("--skill", "--overwrite") and b not in values else a for a, b in zip(args, [*args[1:], ""], strict=True)]
+    """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists; a bare `--skill` (or another of `bare`) means true."""
+    bare, values = ("--skill", "--overwrite", "--only_report"), ("true", "false")
+    out = [f"{a}=true" if a in bare and b not in values else a for a, b in zip(args, [*args[1:], ""], strict=True)]
     for i, arg in enumerate(out):
         flag, _, value = arg.partition("=")
         if flag in ("-c", "--config") and not value and i + 1 < len(out):
@@ -326,6 +340,10 @@ def main(args: ArgsType = None) -> int:
         if argv[0] == "doctor":  # it needs no configuration
             doctor(argv[1:])
             return 0
+        if argv[0] == "study":
+            from skillsd.study import study  # late: pandas and matplotlib are slow to import
+
+            return study(resolve_configs(argv)[1:], _packaged)
         CLI(
             model_class=L.LightningModule,
             datamodule_class=L.LightningDataModule,

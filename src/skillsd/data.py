@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
-from skillsd.rollout import Chat, Collector, InProcessEngine, Request, RolloutSettings, Row, make_env
+from skillsd.rollout import Chat, Collector, InProcessEngine, Request, RolloutSettings, Row, demonstrate, make_env
 from skillsd.rollout.noise import stream_key
+from skillsd.skills import BankContext, ShuffledContext, Skill, Summariser
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup
 
@@ -39,6 +42,8 @@ class RolloutData(L.LightningDataModule):
             scenario, and options for `reset`.
         batch_tasks: Tasks an iteration.
         group_size: Trajectories a task, G.
+        actor: Who rolls out: `student`, under the plain prompt; `student_with_skill` (skill-augmented GRPO); `half_with_skill`, the second
+            half of each group with it, each half's teacher being the other view (UCOB); `teacher`, with the skill (off-policy, Eq. 13).
         rollout: How episodes are played.
         panel_temperature: 0 is greedy.
         panel_attempts: Episodes a panel task (pass@k needs several and a temperature).
@@ -57,6 +62,7 @@ class RolloutData(L.LightningDataModule):
         tasks_file: str | None = None,
         batch_tasks: int = 16,
         group_size: int = 4,
+        actor: Literal["student", "student_with_skill", "half_with_skill", "teacher"] = "student",
         rollout: RolloutSettings | None = None,
         panel_temperature: float = 0.0,
         panel_attempts: int = 1,
@@ -73,9 +79,10 @@ class RolloutData(L.LightningDataModule):
         self.env_id, self.env_kwargs = env, {**(env_kwargs or {}), **_overrides(env, env_overrides or {})}
         self.train_split, self.panel_split, self.tasks_file = train_split, panel_split, tasks_file
         self.batch_tasks, self.group_size, self.rollout = batch_tasks, group_size, rollout or RolloutSettings()
+        self.actor = actor
         self.panel_temperature, self.panel_attempts, self.panel_adapter = panel_temperature, panel_attempts, panel_adapter
         self.panel_seeds, self.seed = panel_seeds or [0], seed
-        self.rollout_tokens_per_s = 0.0
+        self.rollout_s = 0.0
         self._resume_at = 0
         self._stream: GroupStream | None = None
         self._collector: Collector | None = None
@@ -94,6 +101,12 @@ class RolloutData(L.LightningDataModule):
         if both:
             raise ConfigError(
                 f"data.init_args: train_split and panel_split share {len(both)} tasks ({min(both)}, ...): name two that are disjoint."
+            )
+        contexts = (BankContext, ShuffledContext)
+        if self.actor != "student" and (self.bank is None or not isinstance(self.bank.context, contexts)):
+            raise ConfigError(
+                f"data.init_args.actor is {self.actor}, which needs a skill before the rollout: "
+                "set skills.context to skillsd.skills.BankContext."
             )
         if self.group_size < 2 and module.objective.policy_weight > 0:
             raise ConfigError(
@@ -155,7 +168,8 @@ class RolloutData(L.LightningDataModule):
         if self._collector is None:
             policy = self.policy
             chat = Chat(policy.tokenizer, policy.stop_ids)
-            self._collector = Collector(self.env_id, self.env_kwargs, chat, InProcessEngine(policy), self.rollout, policy.context_length)
+            engine = InProcessEngine(policy, self.rollout.cuda_graphs)
+            self._collector = Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length)
         return self._collector
 
     @property
@@ -166,7 +180,7 @@ class RolloutData(L.LightningDataModule):
 
     def train_dataloader(self) -> GroupStream:
         if self.bank is not None:
-            self.bank.bind(self.generate)
+            self.bank.bind(self.generate, self.solution)
         self._stream = GroupStream(self)
         self._stream.position = self._resume_at
         return self._stream
@@ -209,7 +223,19 @@ class RolloutData(L.LightningDataModule):
             ]
             for i, completion in zip(part, session.turn(requests), strict=True):
                 texts[i] = chat.action_text(completion.token_ids)
+            del session  # the next one takes over its cache
         return texts
+
+    def solution(self, task_id: str, summariser: Summariser) -> Skill | None:
+        """The summary of the environment's own solution of a training task; None if it has none. Its rewards are not looked at."""
+        task = next(t for t in self.train_tasks if t.task_id == task_id)
+        with closing(make_env(self.env_id, self.env_kwargs)) as env:
+            if not hasattr(env.unwrapped, "solution"):
+                raise ConfigError(f"GroundTruthContext: {self.env_id} offers no solution(): choose another context.")
+            turns, _, instruction, success = demonstrate(env, task, 0.0, random.Random(0))
+        share = float(success)
+        trajectory = Trajectory(0, task_id, 0, 0, instruction, (), (), (), (), tuple(turns), share, share, success, "done")
+        return summariser.summarise([trajectory])[0]
 
 
 class GroupStream:
@@ -247,23 +273,41 @@ class GroupStream:
         tasks = self.order(epoch)[index * d.batch_tasks : (index + 1) * d.batch_tasks]
         if d.bank is not None:
             d.bank.refresh([t.task_id for t in d.train_tasks], d.seed, epoch, epoch_start=index == 0)
-        rows = [Row(t, member) for t in tasks for member in range(d.group_size)]
+        skills = [d.bank.skill_for(t.task_id) if d.bank is not None else (None, "") for t in tasks]
+        first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
+        rows = [Row(t, k, text if k >= first else "") for t, (_, text) in zip(tasks, skills, strict=True) for k in range(d.group_size)]
         started = time.perf_counter()
-        played = d.collector.collect(rows, seed=d.seed, iteration=iteration)
-        d.rollout_tokens_per_s = sum(len(t.prompt_ids) + len(t.token_ids) for t in played) / (time.perf_counter() - started)
+        adapter = "teacher" if d.actor == "teacher" else "student"
+        played = d.collector.collect(rows, seed=d.seed, iteration=iteration, adapter=adapter)
+        d.rollout_s = time.perf_counter() - started
         if failed := [t for t in played if t.finish_reason == "failed"]:
             log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)
-        return [self._group(t, played[i * d.group_size : (i + 1) * d.group_size]) for i, t in enumerate(tasks)]
+        groups = [played[i * d.group_size : (i + 1) * d.group_size] for i in range(len(tasks))]
+        after = d.bank.texts(groups) if d.bank is not None else None
+        return [
+            self._group(t, g, skill_id, after[i] if after else [text] * len(g))
+            for i, (t, g, (skill_id, text)) in enumerate(zip(tasks, groups, skills, strict=True))
+        ]
 
-    def _group(self, task: Task, played: Sequence[Trajectory]) -> TrajectoryGroup:
-        d, first = self.data, played[0]
-        skill_id, text = d.bank.skill_for(task.task_id) if d.bank is not None else (None, "")
-        prompt = first.prompt_ids
-        if text and first.turns:
-            prompt = tuple(d.collector.chat.prompt_ids(first.instruction, first.turns[0].observation, text))
+    def _group(self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str]) -> TrajectoryGroup:
+        """Texts: what each member's teacher is told."""
+        d, seen = self.data, played[0]
+
+        @cache
+        def prompt(text: str) -> tuple[int, ...]:
+            return tuple(d.collector.chat.prompt_ids(seen.instruction, seen.turns[0].observation, text)) if seen.turns else seen.prompt_ids
+
+        acted, plain, told = [t.prompt_ids for t in played], [prompt("")] * len(played), [prompt(x) for x in texts]
+        student, teacher = {
+            "student": (plain, told),
+            "student_with_skill": (acted, acted),
+            "half_with_skill": (acted, [x if a == p else p for a, p, x in zip(acted, plain, told, strict=True)]),
+            "teacher": (plain, acted),
+        }[d.actor]
         return TrajectoryGroup(
-            task, tuple(replace(t, skill_id=skill_id) for t in played), prompt, skill_id, temperature=d.rollout.temperature
-        )
+            task, tuple(replace(t, skill_id=skill_id) for t in played), tuple(student), tuple(teacher), skill_id, d.rollout.temperature,
+            by_teacher=d.actor == "teacher",
+        )  # fmt: skip
 
 
 class PanelStream:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from skillsd.errors import ConfigError
 from skillsd.objective import Objective, group_advantages
-from skillsd.policy import Policy, PolicySettings, TokenSequence, micro_batches
+from skillsd.policy import Policy, PolicySettings, Scores, TokenSequence, micro_batches
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
 METRICS = (
     "loss/total", "loss/policy", "loss/distillation", "reward/mean", "reward/success", "reward/completion", "reward/zero_variance",
     "teacher/skill_share", "teacher/dropped_rows", "teacher/gap_mean", "teacher/gap_std", "teacher/health", "teacher/k3",
     "policy/entropy", "policy/clip_fraction", "policy/logp_drift", "grad_norm/total", "grad_norm/policy", "grad_norm/distillation",
-    "optimizer/lr", "rollout/action_tokens", "rollout/turns", "rollout/finish_length", "rollout/failed", "skills/bank", "skills/failed",
-    "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
+    "teacher/weight", "teacher/shift", "optimizer/lr", "rollout/env_steps", "rollout/tokens", "rollout/action_tokens", "rollout/turns",
+    "rollout/finish_length", "rollout/failed", "learner/tokens", "skills/bank", "skills/failed", "time/rollout_s", "time/teacher_s",
+    "time/update_s", "time/summary_s", "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
 )  # fmt: skip
 """Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ differ in a re-run."""
 
@@ -43,6 +44,8 @@ class OptimizerSettings:
     """Iterations over which the learning rate grows linearly."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a cosine to 0 at the run's end."""
+    schedule_steps: int | None = None
+    """Iterations at which the cosine reaches 0, for runs that another limit ends; null is the run's length."""
     gradient_clip_norm: float = 1.0
     """Largest gradient norm; 0 does not clip."""
 
@@ -79,6 +82,7 @@ class SkillSD(L.LightningModule):
         self.micro_batch_tokens, self.grad_norm_every = micro_batch_tokens, grad_norm_every
         self.policy: Policy = None  # type: ignore[assignment]
         self.metrics: dict[str, float] = {}
+        self.teacher_s = 0.0  # seconds of teacher scoring in this iteration
         self._teacher_is_student: bool | None = None  # of the checkpoint being loaded
 
     def configure_model(self) -> None:
@@ -88,7 +92,7 @@ class SkillSD(L.LightningModule):
     def configure_optimizers(self) -> Any:
         o = self.optim
         optimizer = torch.optim.AdamW(self.policy.student_parameters(), o.lr, weight_decay=o.weight_decay)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        total = max(1, o.schedule_steps or int(self.trainer.estimated_stepping_batches))
 
         def factor(step: int) -> float:
             if step < o.warmup_steps:
@@ -102,49 +106,55 @@ class SkillSD(L.LightningModule):
 
     def training_step(self, groups: Sequence[TrajectoryGroup], batch_idx: int) -> dict[str, Tensor]:
         started = time.perf_counter()
-        rows = [t for g in groups for t in g.trajectories]
+        batch = _Batch(groups, self.objective.group_filter == "zero_variance")
+        rows, temperature = batch.rows, groups[0].temperature
         torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration)  # for dropout: a resumed run draws the same
         advantage = self._advantages(groups)
-        n = max(1, sum(t.n_actions for t in rows))  # N of Eq. 3-14: one count, whatever the micro-batches
-        teacher_rows, temperature = self._teacher_rows(groups), groups[0].temperature
+        n = max(1, sum(rows[i].n_actions for i in batch.kept))  # N of Eq. 3-14: one count, whatever the micro-batches
+        weight = self.objective.weight(self.global_step)
+        teacher_rows = self._teacher_rows(batch, weight)
         optimizer: Any = self.optimizers()
         params = self.policy.student_parameters()
         optimizer.zero_grad()
 
         sums: dict[str, float] = defaultdict(float)
         gaps = torch.zeros(len(rows))
-        apart = bool(self.grad_norm_every) and self.global_step % self.grad_norm_every == 0 and self.objective.distillation_weight > 0
+        self.teacher_s = 0.0
+        apart = bool(self.grad_norm_every) and self.global_step % self.grad_norm_every == 0 and weight > 0
         distillation_grad = [torch.zeros_like(p) for p in params] if apart else []
-        for index in micro_batches([len(t.prompt_ids) + len(t.token_ids) for t in rows], self.micro_batch_tokens):
-            index = [i for i in index if rows[i].n_actions]
-            if not index:
-                continue
-            micro = [rows[i] for i in index]
-            logp, entropy = self.policy.score("student", [_sequence(t) for t in micro], temperature)
-            logp_teacher = self._teacher_logp(logp.detach(), index, micro, teacher_rows, temperature)
-            mask, logp_old = _padded(micro, logp)
-            terms = self.objective.terms(logp, logp_old, logp_teacher, mask, advantage[index].to(logp))
-            if apart:
-                share = self.objective.distillation_weight * terms.distillation / n
-                for total, g in zip(
-                    distillation_grad, torch.autograd.grad(share, params, retain_graph=True, allow_unused=True), strict=True
-                ):
+        for part in micro_batches([len(batch.student[i]) for i in batch.kept], self.micro_batch_tokens):
+            index = [batch.kept[k] for k in part]
+            mask, recorded = _padded([rows[i] for i in index], self.policy.device)
+            student = self.policy.score("student", [batch.student[i] for i in index], temperature)
+            logp = student.logp
+            teacher, divergence = self._teacher(student, mask, index, batch, teacher_rows, temperature)
+            # Eq. 13: where the teacher sampled, the old student is today's, since a batch is one update
+            old = torch.where(batch.by_teacher[index].to(mask.device)[:, None], logp.detach(), recorded)
+            terms = self.objective.terms(
+                logp, old, teacher, mask, advantage[index].to(logp), weight=weight, logp_behaviour=recorded,
+                taught=torch.tensor([i in teacher_rows for i in index], device=mask.device),
+                success=torch.tensor([rows[i].success for i in index], device=mask.device),
+                return_gap=batch.return_gap[index].to(logp), divergence=divergence,
+            )  # fmt: skip
+            if apart and terms.distillation.requires_grad:
+                grads = torch.autograd.grad(terms.distillation / n, params, retain_graph=True, allow_unused=True)
+                for total, g in zip(distillation_grad, grads, strict=True):
                     if g is not None:
                         total += g
-            self.manual_backward(self.objective.total(terms, n))
+            loss = self.objective.total(terms, n)
+            if loss.requires_grad:  # without a reward, rows that no teacher speaks to teach nothing
+                self.manual_backward(loss)
 
-            gaps[index] = ((logp_teacher - logp.detach()) * mask).sum(1).cpu()
-            sums["policy"] += terms.policy.item()
-            sums["distillation"] += terms.distillation.item()
-            sums["entropy"] += (entropy * mask).sum().item()
-            for key, value in terms.metrics.items():
-                sums[key] += value.item()
+            gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
+            entropy = (student.entropy * mask).sum()
+            numbers = {"policy": terms.policy, "distillation": terms.distillation, "entropy": entropy, **terms.metrics}
+            for key, value in zip(numbers, torch.stack([x.detach().double() for x in numbers.values()]).tolist(), strict=True):
+                sums[key] += value  # one transfer for all of them
 
         norm = self._step(optimizer, params)
-        self._record(groups, rows, sums, n, teacher_rows, norm, distillation_grad, params, time.perf_counter() - started)
-        per_group = gaps.split([len(g.trajectories) for g in groups])
-        adv = advantage.split([len(g.trajectories) for g in groups])
-        return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(adv, per_group, strict=True)])}
+        self._record(batch, sums, n, weight, teacher_rows, norm, distillation_grad, params, time.perf_counter() - started)
+        sizes = [len(g.trajectories) for g in groups]
+        return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), gaps.split(sizes), strict=True)])}
 
     def _advantages(self, groups: Sequence[TrajectoryGroup]) -> Tensor:
         """[B * G], float32. Without a policy loss a group may have one member and no baseline."""
@@ -152,33 +162,42 @@ class SkillSD(L.LightningModule):
             return torch.zeros(sum(len(g.trajectories) for g in groups))
         return torch.cat([group_advantages(torch.tensor([[t.reward for t in g.trajectories]]))[0] for g in groups])
 
-    def _teacher_rows(self, groups: Sequence[TrajectoryGroup]) -> dict[int, Sequence[int]]:
-        """Row -> the teacher's prompt, where a teacher forward is needed. A prompt that does not fit is left out whole and counted."""
-        rows: dict[int, Sequence[int]] = {}
-        self.dropped_rows = i = 0
-        for g in groups:
-            for t in g.trajectories:
-                if self.objective.distillation_weight > 0 and (g.skill_id is not None or not self.policy.teacher_is_student):
-                    if len(g.teacher_prompt_ids) + len(t.token_ids) > self.policy.context_length:
-                        self.dropped_rows += 1
-                    elif t.n_actions:
-                        rows[i] = g.teacher_prompt_ids
-                i += 1
-        return rows
+    def _teacher_rows(self, batch: _Batch, weight: float) -> set[int]:
+        """Rows that need a teacher. A prompt that does not fit is left out whole and counted."""
+        self.dropped_rows = 0
+        if weight <= 0:
+            return set()
+        wanted = {i for i in batch.kept if batch.told[i] or not self.policy.teacher_is_student}
+        fitting = {i for i in wanted if len(batch.teacher[i]) <= self.policy.context_length}
+        self.dropped_rows = len(wanted) - len(fitting)
+        return fitting
 
-    def _teacher_logp(
-        self, own: Tensor, index: Sequence[int], micro: Sequence[Trajectory], prompts: Mapping[int, Sequence[int]], temperature: float
-    ) -> Tensor:
-        """Teacher's log-probs [B, T]; the student's own (gap 0) in rows that need no teacher."""
-        out = own.clone()
-        with_skill = [k for k, i in enumerate(index) if i in prompts]
-        sequences = [TokenSequence(prompts[index[k]], micro[k].token_ids, micro[k].action_mask) for k in with_skill]
-        for part in micro_batches([len(s) for s in sequences], self.micro_batch_tokens):
+    def _teacher(
+        self, student: Scores, mask: Tensor, index: Sequence[int], batch: _Batch, teacher_rows: Collection[int], temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Teacher's log-probs [B, T], the student's own (gap 0) in rows that need no teacher; and the signal's divergence if it has one."""
+        started = self._now()
+        out, signal = student.logp.detach().clone(), self.objective.signal
+        divergence = torch.zeros_like(student.logp) if signal.distributional else None
+        taught = [k for k, i in enumerate(index) if i in teacher_rows]
+        row_of_token = mask.nonzero()[:, 0]
+        for part in micro_batches([len(batch.teacher[index[k]]) for k in taught], self.micro_batch_tokens):
+            at = torch.tensor([taught[j] for j in part], device=mask.device)
             with torch.no_grad():
-                logp, _ = self.policy.score("teacher", [sequences[j] for j in part], temperature)
-            for row, j in enumerate(part):
-                out[with_skill[j], : logp.shape[1]] = logp[row]
-        return out
+                scores = self.policy.score("teacher", [batch.teacher[index[k]] for k in at.tolist()], temperature)
+            out[at, : scores.logp.shape[1]] = scores.logp
+            if divergence is not None:
+                own = torch.cat([student.hidden[row_of_token == k] for k in at.tolist()])
+                where = mask[at].nonzero(as_tuple=True)
+                value = self.policy.compare(own, scores.hidden, signal.divergence, temperature)
+                divergence = divergence.index_put((at[where[0]], where[1]), value)
+        self.teacher_s += self._now() - started
+        return out, divergence
+
+    def _now(self) -> float:
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()  # or the seconds of one part would be booked on the next
+        return time.perf_counter()
 
     def _step(self, optimizer: Any, params: Sequence[torch.nn.Parameter]) -> float:
         clip = self.optim.gradient_clip_norm or math.inf
@@ -193,30 +212,35 @@ class SkillSD(L.LightningModule):
     # -- what is logged ---------------------------------------------------------------------------------------------------
 
     def _record(
-        self, groups: Sequence[TrajectoryGroup], rows: Sequence[Trajectory], sums: Mapping[str, float], n: int,
-        teacher_rows: Mapping[int, Any], norm: float, distillation_grad: Sequence[Tensor],
-        params: Sequence[torch.nn.Parameter], seconds: float,
+        self, batch: _Batch, sums: Mapping[str, float], n: int, weight: float, teacher_rows: Collection[int], norm: float,
+        distillation_grad: Sequence[Tensor], params: Sequence[torch.nn.Parameter], seconds: float,
     ) -> None:  # fmt: skip
+        rows = batch.rows
         taught = max(1, sum(rows[i].n_actions for i in teacher_rows))
-        o, gap = self.objective, sums["gap"] / taught
+        scored = sum(len(batch.student[i]) for i in batch.kept) + sum(len(batch.teacher[i]) for i in teacher_rows)
+        gap = sums["gap"] / taught
         m = dict.fromkeys(METRICS, math.nan)
         m |= {
             "loss/policy": sums["policy"] / n, "loss/distillation": sums["distillation"] / n,
+            "loss/total": (sums["policy"] + sums["distillation"]) / n,
             "reward/mean": _mean(t.reward for t in rows), "reward/success": _mean(t.success for t in rows),
             "reward/completion": _mean(t.completion for t in rows),
-            "reward/zero_variance": _mean(len({t.reward for t in g.trajectories}) == 1 for g in groups),
-            "teacher/skill_share": _mean(g.skill_id is not None for g in groups for _ in g.trajectories),
+            "reward/zero_variance": _mean(len({t.reward for t in g.trajectories}) == 1 for g in batch.groups),
+            "teacher/skill_share": _mean(batch.told),
             "teacher/dropped_rows": float(self.dropped_rows), "teacher/gap_mean": gap,
             "teacher/gap_std": math.sqrt(max(0.0, sums["gap_sq"] / taught - gap * gap)),
             "teacher/health": sums["teacher_health"] / taught, "teacher/k3": sums["k3"] / taught,
+            "teacher/weight": weight, "teacher/shift": sums["shift"] / taught,
             "policy/entropy": sums["entropy"] / n, "policy/clip_fraction": sums["clip_fraction"] / n,
             "policy/logp_drift": sums["logp_drift"] / n, "grad_norm/total": norm, "optimizer/lr": self.lr,
+            "rollout/env_steps": float(sum(len(t.turns) for t in rows)),
+            "rollout/tokens": float(sum(len(t.prompt_ids) + len(t.token_ids) for t in rows)),
             "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": _mean(len(t.turns) for t in rows),
             "rollout/finish_length": _mean(t.finish_reason == "length" for t in rows),
             "rollout/failed": _mean(t.finish_reason == "failed" for t in rows),
-            "time/learner_tokens_per_s": sum(len(t.prompt_ids) + len(t.token_ids) for t in rows) / seconds,
+            "learner/tokens": float(scored), "time/teacher_s": self.teacher_s, "time/update_s": seconds - self.teacher_s,
+            "time/learner_tokens_per_s": scored / seconds,
         }  # fmt: skip
-        m["loss/total"] = o.policy_weight * m["loss/policy"] + o.distillation_weight * m["loss/distillation"]
         if distillation_grad:  # the total was clipped in place: undo the scale before taking the difference
             rest = [(p.grad / self._clip_scale if p.grad is not None else 0.0) - g for p, g in zip(params, distillation_grad, strict=True)]
             m["grad_norm/distillation"] = _norm(distillation_grad)
@@ -255,17 +279,43 @@ class SkillSD(L.LightningModule):
             )
 
 
-def _sequence(t: Trajectory) -> TokenSequence:
-    return TokenSequence(t.prompt_ids, t.token_ids, t.action_mask)
+class _Batch:
+    """The groups of an iteration as rows.
+
+    Attributes:
+        student, teacher: What each scores, by row.
+        told: Whether the row's teacher sees something that its student does not.
+        by_teacher: Rows that the teacher sampled, bool [rows].
+        return_gap: See `objective.signal.Tokens`, [rows].
+        kept: Rows that train: with an action, and not in a group that the filter leaves out.
+    """
+
+    def __init__(self, groups: Sequence[TrajectoryGroup], drop_zero_variance: bool) -> None:
+        self.groups = groups
+        self.rows = [t for g in groups for t in g.trajectories]
+        members = [(g, k, t) for g in groups for k, t in enumerate(g.trajectories)]
+        self.student = [TokenSequence(g.student_prompts[k], t.token_ids, t.action_mask) for g, k, t in members]
+        self.teacher = [TokenSequence(g.teacher_prompts[k], t.token_ids, t.action_mask) for g, k, t in members]
+        self.told = [g.told(k) for g, k, _ in members]
+        self.by_teacher = torch.tensor([g.by_teacher for g, _, _ in members])
+        self.return_gap = torch.tensor([_return_gap(g, k) for g, k, _ in members])
+        flat = [drop_zero_variance and len({t.reward for t in g.trajectories}) == 1 for g, _, _ in members]
+        self.kept = [i for i, t in enumerate(self.rows) if t.n_actions and not flat[i]]
 
 
-def _padded(rows: Sequence[Trajectory], like: Tensor) -> tuple[Tensor, Tensor]:
+def _return_gap(g: TrajectoryGroup, member: int) -> float:
+    """Mean reward of those who acted under the teacher's prompt minus that of those who acted under the student's."""
+    other = [t.reward for t in g.trajectories if t.prompt_ids == g.teacher_prompts[member]]
+    own = [t.reward for t in g.trajectories if t.prompt_ids == g.student_prompts[member]]
+    return _mean(other) - _mean(own) if other and own and g.told(member) else math.nan
+
+
+def _padded(rows: Sequence[Trajectory], device: torch.device) -> tuple[Tensor, Tensor]:
     """Action mask (bool) and recorded log-probs, right-padded to [B, T]."""
-    mask, logp = torch.zeros(like.shape, dtype=torch.bool), torch.zeros(like.shape)
-    for i, t in enumerate(rows):
-        mask[i, : len(t.action_mask)] = torch.tensor(t.action_mask)
-        logp[i, : len(t.logprobs)] = torch.tensor(t.logprobs)
-    return mask.to(like.device), logp.to(like.device)
+    width = max(len(t.token_ids) for t in rows)
+    mask = [[*t.action_mask, *[False] * (width - len(t.action_mask))] for t in rows]
+    logp = [[*t.logprobs, *[0.0] * (width - len(t.logprobs))] for t in rows]
+    return torch.tensor(mask, device=device), torch.tensor(logp, device=device)
 
 
 def _mean(values: Any) -> float:

@@ -56,7 +56,7 @@ class Trajectory:
         member: Index within its group, 0..G-1.
         seed: The run seed.
         instruction: The task's instruction (system text), possibly empty.
-        prompt_ids: Token ids of the first prompt, plain: never with a skill unless the policy that acted saw one.
+        prompt_ids: Token ids of the first prompt, as whoever acted saw it: plain, unless `data.init_args.actor` gave it a skill.
         token_ids: Token ids after the prompt: actions and environment text, append-only.
         action_mask: For each of `token_ids`, whether the policy sampled it.
         logprobs: For each of `token_ids`, log-prob under the sampling policy at the sampling temperature (nats); 0.0 where not sampled.
@@ -108,18 +108,26 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class TrajectoryGroup:
-    """One task's G trajectories and what its teacher gets to see.
+    """One task's G trajectories, and what student and teacher see when their tokens are scored.
 
     Args:
         task: The task.
         trajectories: G of them, by member.
-        teacher_prompt_ids: Token ids of the teacher's prompt x (+) S(x); equal to the plain prompt without a skill.
-        skill_id: The bank's id of S(x); None without a skill.
+        student_prompts: By member, token ids of the prompt under which the student is trained: the plain one, unless it acted with a skill.
+        teacher_prompts: By member, those of the teacher's prompt x (+) S(x); equal to the student's where it is told nothing.
+        skill_id: The bank's id of S(x); None without one.
         temperature: Sampling temperature; log-probs are recomputed at the same one.
+        by_teacher: Whether the teacher sampled the tokens under its own prompts (Eq. 13): their recorded log-probs are its own then.
     """
 
     task: Task
     trajectories: tuple[Trajectory, ...]
-    teacher_prompt_ids: tuple[int, ...]
+    student_prompts: tuple[tuple[int, ...], ...]
+    teacher_prompts: tuple[tuple[int, ...], ...]
     skill_id: int | None = None
     temperature: float = 1.0
+    by_teacher: bool = False
+
+    def told(self, member: int) -> bool:
+        """Whether the member's teacher sees something that its student does not."""
+        return self.teacher_prompts[member] != self.student_prompts[member]

@@ -207,6 +207,57 @@ def test_scenarios_come_from_the_data_module(tmp_path, capsys):
     assert stored["after"] == stored["validate"] == summarise(episodes, scenarios_of(episodes))
 
 
+def at(folder: Path, step: int, episodes: list[Trajectory], total: int = 9, stop: bool = False) -> Any:
+    trainer = stand_in(folder, [episodes], step)
+    trainer.estimated_stepping_batches, trainer.should_stop = total, stop
+    return trainer
+
+
+def test_a_learning_curve(tmp_path, capsys):
+    """Every so many iterations, but not where the last panel is played anyway; it takes nothing away from before and after."""
+    callback = Panel(every=3)
+    callback.on_train_start(stand_in(tmp_path, [panel(0.0, 0.0)]), None)
+    for step in range(1, 10):
+        callback.on_train_batch_start(at(tmp_path, step - 1, []), None, None, 0)
+        callback.on_train_batch_end(at(tmp_path, step, panel(1.0 if step > 3 else 0.5, 0.0)), None, None, None, 0)
+    during = {"3": {"n": 2, "success": 0.0, "completion": 0.25}, "6": {"n": 2, "success": 0.5, "completion": 0.5}}
+    assert read_panel(tmp_path)["during"] == during and list(read_panel(tmp_path)) == ["before", "during"]
+    assert callback.result == read_panel(tmp_path)["before"]  # the curve is nobody's last result
+    callback.on_train_end(at(tmp_path, 9, panel(1.0, 1.0)), None)
+    assert list(read_panel(tmp_path)) == ["before", "during", "after", "difference"] and read_panel(tmp_path)["during"] == during
+    told = [line for line in capsys.readouterr().out.splitlines() if "success" in line]
+    assert [line.partition(":")[0] for line in told] == [
+        "panel before", "panel after 3 iterations", "panel after 6 iterations", "panel after"
+    ]  # fmt: skip
+
+    # A run that goes on from an earlier checkpoint plays some of it again, with the same result.
+    stood = read_panel(tmp_path)
+    again = Panel(every=3)
+    again.on_train_start(at(tmp_path, 4, panel(0.0, 0.0)), None)
+    for step in range(5, 10):
+        again.on_train_batch_start(at(tmp_path, step - 1, []), None, None, 0)
+        again.on_train_batch_end(at(tmp_path, step, panel(1.0, 0.0)), None, None, None, 0)
+    assert read_panel(tmp_path) == {k: stood[k] for k in ("before", "during")}
+    again.on_train_end(at(tmp_path, 9, panel(1.0, 1.0)), None)
+    assert json.dumps(read_panel(tmp_path)) == json.dumps(stood)
+
+
+def test_no_entry_where_a_run_ends(tmp_path):
+    for callback, trainer in (
+        (Panel(every=3), at(tmp_path, 9, panel(1.0))),
+        (Panel(every=3), at(tmp_path, 3, panel(1.0), stop=True)),  # another callback has ended it
+        (Panel(every=3), at(tmp_path, 4, panel(1.0))),
+        (Panel(), at(tmp_path, 3, panel(1.0))),
+    ):
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert read_panel(tmp_path) == {}
+    Panel(every=1).on_train_batch_end(at(tmp_path, 8, scored({"a": "11", "b": "10"})), None, None, None, 0)
+    shares = {"success": 0.75, "completion": 0.75, "task_goal_completion": 0.75, "scenario_goal_completion": 0.5}
+    assert read_panel(tmp_path) == {"during": {"8": {"n": 4, **shares}}}
+    with pytest.raises(ConfigError, match=r"Panel\.every is -1"):
+        Panel(every=-1)
+
+
 def test_switched_off(tmp_path):
     callback = Panel(before=False, after=False)
     callback.on_train_start(stand_in(tmp_path, [panel(1.0)]), None)

@@ -36,9 +36,22 @@ def run(policy: Any, callback: TeacherSync, steps: int = 4) -> list[tuple[torch.
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_sync_copies_every_k(make_policy, every):
-    seen = run(make_policy(), TeacherSync(every=every))
+    policy = make_policy()
+    policy.sync()  # it starts as the student's copy
+    seen = run(policy, TeacherSync(every=every))
     for step, (_, teacher) in enumerate(seen):
         assert torch.equal(teacher, seen[step - step % every][0])
+
+
+def test_it_is_up_to_date_before_the_next_rollout(make_policy):
+    """Synced where an iteration ends: the next batch is rolled out, perhaps by the teacher, before that iteration starts."""
+    for callback, same in ((TeacherSync(), True), (TeacherSync(every=2), False), (TeacherSync("ema", rate=0.5), False)):
+        policy = make_policy()
+        policy.sync()
+        start = flat(policy, "student")
+        run(policy, callback, steps=1)
+        assert torch.equal(flat(policy, "teacher"), flat(policy, "student")) == policy.teacher_is_student == same
+        assert torch.equal(flat(policy, "teacher"), start) == (callback.every == 2)
 
 
 def test_ema_averages_from_the_student(make_policy):

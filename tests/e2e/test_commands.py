@@ -150,7 +150,7 @@ def test_the_record_can_be_scored_again(finished):
     for iteration, agrees in ((0, True), (3, False)):
         rows = [t for t in played if t.iteration == iteration]
         with torch.no_grad():
-            logp, _ = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask) for t in rows])
+            logp = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask) for t in rows]).logp
         off = max(abs(a - b) for x, t in zip(logp.tolist(), rows, strict=True) for a, b in zip(x, t.logprobs, strict=False))
         assert (off < 1e-4) == agrees
 

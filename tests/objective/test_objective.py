@@ -1,13 +1,39 @@
-"""GRPO's pieces against implementations by hand, and what `Objective` may and may not look at."""
+"""GRPO's pieces by hand, and what `Objective` may and may not look at, for every algorithm."""
+
+from __future__ import annotations
 
 import math
 import random
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from skillsd.objective import Objective, clipped_policy_loss, group_advantages
+from skillsd.objective import (
+    OPID,
+    RLSD,
+    SDAR,
+    SDPG,
+    SDPO,
+    UCOB,
+    Gate,
+    NaiveK3,
+    Objective,
+    OutcomeGate,
+    PositiveGate,
+    SigmoidGate,
+    Signal,
+    SkillSD,
+    Tokens,
+    clipped_policy_loss,
+    group_advantages,
+)
+
+KEY = r"^model\.init_args\.objective"
+
+# -- GRPO ---------------------------------------------------------------------------------------------------------------------
 
 
 def scalar_loss(logp: float, old: float, advantage: float) -> tuple[float, bool]:
@@ -51,71 +77,412 @@ def test_a_group_of_one_is_refused():
         group_advantages(torch.ones(3, 1))
 
 
-@pytest.mark.parametrize("key", ["policy_weight", "clip_low", "clip_high", "distillation_weight"])
+# -- settings -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["policy_weight", "clip_low", "clip_high", "distillation_weight", "weight_steps", "weight_end"])
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_bad_weights_are_refused(key, value):
-    with pytest.raises(ValueError, match=rf"objective\.{key} is"):
+    with pytest.raises(ValueError, match=rf"{KEY}\.{key} is .*give 0 or more"):
         Objective(**{key: value})
 
 
-def test_an_objective_without_terms_is_refused():
-    with pytest.raises(ValueError, match="trains nothing"):
-        Objective(policy_weight=0, distillation_weight=0)
+@pytest.mark.parametrize("settings", [{}, {"weight_steps": 5}, {"weight_end": 0.1}])
+def test_an_objective_without_terms_is_refused(settings):
+    with pytest.raises(ValueError, match=rf"{KEY}: policy_weight and distillation_weight .*trains nothing"):
+        Objective(policy_weight=0, distillation_weight=0, **settings)
 
 
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(5)
-    logp, logp_old, logp_teacher = -torch.rand(3, 6, 8, generator=g)
-    mask = torch.rand(6, 8, generator=g) < 0.5
-    return dict(logp=logp.requires_grad_(), logp_old=logp_old, logp_teacher=logp_teacher, mask=mask, advantage=torch.randn(6, generator=g))
+def test_a_bad_group_filter_is_refused():
+    with pytest.raises(ValueError, match=rf"{KEY}\.group_filter is rubbish"):
+        Objective(group_filter="rubbish")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("estimator", ["skill_sd", "score"])
-@pytest.mark.parametrize("junk", [5.0, math.inf, math.nan])
-def test_nothing_outside_the_mask_counts(batch, estimator, junk):
-    objective = Objective(distillation_weight=0.1, estimator=estimator)
-    outside = ~batch["mask"]
-    spoilt = {k: v.detach().masked_fill(outside, junk) if v.dim() == 2 and k != "mask" else v for k, v in batch.items()}
-    spoilt["logp"].requires_grad_()
-    results = []
-    for b in (batch, spoilt):
-        terms = objective.terms(**b)
-        (grad,) = torch.autograd.grad(objective.total(terms, 7), b["logp"])
-        results.append((terms.policy, terms.distillation, grad, torch.stack(list(terms.metrics.values()))))
-        assert grad[outside].eq(0).all()
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("cls", [SDAR, SigmoidGate])
+@pytest.mark.parametrize("beta", [-1.0, math.nan])
+def test_bad_steepness(cls, beta):
+    with pytest.raises(ValueError, match=rf"^{cls.__name__}\.beta is {beta}"):
+        cls(beta)
 
 
-def test_micro_batches_add_up(batch):
-    objective, n = Objective(distillation_weight=0.1), int(batch["mask"].sum())
-    whole = objective.terms(**batch)
-    parts = [objective.terms(**{k: v[a : a + 2] for k, v in batch.items()}) for a in (0, 2, 4)]
-    for name in whole.metrics:
-        torch.testing.assert_close(sum(p.metrics[name] for p in parts), whole.metrics[name])
-    (want,) = torch.autograd.grad(objective.total(whole, n), batch["logp"])
-    (got,) = torch.autograd.grad(sum(objective.total(p, n) for p in parts), batch["logp"])
-    torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("value", [-0.1, math.nan])
+def test_bad_indifference(value):
+    with pytest.raises(ValueError, match=r"^OutcomeGate\.indifference is"):
+        OutcomeGate(value)
 
 
-def test_metrics_by_hand(batch):
-    m = Objective().terms(**batch).metrics
-    logp, old, tea, mask = (batch[k].detach() for k in ("logp", "logp_old", "logp_teacher", "mask"))
-    adv = batch["advantage"][:, None].expand(6, 8)
-    gap, ratio = tea - logp, (logp - old).exp()
-    clipped = torch.where(adv > 0, ratio > 1.28, ratio < 0.8)
-    want = {
-        "gap": gap, "gap_sq": gap**2, "teacher_health": adv * gap, "k3": gap.exp() - 1 - gap, "clip_fraction": clipped.float(),
-        "logp_drift": (logp - old).abs(),
+@pytest.mark.parametrize("clip", [-0.1, 1.0, math.nan])
+def test_a_multiplier_that_could_change_signs_is_refused(clip):
+    with pytest.raises(ValueError, match=r"^RLSD\.clip is .*no sign changes"):
+        RLSD(clip)
+
+
+@pytest.mark.parametrize(
+    "two",
+    [
+        {"loss": SkillSD(), "advantage": OPID()},
+        {"loss": SkillSD(), "multiplier": RLSD()},
+        {"advantage": OPID(), "multiplier": RLSD()},
+        {"loss": SDPG(), "advantage": OPID(), "multiplier": RLSD()},
+    ],
+    ids="+".join,
+)
+def test_two_places_at_once_are_refused(two):
+    with pytest.raises(ValueError, match=rf"{KEY}: {' and '.join(two)} are both set.*counts the same evidence twice.*null"):
+        Objective(**two)
+
+
+@pytest.mark.parametrize("placement", ["advantage", "multiplier"])
+@pytest.mark.parametrize("signal", [SDPG(), SDPO(), UCOB()], ids=lambda s: type(s).__name__)
+def test_divergences_are_losses_only(placement, signal):
+    with pytest.raises(ValueError, match=rf"{KEY}\.{placement} is {type(signal).__name__}, .*expected gradient is zero.*objective\.loss"):
+        Objective(**{placement: signal})
+
+
+@pytest.mark.parametrize(
+    ("placement", "signal", "instead"),
+    [
+        ("advantage", SkillSD(), "loss"),
+        ("advantage", NaiveK3(), "loss"),
+        ("advantage", SDAR(), "loss"),
+        ("advantage", RLSD(), "multiplier"),
+        ("multiplier", SDAR(), "loss"),
+        ("multiplier", OPID(), "advantage"),
+        ("loss", OPID(), "advantage"),
+        ("loss", RLSD(), "multiplier"),
+        ("loss", Signal(), "nothing"),
+    ],
+)
+def test_a_place_that_the_class_does_not_write_is_refused(placement, signal, instead):
+    with pytest.raises(ValueError, match=rf"{KEY}\.{placement}: {type(signal).__name__} is no {placement}: give it as {instead}"):
+        Objective(**{placement: signal})
+
+
+@pytest.mark.parametrize("settings", [{"advantage": OPID()}, {"multiplier": RLSD()}])
+def test_shaping_an_advantage_that_is_not_used_is_refused(settings):
+    with pytest.raises(ValueError, match=rf"{KEY}: policy_weight is 0, .*nothing to act on: raise it or use loss"):
+        Objective(policy_weight=0.0, **settings)
+
+
+def test_the_default_is_the_papers():
+    o = Objective()
+    assert (o.policy_weight, o.distillation_weight, o.clip_low, o.clip_high, o.gate, o.group_filter) == (1, 0.001, 0.2, 0.28, None, "none")
+    assert o.placement == "loss" and isinstance(o.signal, SkillSD) and o.signal.form == "k3"
+    assert [o.weight(i) for i in (0, 7, 10**6)] == [0.001] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ((0.5, 50, 0.0), {0: 0.5, 1: 0.49, 25: 0.25, 49: 0.01, 50: 0.0, 51: 0.0, 1000: 0.0}),
+        ((0.0, 4, 0.2), {0: 0.0, 1: 0.05, 3: 0.15, 4: 0.2, 9: 0.2}),
+        ((0.1, 0, 0.7), {0: 0.1, 1: 0.1, 99: 0.1}),
+        ((0.1, 1, 0.7), {0: 0.1, 1: 0.7}),
+    ],
+)
+def test_weight_schedule(settings, want):
+    o = Objective(policy_weight=0.0, **dict(zip(("distillation_weight", "weight_steps", "weight_end"), settings, strict=True)))
+    assert {i: o.weight(i) for i in want} == pytest.approx(want, abs=1e-15)
+
+
+# -- what counts, for every algorithm ---------------------------------------------------------------------------------------------
+
+
+class Own(Signal):
+    """Somebody's own: one class, no other file. It speaks in all three places."""
+
+    def loss(self, t: Tokens) -> Tensor:
+        return t.logp.square()
+
+    def advantage(self, t: Tokens) -> Tensor:
+        return t.logp_teacher - 1.0
+
+    def multiplier(self, t: Tokens) -> Tensor:
+        return 1.0 + t.success.to(t.logp)
+
+
+class OwnDistributional(Signal):
+    """A total variation distance."""
+
+    distributional = True
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student.exp() - teacher.exp()).abs().sum(-1) / 2
+
+    def loss(self, t: Tokens) -> Tensor:
+        assert t.divergence is not None
+        return t.divergence
+
+
+class OwnGate(Gate):
+    """Somebody's own gate."""
+
+    def __call__(self, t: Tokens) -> Tensor:
+        return (t.row % 2).to(t.logp)
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "GRPO": {"distillation_weight": 0.0},
+    "SkillSD k3": {"loss": SkillSD()},
+    "SkillSD score": {"loss": SkillSD("score")},
+    "NaiveK3": {"loss": NaiveK3()},
+    "SDAR": {"loss": SDAR()},
+    "SDPG": {"loss": SDPG()},
+    "SDPO": {"loss": SDPO(k=3)},
+    "UCOB": {"loss": UCOB(k=3)},
+    "OPID": {"advantage": OPID()},
+    "RLSD": {"multiplier": RLSD()},
+    "own loss": {"loss": Own()},
+    "own advantage": {"advantage": Own()},
+    "own multiplier": {"multiplier": Own()},
+    "own divergence": {"loss": OwnDistributional()},
+    "SkillSD, sigmoid": {"loss": SkillSD(), "gate": SigmoidGate()},
+    "SDPG, positive": {"loss": SDPG(), "gate": PositiveGate()},
+    "SDPO, outcome": {"loss": SDPO(k=3), "gate": OutcomeGate()},
+    "OPID, sigmoid": {"advantage": OPID(), "gate": SigmoidGate()},
+    "RLSD, outcome": {"multiplier": RLSD(), "gate": OutcomeGate()},
+    "UCOB, sigmoid": {"loss": UCOB(k=3), "gate": SigmoidGate()},
+}
+
+
+@pytest.fixture(params=ALGORITHMS)
+def objective(request: pytest.FixtureRequest) -> Objective:
+    return Objective(**{"distillation_weight": 0.375} | ALGORITHMS[request.param])
+
+
+FLOATS = ("logp", "logp_old", "logp_teacher", "logp_behaviour", "divergence")
+
+
+def leaves(batch: Any, objective: Objective) -> dict[str, Any]:
+    """The inputs of `terms`, with log-probs and divergence as leaves."""
+    x = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in batch.inputs(objective).items()}
+    for k in ("logp", "divergence"):
+        if x[k] is not None:
+            x[k].requires_grad_()
+    return x
+
+
+def outcome_of(o: Objective, x: dict[str, Any], n: int) -> list[Tensor]:
+    """Everything that comes out: both sums, the metrics, the gradients."""
+    terms = o.terms(**x)
+    wanted = [x["logp"]] + ([x["divergence"]] if o.signal.distributional else [])
+    grads = torch.autograd.grad(o.total(terms, n), wanted, allow_unused=True)
+    grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)]
+    return [terms.policy.detach(), terms.distillation.detach(), torch.stack(list(terms.metrics.values())), *grads]
+
+
+@pytest.mark.parametrize("junk", [5.0, math.inf, -math.inf, math.nan])
+def test_nothing_outside_the_mask_counts(batch, objective, junk):
+    outside = ~batch.mask
+    clean = leaves(batch, objective)
+    spoilt = {k: v.detach().masked_fill(outside, junk) if k in FLOATS and v is not None else v for k, v in clean.items()}
+    for k in ("logp", "divergence"):
+        if spoilt[k] is not None:
+            spoilt[k].requires_grad_()
+    a, b = outcome_of(objective, clean, 7), outcome_of(objective, spoilt, 7)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(g[outside].eq(0).all() and g[~outside].ne(0).any() for g in b[3:])
+
+
+def test_micro_batches_add_up(batch, objective):
+    """Whatever the pieces: one row, two, or a piece without an action token."""
+    batch.mask[3] = False
+    n = int(batch.mask.sum())
+    whole = outcome_of(objective, leaves(batch, objective), n)
+    for cuts in ([(i, i + 1) for i in range(7)], [(0, 2), (2, 7)]):
+        parts = [outcome_of(objective, leaves(batch.rows(slice(*c)), objective), n) for c in cuts]
+        for i in range(3):
+            torch.testing.assert_close(sum(p[i] for p in parts), whole[i])
+        for i in range(3, len(whole)):
+            torch.testing.assert_close(torch.cat([p[i] for p in parts]), whole[i])
+
+
+def test_untaught_rows_are_left_to_the_policy_loss(batch, objective):
+    """Exactly, whatever stands in their teacher's place: SDAR's loss has a gradient even where the gap is 0."""
+    grpo, untaught = Objective(distillation_weight=0.0), ~batch.taught
+    plain = outcome_of(grpo, leaves(batch, grpo), 7)
+    x = leaves(batch, objective)
+    some = outcome_of(objective, x, 7)
+    assert torch.equal(some[3][untaught], plain[3][untaught])
+    moved = not torch.equal(some[3], plain[3]) or any(g[batch.taught].ne(0).any() for g in some[4:])
+    assert moved == (objective.distillation_weight > 0)
+
+    x["logp_teacher"] = torch.where(batch.taught[:, None], x["logp_teacher"], -3.0)
+    for value in [x["divergence"]] if objective.signal.distributional else []:
+        value.data[untaught] = 2.0
+    others = outcome_of(objective, x, 7)
+    assert torch.equal(others[1], some[1]) and all(torch.equal(a, b) for a, b in zip(others[3:], some[3:], strict=True))
+    assert all(g[untaught].eq(0).all() for g in others[4:])
+
+    x["taught"] = torch.zeros(7, dtype=torch.bool)
+    none = outcome_of(objective, x, 7)
+    assert none[1] == 0 and torch.equal(none[3], plain[3]) and all(g.eq(0).all() for g in none[4:])
+
+
+def test_at_weight_0_every_algorithm_is_grpo(batch, objective):
+    """To the last bit: RLSD's end, and any schedule's."""
+    grpo = Objective(distillation_weight=0.0)
+    x = leaves(batch, objective)
+    terms, want = objective.terms(**x, weight=0.0), grpo.terms(**x)
+    assert terms.distillation == 0 and torch.equal(terms.policy, want.policy) and terms.metrics == want.metrics
+    got, plain = (torch.autograd.grad(o.total(t, 7), x["logp"])[0] for o, t in ((objective, terms), (grpo, want)))
+    assert torch.equal(got, plain)
+
+
+def test_the_weight_is_that_of_iteration_0_unless_told(batch):
+    o = Objective(distillation_weight=0.5, weight_steps=10, loss=NaiveK3())
+    x = batch.inputs(o)
+    by_weight = {w: o.terms(**x, weight=w).distillation for w in (None, 0.5, 0.25)}
+    assert by_weight[None] == by_weight[0.5] and by_weight[0.25].item() == pytest.approx(by_weight[0.5].item() / 2, rel=1e-12)
+
+
+def test_optional_inputs(batch):
+    """Without a word about it: the student sampled, all rows are taught, none succeeded, nobody acted under the other view."""
+    few = ("logp", "logp_old", "logp_teacher", "mask", "advantage")
+    told = {
+        "logp_behaviour": batch.logp_old, "taught": torch.ones(7, dtype=torch.bool), "success": torch.zeros(7, dtype=torch.bool),
+        "return_gap": torch.full((7,), math.nan, dtype=torch.float64),
     }  # fmt: skip
-    assert m.keys() == want.keys()
+    seen = []
+
+    class Seen(SkillSD):
+        def loss(self, t: Tokens) -> Tensor:
+            seen.append(t)
+            return super().loss(t)
+
+    o = Objective(loss=Seen(), gate=OutcomeGate())
+    x = {k: v for k, v in batch.inputs(o).items() if k in few}
+    assert torch.equal(o.terms(**x).distillation, o.terms(**x, **told).distillation)
+    for name in ("logp_behaviour", "success", "return_gap", "row", "advantage"):
+        torch.testing.assert_close(getattr(seen[0], name), getattr(seen[1], name), equal_nan=True, check_dtype=False)
+    assert torch.equal(seen[0].row, batch.mask.nonzero()[:, 0]) and seen[0].divergence is None
+    assert torch.equal(seen[0].advantage, batch.advantage[seen[0].row])
+
+
+def test_a_batch_without_tokens(batch, objective):
+    x = leaves(batch, objective) | {"mask": torch.zeros_like(batch.mask)}
+    policy, distillation, metrics, *grads = outcome_of(objective, x, 1)
+    assert policy == 0 and distillation == 0 and metrics.eq(0).all() and all(g.eq(0).all() for g in grads)
+
+
+# -- a signal of one's own ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_own_signal_in_its_three_places(batch):
+    n, lam = int(batch.mask.sum()), 0.375
+    m, adv = batch.mask & batch.taught[:, None], batch.advantage[:, None].expand_as(batch.mask)
+    x = batch.inputs(Objective())
+    bonus = {"advantage": lam * (x["logp_teacher"] - 1.0), "multiplier": lam * adv * batch.success[:, None].double()}
+    for place in ("loss", "advantage", "multiplier"):
+        shaped = torch.where(m, adv + bonus[place], adv) if place != "loss" else adv
+        plain, _ = clipped_policy_loss(x["logp"], x["logp_old"], shaped)
+        want = (plain * batch.mask).sum() + (lam * (x["logp"].square() * m).sum() if place == "loss" else 0.0)
+        o = Objective(distillation_weight=lam, **{place: Own()})
+        torch.testing.assert_close(batch.loss(o), want / n)
+        torch.testing.assert_close(batch.gradient(o), torch.autograd.grad(want / n, batch.logits, retain_graph=True)[0])
+
+
+def test_an_own_gate(batch):
+    odd = torch.arange(7) % 2 == 1
+    o = Objective(distillation_weight=0.375, loss=Own(), gate=OwnGate())
+    same = Objective(distillation_weight=0.375, loss=Own())
+    torch.testing.assert_close(batch.gradient(o), batch.gradient(same, taught=batch.taught & odd))
+
+
+def test_a_signal_inherits_its_places():
+    class Mine(OPID):
+        def loss(self, t: Tokens) -> Tensor:
+            return -t.logp
+
+    assert [p for p in ("loss", "advantage", "multiplier") if Mine().writes(p)] == ["loss", "advantage"]
+    assert Objective(advantage=Mine()).placement == "advantage" and Objective(loss=Mine()).placement == "loss"
+
+
+# -- metrics and overflow -------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand(batch, objective):
+    """Of the batch, whatever the algorithm; `shift` and `clip_fraction` are of the advantages that were used."""
+    x = batch.inputs(objective)
+    terms = objective.terms(**x)
+    logp, old, tea = (x[k].detach() for k in ("logp", "logp_old", "logp_teacher"))
+    adv = batch.advantage[:, None].expand_as(logp)
+    gap, ratio = tea - logp, (logp - old).exp()
+    shift = torch.zeros_like(adv)
+    if objective.placement != "loss":
+        row = batch.mask.nonzero()[:, 0]
+        t = Tokens(*(v[batch.mask] for v in (logp, old, batch.logp_behaviour, tea, adv)), batch.success[row], batch.return_gap[row], row)
+        g = 0.375 if objective.gate is None else 0.375 * objective.gate(t)
+        said = objective.signal.advantage(t) if objective.placement == "advantage" else t.advantage * (objective.signal.multiplier(t) - 1)
+        shift[batch.mask] = g * said
+        shift[~batch.taught] = 0.0
+        assert shift.abs().sum() > 0
+    clipped = torch.where(adv + shift > 0, ratio > 1.28, ratio < 0.8)
+    want = {
+        "gap": gap, "gap_sq": gap**2, "teacher_health": adv * gap, "k3": gap.exp() - 1 - gap, "clip_fraction": clipped.double(),
+        "logp_drift": (logp - old).abs(), "shift": shift.abs(),
+    }  # fmt: skip
+    assert terms.metrics.keys() == want.keys()
     for name, value in want.items():
-        torch.testing.assert_close(m[name], value[mask].sum(), msg=name)
+        assert not terms.metrics[name].requires_grad
+        torch.testing.assert_close(terms.metrics[name].double(), value[batch.mask].sum(), msg=name)
 
 
 def test_a_term_of_weight_zero_cannot_spoil_the_loss(batch):
-    batch["logp_teacher"] += 500  # k3 overflows
-    objective = Objective(distillation_weight=0.0)
-    terms = objective.terms(**batch)
-    assert terms.distillation.isinf() and objective.total(terms, 7).isfinite()
+    x = leaves(batch, Objective())
+    far = x | {"logp_teacher": x["logp_teacher"] + 5000}  # k3 overflows
+    assert Objective(distillation_weight=0.5).terms(**far).distillation.isinf()
+    grpo = Objective(distillation_weight=0.0)
+    terms = grpo.terms(**far)
+    assert terms.distillation == 0 and grpo.total(terms, 7).isfinite()
+
+    far = x | {"logp_old": x["logp_old"] - 5000, "logp_behaviour": x["logp"].detach()}  # GRPO's ratio overflows
+    alone = Objective(policy_weight=0.0, distillation_weight=0.5)
+    terms = alone.terms(**far)
+    assert not terms.policy.isfinite()
+    total = alone.total(terms, 7)
+    assert total.isfinite() and torch.autograd.grad(total, x["logp"])[0].isfinite().all()
+
+
+def test_rlsd_never_overflows_nor_flips(batch):
+    """A teacher that is certain is worth 1.2 or 0.8, no more."""
+    for a in (-2.0, 0.0, 2.0):
+        for gap in (-5000.0, -0.1, 0.0, 0.1, 5000.0):
+            one, row = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+            t = Tokens(one, one, one, one + gap, one + a, one > 1, one, row)
+            m = float(RLSD().multiplier(t))
+            want = min(max(math.exp(min(gap * ((a > 0) - (a < 0)), 700.0)), 0.8), 1.2)
+            assert m == pytest.approx(want)
+
+
+# -- gates ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gaps", "success", "want"),
+    [
+        ([0.2, 0.2], True, 1),
+        ([0.2, 0.2], False, -1),
+        ([-0.2, -0.2], True, -1),
+        ([-0.2, -0.2], False, 1),
+        ([0.04, 0.04], True, 0),
+        ([0.05, 0.05], True, 0),  # up to and including
+        ([-0.04, 0.0], False, 0),
+        ([100.0, -2.0], True, 1),
+        ([100.0, -2.0, -2.0], True, -1),  # one token counts for 3 nats at most
+        ([-100.0, 2.0, 2.0], True, 1),
+    ],
+)
+def test_outcome_gate(gaps, success, want):
+    """One word for a trajectory; another trajectory between its tokens changes nothing."""
+    d = torch.tensor([x for g in gaps for x in (g, -7.0)], dtype=torch.float64)
+    row = torch.tensor([0, 2] * len(gaps))
+    zero = torch.zeros_like(d)
+    t = Tokens(zero, zero, zero, d, zero, torch.where(row == 0, success, True), zero, row)
+    assert OutcomeGate()(t)[row == 0].tolist() == [want] * len(gaps) and OutcomeGate()(t)[row == 2].eq(-1).all()
+
+
+def test_positive_gate_leaves_out_the_average():
+    a = torch.tensor([-1.0, -1e-9, 0.0, 1e-9, 1.0])
+    zero, row = torch.zeros(5), torch.arange(5)
+    assert PositiveGate()(Tokens(zero, zero, zero, zero, a, zero > 0, zero, row)).tolist() == [0, 0, 0, 1, 1]

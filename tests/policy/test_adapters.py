@@ -62,6 +62,30 @@ def test_only_the_student_has_gradients_after_an_exception(make_policy):
         check_frozen(policy)
 
 
+def test_a_switch_is_that_of_peft(make_policy):
+    """The same outputs as after PEFT's own switches; one to the adapter that is active touches no layer."""
+    policy, other, ids = make_policy(), make_policy(), torch.arange(5, 25)[None]
+    got = []
+    for name in ("teacher", None, "student", None, "teacher"):
+        with policy.acting(name):
+            got.append(policy.base(input_ids=ids).logits)
+    other.model.set_adapter("teacher")
+    with torch.no_grad():
+        teacher = other.base(input_ids=ids).logits
+        with other.model.disable_adapter():
+            bare = other.base(input_ids=ids).logits
+        other.model.set_adapter("student")
+        student = other.base(input_ids=ids).logits
+    assert all(map(torch.equal, got, (teacher, bare, student, bare, teacher)))
+    assert not torch.equal(student, teacher) and not torch.equal(student, bare)
+    policy._layers = None
+    policy.use("student")
+    with policy.acting("student"):
+        assert all(p.requires_grad for p in policy.adapter("student").values())
+    with pytest.raises(ValueError, match="no adapter pupil"):
+        policy.use("pupil")
+
+
 def test_an_optimizer_step_leaves_the_teacher_alone(make_policy):
     policy = make_policy(randomise=False)
     params = policy.student_parameters()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skillsd.policy.logprobs import make_head, selected_logprobs
+from skillsd.policy.logprobs import compare, make_head, selected_logprobs
 
 
 def reference(policy, ids, temperature):
@@ -47,6 +47,40 @@ def test_the_head_never_sees_more_than_a_chunk(make_policy):
     assert seen == [8] * 6 + [2]
     logp.sum().backward()
     assert max(seen) == 8 and sum(seen) == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_comparing_in_chunks(dtype, temperature):
+    """Values and gradients of the whole, one chunk at a time: student and teacher forward, and both again backward."""
+    torch.manual_seed(0)
+    linear, seen = torch.nn.Linear(8, 20, dtype=dtype), []
+    student, teacher = torch.randn(2, 23, 8, dtype=dtype, requires_grad=True).unbind()
+    weight = torch.randn(23, dtype=dtype)
+
+    def head(hidden):
+        seen.append(len(hidden))
+        return linear(hidden)
+
+    def forward_kl(s, t):
+        return (t.exp() * (t - s)).sum(-1)
+
+    s, t = (linear(x).div(temperature).log_softmax(-1) for x in (student, teacher.detach()))
+    want = forward_kl(s, t.detach())
+    want_grad = torch.autograd.grad((weight * want).sum(), student)[0]
+    for chunk in (1, 5, 23, 100):
+        seen.clear()
+        got = compare(head, student, teacher, forward_kl, temperature, chunk)
+        sizes = [min(chunk, 23 - i) for i in range(0, 23, chunk)]
+        assert seen == [n for n in sizes for _ in range(2)]
+        grads = torch.autograd.grad((weight * got).sum(), [student, teacher], allow_unused=True)
+        assert max(seen) == sizes[0] and sum(seen) == 23 * (4 if chunk < 23 else 2)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(grads[0], want_grad)
+        assert grads[1] is None and got.dtype == dtype
+    with torch.no_grad():
+        torch.testing.assert_close(compare(head, student, teacher, forward_kl, temperature, 5), want)
+    assert compare(head, student[:0], teacher[:0], forward_kl).shape == (0,)
 
 
 def test_nothing_to_score(make_policy):

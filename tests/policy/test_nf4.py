@@ -16,7 +16,7 @@ def policy(make_policy):
 
 
 def gradient(policy):
-    logp, _ = policy.score("student", ROW)
+    logp = policy.score("student", ROW).logp
     return torch.autograd.grad(logp.sum(), policy.student_parameters())
 
 
@@ -49,6 +49,6 @@ def test_recorded_log_probs_in_bfloat16(make_policy, quantise):
     out = InProcessEngine(policy).open(1.0).turn([Request(i, p, i, 0, 24) for i, p in enumerate(prompts)])
     rows = [TokenSequence(p, c.token_ids, [True] * len(c.token_ids)) for p, c in zip(prompts, out, strict=True)]
     with torch.no_grad():
-        scored, _ = policy.score("student", rows)
+        scored = policy.score("student", rows).logp
     gaps = torch.cat([(torch.tensor(c.logprobs) - s[: len(c.logprobs)]).abs() for c, s in zip(out, scored, strict=True)])
     assert gaps.max() < 0.15 and gaps.mean() < 0.02

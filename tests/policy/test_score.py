@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from skillsd.errors import ConfigError
 from skillsd.objective import Objective
 from skillsd.policy import TokenSequence, micro_batches
 
@@ -26,7 +27,7 @@ def sequences(n=5, seed=0):
 
 def test_each_row_is_scored_as_if_alone(make_policy):
     policy, rows = make_policy(), sequences()
-    together, entropy = policy.score("student", rows)
+    together, entropy, _ = policy.score("student", rows)
     assert together.dtype == torch.float32 and together.shape == entropy.shape
     for row, s in zip(together, rows, strict=True):
         ids = torch.tensor([[*s.prompt_ids, *s.token_ids]])
@@ -41,7 +42,7 @@ def test_only_actions_are_scored(make_policy):
     mask = torch.zeros(len(rows), max(len(s.token_ids) for s in rows), dtype=torch.bool)
     for i, s in enumerate(rows):
         mask[i, : len(s.action_mask)] = torch.tensor(s.action_mask)
-    logp, entropy = policy.score("student", rows)
+    logp, entropy, _ = policy.score("student", rows)
     assert logp[~mask].eq(0).all() and entropy[~mask].eq(0).all() and logp[mask].lt(0).all()
 
     params = policy.student_parameters()
@@ -63,10 +64,54 @@ def test_only_actions_are_scored(make_policy):
 
 def test_a_trajectory_without_actions(make_policy):
     policy = make_policy()
-    logp, entropy = policy.score("student", [TokenSequence([5, 6], [], []), TokenSequence([5], [7, 8], [False, False])])
+    logp, entropy, _ = policy.score("student", [TokenSequence([5, 6], [], []), TokenSequence([5], [7, 8], [False, False])])
     assert logp.shape == (2, 2) and logp.eq(0).all() and entropy.eq(0).all()
     logp.sum().backward()
     assert policy.score("teacher", [TokenSequence([5, 6], [], [])])[0].shape == (1, 0)
+
+
+def test_hidden_states_predict_the_actions_row_by_row(make_policy):
+    """In the order of the mask; the student's carry the gradient."""
+    policy, rows = make_policy(), sequences()
+    logp, _, hidden = policy.score("student", rows)
+    mask = torch.zeros(logp.shape, dtype=torch.bool)
+    for i, s in enumerate(rows):
+        mask[i, : len(s.action_mask)] = torch.tensor(s.action_mask)
+    actions = torch.tensor([t for s in rows for t, a in zip(s.token_ids, s.action_mask, strict=True) if a])
+    assert hidden.shape == (len(actions), 32)
+    again = policy.head(hidden).log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
+    torch.testing.assert_close(again, logp[mask], atol=1e-5, rtol=0)
+    for x, y in zip(*(torch.autograd.grad(x.sum(), policy.student_parameters(), retain_graph=True) for x in (again, logp)), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    assert not policy.score("teacher", rows).hidden.requires_grad
+
+
+def test_whole_distributions_are_compared(make_policy):
+    """Against log_softmax of the model's own logits; the same gradient for any chunk."""
+    rows = sequences()
+
+    def reverse_kl(student, teacher):
+        return (student.exp() * (student - teacher)).sum(-1)
+
+    values, grads = [], []
+    for chunk in (3, 1000):
+        policy = make_policy("gemma2", head_chunk=chunk)
+        student, teacher = policy.score("student", rows, 0.7).hidden, policy.score("teacher", rows, 0.7).hidden
+        values.append(policy.compare(student, teacher, reverse_kl, 0.7))
+        grads.append(torch.autograd.grad(values[-1].sum(), policy.student_parameters(), retain_graph=True))
+    want = reverse_kl((policy.head(student) / 0.7).log_softmax(-1), (policy.head(teacher) / 0.7).log_softmax(-1))
+    assert values[0].dtype == torch.float32 and want.min() > 0
+    torch.testing.assert_close(values[0], want)
+    torch.testing.assert_close(values[1], want)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_with_adapters_is_not_compared(make_policy):
+    policy = make_policy("llama", lora={"targets": ["q_proj", "lm_head"]})
+    hidden = policy.score("student", sequences(1)).hidden
+    with pytest.raises(ConfigError, match=r"policy\.lora\.targets includes the language-model head"):
+        policy.compare(hidden, hidden.detach(), lambda s, t: (s - t).sum(-1))
 
 
 def test_the_teacher_scores_without_gradient(make_policy):
@@ -104,8 +149,8 @@ def test_micro_batched_gradient_is_the_one_batch_gradient(make_policy, checkpoin
             p.grad = None
         for index in batches:
             part = [rows[i] for i in index]
-            logp, _ = policy.score("student", part)
-            teacher, _ = policy.score("teacher", part)
+            logp = policy.score("student", part).logp
+            teacher = policy.score("teacher", part).logp
             mask = torch.zeros(logp.shape, dtype=torch.bool)
             for i, s in enumerate(part):
                 mask[i, : len(s.action_mask)] = torch.tensor(s.action_mask)
@@ -128,7 +173,7 @@ def test_checkpointing_recomputes_the_student_only(make_policy):
             layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         policy.score("teacher", rows)
         assert len(calls) == 2
-        logp, _ = policy.score("student", rows)
+        logp = policy.score("student", rows).logp
         policy.score("teacher", rows)  # between forward and backward, as in training
         assert len(calls) == 6
         grads[on] = torch.autograd.grad(logp.sum(), policy.student_parameters())

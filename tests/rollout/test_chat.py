@@ -115,3 +115,56 @@ def test_qwen3_template():
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
+
+
+TRIMS = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")
+OBSERVATIONS = ["board", " board \n", "", "é 漢字", "<think>\nboard\n</think>\n\ngo", "<|im_end|>", "board", "{{ x }}", "<b>&amp;</b>"]
+
+
+@pytest.mark.parametrize(("template", "verbatim"), [(CHATML, True), (NO_SYSTEM, True), (QWEN3, True), (TRIMS, False), (None, True)])
+def test_many_turns_at_once(template, verbatim):
+    """Equal to the template's rendering of each, whether that leaves an observation as it is or not; again from what is kept."""
+    if template is None:
+        t = build_tokenizer()
+        c = Chat(t, [t.eos_token_id])
+    else:
+        c = chat(template)
+    assert (c._around is not None) == verbatim
+    stopped = [i % 2 == 0 for i in range(len(OBSERVATIONS))]
+    want = [c.encode(c._rendered_tail(o)) for o in OBSERVATIONS]
+    want = [ids[1:] if s and ids[0] in c.stop_ids else ids for ids, s in zip(want, stopped, strict=True)]
+    for _ in range(2):
+        assert c.turn_ids_many(OBSERVATIONS, stopped) == want
+    assert [c.turn_ids(o, s) for o, s in zip(OBSERVATIONS, stopped, strict=True)] == want
+    assert c.turn_ids_many([], []) == []
+
+
+@pytest.mark.parametrize("change", ["m.content | e", "m.content.replace('</think>', '')", "m.content.strip('\\n')"])
+def test_a_template_that_changes_text_is_rendered(change):
+    c = chat(CHATML.replace("m.content", f"m.content if m.role != 'user' else {change}"))
+    assert c._around is None
+    assert c.turn_ids("a & b", True) == c.encode(c._rendered_tail("a & b"))[1:]
+
+
+def test_many_prompts_at_once():
+    c = chat(CHATML)
+    firsts = [("rules", "board", ""), ("", "board", "skill\n"), ("rules", "board", "")]
+    rules, skill = {"role": "system", "content": "rules"}, {"role": "user", "content": "skill\nboard"}
+    want = [c.encode(c.render(m)) for m in ([rules, {"role": "user", "content": "board"}], [skill])]
+    assert c.prompt_ids_many(firsts) == [*want, want[0]] and c.prompt_ids(*firsts[0]) == want[0]
+
+
+def test_what_is_kept_has_a_bound(monkeypatch):
+    monkeypatch.setattr("skillsd.rollout.chat._KEPT", 50)
+    c = chat(CHATML)
+    for i in range(30):
+        texts = [f"board {i}", f"board {i - 1}"]
+        assert c.encode_many(texts) == [c.encode(t) for t in texts]
+        assert len(c._known) < 12
+
+
+def test_a_callers_changes_are_his_own():
+    c = chat(CHATML)
+    c.turn_ids("board", False).append(1)
+    c.prompt_ids("", "board").append(1)
+    assert c.turn_ids("board", False) == c.encode(c._rendered_tail("board")) and c.prompt_ids("", "board")[-1] != 1

@@ -187,7 +187,7 @@ def test_another_seed_or_iteration_gives_others(policy, rows):
 def test_trajectories_score_as_recorded(policy, rows):
     played = collect(policy, rows, max_rows=4)
     with torch.no_grad():
-        logp, _ = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask) for t in played])
+        logp = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask) for t in played]).logp
     for row, t in zip(logp, played, strict=True):
         torch.testing.assert_close(row[: len(t.token_ids)], torch.tensor(t.logprobs), atol=2e-5, rtol=0)
 

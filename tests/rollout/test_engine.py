@@ -1,20 +1,23 @@
 """The in-process engine: its recorded log-probs are those of `Policy.score`, whatever sits beside a row."""
 
+import gc
+import logging
 import random
 
 import pytest
 import torch
 
 from skillsd.errors import ConfigError
-from skillsd.policy import TokenSequence
+from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import InProcessEngine, Request
 from skillsd.rollout.engine import spans
 from skillsd.rollout.noise import stream_key
+from skillsd.rollout.step import Stepper, bucket
 
 
-def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_prompt=20, seed=0):
+def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_prompt=20, seed=0, engine=None):
     """`rows` scripted conversations of 1 to 4 turns with random environment ids, at most `slots` at a time."""
-    session = InProcessEngine(policy).open(temperature, adapter)
+    session = (engine or InProcessEngine(policy)).open(temperature, adapter)
     scripts = []
     for row in range(rows):
         rng = random.Random(f"{seed} {row}")
@@ -150,3 +153,180 @@ def test_what_the_cache_cannot_hold_is_refused(make_policy):
     policy.base.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ConfigError, match=r"policy\.model: .*linear_attention"):
         InProcessEngine(policy).open(1.0)
+
+
+# -- static shapes and what is recorded of them --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def static(monkeypatch):
+    """Makes engines with static shapes and counts the steps that took them."""
+    calls, fixed = [], Stepper.fixed
+    monkeypatch.setattr(Stepper, "fixed", lambda self, packed, *a: calls.append(packed.shape) or fixed(self, packed, *a))
+
+    def make(policy):
+        engine = InProcessEngine(policy)
+        assert not engine.static  # on a CPU
+        engine.static = True
+        return engine
+
+    make.calls = calls
+    return make
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Stands in for CUDA graphs: a recorded step is run again on its static input into its static result."""
+    made, replayed = [], []
+
+    def record(self, step):
+        made.append(step)
+        out = step()
+
+        def replay():
+            replayed.append(step)
+            out.copy_(step())
+
+        return replay, out
+
+    monkeypatch.setattr(Stepper, "_record", record)
+    monkeypatch.setattr("skillsd.rollout.step.can_record", lambda given: True)
+    return made, replayed
+
+
+def assert_played_alike(a, b):
+    for (x, x_logps), (y, y_logps) in zip(a, b, strict=True):
+        assert x == y
+        torch.testing.assert_close(torch.tensor(x_logps), torch.tensor(y_logps), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "mistral"])
+def test_static_shapes_change_nothing(make_policy, static, graphs, architecture):
+    """Sessions in a row on one cache, ragged rows that join and leave, prompts of more ids than any static width, all adapters."""
+    policy = make_policy(architecture)
+    engine = static(policy)
+    for seed, (adapter, temperature, longest) in enumerate(
+        [("student", 1.0, 20), ("teacher", 1.0, 20), (None, 0.0, 20), ("student", 1.0, 90), ("student", 0.6, 9), ("student", 1.0, 300)]
+    ):
+        wanted = {"adapter": adapter, "temperature": temperature, "longest_prompt": longest, "seed": seed}
+        assert_played_alike(play(policy, engine=engine, **wanted), play(policy, **wanted))
+    made, replayed = graphs
+    assert len(static.calls) > 60 and made and len(replayed) > len(static.calls) / 3
+
+
+def test_graphs_outlive_a_session(make_policy, static, graphs):
+    """The next rollout finds them, after an optimizer's step in place too; a cache or weights elsewhere make them void."""
+    policy = make_policy()
+    engine, (made, replayed) = static(policy), graphs
+    play(policy, engine=engine)
+    play(policy, engine=engine)
+    count = len(made)
+    assert count and len(replayed) > count
+    with torch.no_grad():
+        for p in policy.adapter("student").values():
+            p.add_(0.05)
+    steps = len(static.calls)
+    before = len(replayed)
+    assert_played_alike(play(policy, engine=engine), play(policy))
+    assert len(made) <= count + 2 and len(replayed) - before > (len(static.calls) - steps) / 2
+    stepper = engine._kept[0]
+    cache, valid = stepper.cache, stepper.valid
+    for p in policy.adapter("student").values():
+        p.data = p.data.clone()
+    assert_played_alike(play(policy, engine=engine, seed=1), play(policy, seed=1))
+    assert stepper.valid != valid and stepper is engine._kept[0] and stepper.cache is cache
+    version = cache.version
+    assert_played_alike(play(policy, engine=engine, rows=20, slots=17), play(policy, rows=20, slots=17))
+    assert cache.version > version and stepper.valid[0] == cache.version and cache.slots == 32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "mistral"])
+def test_cuda_graphs_change_nothing(tiny_model, monkeypatch, caplog, architecture):
+    """Real ones: replayed for sessions in a row, after an optimizer's step too, equal to the dynamic shapes and to the scores."""
+    attention = "eager" if architecture == "gemma2" else None
+    policy = Policy(PolicySettings(model=tiny_model(architecture), lora=LoraSettings(r=4, alpha=8), attention=attention), "cuda")
+    engine, replayed = InProcessEngine(policy), []
+    fixed = Stepper.fixed
+    monkeypatch.setattr(Stepper, "fixed", lambda self, p, *a: replayed.append(bool(self.graphs)) or fixed(self, p, *a))
+    for seed, adapter in enumerate(("student", "teacher", None, "student", "student", "teacher")):
+        with torch.no_grad():
+            for name in ("student", "teacher"):
+                for p in policy.adapter(name).values():
+                    p.normal_(0, 0.1)
+        policy.student_changed()
+        got = play(policy, adapter, engine=engine, seed=seed)
+        for (x, x_logps), (y, y_logps) in zip(got, play(policy, adapter, seed=seed, engine=InProcessEngine(policy, False)), strict=True):
+            assert x == y
+            torch.testing.assert_close(torch.tensor(x_logps), torch.tensor(y_logps), atol=1e-4, rtol=0)
+        if adapter is not None:
+            with torch.no_grad():
+                scored = policy.score(adapter, [s for s, _ in got]).logp.cpu()
+            for row, (s, logps) in zip(scored, got, strict=True):
+                torch.testing.assert_close(row[: len(s.token_ids)][torch.tensor(s.action_mask)], torch.tensor(logps), atol=1e-4, rtol=0)
+    assert engine.static and engine._kept[0].graphs and sum(replayed) > 30
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert not [r for r in caplog.records if "CUDA graphs" in r.message]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_capture_that_fails_on_a_gpu(tiny_model, caplog):
+    """A copy to the host is not allowed in it: dynamic shapes go on, on the same stream."""
+    policy = Policy(PolicySettings(model=tiny_model("qwen3")), "cuda")
+    policy.backbone.register_forward_hook(lambda m, a, out: out.last_hidden_state.sum().item() and None)
+    engine = InProcessEngine(policy)
+    for seed in range(3):
+        played, wanted = (play(policy, engine=e, seed=seed) for e in (engine, InProcessEngine(policy, False)))
+        assert [x for x, _ in played] == [x for x, _ in wanted]
+    assert not engine.static and torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert len([r for r in caplog.records if "CUDA graphs are off" in r.message]) == 1
+
+
+def test_a_step_that_cannot_be_recorded(make_policy, static, graphs, monkeypatch, caplog):
+    """One warning, then dynamic shapes for good."""
+
+    def refuse(self, step):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Stepper, "_record", refuse)
+    policy = make_policy()
+    engine = static(policy)
+    with caplog.at_level(logging.WARNING, "skillsd"):
+        assert_played_alike(play(policy, engine=engine), play(policy))
+        steps = len(static.calls)
+        assert_played_alike(play(policy, engine=engine, seed=1), play(policy, seed=1))
+    assert steps and len(static.calls) == steps and not engine.static and engine._kept is None
+    (record,) = [r for r in caplog.records if "CUDA graphs" in r.message]
+    assert "capturing" in record.message and "more" not in record.message
+
+
+def test_a_cache_too_large_to_keep(make_policy, static, graphs, monkeypatch):
+    policy = make_policy()
+    engine = static(policy)
+    session = engine.open(1.0)
+    session.stepper.limit = 8 * 300 * session.stepper.cache.token_bytes
+    del session
+    gc.collect()
+    assert_played_alike(play(policy, engine=engine, longest_prompt=300), play(policy, longest_prompt=300))
+    play(policy, engine=engine)
+    assert not engine.static and engine._kept is None
+
+
+def test_two_sessions_at_once(make_policy, static):
+    """The second does not write into the cache of the first."""
+    policy = make_policy()
+    engine = static(policy)
+    prompts = [5, 6, 7], [8, 9]
+
+    def talk(*sessions):
+        out = [s.turn([Request(0, p, k, 0, 4)])[0] for k, (s, p) in enumerate(zip(sessions, prompts, strict=True))]
+        return out + [s.turn([Request(0, [9, 8], k, 6, 4)])[0] for k, s in enumerate(sessions)]
+
+    a, b = engine.open(1.0), engine.open(1.0)
+    assert a.stepper.cache is not b.stepper.cache and a.stepper.static and not b.stepper.static
+    for x, y in zip(talk(a, b), talk(*(InProcessEngine(policy).open(1.0) for _ in prompts)), strict=True):
+        assert x.token_ids == y.token_ids and x.logprobs == pytest.approx(y.logprobs, abs=1e-5)
+
+
+def test_buckets():
+    assert [bucket(n, 8) for n in (1, 8, 9, 16, 17, 128)] == [8, 8, 16, 16, 32, 128]

@@ -1,6 +1,17 @@
+from dataclasses import replace
+
 import pytest
 
-from skillsd.skills import BankContext, NoContext, PrivilegedContext, ShuffledContext, SkillBank
+from skillsd.skills import (
+    BankContext,
+    GroundTruthContext,
+    HindsightContext,
+    NoContext,
+    PrivilegedContext,
+    ShuffledContext,
+    SiblingContext,
+    SkillBank,
+)
 
 TASKS = [f"t{i}" for i in range(10)]
 
@@ -44,3 +55,66 @@ def test_shuffled_alone_has_none(make_skill):
     assert lenders(bank, 0, 0, ["t1", "t2"]) == {"t1": None, "t2": None}
     with pytest.raises(ValueError, match="t9"):
         ShuffledContext()(bank, "t9", ["t1"], 0, 0)
+
+
+# -- those that choose after the rollout ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [HindsightContext, SiblingContext, GroundTruthContext])
+def test_before_the_rollout_they_choose_nothing(bank, kind):
+    context = kind()
+    assert isinstance(context, PrivilegedContext) and context(bank, "t3", TASKS, 0, 0) is None
+    assert context.needs_skills == (kind is HindsightContext)
+
+
+def test_hindsight_is_one_s_own(make_trajectory, make_skill):
+    group = [make_trajectory(member=m) for m in range(3)]
+    skills = [make_skill("a"), None, make_skill("c")]
+    assert list(HindsightContext().choose(group, skills)) == skills
+
+
+def attempts(make_trajectory, marks):
+    """`3 1+ 2+`: turns of each member, + where it solved the task."""
+    return [
+        replace(make_trajectory(member=m, pairs=[(f"s{m}", f"a{i}") for i in range(int(x[0]))]), success=x.endswith("+"))
+        for m, x in enumerate(marks.split())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("marks", "shown"),
+    [
+        ("3 1 2", "---"),  # nobody solved it
+        ("3 2+ 1", "1-1"),  # who solved it alone is shown nothing
+        ("3+ 2+ 4+", "101"),  # the shortest, and to itself the next one
+        ("2+ 2+ 2+ 3+", "1000"),  # of equals the first
+        ("3+ 1 2+", "220"),  # shorter failures do not count
+        ("1+", "-"),
+        ("4+ 4+", "10"),
+    ],
+)
+def test_a_sibling_is_the_shortest_success_of_another(make_trajectory, marks, shown):
+    group = attempts(make_trajectory, marks)
+    chosen = SiblingContext().choose(group, [None] * len(group))
+    assert [None if x is None else group.index(x) for x in chosen] == [None if x == "-" else int(x) for x in shown]
+    for order in (group[::-1], [*group[1:], group[0]]):  # by member, not by place
+        again = SiblingContext().choose(order, [None] * len(group))
+        assert {t.member: x for t, x in zip(order, again, strict=True)} == {t.member: x for t, x in zip(group, chosen, strict=True)}
+
+
+def test_ground_truth_is_the_same_for_all_and_asked_for_once(make_trajectory, make_skill):
+    context, asked = GroundTruthContext(), []
+    with pytest.raises(AssertionError):
+        context.choose([make_trajectory()], [None])
+    known = {"t1": make_skill("plan"), "t2": None}
+
+    def solve(task_id):
+        asked.append(task_id)
+        return known[task_id]
+
+    context.bind(solve)
+    for _ in range(2):
+        for task_id, skill in known.items():
+            group = [make_trajectory(task_id, member) for member in range(3)]
+            assert list(context.choose(group, [make_skill("own")] * 3)) == [skill] * 3
+    assert asked == ["t1", "t2"]  # also what is not known

@@ -58,8 +58,9 @@ class RunLog(L.Callback):
         groups: Sequence[TrajectoryGroup] = batch
         folder = Path(trainer.default_root_dir)
         metrics: Any = pl_module.metrics
-        metrics["time/rollout_tokens_per_s"] = rate = trainer.datamodule.rollout_tokens_per_s  # type: ignore[attr-defined, index]
-        pl_module.log("time/rollout_tokens_per_s", rate, batch_size=1)
+        metrics["time/rollout_s"] = seconds = trainer.datamodule.rollout_s  # type: ignore[attr-defined, index]
+        metrics["time/rollout_tokens_per_s"] = metrics["rollout/tokens"] / seconds  # type: ignore[index, operator]
+        pl_module.log_dict({k: metrics[k] for k in ("time/rollout_s", "time/rollout_tokens_per_s")}, batch_size=1)  # type: ignore[index]
         iteration = groups[0].trajectories[0].iteration
         row = {"iteration": iteration, "epoch": trainer.current_epoch} | {
             k: "" if math.isnan(v) else repr(float(v))

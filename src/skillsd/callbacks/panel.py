@@ -29,11 +29,14 @@ class Panel(L.Callback):
     Args:
         before: Play it before training (a resumed run reads panel.json instead).
         after: Play it after training (a finished run that is run again reads panel.json instead).
+        every: Play it every so many iterations in between, for a learning curve (`during` of panel.json); 0 never.
     """
 
-    def __init__(self, before: bool = True, after: bool = True) -> None:
+    def __init__(self, before: bool = True, after: bool = True, every: int = 0) -> None:
         super().__init__()
-        self.before, self.after = before, after
+        if every < 0:
+            raise ConfigError(f"Panel.every is {every}: give 0 (never) or a number of iterations.")
+        self.before, self.after, self.every = before, after, every
         self.played: list[Trajectory] = []
         self.result: dict[str, Any] = {}
         self.trained = False
@@ -56,6 +59,14 @@ class Panel(L.Callback):
         if not self.trained:
             self.trained = True
             write_panel(trainer.default_root_dir, {}, drop=("after", "difference"))  # of an earlier end that training now goes beyond
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if self.every and step % self.every == 0 and step < trainer.estimated_stepping_batches and not trainer.should_stop:
+            result = self._play(trainer, f"after {step} iterations")
+            # A resumed run plays some again, with the same result.
+            during = read_panel(trainer.default_root_dir).get("during", {}) | {str(step): {"n": result["n"], **_shares(result)}}
+            write_panel(trainer.default_root_dir, {"during": during})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stored = read_panel(trainer.default_root_dir).get("after")
@@ -88,6 +99,10 @@ class Panel(L.Callback):
         return [(x["task_id"], x["member"], x["seed"]) for x in result["levels"]] == [(r.task.task_id, r.member, s) for s, r in rows]
 
     def _keep(self, trainer: L.Trainer, when: str) -> None:
+        self.result = self._play(trainer, when)
+        write_panel(trainer.default_root_dir, {when: self.result})
+
+    def _play(self, trainer: L.Trainer, when: str) -> dict[str, Any]:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         played: list[Trajectory] = []
         with Progress(disable=not trainer.progress_bar_callback, transient=True) as bar:
@@ -97,9 +112,9 @@ class Panel(L.Callback):
             for batch in loader:
                 played += batch
                 bar.advance(task)
-        self.result = summarise(played, _scenarios(trainer))
-        print(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(self.result).items()))
-        write_panel(trainer.default_root_dir, {when: self.result})
+        result = summarise(played, _scenarios(trainer))
+        print(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(result).items()))
+        return result
 
 
 def _scenarios(trainer: L.Trainer) -> dict[str, str]:

@@ -14,7 +14,7 @@ class TeacherSync(L.Callback):
     """Keeps the teacher adapter: a copy of the student every k iterations, an average, or frozen at the start.
 
     Args:
-        mode: `sync` copies, `ema` averages after each update, `frozen` leaves it where it began.
+        mode: `sync` copies the student after every k-th update, `ema` averages after each, `frozen` leaves it where it began.
         every: Iterations between two copies (k).
         rate: Share of the student in each EMA step, theta_bar <- (1 - rate) theta_bar + rate theta.
     """
@@ -27,13 +27,12 @@ class TeacherSync(L.Callback):
             raise ConfigError(f"TeacherSync.rate is {rate}: give a share above 0 and up to 1.")
         self.mode, self.every, self.rate = mode, every, rate
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.mode == "sync" and trainer.global_step % self.every == 0:
-            _policy(pl_module).sync()
-
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # At the end of iteration i - 1, not at the start of i: the batch is rolled out in between, maybe by the teacher.
         if self.mode == "ema":
             _policy(pl_module).ema(self.rate)
+        elif self.mode == "sync" and trainer.global_step % self.every == 0:
+            _policy(pl_module).sync()
 
 
 def _policy(module: Any) -> Policy:

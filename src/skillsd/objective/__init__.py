@@ -1,8 +1,36 @@
-"""The mathematics: pure functions on tensors, composed by `Objective`."""
+"""The mathematics: pure functions on tensors, composed by `Objective`. One algorithm is one file; `signal` says how to write another."""
 
-from skillsd.objective.advantage import group_advantages
-from skillsd.objective.distillation import ESTIMATORS, k3, score, skill_sd
+from skillsd.objective.gates import OutcomeGate, PositiveGate, SigmoidGate
+from skillsd.objective.grpo import clipped_policy_loss, group_advantages
+from skillsd.objective.naive_k3 import NaiveK3
 from skillsd.objective.objective import Objective, Terms
-from skillsd.objective.policy_loss import clipped_policy_loss
+from skillsd.objective.opid import OPID
+from skillsd.objective.rlsd import RLSD
+from skillsd.objective.sdar import SDAR
+from skillsd.objective.sdpg import SDPG
+from skillsd.objective.sdpo import SDPO
+from skillsd.objective.signal import Gate, Signal, Tokens, k3
+from skillsd.objective.skill_sd import SkillSD
+from skillsd.objective.ucob import UCOB
 
-__all__ = ["ESTIMATORS", "Objective", "Terms", "clipped_policy_loss", "group_advantages", "k3", "score", "skill_sd"]
+__all__ = [
+    "OPID",
+    "RLSD",
+    "SDAR",
+    "SDPG",
+    "SDPO",
+    "UCOB",
+    "Gate",
+    "NaiveK3",
+    "Objective",
+    "OutcomeGate",
+    "PositiveGate",
+    "SigmoidGate",
+    "Signal",
+    "SkillSD",
+    "Terms",
+    "Tokens",
+    "clipped_policy_loss",
+    "group_advantages",
+    "k3",
+]

@@ -1,4 +1,4 @@
-"""The objective L = L_GRPO + lambda * L_SDL, both token means over the batch's N action tokens (Eq. 3-14).
+"""The objective L = L_GRPO + what the teacher's signal adds, token means over the batch's N action tokens (Eq. 3-14).
 
 No entropy bonus, no KL to a reference. Sums and N are kept apart, so that micro-batches add up to the one-batch gradient.
 """
@@ -11,8 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from skillsd.objective.distillation import ESTIMATORS, k3
-from skillsd.objective.policy_loss import clipped_policy_loss
+from skillsd.objective.grpo import clipped_policy_loss
+from skillsd.objective.signal import Gate, Signal, Tokens, k3
+from skillsd.objective.skill_sd import SkillSD
+
+PLACEMENTS = ("loss", "advantage", "multiplier")
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Terms:
     """Sums over action tokens of one micro-batch: divide by the whole batch's N.
 
     Args:
-        policy: Sum of the policy loss, scalar with gradient.
-        distillation: Sum of the distillation loss, scalar with gradient.
+        policy: Sum of GRPO's loss (times policy_weight), scalar with gradient.
+        distillation: Sum of what the signal adds to it, lambda included, scalar with gradient.
         metrics: Name -> sum, detached.
     """
 
@@ -41,52 +44,121 @@ class Objective:
     clip_high: float = 0.28
     """The ratio's upper bound is 1 + clip_high."""
     distillation_weight: float = 0.001
-    """lambda of Eq. 14; 0 is plain GRPO and computes no teacher."""
-    estimator: Literal["skill_sd", "score"] = "skill_sd"
-    """Form of the distillation loss; both have the same gradient (objective/distillation.py)."""
+    """lambda of Eq. 14 (w of OPID, l of RLSD) at the start; 0 is plain GRPO and computes no teacher."""
+    weight_steps: int = 0
+    """Iterations over which lambda moves linearly to weight_end; 0 keeps it."""
+    weight_end: float = 0.0
+    """lambda after weight_steps iterations."""
+    loss: Signal | None = None
+    """Signal that adds a loss; null, with the next two null as well, is SkillSD."""
+    advantage: Signal | None = None
+    """Signal that is added to the advantage."""
+    multiplier: Signal | None = None
+    """Signal that multiplies the advantage."""
+    gate: Gate | None = None
+    """Weight of each token's signal; null is 1 everywhere."""
+    group_filter: Literal["none", "zero_variance"] = "none"
+    """`zero_variance` leaves out groups whose members all got the same reward (RAGEN-2), from both terms and from N."""
 
     def __post_init__(self) -> None:
-        for key in ("policy_weight", "clip_low", "clip_high", "distillation_weight"):
+        where = "model.init_args.objective"
+        for key in ("policy_weight", "clip_low", "clip_high", "distillation_weight", "weight_steps", "weight_end"):
             if not getattr(self, key) >= 0:  # also catches nan
-                raise ValueError(f"model.init_args.objective.{key} is {getattr(self, key)}: give 0 or more.")
-        if not self.policy_weight and not self.distillation_weight:
+                raise ValueError(f"{where}.{key} is {getattr(self, key)}: give 0 or more.")
+        if not self.policy_weight and not self.distillation_weight and not (self.weight_steps and self.weight_end):
+            raise ValueError(f"{where}: policy_weight and distillation_weight are both 0, which trains nothing: raise one.")
+        if self.group_filter not in ("none", "zero_variance"):
+            raise ValueError(f"{where}.group_filter is {self.group_filter}: give none or zero_variance.")
+        given = [p for p in PLACEMENTS if getattr(self, p) is not None]
+        if len(given) > 1:
             raise ValueError(
-                "model.init_args.objective: policy_weight and distillation_weight are both 0, which trains nothing: raise one."
+                f"{where}: {' and '.join(given)} are both set. One signal in two places counts the same evidence twice, and no "
+                "weight says which of them worked: set all but one to null."
             )
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"model.init_args.objective.estimator is {self.estimator}: one of {', '.join(ESTIMATORS)}.")
+        self.placement = given[0] if given else "loss"
+        self.signal: Signal = getattr(self, self.placement) or SkillSD()
+        name = type(self.signal).__name__
+        if self.signal.distributional and self.placement != "loss":
+            raise ValueError(
+                f"{where}.{self.placement} is {name}, which compares whole distributions (top-k or full vocabulary). Its value depends on "
+                "the state alone, not on the token that was sampled, so as an advantage its expected gradient is zero: give it as "
+                f"{where}.loss, or give a signal of the sampled token, such as OPID."
+            )
+        if not self.signal.writes(self.placement):
+            can = [p for p in PLACEMENTS if self.signal.writes(p)]
+            raise ValueError(f"{where}.{self.placement}: {name} is no {self.placement}: give it as {' or '.join(can) or 'nothing'}.")
+        if self.placement != "loss" and not self.policy_weight:
+            raise ValueError(f"{where}: policy_weight is 0, so an {self.placement} has nothing to act on: raise it or use loss.")
 
-    def terms(self, logp: Tensor, logp_old: Tensor, logp_teacher: Tensor, mask: Tensor, advantage: Tensor) -> Terms:
+    def weight(self, step: int) -> float:
+        """lambda at iteration `step` (0-based)."""
+        if not self.weight_steps:
+            return self.distillation_weight
+        done = min(1.0, step / self.weight_steps)
+        return (1 - done) * self.distillation_weight + done * self.weight_end
+
+    def terms(
+        self, logp: Tensor, logp_old: Tensor, logp_teacher: Tensor, mask: Tensor, advantage: Tensor, *, weight: float | None = None,
+        logp_behaviour: Tensor | None = None, taught: Tensor | None = None, success: Tensor | None = None,
+        return_gap: Tensor | None = None, divergence: Tensor | None = None,
+    ) -> Terms:  # fmt: skip
         """Both loss terms of a micro-batch.
 
         Args:
             logp: Student's log-probs with gradient, float32 [B, T].
-            logp_old: Recorded at rollout, [B, T].
-            logp_teacher: Teacher's, [B, T]; equal to logp.detach() in rows without a skill.
+            logp_old: Of the student at the rollout, [B, T].
+            logp_teacher: Teacher's, [B, T]; equal to logp.detach() in rows without one.
             mask: Action mask, bool [B, T]: the one made when sampling.
             advantage: [B].
+            weight: lambda; None is that of iteration 0.
+            logp_behaviour: Of whoever sampled, [B, T]; None is `logp_old`.
+            taught: Rows whose teacher was told something or has other weights, bool [B]; None is all.
+            success: Rows that solved their task, bool [B]; None is none.
+            return_gap: [B], see `Tokens`; None is nan.
+            divergence: Of distributional signals, [B, T] with gradient.
         """
-        m, adv = mask, advantage[:, None].expand_as(logp)
-        logp, logp_old, logp_teacher, adv = logp[m], logp_old[m], logp_teacher[m], adv[m]
-        policy, clipped = clipped_policy_loss(logp, logp_old, adv, self.clip_low, self.clip_high)
-        sdl = ESTIMATORS[self.estimator](logp, logp_old, logp_teacher)
+        lam = self.weight(0) if weight is None else weight
+
+        def rows(x: Tensor | None, otherwise: float | bool) -> Tensor:
+            x = torch.full(advantage.shape, otherwise, device=advantage.device) if x is None else x
+            return x[:, None].expand_as(mask)[mask]
+
+        t = Tokens(
+            logp[mask], logp_old[mask], (logp_old if logp_behaviour is None else logp_behaviour)[mask], logp_teacher[mask],
+            rows(advantage, 0.0), rows(success, False), rows(return_gap, float("nan")), mask.nonzero()[:, 0],
+            None if divergence is None else divergence[mask],
+        )  # fmt: skip
+        heard = rows(taught, True)
+        plain, clipped = clipped_policy_loss(t.logp, t.logp_old, t.advantage, self.clip_low, self.clip_high)
+        policy, shift = self.policy_weight * plain.sum(), torch.zeros_like(t.advantage)
+        if not lam or not heard.any():
+            distillation = policy.new_zeros(())
+        else:
+            g = lam * (heard if self.gate is None else self.gate(t) * heard)
+            if self.placement == "loss":
+                distillation = torch.where(heard, g * self.signal.loss(t), 0.0).sum()
+            else:
+                shift = g * (self.signal.advantage(t) if self.placement == "advantage" else t.advantage * (self.signal.multiplier(t) - 1))
+                shift = torch.where(heard, shift, 0.0).detach()
+                shaped, clipped = clipped_policy_loss(t.logp, t.logp_old, t.advantage + shift, self.clip_low, self.clip_high)
+                distillation = self.policy_weight * (shaped - plain).sum()
         with torch.no_grad():
-            gap = logp_teacher - logp
             metrics = {
-                "gap": gap.sum(),
-                "gap_sq": gap.square().sum(),
-                "teacher_health": (adv * gap).sum(),
-                "k3": k3(-gap).sum(),
+                "gap": t.gap.sum(),
+                "gap_sq": t.gap.square().sum(),
+                "teacher_health": (t.advantage * t.gap).sum(),
+                "k3": k3(-t.gap).sum(),
+                "shift": shift.abs().sum(),
                 "clip_fraction": clipped.float().sum(),
-                "logp_drift": (logp - logp_old).abs().sum(),
+                "logp_drift": (t.logp - t.logp_old).abs().sum(),
             }
-        return Terms(policy.sum(), sdl.sum(), metrics)
+        return Terms(policy, distillation, metrics)
 
     def total(self, terms: Terms, n: int) -> Tensor:
-        """(policy_weight * policy + lambda * distillation) / N. A term of weight 0 is left out: 0 * inf would be nan."""
+        """(policy + distillation) / N. A term of weight 0 is left out: 0 * inf would be nan."""
         loss = terms.policy.new_zeros(())
         if self.policy_weight:
-            loss = loss + self.policy_weight * terms.policy
-        if self.distillation_weight:
-            loss = loss + self.distillation_weight * terms.distillation
+            loss = loss + terms.policy
+        if terms.distillation.requires_grad:
+            loss = loss + terms.distillation
         return loss / n

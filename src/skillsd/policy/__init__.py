@@ -6,6 +6,6 @@ import logging
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from skillsd.policy.config import LoraSettings, PolicySettings  # noqa: E402
-from skillsd.policy.policy import Policy, TokenSequence, micro_batches  # noqa: E402
+from skillsd.policy.policy import Policy, Scores, TokenSequence, micro_batches  # noqa: E402
 
-__all__ = ["LoraSettings", "Policy", "PolicySettings", "TokenSequence", "micro_batches"]
+__all__ = ["LoraSettings", "Policy", "PolicySettings", "Scores", "TokenSequence", "micro_batches"]

@@ -1,7 +1,8 @@
 """Log-probs of given tokens without the full-vocabulary tensor of a whole batch.
 
 log pi(y) = z_y / T - logsumexp(z / T), with z the logits of the language-model head (and its soft cap where the
-architecture has one). z is computed for `chunk` positions at a time and recomputed in the backward pass.
+architecture has one). z is computed for `chunk` positions at a time and recomputed in the backward pass. So it is where a
+student's and a teacher's whole distributions are compared.
 """
 
 from __future__ import annotations
@@ -64,7 +65,44 @@ def selected_logprobs(
     parts = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         if torch.is_grad_enabled() and len(targets) > chunk:
-            parts.append(checkpoint(_chunk, head, h, y, temperature, use_reentrant=False))
+            parts.append(checkpoint(_chunk, head, h, y, temperature, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(_chunk(head, h, y, temperature))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def compare(
+    head: Callable[[Tensor], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    temperature: float = 1.0,
+    chunk: int = 2048,
+) -> Tensor:
+    """A divergence between two next-token distributions at each position, with gradient to the student alone.
+
+    Args:
+        head: From `make_head`; one for both.
+        student, teacher: Last hidden states [N, H].
+        divergence: Of two log-softmaxes (student's, teacher's) [n, V] to [n]; it is called again in the backward pass.
+        temperature: Divides the logits of both, > 0.
+        chunk: Positions per piece.
+
+    Returns:
+        [N], float32 (float64 where the head gives that), in the divergence's own unit.
+    """
+
+    def logp(hidden: Tensor) -> Tensor:
+        z = head(hidden)
+        return torch.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / temperature, -1)
+
+    def piece(s: Tensor, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = logp(t)
+        return divergence(logp(s), target)
+
+    if not len(student):
+        return student.float().sum(-1) * 0.0
+    many = torch.is_grad_enabled() and len(student) > chunk
+    pieces = zip(student.split(chunk), teacher.split(chunk), strict=True)
+    return torch.cat([checkpoint(piece, s, t, use_reentrant=False, preserve_rng_state=False) if many else piece(s, t) for s, t in pieces])

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from skillsd.errors import ConfigError
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import load_base, load_tokenizer
-from skillsd.policy.logprobs import make_head, selected_logprobs
+from skillsd.policy.logprobs import compare, make_head, selected_logprobs
 
 ADAPTERS = ("student", "teacher")
 
@@ -31,6 +33,20 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.token_ids)
+
+
+class Scores(NamedTuple):
+    """What one adapter makes of B sequences whose longest `token_ids` has T tokens, N of them all being actions.
+
+    Args:
+        logp: Log-probs [B, T] in nats, float32; 0 where the action mask is false.
+        entropy: Of the distributions they were drawn from, likewise [B, T], without gradient.
+        hidden: Last hidden states [N, H] at the positions that predict the actions, in the row-major order of the action mask.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    hidden: Tensor
 
 
 class Policy(nn.Module):
@@ -64,13 +80,18 @@ class Policy(nn.Module):
         self.model: Any = base
         self.teacher_is_student = True
         self._adapters: dict[str, dict[str, nn.Parameter]] = {}
+        self._layers: list[Any] = []  # those that carry adapters
+        self._active: str | None = None
         if settings.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapters:
             self._add_adapters()
         # The base stays in evaluation mode for good. These alone are on in the student's forward with gradient, and stay on until
         # its backward has recomputed what it needs; `acting` turns them off.
-        self._train_only = [m for n, m in base.named_modules() if getattr(m, "gradient_checkpointing", False) or "lora_dropout" in n]
+        self._train_only = [
+            m for n, m in base.named_modules()
+            if getattr(m, "gradient_checkpointing", False) or ("lora_dropout" in n and isinstance(m, nn.Dropout))
+        ]  # fmt: skip
         for m in self._train_only:
             m.training = True
 
@@ -87,9 +108,12 @@ class Policy(nn.Module):
         for name in ADAPTERS:
             mark = f".{name}."
             self._adapters[name] = {k.replace(mark, "."): p for k, p in self.model.named_parameters() if "lora_" in k and mark in k}
+        self._layers = [m for m in self.base.modules() if isinstance(m, BaseTunerLayer)]
         if lora.init is not None:
             self._load_initial(lora.init)
         self.sync()
+        for p in self.adapter("teacher").values():
+            p.requires_grad_(False)
         self.use("student")
 
     def train(self, mode: bool = True) -> Policy:
@@ -118,27 +142,34 @@ class Policy(nn.Module):
         return self._adapters[name]
 
     def use(self, name: str) -> None:
-        """Make one adapter active. Only the student ever requires gradients."""
-        if not self._adapters:
-            return
-        self.model.set_adapter(name, inference_mode=name != "student")
-        self._freeze_teacher()
+        """Make one adapter active. Only the student ever requires gradients. Costs nothing if it is active already."""
+        self._switch(name)
 
-    def _freeze_teacher(self) -> None:
-        for p in self.adapter("teacher").values():
-            p.requires_grad_(False)
+    def _switch(self, name: str | None) -> None:
+        """To an adapter, or to the bare base (None).
+
+        PEFT's own switch walks all modules and re-enables gradients; what its layers read in a forward are these two attributes.
+        """
+        if name == self._active or not self._adapters:
+            return
+        if name not in (*ADAPTERS, None):
+            raise ValueError(f"no adapter {name}: one of {', '.join(ADAPTERS)}.")
+        for layer in self._layers:
+            layer._disable_adapters = name is None
+            layer._active_adapter = [name or "student"]
+        self.model.active_adapter = self.model.base_model.active_adapter = name or "student"
+        for p in self.adapter("student").values():
+            p.requires_grad_(name == "student")
+        self._active = name
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """The untouched base model: adapters off."""
-        if not self._adapters:
-            yield
-            return
+        """The untouched base model: adapters off. The student after it."""
         try:
-            with self.model.disable_adapter():
-                yield
+            self._switch(None)
+            yield
         finally:
-            self.use("student")  # PEFT re-enables gradients when its context closes
+            self._switch("student")
 
     @contextmanager
     def acting(self, adapter: str | None) -> Iterator[None]:
@@ -147,17 +178,13 @@ class Policy(nn.Module):
         for m in self._train_only:
             m.training = False
         try:
+            self._switch(adapter)
             with torch.no_grad():
-                if adapter is None:
-                    with self.base_only():
-                        yield
-                else:
-                    self.use(adapter)
-                    yield
+                yield
         finally:
             for m, mode in zip(self._train_only, modes, strict=True):
                 m.training = mode
-            self.use("student")
+            self._switch("student")
 
     def student_changed(self) -> None:
         """The optimizer has made a step: from here to the next `sync` the adapters differ."""
@@ -225,16 +252,13 @@ class Policy(nn.Module):
 
     # -- scoring --------------------------------------------------------------------------------------------------------
 
-    def score(self, adapter: str, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def score(self, adapter: str, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> Scores:
         """Log-probs of the action tokens of `sequences` under one adapter.
 
         Args:
             adapter: `student` (with gradient unless torch.no_grad is on) or `teacher` (never with gradient).
             sequences: B of them. They are right-padded, which a causal model never sees.
             temperature: The sampling temperature.
-
-        Returns:
-            logp and entropy, float32 [B, T] in nats, T the longest `token_ids`; 0 where the action mask is false.
         """
         if adapter == "student" and torch.is_grad_enabled():
             self.use("student")
@@ -242,24 +266,46 @@ class Policy(nn.Module):
         with self.acting(adapter):
             return self._score(sequences, temperature)
 
-    def _score(self, sequences: Sequence[TokenSequence], temperature: float) -> tuple[Tensor, Tensor]:
-        width, T = max(map(len, sequences)), max(len(s.token_ids) for s in sequences)
-        ids = torch.full((len(sequences), width), self.tokenizer.pad_token_id or 0)
-        mask = torch.zeros(len(sequences), T, dtype=torch.bool)
-        for i, s in enumerate(sequences):
-            ids[i, : len(s)] = torch.tensor([*s.prompt_ids, *s.token_ids])
-            mask[i, : len(s.action_mask)] = torch.tensor(list(s.action_mask), dtype=torch.bool)
+    def _score(self, sequences: Sequence[TokenSequence], temperature: float) -> Scores:
+        B, width, T = len(sequences), max(map(len, sequences)), max(len(s.token_ids) for s in sequences)
+        prompts, sizes = torch.tensor([(len(s.prompt_ids), len(s.token_ids)) for s in sequences]).unbind(1)
+        ids = torch.full((B, width), self.tokenizer.pad_token_id or 0)
+        ids[_leading(prompts + sizes, width)] = torch.tensor(
+            list(chain.from_iterable(x for s in sequences for x in (s.prompt_ids, s.token_ids)))
+        )
+        mask = torch.zeros(B, T, dtype=torch.bool)
+        mask[_leading(sizes, T)] = torch.tensor(list(chain.from_iterable(s.action_mask for s in sequences)), dtype=torch.bool)
         rows, cols = mask.nonzero(as_tuple=True)
-        starts = torch.tensor([len(s.prompt_ids) for s in sequences])[rows]
-        ids, rows, cols, starts = (x.to(self.device) for x in (ids, rows, cols, starts))
-        hidden = self.backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        picked = hidden[rows, starts + cols - 1]
-        logp, entropy = selected_logprobs(self.head, picked, ids[rows, starts + cols], temperature, self.settings.head_chunk)
-        out = torch.zeros(2, len(sequences), T, device=self.device)
-        return out[0].index_put((rows, cols), logp), out[1].index_put((rows, cols), entropy)
+        ends = prompts[rows] + cols
+        targets, places = ids[rows, ends], torch.stack([rows * (width - 1) + ends - 1, rows * T + cols])
+        ids, targets, places = (x.to(self.device) for x in (ids[:, :-1], targets, places))
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, places[0])
+        logp, entropy = selected_logprobs(self.head, hidden, targets, temperature, self.settings.head_chunk)
+        logp, entropy = (torch.zeros(B * T, device=x.device).scatter(0, places[1], x).view(B, T) for x in (logp, entropy))
+        return Scores(logp, entropy, hidden)
+
+    def compare(
+        self, student_hidden: Tensor, teacher_hidden: Tensor, divergence: Callable[[Tensor, Tensor], Tensor], temperature: float = 1.0
+    ) -> Tensor:
+        """A divergence between full next-token distributions, from the `hidden` of two `Scores`. See `logprobs.compare`.
+
+        Raises:
+            ConfigError: the language-model head carries an adapter, so that it is not one head for both.
+        """
+        if isinstance(self.base.get_output_embeddings(), BaseTunerLayer):
+            raise ConfigError(
+                "policy.lora.targets includes the language-model head: divergences over the full vocabulary need a head without "
+                "adapters: name the layers to adapt, or all-linear (which leaves the head out)."
+            )
+        return compare(self.head, student_hidden, teacher_hidden, divergence, temperature, self.settings.head_chunk)
 
     def extra_repr(self) -> str:
         return self.base_name
+
+
+def _leading(lengths: Tensor, width: int) -> Tensor:
+    """The first `lengths[b]` of `width` columns: bool [B, width]. Indexing with it takes them row by row."""
+    return torch.arange(width) < lengths[:, None]
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -277,4 +323,4 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
-__all__ = ["ADAPTERS", "Policy", "TokenSequence", "micro_batches"]
+__all__ = ["ADAPTERS", "Policy", "Scores", "TokenSequence", "micro_batches"]

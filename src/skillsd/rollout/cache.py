@@ -6,6 +6,7 @@ sliding layers. That is exact for every architecture, and stale entries beyond p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ class SlotCache(Cache):
 
     Args:
         model: The causal language model (without adapters' wrapper); gives layer types, window and attention implementation.
+
+    Attributes:
+        version: Changes whenever the storage is another.
 
     Raises:
         ConfigError: a layer type or an attention implementation that such a cache cannot serve.
@@ -43,6 +47,10 @@ class SlotCache(Cache):
         self.slots = 0
         self.first = 0
         self.positions = torch.empty(0)
+        self.version = 0
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.token_bytes = 2 * config.num_hidden_layers * heads * dim * self.dtype.itemsize
 
     def prepare(self, first: int, starts: Tensor, lengths: Tensor, width: int, longest: int) -> dict[str, Any]:
         """Make room for `width` new tokens in slots first, first + 1, ... of which row b uses `lengths[b]`, from position `starts[b]`.
@@ -52,9 +60,9 @@ class SlotCache(Cache):
         offsets = torch.arange(width, device=starts.device)
         used = offsets[None] < lengths[:, None]
         position_ids = (starts[:, None] + offsets).clamp_max(longest - 1)
-        self._reserve(first + len(starts), longest)
+        self.reserve(first + len(starts), longest)
         self.first, self.width = first, longest
-        self.positions = torch.where(used, starts[:, None] + offsets, self.capacity)
+        self.positions = (starts[:, None] + offsets).masked_fill(~used, self.capacity)
         seen = torch.arange(longest, device=starts.device)
         gap = position_ids[:, None, :, None] - seen
         full = gap >= 0
@@ -70,18 +78,29 @@ class SlotCache(Cache):
             return visible
         return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill_(~visible, torch.finfo(self.dtype).min)
 
-    def _reserve(self, slots: int, length: int) -> None:
-        if length <= self.capacity and slots <= self.slots:
-            return
-        capacity, count = self.capacity, max(self.slots, slots)
+    def _room(self, slots: int, length: int) -> tuple[int, int]:
+        capacity = self.capacity
         while capacity < length:
             capacity = max(256, 2 * capacity)
+        return max(self.slots, slots), capacity
+
+    def bytes_for(self, slots: int, length: int) -> int:
+        """What the cache would take after `reserve`."""
+        count, capacity = self._room(slots, length)
+        return count * (capacity + 1) * self.token_bytes
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Room for `slots` rows of `length` tokens; what is there stays."""
+        if length <= self.capacity and slots <= self.slots:
+            return
+        count, capacity = self._room(slots, length)
         for store in (self.keys, self.values):
             for i, old in enumerate(store):
                 new = old.new_zeros(count, old.shape[1], capacity + 1, old.shape[3])
                 new[: self.slots, :, : self.capacity] = old[:, :, : self.capacity]
                 store[i] = new
         self.capacity, self.slots = capacity, count
+        self.version += 1
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, heads, T, dim] at their positions; those B slots up to the longest row come back."""
@@ -98,11 +117,14 @@ class SlotCache(Cache):
             out.append(mine[:, :, : self.width])
         return out[0], out[1]
 
-    def swap(self, a: int, b: int) -> None:
-        """Exchange two slots."""
+    def move(self, into: Sequence[int], source: Sequence[int], length: int) -> None:
+        """Slots `into` get what slots `source` held, `length` tokens of it."""
         for store in (self.keys, self.values):
-            for t in store:
-                t[[a, b]] = t[[b, a]]
+            if store and into:
+                i, j = (torch.tensor(x, device=store[0].device) for x in (into, source))
+                for t in store:
+                    t = t[:, :, :length]
+                    t.index_copy_(0, i, t.index_select(0, j))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Longest row, in tokens."""

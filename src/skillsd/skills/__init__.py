@@ -1,7 +1,16 @@
 """Skills: what a finished trajectory teaches, the bank that keeps them, and how one is chosen for the teacher."""
 
 from skillsd.skills.bank import SkillBank
-from skillsd.skills.context import BankContext, NoContext, PrivilegedContext, ShuffledContext
+from skillsd.skills.context import (
+    BankContext,
+    GroundTruthContext,
+    GroupContext,
+    HindsightContext,
+    NoContext,
+    PrivilegedContext,
+    ShuffledContext,
+    SiblingContext,
+)
 from skillsd.skills.ledger import Booking, Drop
 from skillsd.skills.retrieval import select, ucb_score
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
@@ -15,11 +24,15 @@ __all__ = [
     "Booking",
     "Drop",
     "Finished",
+    "GroundTruthContext",
+    "GroupContext",
+    "HindsightContext",
     "NoContext",
     "OpenAISummariser",
     "PrivilegedContext",
     "RulesSummariser",
     "ShuffledContext",
+    "SiblingContext",
     "Skill",
     "SkillBank",
     "Summariser",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,19 @@ import lightning as L
 
 from skillsd.errors import ConfigError
 from skillsd.skills.bank import SkillBank
-from skillsd.skills.context import BankContext, NoContext, PrivilegedContext
-from skillsd.skills.skill import SKILL_TEMPLATE
-from skillsd.skills.summarisers import BaseSummariser, RulesSummariser, Summariser
-from skillsd.trajectory import TrajectoryGroup
+from skillsd.skills.context import BankContext, GroundTruthContext, GroupContext, NoContext, PrivilegedContext
+from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
+from skillsd.skills.summarisers import BaseSummariser, Finished, RulesSummariser, Summariser
+from skillsd.skills.summarisers.transcript import conversation
+from skillsd.trajectory import Trajectory, TrajectoryGroup
 
 FILE = "bank.sqlite"
+TRANSCRIPT_TEMPLATE = """\
+# An earlier attempt at this task, which succeeded
+{transcript}
+
+# Your attempt
+"""
 
 
 class SkillBankCallback(L.Callback):
@@ -31,7 +39,10 @@ class SkillBankCallback(L.Callback):
         capacity: Skills kept a task; null keeps all.
         drop: Which one goes when the bank of a task is full.
         booking: What a skill's mean reward is.
-        template: Wrapper of a skill in front of the teacher's prompt (str.format over its three fields).
+        template: Wrapper of a skill in front of the teacher's prompt (str.format over its three fields); null is
+            SKILL_TEMPLATE.
+        transcript_template: The same of another attempt, for contexts that show one: {transcript}, the conversation, shortened in the
+            middle to 24,000 characters, or {actions}, its answers alone, with spaces between them.
         refresh: When prompts are chosen anew: at each `epoch`'s start, or at each `iteration` as in the paper. As an epoch visits
             every task once, nothing is lost with per-task skills.
     """
@@ -43,20 +54,26 @@ class SkillBankCallback(L.Callback):
         capacity: int | None = 8,
         drop: Literal["worst", "oldest"] = "worst",
         booking: Literal["source", "next_visit", "gap"] = "source",
-        template: str = SKILL_TEMPLATE,
+        template: str | None = None,
+        transcript_template: str | None = None,
         refresh: Literal["epoch", "iteration"] = "epoch",
     ) -> None:
         super().__init__()
         self.summariser: Summariser = summariser or RulesSummariser()
         self.context: PrivilegedContext = context or BankContext()
         self.bank_settings: dict[str, Any] = {"capacity": capacity, "drop": drop, "booking": booking}
-        self.template, self.refresh_when = template, refresh
-        try:
-            template.format(success_analysis="", mistake_analysis="", golden_workflow="")
-        except (KeyError, IndexError, ValueError) as e:
-            raise ConfigError(f"SkillBankCallback.template: use only the fields of a skill ({e!r} is none).") from e
+        self.template, self.transcript_template = template or SKILL_TEMPLATE, transcript_template or TRANSCRIPT_TEMPLATE
+        self.refresh_when = refresh
+        shown = ("transcript", "actions")
+        for key, text, fields in (("template", self.template, FIELDS), ("transcript_template", self.transcript_template, shown)):
+            try:
+                text.format(**dict.fromkeys(fields, ""))
+            except (KeyError, IndexError, ValueError) as e:
+                raise ConfigError(f"skills.{key}: use only {', '.join(fields)} in braces ({e!r} is none of them).") from e
         self.prompts: dict[str, int] = {}
         self.failed = 0
+        self.summary_s = 0.0  # seconds that training waited for summaries in this iteration
+        self._hindsight: list[Finished] | None = None  # of the iteration under way, made before its update
         self.bank: SkillBank | None = None
         self._state: dict[str, Any] | None = None
 
@@ -67,7 +84,7 @@ class SkillBankCallback(L.Callback):
             try:
                 self.bank = SkillBank(path, **self.bank_settings)
             except (ValueError, sqlite3.Error) as e:
-                raise ConfigError(f"SkillBankCallback: {e}") from e
+                raise ConfigError(f"skills: {e}") from e
         if self._state is not None:
             self._rewind(self._state)
 
@@ -77,10 +94,12 @@ class SkillBankCallback(L.Callback):
             self.bank.close()
             self.bank = None
 
-    def bind(self, generate: Callable[..., list[str]]) -> None:
-        """Give a summariser that needs one the base model's voice."""
+    def bind(self, generate: Callable[..., list[str]], solve: Callable[[str, Summariser], Skill | None]) -> None:
+        """Give a summariser that needs one the base model's voice, and a context that needs it the environment's own solutions."""
         if isinstance(self.summariser, BaseSummariser):
             self.summariser.bind(generate)
+        if isinstance(self.context, GroundTruthContext):
+            self.context.bind(lambda task_id: solve(task_id, self.summariser))
 
     # -- what the stream asks for ------------------------------------------------------------------------------------------
 
@@ -110,6 +129,27 @@ class SkillBankCallback(L.Callback):
             raise RuntimeError(f"task {task_id} has {len(self.bank.skills(task_id))} skills, and its teacher got none")
         return None, ""
 
+    def texts(self, groups: Sequence[Sequence[Trajectory]]) -> list[list[str]] | None:
+        """What a `GroupContext` puts in front of each member's teacher prompt; None with a context of the other kind."""
+        if not isinstance(self.context, GroupContext):
+            return None
+        skills: dict[tuple[str, int], Skill] = {}
+        if self.context.needs_skills:
+            started = time.perf_counter()
+            self._insert(groups[0][0].iteration)  # what is ready from before stays apart
+            self._submit(groups)
+            self.summariser.drain()
+            self._hindsight = self.summariser.collect()
+            skills = {(s.task_id, s.source_member): s for done in self._hindsight for s in done.skills}
+            self.summary_s += time.perf_counter() - started
+        return [[self._text(x) for x in self.context.choose(g, [skills.get((t.task_id, t.member)) for t in g])] for g in groups]
+
+    def _text(self, told: Skill | Trajectory | None) -> str:
+        if isinstance(told, Trajectory):
+            actions = " ".join(turn.action for turn in told.turns)
+            return self.transcript_template.format(transcript=conversation(told), actions=actions)
+        return told.render(self.template) if told is not None else ""
+
     # -- what an iteration leaves ------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -120,18 +160,25 @@ class SkillBankCallback(L.Callback):
             if g.skill_id is not None:
                 reward = sum(t.reward for t in g.trajectories) / len(g.trajectories)
                 self.bank.record_use(g.skill_id, iteration, reward=reward, gap=gap)
-        if not isinstance(self.context, NoContext):
-            self.summariser.submit(iteration, [t for g in groups for t in g.trajectories if t.turns and not t.failure])
+        started = time.perf_counter()
+        if self._hindsight is None and not isinstance(self.context, NoContext):
+            self._submit([g.trajectories for g in groups])
         if trainer.global_step >= trainer.estimated_stepping_batches:
             self.summariser.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
         self._insert(iteration)
+        self.summary_s += time.perf_counter() - started
         metrics: Any = pl_module.metrics
         metrics["skills/bank"], metrics["skills/failed"] = float(len(self.bank)), float(self.failed)
+        metrics["time/summary_s"], self.summary_s = self.summary_s, 0.0
         pl_module.log_dict({"skills/bank": float(len(self.bank)), "skills/failed": float(self.failed)}, batch_size=1)
+
+    def _submit(self, groups: Sequence[Sequence[Trajectory]]) -> None:
+        self.summariser.submit(groups[0][0].iteration, [t for g in groups for t in g if t.turns and not t.failure])
 
     def _insert(self, iteration: int) -> None:
         assert self.bank is not None
-        for done in self.summariser.collect():
+        finished, self._hindsight = [*(self._hindsight or []), *self.summariser.collect()], None
+        for done in finished:
             self.failed += done.n_failed
             self.bank.insert(done.skills, iteration)
 
@@ -152,5 +199,5 @@ class SkillBankCallback(L.Callback):
         try:
             self.bank.cut(state["iteration"], expect=state["position"])
         except ValueError as e:
-            raise ConfigError(f"SkillBankCallback: {e}") from e
+            raise ConfigError(f"skills: {e}") from e
         self.prompts, self.failed, self._state = dict(state["prompts"]), state["failed"], None

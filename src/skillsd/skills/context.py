@@ -1,20 +1,25 @@
-"""What the teacher may see beside the student's prompt: the task's own skill, none, or another task's (the control)."""
+"""What the teacher may see beside the student's prompt: a skill of the bank, or something made from the group just played.
+
+Contexts of the first kind choose before the rollout, those of the second after it. Both are functions of their arguments and of the
+bank's state alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.retrieval import SQRT2
 from skillsd.skills.skill import Skill
+from skillsd.trajectory import Trajectory
 
 
 @runtime_checkable
 class PrivilegedContext(Protocol):
-    """Chooses the skill that conditions the teacher of one group. A function of its arguments and the bank's state alone."""
+    """Chooses the skill that conditions the teacher of one group."""
 
     def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
         """The skill for the task, or None.
@@ -86,3 +91,62 @@ class ShuffledContext:
 def _circle(task_ids: frozenset[str], seed: int, epoch: int) -> tuple[str, ...]:
     # A hash, not random.shuffle: the same on every version and whatever the order of the ids.
     return tuple(sorted(task_ids, key=lambda task_id: hashlib.sha256(f"{seed}:{epoch}:{task_id}".encode()).digest()))
+
+
+class GroupContext:
+    """Base of the contexts that need the trajectories. The bank is filled as ever, and not read."""
+
+    needs_skills = False
+    """Whether `choose` needs the summaries of the group: training then waits for a slow summariser."""
+
+    def choose(self, group: Sequence[Trajectory], skills: Sequence[Skill | None]) -> Sequence[Skill | Trajectory | None]:
+        """What each member's teacher is told: a skill, another attempt, or nothing.
+
+        Args:
+            group: One task's trajectories, by member.
+            skills: With `needs_skills` the summary of each, None where there is none.
+        """
+        raise NotImplementedError
+
+    def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
+        """Nothing is chosen before the rollout."""
+        return None
+
+
+class HindsightContext(GroupContext):
+    """The skill of the same trajectory (OPID, SEED): the teacher knows how this very attempt went."""
+
+    needs_skills = True
+
+    def choose(self, group: Sequence[Trajectory], skills: Sequence[Skill | None]) -> Sequence[Skill | Trajectory | None]:
+        """Each member's own skill."""
+        return skills
+
+
+class SiblingContext(GroupContext):
+    """A sibling that solved the task (SDPO): for each member the shortest one, of equals the first, never its own."""
+
+    def choose(self, group: Sequence[Trajectory], skills: Sequence[Skill | None]) -> Sequence[Skill | Trajectory | None]:
+        """The sibling's attempt; None where no other member solved the task."""
+        solved = sorted((t for t in group if t.success), key=lambda t: (len(t.turns), t.member))
+        return [next((s for s in solved if s.member != t.member), None) for t in group]
+
+
+class GroundTruthContext(GroupContext):
+    """The skill of the environment's own solution (OPSD): an upper bound on what any skill could say, for environments with a solver."""
+
+    def __init__(self) -> None:
+        self.solve: Callable[[str], Skill | None] | None = None
+        self._known: dict[str, Skill | None] = {}
+
+    def bind(self, solve: Callable[[str], Skill | None]) -> None:
+        """Give it a way to play a task's solution; the data module does."""
+        self.solve = solve
+
+    def choose(self, group: Sequence[Trajectory], skills: Sequence[Skill | None]) -> Sequence[Skill | Trajectory | None]:
+        """The same for all members."""
+        assert self.solve is not None, "bind() comes first"
+        task_id = group[0].task_id
+        if task_id not in self._known:
+            self._known[task_id] = self.solve(task_id)
+        return [self._known[task_id]] * len(group)

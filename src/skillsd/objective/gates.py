@@ -1,0 +1,55 @@
+"""Gates: which tokens listen to the teacher. d = log pi_tea - log pi_stu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skillsd.objective.signal import Gate, Tokens
+
+
+class SigmoidGate(Gate):
+    """sigma(beta d): more where the teacher likes the token better (SDAR, arXiv:2605.15155; UCOB).
+
+    Args:
+        beta: Steepness, >= 0, in 1 / nats.
+    """
+
+    def __init__(self, beta: float = 5.0) -> None:
+        if not beta >= 0:
+            raise ValueError(f"SigmoidGate.beta is {beta}: give 0 or more.")
+        self.beta = beta
+
+    def __call__(self, t: Tokens) -> Tensor:
+        return torch.sigmoid(self.beta * t.gap)
+
+
+class PositiveGate(Gate):
+    """1 in trajectories of positive advantage, else 0 (SDPG, arXiv:2606.04036): only what went well is taught."""
+
+    def __call__(self, t: Tokens) -> Tensor:
+        return (t.advantage > 0).to(t.logp.dtype)
+
+
+class OutcomeGate(Gate):
+    """+1 in trajectories where teacher and outcome agree, -1 where they do not, 0 where the teacher has no view (SGSD, arXiv:2605.28791).
+
+    The teacher is for a trajectory if it makes it likelier: sign of the mean of d, cut at 3 nats, over its tokens. A teacher that is
+    against a solved one, or for an unsolved one, is wrong, and the student is pushed away from it: take a bounded signal (SDPO).
+
+    Args:
+        indifference: Mean |d| up to which the teacher has no opinion, in nats.
+    """
+
+    def __init__(self, indifference: float = 0.05) -> None:
+        if not indifference >= 0:
+            raise ValueError(f"OutcomeGate.indifference is {indifference}: give 0 or more.")
+        self.indifference = indifference
+
+    def __call__(self, t: Tokens) -> Tensor:
+        d = t.gap.clamp(-3.0, 3.0)
+        rows = int(t.row.max()) + 1 if len(t.row) else 0
+        total, count = (torch.zeros(rows, dtype=d.dtype, device=d.device).index_add(0, t.row, x) for x in (d, torch.ones_like(d)))
+        mean = (total / count.clamp_min(1.0))[t.row]
+        opinion = mean.sign() * (mean.abs() > self.indifference)
+        return torch.where(t.success, opinion, -opinion)

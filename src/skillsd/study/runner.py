@@ -1,0 +1,212 @@
+"""Runs the cells: processes of their own, one lock, one time limit. Whatever ends it, the same command continues."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from skillsd.errors import ConfigError
+from skillsd.study.cells import LOG, Cell, provenance
+from skillsd.study.results import Finished, read_cell, write_results
+from skillsd.study.settings import StudySettings
+
+FIT = (sys.executable, "-m", "skillsd", "fit")
+LOCK = "study.lock"
+TAIL = 12
+"""Lines of a failed cell's log that are shown."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the study folder. The cells inherit the lock: if the study is killed, it lasts until they have ended too.
+
+    Yields:
+        The lock's file descriptor.
+
+    Raises:
+        ConfigError: another study holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ConfigError(
+                f"folder: a study, or a cell of one that was killed, still runs in {folder}: wait for it, or name another `folder`."
+            ) from e
+        yield f.fileno()
+
+
+@dataclass
+class Running:
+    """A cell's process and when it was started (monotonic seconds)."""
+
+    cell: Cell
+    process: subprocess.Popen
+    started: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Runs what is not finished, `workers` at a time, and rewrites results.csv after every finished cell.
+
+    Args:
+        study: The settings.
+        cells: All cells, in the order in which they are run.
+        fit: The command in front of a cell's arguments.
+        grace: Seconds between SIGINT and SIGKILL.
+        poll: Seconds between two looks at the processes.
+    """
+
+    def __init__(
+        self, study: StudySettings, cells: Sequence[Cell], fit: Sequence[str] = FIT, grace: float = 30.0, poll: float = 0.2
+    ) -> None:
+        self.study, self.cells, self.fit, self.grace, self.poll = study, list(cells), list(fit), grace, poll
+        self.finished: dict[Cell, Finished] = {}
+        self.failed: list[Cell] = []
+        self.signal = 0
+        """The signal that ended the study; 0 if none did."""
+
+    def run(self) -> None:
+        """Check every cell, then run them until all are tried, the time is up, or SIGINT or SIGTERM arrives.
+
+        Raises:
+            ConfigError: a folder holds another run; nothing is run then.
+        """
+        with locked(Path(self.study.folder)) as lock:
+            for cell in self.cells:
+                cell.check()
+            self.finished = {c: read_cell(c) for c in self.cells if c.finished()}
+            self._write()
+            waiting = [c for c in self.cells if c not in self.finished]
+            print(f"{len(self.cells)} cells: {len(self.finished)} finished, {len(waiting)} to run", flush=True)
+            with self._signals():
+                self._loop(waiting, lock)
+
+    def left(self) -> int:
+        """Cells that are not finished and have not failed in this command."""
+        return len(self.cells) - len(self.finished) - len(self.failed)
+
+    def _loop(self, waiting: list[Cell], lock: int) -> None:
+        begun, limit = time.monotonic(), self.study.time_limit
+        running: list[Running] = []
+        seconds: list[float] = []
+        try:
+            while waiting or running:
+                if self.signal or (limit is not None and time.monotonic() - begun >= limit):
+                    return
+                while waiting and len(running) < self.study.workers:
+                    running.append(self._start(waiting.pop(0), lock))
+                for r in [r for r in running if r.process.poll() is not None]:
+                    running.remove(r)
+                    seconds.append(time.monotonic() - r.started)
+                    self._end(r)
+                    self._tell(r.cell, sum(seconds) / len(seconds))
+                time.sleep(self.poll if running else 0)
+        finally:
+            self._stop(running)
+
+    def _start(self, cell: Cell, lock: int) -> Running:
+        attempts = cell.record().get("attempts", 0) + 1
+        made = provenance()
+        commits = list(dict.fromkeys([*cell.record().get("commits", []), *([made["commit"]] if "commit" in made else [])]))
+        cell.write(**cell.recipe(), version=made["version"], commits=commits, state="running", attempts=attempts, exit_code=None)
+        with (cell.folder / LOG).open("a") as log:
+            log.write(f"--- attempt {attempts}\n")
+            log.flush()
+            process = subprocess.Popen(
+                [*self.fit, *cell.command()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(self.study.threads)},
+                pass_fds=(lock,),
+                start_new_session=True,  # a terminal's Ctrl-C reaches the study alone
+            )
+        return Running(cell, process)
+
+    def _end(self, r: Running, interrupted: bool = False) -> None:
+        """Book an attempt, and read what the cell gave if it is done."""
+        code, wall = r.process.returncode, r.cell.record().get("wall_s", 0.0) + time.monotonic() - r.started
+        r.cell.write(state="finished" if code == 0 else "interrupted" if interrupted else "failed", wall_s=round(wall, 1), exit_code=code)
+        if code == 0:
+            try:
+                if not r.cell.finished():
+                    raise ConfigError("the run ended without `after` in panel.json: is the Panel callback there?")
+                self.finished[r.cell] = read_cell(r.cell)
+            except ConfigError as e:
+                with (r.cell.folder / LOG).open("a") as log:
+                    log.write(f"study: {e}\n")
+                r.cell.write(state="failed")
+            else:
+                self._write()
+                return
+        if not interrupted:
+            self.failed.append(r.cell)
+
+    def _stop(self, running: list[Running]) -> None:
+        """SIGINT to what still runs, SIGKILL after the grace period."""
+        for how, patience in ((signal.SIGINT, self.grace), (signal.SIGKILL, None)):
+            alive = [r for r in running if r.process.poll() is None]
+            for r in alive:
+                with suppress(ProcessLookupError):
+                    os.killpg(r.process.pid, how)
+            until = time.monotonic() + (patience or 0)
+            for r in alive:
+                with suppress(subprocess.TimeoutExpired):
+                    r.process.wait(None if patience is None else max(0.0, until - time.monotonic()))
+        for r in running:
+            self._end(r, interrupted=True)
+
+    def _write(self) -> None:
+        if self.finished:
+            write_results(Path(self.study.folder), [self.finished[c] for c in self.cells if c in self.finished])
+
+    def _tell(self, cell: Cell, mean_seconds: float) -> None:
+        left = self.left()
+        if cell in self.finished:
+            row, metric = self.finished[cell].row, self.study.metric
+            before, after = row[f"before_{metric}"], row[f"after_{metric}"]
+            said = f"{metric} {100 * before:.1f} -> {100 * after:.1f}% ({100 * (after - before):+.1f}), {duration(row['wall_s'])}"
+        else:
+            said = f"FAILED (exit code {cell.record()['exit_code']}), see {cell.folder / LOG}"
+        about = f", about {duration(mean_seconds * left / min(self.study.workers, left))}" if left else ""
+        print(f"{cell}: {said}; {left} left{about}", flush=True)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are noted: nothing is cut in the middle. Set even where SIGINT is ignored: the cells would inherit that."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+
+        before: dict[int, Any] = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def tail(self, cell: Cell) -> str:
+        """The end of a cell's log, indented."""
+        lines = (cell.folder / LOG).read_text(errors="replace").splitlines()[-TAIL:]
+        return "\n".join(f"    {line}" for line in lines)
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3.5 min, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
