@@ -102,6 +102,42 @@ BAD: dict[str, tuple[list[str], str]] = {
         r"model\.init_args\.objective\.distillation_weight is -0\.1: give 0 or more",
     ),
     "negative learning rate": (["--model.init_args.optimizer.lr=-1"], r"model\.init_args\.optimizer: lr"),
+    "two signals": (
+        ["-c", "method/opid", "-c", "method/rlsd"],
+        r"model\.init_args\.objective: advantage and multiplier are both set\. One signal in two places counts the same evidence twice, "
+        r"and no weight says which of them worked: set all but one to null",
+    ),
+    "two signals, by a flag": (
+        ["-c", "method/sdar", "--model.init_args.objective.advantage=skillsd.objective.OPID"], "objective: loss and advantage are both set",
+    ),
+    "a signal in the wrong place": (
+        ["--model.init_args.objective.loss=skillsd.objective.RLSD"],
+        r"model\.init_args\.objective\.loss: RLSD is no loss: give it as multiplier",
+    ),
+    "a distribution as an advantage": (
+        ["--model.init_args.objective.advantage=skillsd.objective.SDPO"],
+        r"model\.init_args\.objective\.advantage is SDPO.* expected gradient is zero: give it as model\.init_args\.objective\.loss",
+    ),
+    "unknown signal": (["--model.init_args.objective.loss=skillsd.objective.NoSuch"], r"model.*NoSuch"),
+    "unknown filter": (["--model.init_args.objective.group_filter=x"], r"model\.init_args\.objective\.group_filter: .*zero_variance"),
+    "unknown actor": (["--data.init_args.actor=x"], r"data\.init_args\.actor: .*half_with_skill"),
+    "an actor whose skill comes too late": (
+        ["-c", "method/hindsight", "-c", "method/off_policy_frozen"],
+        r"data\.init_args\.actor is teacher, which needs a skill before the rollout: set skills\.context to skillsd\.skills\.BankContext",
+    ),
+    "unknown teacher": (["--teacher.mode=x"], r"teacher\.mode: .*'frozen'"),
+    "unknown key of the teacher": (["--teacher.nosuch=1"], r"--teacher\.nosuch"),
+    "a teacher that is never synced": (["--teacher.every=0"], r"\.every is 0: give at least 1 iteration"),
+    "EMA rate": (["--teacher.mode=ema", "--teacher.rate=2"], r"\.rate is 2\.0: give a share"),
+    "skill template": (["--skills.template={nosuch}"], r"skills\.template: use only success_analysis, mistake_analysis, golden_workflow"),
+    "transcript template": (["--skills.transcript_template={plan}"], r"skills\.transcript_template: use only transcript, actions"),
+    "unknown context": (["--skills.context=skillsd.skills.NoSuch"], r"skills\.context: .*NoSuch"),
+    "unknown key of the bank": (["--skills.nosuch=1"], r"--skills\.nosuch"),
+    "unknown way to drop": (["--skills.drop=x"], r"skills\.drop: .*'worst', 'oldest'"),
+    "a bank without room": (["--skills.capacity=0"], r"skills: .*capacity"),
+    "no budget": (
+        ['--trainer.callbacks+={class_path: skillsd.callbacks.EnvStepBudget, init_args: {steps: 0}}'], r"EnvStepBudget\.steps is 0",
+    ),
     "nothing to train": (
         ["--model.init_args.objective.policy_weight=0", "--model.init_args.objective.distillation_weight=0"], "policy_weight",
     ),
@@ -199,7 +235,7 @@ def test_a_foreign_bank_is_never_overwritten(ended, spoil):
     spoil(path)
     before = ended.files()
     line = ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
-    assert "SkillBankCallback" in line and "bank.sqlite" in line and "left as it is" in line
+    assert line.startswith("error: skills: ") and "bank.sqlite" in line and "left as it is" in line
     assert ended.files() == before
 
 

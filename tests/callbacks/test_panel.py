@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from skillsd.callbacks import Panel
 from skillsd.callbacks.panel import paired_difference, read_panel, summarise, write_panel
@@ -155,6 +156,7 @@ def stand_in(folder: Path, batches: list[list[Trajectory]], step: int = 0) -> An
         rows = [(t.seed, SimpleNamespace(task=Task(t.task_id), member=t.member)) for b in batches for t in b]
 
     trainer = SimpleNamespace(default_root_dir=str(folder), global_step=step, loggers=[], progress_bar_callback=None)
+    trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
     tasks = [Task(name, scenario=scenario) for name, scenario in scenarios_of([t for b in batches for t in b]).items()]
     tasks = [replace(t, scenario="") if t.scenario == t.task_id else t for t in tasks]
     trainer.datamodule = SimpleNamespace(val_dataloader=lambda: Loader(batches), panel_attempts=1, panel_tasks=tasks)
@@ -204,7 +206,7 @@ def test_scenarios_come_from_the_data_module(tmp_path, capsys):
     callback.on_validation_epoch_end(trainer, SimpleNamespace(log=lambda k, v, batch_size: told.update({k: v})))
     assert told == {f"panel/{k}": v for k, v in want.items()} | {"panel/pass@1": 0.75}
     stored = read_panel(tmp_path)
-    assert stored["after"] == stored["validate"] == summarise(episodes, scenarios_of(episodes))
+    assert stored["after"] == stored["validate"] == summarise(episodes, scenarios_of(episodes)) | {"device": "cpu"}
 
 
 def at(folder: Path, step: int, episodes: list[Trajectory], total: int = 9, stop: bool = False) -> Any:

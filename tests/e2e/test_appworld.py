@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from skillsd import cli
+from skillsd.data import RolloutData
 from skillsd.trajectory import Trajectory
 from skillsd_appworld import places
 
@@ -113,3 +114,23 @@ def test_bad_input_is_one_line(flags, told, tmp_path, monkeypatch, capsys):
     assert cli.main(["fit", "-c", "appworld", *model, *flags]) == 2
     error = capsys.readouterr().err
     assert told in error and error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_ground_truth_is_the_engine_s_own_solution(finished, tmp_path, monkeypatch):
+    """Its code, run on the engine, is in front of the teacher's prompt from the first iteration on."""
+    _, overlay = finished
+    told: dict[str, str] = {}
+    solve = RolloutData.solution
+
+    def note(self: RolloutData, task_id: str, summariser: Any) -> Any:
+        skill = solve(self, task_id, summariser)
+        told[task_id] = skill.golden_workflow
+        return skill
+
+    monkeypatch.setattr(RolloutData, "solution", note)
+    rules = "{class_path: skillsd.skills.RulesSummariser, init_args: {unsolved_workflow: '{workflow}', solved_workflow: '{workflow}'}}"
+    flags = [f"--skills.summariser={rules}", "--skills.context=skillsd.skills.GroundTruthContext", "--trainer.max_epochs=1"]
+    assert cli.main(["fit", "-c", "appworld", "-c", str(overlay), f"--trainer.default_root_dir={tmp_path / 'run'}", *flags]) == 0
+    (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+    assert float(row["teacher/skill_share"]) == 1 and float(row["teacher/dropped_rows"]) == 0 and float(row["teacher/k3"]) > 0
+    assert len(told) == 3 and all("apis." in text for text in told.values())

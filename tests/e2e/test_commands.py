@@ -21,7 +21,7 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from skillsd import cli
+from skillsd import cli, conf_dir
 from skillsd.module import METRICS
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.load import model_folder
@@ -134,6 +134,30 @@ def test_the_run_folder(finished):
         assert len(bank) == float(rows[-1]["skills/bank"]) > 0 and len(bank.tasks()) == 5
 
 
+def test_steps_tokens_and_seconds(finished):
+    """What an iteration cost, against the record: turns, tokens with their prompts, tokens that the learner scored, and times."""
+    rows, played = list(csv.DictReader((finished / "metrics.csv").open())), trajectories(finished)
+    with SkillBank(finished / "bank.sqlite", read_only=True) as bank:
+        texts = {t.skill_id: bank.get(t.skill_id).golden_workflow for t in played if t.skill_id is not None}
+    for row in rows:
+        mine = [t for t in played if t.iteration == int(row["iteration"])]
+        count = {k: float(row[k]) for k in METRICS if row[k]}
+        assert count["rollout/env_steps"] == sum(len(t.turns) for t in mine)
+        assert count["rollout/turns"] == pytest.approx(count["rollout/env_steps"] / len(mine))
+        tokens = [len(t.prompt_ids) + len(t.token_ids) for t in mine]
+        assert count["rollout/tokens"] == sum(tokens) and count["rollout/action_tokens"] == sum(t.n_actions for t in mine)
+        # The teacher reads the same behind `solved none : MOVES\n`: a token each.
+        taught = [n + len(texts[t.skill_id].split()) + 4 for n, t in zip(tokens, mine, strict=True) if t.skill_id is not None]
+        assert count["learner/tokens"] == sum(tokens) + sum(taught) and len(taught) in (0, len(mine))
+        assert (count["time/teacher_s"] > 1e-3) == bool(taught)
+        seconds = {k: count[f"time/{k}_s"] for k in ("rollout", "teacher", "update", "summary")}
+        assert all(0 <= x < 60 for x in seconds.values()) and min(seconds["rollout"], seconds["update"], seconds["summary"]) > 0
+        assert count["time/rollout_tokens_per_s"] == pytest.approx(count["rollout/tokens"] / seconds["rollout"])
+        assert count["time/learner_tokens_per_s"] == pytest.approx(
+            count["learner/tokens"] / (seconds["teacher"] + seconds["update"]), rel=1e-6
+        )
+
+
 def test_the_record_can_be_scored_again(finished):
     lines = (finished / "trajectories.jsonl").read_text().splitlines()
     assert len(lines) == 2 * 5 * 3 and all(list(json.loads(x)) == KEYS for x in lines)
@@ -183,6 +207,124 @@ def test_the_closing_table_and_running_again(run, tell):
     assert "skill bank: " in out and "of 5 tasks" in out
     assert "panel before" not in out and "panel after" not in out  # said when they are played
     assert [p.name for p, content in stood.items() if p.read_bytes() != content] == []
+
+
+# -- how long a run is ------------------------------------------------------------------------------------------------------------
+
+
+def budget(steps: int) -> str:
+    return f"--trainer.callbacks+={{class_path: skillsd.callbacks.EnvStepBudget, init_args: {{steps: {steps}}}}}"
+
+
+OWN_LENGTH = ["--trainer.max_epochs=40", "--model.init_args.optimizer.schedule_steps=8"]  # a cosine that no limit changes
+
+
+def env_steps(folder: Path) -> list[float]:
+    return [float(r["rollout/env_steps"]) for r in csv.DictReader((folder / "metrics.csv").open())]
+
+
+def test_a_budget_of_environment_steps(tell, tmp_path):
+    """Training stops after the iteration that reaches it; a resumed run counts on, and a finished one plays nothing more."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    out = tell("fit", whole, budget(150), *OWN_LENGTH)
+    used = env_steps(whole)
+    assert sum(used[:-1]) < 150 <= sum(used) and len(used) < 12
+    assert "after - before, paired" in out and set(panel(whole)) == {"before", "after", "difference"}
+    rates = [float(r["optimizer/lr"]) for r in csv.DictReader((whole / "metrics.csv").open())]
+    assert rates == pytest.approx([5e-3 * 0.5 * (1 + math.cos(math.pi * min(i, 8) / 8)) for i in range(len(used))])
+    state = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == len(used) and state["callbacks"]["EnvStepBudget"] == {"used": sum(used)}
+
+    stood = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file() and "tensorboard" not in p.parts and p.name != "config.yaml"}
+    out = tell("fit", whole, "--ckpt_path", "last", budget(150), *OWN_LENGTH)
+    assert "after - before, paired" in out and "panel after:" not in out
+    assert [p.name for p, content in stood.items() if p.read_bytes() != content] == []
+
+    tell("fit", parts, budget(150), *OWN_LENGTH, "--trainer.max_steps=1")
+    for limit in (["--trainer.max_steps=3"], []):
+        tell("fit", parts, "--ckpt_path", "last", budget(150), *OWN_LENGTH, *limit)
+    assert env_steps(parts) == used
+    for name in ("trajectories.jsonl", "panel.json", "adapter/student/adapter_model.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+    tell("fit", whole, "--ckpt_path", "last", budget(int(sum(used)) + 1), *OWN_LENGTH)  # a larger one goes on
+    assert len(env_steps(whole)) == len(used) + 1 and env_steps(whole)[:-1] == used
+
+
+def callbacks(**given: dict[str, Any]) -> str:
+    """The flag that lists callbacks with their arguments."""
+    return "--trainer.callbacks=" + json.dumps([{"class_path": f"skillsd.callbacks.{k}", "init_args": v} for k, v in given.items()])
+
+
+CURVE = callbacks(RunLog={}, Panel={"every": 1}, AdapterExport={}, RunCheckpoint={})
+
+
+def test_a_learning_curve(run, tell, tmp_path):
+    """Its points are panels of the agent at that iteration; training does not notice them."""
+    folder = tmp_path / "curve"
+    out = tell("fit", folder, CURVE)
+    assert [line.partition(":")[0] for line in out.splitlines() if line.startswith("panel") and ": success" in line] == [
+        "panel before", *(f"panel after {i} iterations" for i in (1, 2, 3)), "panel after",
+    ]  # fmt: skip
+    content = panel(folder)
+    assert list(content) == ["before", "during", "after", "difference"] and list(content["during"]) == ["1", "2", "3"]
+    assert {k: v for k, v in content.items() if k != "during"} == panel(run)
+    timeless = [
+        [{k: v for k, v in r.items() if "time/" not in k} for r in csv.DictReader((f / "metrics.csv").open())] for f in (run, folder)
+    ]
+    assert timeless[0] == timeless[1]
+    for steps, shares in content["during"].items():
+        part = tmp_path / f"part-{steps}"
+        tell("fit", part, f"--trainer.max_steps={steps}")
+        after = panel(part)["after"]
+        assert shares == {"n": 4, "success": after["success"], "completion": after["completion"]}
+    tell("fit", folder, "--ckpt_path", "last", CURVE)
+    assert panel(folder) == content
+
+
+@pytest.mark.parametrize("order", [("Panel", "EnvStepBudget"), ("EnvStepBudget", "Panel")])
+def test_a_learning_curve_has_no_point_where_a_budget_ends(tell, tmp_path, order):
+    """Whichever of the two callbacks is listed first: `after` is that point."""
+    given: dict[str, dict[str, Any]] = {"Panel": {"every": 1}, "EnvStepBudget": {"steps": 60}}
+    tell("fit", tmp_path / "run", callbacks(RunLog={}, **{k: given[k] for k in order}, RunCheckpoint={}), "--trainer.max_epochs=40")
+    n = len(env_steps(tmp_path / "run"))
+    assert 1 < n < 8 and list(panel(tmp_path / "run")["during"]) == [str(k) for k in range(1, n)]
+
+
+# -- methods ------------------------------------------------------------------------------------------------------------------------
+
+METHODS = sorted(p.stem for p in (conf_dir() / "method").glob("*.yaml"))
+TAUGHT_AT_ONCE = {"hindsight", "opid", "sibling", "ema_teacher", "frozen_teacher", "opd", "topk_jsd", "rlsd", "off_policy_frozen"}
+"""Methods that need no bank: their teacher speaks in the first epoch, or may."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs(tell, tmp_path, name):
+    """Two epochs: without skills in the bank, and with. Who sees them, and whether the teacher speaks."""
+    tell("fit", tmp_path / "run", "-c", f"method/{name}")
+    rows = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader((tmp_path / "run" / "metrics.csv").open())]
+    assert len(rows) == 4 and all(math.isfinite(v) for r in rows for v in r.values())
+    played = trajectories(tmp_path / "run")
+    plain = {t.task_id: t.prompt_ids for t in played if t.iteration < 2}  # there is no skill yet
+    assert all(t.prompt_ids == plain[t.task_id] for t in played if t.iteration < 2)
+    with_skill = {t.prompt_ids != plain[t.task_id] for t in played if t.iteration >= 2}
+    assert with_skill == {"skill_grpo": {True}, "ucob_pairs": {False, True}}.get(name, {name.startswith("off_policy")})
+    silent = name in ("grpo", "skill_grpo", "no_skill")
+    for r in rows:
+        assert silent <= (r["loss/distillation"] == r["teacher/gap_mean"] == 0)
+        assert r["loss/total"] == pytest.approx(r["loss/policy"] + r["loss/distillation"], abs=1e-9)
+    assert silent or any(r["teacher/k3"] > 0 for r in rows[2:])
+    assert name in TAUGHT_AT_ONCE or all(r["teacher/k3"] == 0 for r in rows[:2])
+    assert (name in ("opid", "rlsd")) == any(r["teacher/shift"] > 0 for r in rows)
+
+
+def test_an_environment_that_has_no_solver(tmp_path, capsys, hosted, monkeypatch):
+    monkeypatch.setattr(SokobanEnv, "solution", property(lambda env: getattr(env, "no solution")))
+    monkeypatch.delattr(Hosted, "solution")
+    context = "--skills.context=skillsd.skills.GroundTruthContext"
+    assert command("fit", tmp_path / "run", hosted, context) == 2
+    assert "GroundTruthContext: skillsd_test/Hosted-v0 offers no solution(): choose another context" in capsys.readouterr().err
+    assert Hosted.alive == 0
 
 
 # -- validate, play, export -------------------------------------------------------------------------------------------------------

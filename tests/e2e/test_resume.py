@@ -194,14 +194,12 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
 
 def overlay(
     path: Path, bank: dict[str, Any], teacher: dict[str, Any], checkpoint: dict[str, Any] | None = None,
-    trainer: dict[str, Any] | None = None, **model: Any,
+    trainer: dict[str, Any] | None = None, panel: dict[str, Any] | None = None, actor: str = "student", **model: Any,
 ) -> Path:  # fmt: skip
-    """Everything tiny; `bank`, `teacher` and `checkpoint` are arguments of their callbacks."""
+    """Everything tiny; `bank`, `teacher`, `checkpoint` and `panel` are arguments of their callbacks."""
     named: dict[str, dict[str, Any]] = {
-        "skillsd.callbacks.TeacherSync": teacher,
-        "skillsd.skills.callback.SkillBankCallback": bank,
         "skillsd.callbacks.RunLog": {},
-        "skillsd.callbacks.Panel": {},
+        "skillsd.callbacks.Panel": panel or {},
         "skillsd.callbacks.AdapterExport": {},
         "skillsd.callbacks.RunCheckpoint": checkpoint or {},
     }
@@ -222,8 +220,10 @@ def overlay(
             "callbacks": [{"class_path": k, "init_args": v} for k, v in named.items()],
             **(trainer or {}),
         },
+        "teacher": teacher,
+        "skills": bank,
         "model": {"init_args": model},
-        "data": {"init_args": {"env_kwargs": env, "batch_tasks": 3, "group_size": 2, "rollout": {"max_rows": 4}}},
+        "data": {"init_args": {"env_kwargs": env, "batch_tasks": 3, "group_size": 2, "actor": actor, "rollout": {"max_rows": 4}}},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(config))
     return path
@@ -248,6 +248,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "checkpoint": {"every_n_train_steps": 2},
     },
     "base": {"bank": BASE, "trainer": {"limit_val_batches": 1.0}, "teacher": {"mode": "sync", "every": 2}},
+    "hindsight": {
+        "bank": RULES | {"context": {"class_path": "skillsd.skills.HindsightContext"}},
+        "teacher": {"mode": "sync", "every": 1},
+        "panel": {"every": 2},
+    },
+    "off_policy_dynamic": {"bank": RULES, "teacher": {"mode": "sync", "every": 1}, "actor": "teacher"},
 }
 
 MOMENTS: list[tuple[str, int, bool]] = [
@@ -263,6 +269,17 @@ MOMENTS: list[tuple[str, int, bool]] = [
     ("skillsd.callbacks.resume:_InPlace.save_checkpoint", 1, True),
     ("torch:save", 2, True),  # the checkpoint is made, not written
     ("skillsd.rollout.collector:Collector.collect", 2, False),
+]
+FEW: list[tuple[str, int, bool]] = [
+    ("skillsd.skills.callback:SkillBankCallback.texts", 2, True),  # the summaries are made, the update is not
+    ("skillsd.module:SkillSD._step", 1, True),
+    ("skillsd.callbacks.log:RunLog.on_train_batch_end", 2, True),
+    ("skillsd.rollout.collector:Collector.collect", 1, False),
+]
+"""For what differs from the others in few places."""
+CURVE: list[tuple[str, int, bool]] = [
+    ("skillsd.callbacks.panel:write_panel", 2, True),  # a point of the learning curve is ahead of the checkpoint
+    ("skillsd.callbacks.panel:write_panel", 2, False),  # it is played, not written
 ]
 END: list[tuple[str, int, bool]] = [
     ("skillsd.callbacks.panel:summarise", 1, False),  # the `after` panel is played, not written
@@ -310,6 +327,24 @@ def test_one_kill(servers: tuple[Server, Server], tmp_path: Path) -> None:
     assert "--overwrite=true" in killed.fit(code=2)
     assert "other episodes" in killed.resume("--data.init_args.panel_attempts=2", code=2)
     assert_equal(killed.record(), record)
+
+
+@pytest.mark.parametrize("variant", ["hindsight", "off_policy_dynamic"])
+def test_one_kill_of_other_methods(servers: tuple[Server, Server], tmp_path: Path, variant: str) -> None:
+    """Where the teacher's prompts are made of the rollout, or the teacher's weights make it."""
+    file = overlay(tmp_path / "overlay.yaml", **VARIANTS[variant])
+    whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
+    whole.fit()
+    killed.kill("skillsd.module:SkillSD._step", 5, True)
+    killed.resume()
+    record = whole.record()
+    assert_equal(killed.record(), record)
+    if variant == "hindsight":
+        assert list(record["panel"]["during"]) == ["2", "4", "6", "8"] and len(record["skill"]) > 20
+        assert all(float(row["teacher/skill_share"]) == 1 for row in record["metrics"])  # from the first iteration on
+    else:
+        assert all(float(row["policy/logp_drift"]) == 0 for row in record["metrics"])
+        assert [float(row["teacher/skill_share"]) for row in record["metrics"]] == [0] * 3 + [1] * 6
 
 
 def test_base_summariser_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +415,8 @@ def test_kills(servers: tuple[Server, Server], tmp_path: Path, variant: str) -> 
     file = overlay(tmp_path / "overlay.yaml", **VARIANTS[variant])
     whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
     whole.fit()
-    for i, bomb in enumerate(MOMENTS):
+    moments = {"hindsight": FEW + CURVE, "off_policy_dynamic": FEW[1:]}.get(variant, MOMENTS)
+    for i, bomb in enumerate(moments):
         killed.kill(*bomb)
         if i == 4:
             tear(killed)

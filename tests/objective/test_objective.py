@@ -382,6 +382,28 @@ def test_an_own_signal_in_its_three_places(batch):
         torch.testing.assert_close(batch.gradient(o), torch.autograd.grad(want / n, batch.logits, retain_graph=True)[0])
 
 
+def test_an_advantage_carries_no_gradient(batch):
+    """Nor does a multiplier, whatever its author forgot: the ratio alone is differentiated."""
+
+    class Leaky(Own):
+        def advantage(self, t: Tokens) -> Tensor:
+            return t.logp
+
+        def multiplier(self, t: Tokens) -> Tensor:
+            return 1.0 + t.logp.square()
+
+    class Tight(Own):
+        def advantage(self, t: Tokens) -> Tensor:
+            return t.logp.detach()
+
+        def multiplier(self, t: Tokens) -> Tensor:
+            return 1.0 + t.logp.detach().square()
+
+    for place in ("advantage", "multiplier"):
+        a, b = (batch.gradient(Objective(distillation_weight=0.375, **{place: signal})) for signal in (Leaky(), Tight()))
+        assert torch.equal(a, b)
+
+
 def test_an_own_gate(batch):
     odd = torch.arange(7) % 2 == 1
     o = Objective(distillation_weight=0.375, loss=Own(), gate=OwnGate())
@@ -439,7 +461,7 @@ def test_a_term_of_weight_zero_cannot_spoil_the_loss(batch):
     far = x | {"logp_old": x["logp_old"] - 5000, "logp_behaviour": x["logp"].detach()}  # GRPO's ratio overflows
     alone = Objective(policy_weight=0.0, distillation_weight=0.5)
     terms = alone.terms(**far)
-    assert not terms.policy.isfinite()
+    assert terms.policy == 0
     total = alone.total(terms, 7)
     assert total.isfinite() and torch.autograd.grad(total, x["logp"])[0].isfinite().all()
 

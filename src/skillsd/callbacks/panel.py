@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from rich.progress import Progress
 
 from skillsd.errors import ConfigError
@@ -86,7 +87,7 @@ class Panel(L.Callback):
         self.played += batch
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.result = summarise(self.played, _scenarios(trainer))
+        self.result = summarise(self.played, _scenarios(trainer)) | {"device": _device_name(trainer)}
         for key, share in _shares(self.result).items():
             pl_module.log(f"panel/{key}", share, batch_size=1)
         if trainer.state.fn == "validate":
@@ -99,7 +100,7 @@ class Panel(L.Callback):
         return [(x["task_id"], x["member"], x["seed"]) for x in result["levels"]] == [(r.task.task_id, r.member, s) for s, r in rows]
 
     def _keep(self, trainer: L.Trainer, when: str) -> None:
-        self.result = self._play(trainer, when)
+        self.result = self._play(trainer, when) | {"device": _device_name(trainer)}
         write_panel(trainer.default_root_dir, {when: self.result})
 
     def _play(self, trainer: L.Trainer, when: str) -> dict[str, Any]:
@@ -115,6 +116,11 @@ class Panel(L.Callback):
         result = summarise(played, _scenarios(trainer))
         print(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(result).items()))
         return result
+
+
+def _device_name(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _scenarios(trainer: L.Trainer) -> dict[str, str]:

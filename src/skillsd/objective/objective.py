@@ -88,7 +88,9 @@ class Objective:
             can = [p for p in PLACEMENTS if self.signal.writes(p)]
             raise ValueError(f"{where}.{self.placement}: {name} is no {self.placement}: give it as {' or '.join(can) or 'nothing'}.")
         if self.placement != "loss" and not self.policy_weight:
-            raise ValueError(f"{where}: policy_weight is 0, so an {self.placement} has nothing to act on: raise it or use loss.")
+            raise ValueError(f"{where}: policy_weight is 0, so {where}.{self.placement} has nothing to act on: raise it or use loss.")
+        if self.placement == "multiplier" and max(self.distillation_weight, self.weight_end) > 1:
+            raise ValueError(f"{where}: a multiplier's distillation_weight and weight_end are shares: give at most 1, or signs may change.")
 
     def weight(self, step: int) -> float:
         """lambda at iteration `step` (0-based)."""
@@ -130,11 +132,10 @@ class Objective:
         )  # fmt: skip
         heard = rows(taught, True)
         plain, clipped = clipped_policy_loss(t.logp, t.logp_old, t.advantage, self.clip_low, self.clip_high)
-        policy, shift = self.policy_weight * plain.sum(), torch.zeros_like(t.advantage)
-        if not lam or not heard.any():
-            distillation = policy.new_zeros(())
-        else:
-            g = lam * (heard if self.gate is None else self.gate(t) * heard)
+        policy = self.policy_weight * plain.sum() if self.policy_weight else plain.new_zeros(())  # 0 * inf would be nan
+        distillation, shift = policy.new_zeros(()), torch.zeros_like(t.advantage)
+        if lam and heard.any():
+            g = lam if self.gate is None else lam * self.gate(t)
             if self.placement == "loss":
                 distillation = torch.where(heard, g * self.signal.loss(t), 0.0).sum()
             else:
@@ -155,10 +156,5 @@ class Objective:
         return Terms(policy, distillation, metrics)
 
     def total(self, terms: Terms, n: int) -> Tensor:
-        """(policy + distillation) / N. A term of weight 0 is left out: 0 * inf would be nan."""
-        loss = terms.policy.new_zeros(())
-        if self.policy_weight:
-            loss = loss + terms.policy
-        if terms.distillation.requires_grad:
-            loss = loss + terms.distillation
-        return loss / n
+        """(policy + distillation) / N; without gradient where neither has one."""
+        return (terms.policy + terms.distillation) / n

@@ -16,7 +16,7 @@ from typing import get_args
 
 from skillsd.skills import bank_file
 from skillsd.skills.ledger import Booking, Drop, Event, Ledger
-from skillsd.skills.retrieval import SQRT2, select
+from skillsd.skills.retrieval import SQRT2, Untried, select
 from skillsd.skills.skill import Skill
 
 
@@ -94,9 +94,9 @@ class SkillBank:
         """A skill by id, also one that was dropped since. Raises KeyError if there never was one."""
         return self._ledger.skills[skill_id]
 
-    def retrieve(self, task_id: str, c: float = SQRT2) -> Skill | None:
+    def retrieve(self, task_id: str, c: float = SQRT2, untried: Untried = "first") -> Skill | None:
         """The skill to use next (`retrieval.select`), or None if the task has none. Does not count as a use."""
-        return select(self.skills(task_id), c)
+        return select(self.skills(task_id), c, untried)
 
     def stats(self) -> dict[str, float]:
         """Numbers to log: skills held (`size`), tasks that have one (`tasks`), `mean_uses` of those held, `merged` and `dropped` so far."""

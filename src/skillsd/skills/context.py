@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.retrieval import SQRT2
@@ -39,14 +39,15 @@ class BankContext:
 
     Args:
         c: Weight of exploration.
+        untried: `first`: never-used skills come first, as in the paper; `prior`: they count as used once (`retrieval.select`).
     """
 
-    def __init__(self, c: float = SQRT2) -> None:
-        self.c = c
+    def __init__(self, c: float = SQRT2, untried: Literal["first", "prior"] = "first") -> None:
+        self.c, self.untried = c, untried
 
     def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
         """The task's top skill; None while it has none."""
-        return bank.retrieve(task_id, self.c)
+        return bank.retrieve(task_id, self.c, self.untried)
 
 
 class NoContext:

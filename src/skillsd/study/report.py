@@ -67,6 +67,7 @@ def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], fi
         f"The panel: {', '.join(map(str, n))} held-out episodes a run, played before and after training.",
         "Environment steps of a run: " + ("not measured" if steps.isna().all() else f"{steps.min():,.0f} to {steps.max():,.0f}") + ".",
         f"skillsd {', '.join(versions)}, " + (f"commit {', '.join(commits)}." if commits else "commit unknown."),
+        f"Ran on: {', '.join(sorted({d or 'unknown' for d in results['device']}))}.",
         "Missing cells: " + ("; ".join(f"{state}: {', '.join(v)}" for state, v in missing.items()) or "none") + ".",
         "The unit is the seed: means, intervals (95%, Student's t) and tests are over seeds, pairs are of the same seed.",
     ]

@@ -83,12 +83,17 @@ def read_cell(cell: Cell) -> Finished:
         "iterations": len(metrics),
         "wall_s": cell.record().get("wall_s", nan),
         **{name: metrics[column].tail(WINDOW).mean() for name, column in HEALTH.items()},
-        # Over the whole run: gradients are measured now and then.
-        "grad_ratio": norms.iloc[:, 0].mean() / policy if (policy := norms.iloc[:, 1].mean()) else nan,
+        "grad_ratio": _ratio(*norms.mean()),  # over the whole run: gradients are measured now and then
+        "device": after.get("device", ""),
         "panel_n": after["n"],
         "panel": _digest(after["levels"]),
     }
     return Finished(row, _curve(cell, metrics, panel))
+
+
+def _ratio(distillation: float, policy: float) -> float:
+    """NaN where there is no policy gradient but for the rounding of a difference."""
+    return distillation / policy if policy > 1e-5 * distillation else nan
 
 
 def _digest(levels: Sequence[dict[str, Any]]) -> str:
