@@ -161,8 +161,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no temperature": (["--data.init_args.rollout.temperature=0"], r"rollout\.temperature"),
     "no checkpoint": (["--ckpt_path=nosuch.ckpt"], r"ckpt_path: no checkpoint at nosuch\.ckpt"),
     "no accelerator": (["--trainer.accelerator=nosuch"], "accelerator='nosuch'"),
-    "callbacks in the wrong order": (
-        ["--trainer.callbacks+=skillsd.skills.callback.SkillBankCallback"], r"trainer\.callbacks: SkillBankCallback comes after RunLog",
+    "a second bank": (
+        ["--trainer.callbacks+=skillsd.skills.callback.SkillBankCallback"], r"trainer\.callbacks: .*SkillBankCallback: .* under `skills:`",
+    ),
+    "a second teacher": (
+        ["--trainer.callbacks+=skillsd.callbacks.TeacherSync"], r"trainer\.callbacks: .*TeacherSync: .* under `teacher:`",
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,23 @@ def test_a_stream_goes_on_where_it_stood(join):
     assert list(data.train_dataloader()) == whole[4:]
     assert data.state_dict() == {"position": 6}
     assert list(join(seed=1).train_dataloader()) != whole[:3]
+
+
+def test_seconds_of_a_rollout(join):
+    """Of each iteration by itself: what is done between two of them is not counted."""
+    data = join(batch_tasks=2)
+    collect, seconds = data.collector.collect, []
+
+    def slowly(rows: list[Row], **settings: Any) -> list[Trajectory]:
+        time.sleep(0.1)
+        return collect(rows, **settings)
+
+    data.collector.collect = slowly
+    started = time.perf_counter()
+    for _ in data.train_dataloader():
+        seconds.append(data.rollout_s)
+        time.sleep(0.1)
+    assert len(seconds) == 3 and all(s >= 0.1 for s in seconds) and sum(seconds) < time.perf_counter() - started - 0.3
 
 
 def test_failed_episodes_are_told_once_an_iteration(join, caplog):
@@ -751,7 +769,7 @@ def test_an_environment_without_solutions(join, monkeypatch):
     data = join(bank)
     stream = data.train_dataloader()
     monkeypatch.delattr("skillsd_sokoban.env.SokobanEnv.solution")
-    with pytest.raises(ConfigError, match=r"GroundTruthContext: .*Sokoban-v0 offers no solution\(\): choose another context"):
+    with pytest.raises(ConfigError, match=r"skills\.context: .*Sokoban-v0 offers no solution\(\): choose another context"):
         next(iter(stream))
 
 

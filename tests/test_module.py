@@ -18,7 +18,7 @@ from torch import Tensor
 from skillsd.callbacks import TeacherSync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS, OptimizerSettings, SkillSD
-from skillsd.objective import OPID, RLSD, SDPG, SDPO, UCOB, Objective, PositiveGate, SigmoidGate
+from skillsd.objective import OPID, RLSD, SDPG, SDPO, UCOB, Objective, OutcomeGate, PositiveGate, SigmoidGate
 from skillsd.policy import Policy, Scores, TokenSequence
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup, Turn
 
@@ -569,6 +569,24 @@ def test_the_view_that_fared_better_teaches_the_other(make_policy, step):
     assert added.item() > 0
 
 
+def test_a_gate_that_knows_the_outcome(make_policy, step):
+    """Each row's own success and its own mean gap, whatever micro-batch it is in."""
+    policy = make_policy()
+    groups = apart(make_groups(policy))
+    rows = in_full(policy, groups)
+    n, grpo, added, signs = sum(len(r.picked) for r in rows), 0.0, 0.0, set()
+    for r in rows:
+        gap = (-r.ell.detach()).clamp(-3, 3).mean().item()
+        sign = (1 if gap > 0.05 else -1 if gap < -0.05 else 0) * (1 if r.group.trajectories[r.member].success else -1)
+        signs.add((sign, r.group.trajectories[r.member].success))
+        grpo, added = grpo + r.grpo().sum(), added + sign * kl(r.student.double().exp(), r.teacher.double().exp()).sum()
+    assert len(signs) > 2  # for and against, of solved ones and others
+    want = gradient(policy, ((grpo + 0.5 * added) / n).float())
+    objective = Objective(distillation_weight=0.5, loss=SDPG(), gate=OutcomeGate())
+    for tokens in (1, 60, 4096):
+        close(step(policy, groups, objective=objective, micro_batch_tokens=tokens).grads[0], want, 2e-5)
+
+
 @pytest.mark.parametrize("placement", ["advantage", "multiplier"])
 def test_a_signal_in_the_advantage(make_policy, step, placement):
     """OPID adds w (log tea - log old), RLSD multiplies; both through GRPO's ratio and bounds, and in taught rows alone."""
@@ -731,11 +749,13 @@ def test_the_teacher_s_time_is_told_apart(make_policy, step, monkeypatch):
 
     monkeypatch.setattr(Policy, "score", slowly)
     started = time.perf_counter()
-    m = step(policy, groups, micro_batch_tokens=1).metrics[0]  # a forward a row; the rollout's are not this module's
+    each = step(policy, groups, groups, groups, micro_batch_tokens=1).metrics  # a forward a row
     seconds = time.perf_counter() - started
-    assert m["time/teacher_s"] >= 6 * 0.05 and m["time/update_s"] >= 6 * 0.02 and m["time/teacher_s"] + m["time/update_s"] < seconds
-    assert m["time/learner_tokens_per_s"] == pytest.approx(m["learner/tokens"] / (m["time/teacher_s"] + m["time/update_s"]), rel=1e-3)
-    assert all(math.isnan(m[k]) for k in ("time/rollout_s", "time/summary_s"))  # others' business
+    assert sum(m["time/teacher_s"] + m["time/update_s"] for m in each) < seconds  # of one iteration each, not of all so far
+    for m in each:
+        assert m["time/teacher_s"] >= 6 * 0.05 and m["time/update_s"] >= 6 * 0.02
+        assert m["time/learner_tokens_per_s"] == pytest.approx(m["learner/tokens"] / (m["time/teacher_s"] + m["time/update_s"]), rel=1e-3)
+        assert all(math.isnan(m[k]) for k in ("time/rollout_s", "time/summary_s"))  # others' business
     alone = step(policy, groups, groups, objective=Objective(distillation_weight=0.0)).metrics
     assert all(m["time/teacher_s"] < 0.05 < 100 * m["time/update_s"] for m in alone)
 

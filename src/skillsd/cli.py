@@ -156,7 +156,12 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # `teacher` and `skills` come first: what is logged and saved at an iteration's end includes theirs.
-        return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *(config["callbacks"] or [])]}, [])
+        given = config["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        for kind, key in ((TeacherSync, "teacher"), (SkillBankCallback, "skills")):
+            if any(isinstance(c, kind) for c in given):
+                raise ConfigError(f"trainer.callbacks: every run has one {kind.__name__}: give its settings under `{key}:` instead.")
+        return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given]}, [])
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer
@@ -365,6 +370,8 @@ def main(args: ArgsType = None) -> int:
             raise
         print(f"error: {_told(e)}", file=sys.stderr)
         return 2
+    finally:
+        gc.unfreeze()
     return 0
 
 

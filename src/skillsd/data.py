@@ -108,6 +108,12 @@ class RolloutData(L.LightningDataModule):
                 f"data.init_args.actor is {self.actor}, which needs a skill before the rollout: "
                 "set skills.context to skillsd.skills.BankContext."
             )
+        refused = {"half_with_skill": ("gap", "next_visit"), "student_with_skill": ("gap",)}.get(self.actor, ())
+        if self.bank is not None and self.bank.bank_settings["booking"] in refused:
+            raise ConfigError(
+                f"skills.booking is {self.bank.bank_settings['booking']}, which means nothing where data.init_args.actor is {self.actor}: "
+                "set it to source."
+            )
         if self.group_size < 2 and module.objective.policy_weight > 0:
             raise ConfigError(
                 f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
@@ -231,8 +237,10 @@ class RolloutData(L.LightningDataModule):
         task = next(t for t in self.train_tasks if t.task_id == task_id)
         with closing(make_env(self.env_id, self.env_kwargs)) as env:
             if not hasattr(env.unwrapped, "solution"):
-                raise ConfigError(f"GroundTruthContext: {self.env_id} offers no solution(): choose another context.")
+                raise ConfigError(f"skills.context: {self.env_id} offers no solution(): choose another context.")
             turns, _, instruction, success = demonstrate(env, task, 0.0, random.Random(0))
+        if not turns:
+            return None
         share = float(success)
         trajectory = Trajectory(0, task_id, 0, 0, instruction, (), (), (), (), tuple(turns), share, share, success, "done")
         return summariser.summarise([trajectory])[0]
@@ -279,6 +287,12 @@ class GroupStream:
         started = time.perf_counter()
         adapter = "teacher" if d.actor == "teacher" else "student"
         played = d.collector.collect(rows, seed=d.seed, iteration=iteration, adapter=adapter)
+        # A skill that leaves no room to act is left out: an episode that was not played would count as a reward of 0.
+        if crowded := [i for i, t in enumerate(played) if rows[i].skill and not t.turns and t.finish_reason == "length"]:
+            log.warning("iteration %d: %d prompts with a skill are too long; these episodes are played without.", iteration, len(crowded))
+            plain = [replace(rows[i], skill="") for i in crowded]
+            for i, t in zip(crowded, d.collector.collect(plain, seed=d.seed, iteration=iteration, adapter=adapter), strict=True):
+                played[i] = t
         d.rollout_s = time.perf_counter() - started
         if failed := [t for t in played if t.finish_reason == "failed"]:
             log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)

@@ -52,6 +52,8 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if self.lr < 0 or self.weight_decay < 0 or self.warmup_steps < 0 or self.gradient_clip_norm < 0:
             raise ConfigError("model.init_args.optimizer: lr, weight_decay, warmup_steps and gradient_clip_norm must be 0 or more.")
+        if self.schedule_steps is not None and self.schedule_steps < 1:
+            raise ConfigError(f"model.init_args.optimizer.schedule_steps is {self.schedule_steps}: give at least 1 iteration, or null.")
 
 
 class SkillSD(L.LightningModule):

@@ -33,7 +33,7 @@ def trainer() -> Any:
 
 
 def play(callback: EnvStepBudget, t: Any, *groups: tuple[int, ...]) -> bool:
-    callback.on_train_batch_end(t, None, None, batch(*groups), 0)  # type: ignore[arg-type]
+    callback.on_train_batch_start(t, None, batch(*groups), 0)  # type: ignore[arg-type]
     return bool(t.should_stop)
 
 

@@ -71,10 +71,10 @@ def test_frozen_stays(make_policy):
 
 
 def test_bad_schedules():
-    with pytest.raises(ConfigError, match=r"TeacherSync\.every"):
+    with pytest.raises(ConfigError, match=r"teacher\.every"):
         TeacherSync(every=0)
     for rate in (0.0, 1.5):
-        with pytest.raises(ConfigError, match=r"TeacherSync\.rate"):
+        with pytest.raises(ConfigError, match=r"teacher\.rate"):
             TeacherSync("ema", rate=rate)
 
 

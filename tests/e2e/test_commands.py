@@ -323,7 +323,7 @@ def test_an_environment_that_has_no_solver(tmp_path, capsys, hosted, monkeypatch
     monkeypatch.delattr(Hosted, "solution")
     context = "--skills.context=skillsd.skills.GroundTruthContext"
     assert command("fit", tmp_path / "run", hosted, context) == 2
-    assert "GroundTruthContext: skillsd_test/Hosted-v0 offers no solution(): choose another context" in capsys.readouterr().err
+    assert "skills.context: skillsd_test/Hosted-v0 offers no solution(): choose another context" in capsys.readouterr().err
     assert Hosted.alive == 0
 
 

@@ -41,9 +41,6 @@ def test_only_the_student_has_gradients_after_any_switch(make_policy):
         with policy.acting(adapter):
             assert not any(p.requires_grad for p in policy.adapter("teacher").values())
         check_frozen(policy)
-    with policy.base_only():
-        pass
-    check_frozen(policy)
     policy.sync()
     policy.ema(0.5)
     check_frozen(policy)
@@ -56,7 +53,7 @@ def test_only_the_student_has_gradients_after_an_exception(make_policy):
         with pytest.raises(IndexError):
             policy.score(adapter, too_large)
         check_frozen(policy)
-    for context in (policy.base_only, lambda: policy.acting(None), lambda: policy.acting("teacher")):
+    for context in (lambda: policy.acting(None), lambda: policy.acting("teacher")):
         with pytest.raises(KeyError), context():
             raise KeyError
         check_frozen(policy)

@@ -93,7 +93,7 @@ def test_an_adapter_on_the_head_counts(make_policy):
     ids = torch.randint(5, 60, (1, 9), generator=torch.Generator().manual_seed(0))
     hidden = policy.backbone(input_ids=ids).last_hidden_state
     torch.testing.assert_close(policy.head(hidden), policy.base(input_ids=ids).logits)
-    with policy.base_only():
+    with policy.acting(None):
         assert not torch.allclose(policy.head(hidden), make_head(policy.base)(hidden) + 1)
         plain = policy.head(hidden)
     assert not torch.allclose(policy.head(hidden), plain)

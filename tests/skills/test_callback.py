@@ -50,7 +50,7 @@ def end(callback: SkillBankCallback, groups: list[list[Any]], last: bool = False
     prompts = ((1,),) * len(groups[0])
     batch = [TrajectoryGroup(Task(g[0].task_id), tuple(g), prompts, prompts) for g in groups]
     module = SimpleNamespace(metrics={}, log_dict=lambda metrics, batch_size: None)
-    trainer: Any = SimpleNamespace(global_step=groups[0][0].iteration + 1, estimated_stepping_batches=99)
+    trainer: Any = SimpleNamespace(global_step=groups[0][0].iteration + 1, estimated_stepping_batches=99, should_stop=False)
     if last:
         trainer.estimated_stepping_batches = trainer.global_step
     callback.on_train_batch_end(trainer, module, {"group_gap": torch.zeros(len(batch))}, batch, 0)  # type: ignore[arg-type]

@@ -35,6 +35,14 @@ def test_own_and_none(bank):
     assert NoContext()(bank, "t3", TASKS, 0, 0) is None
 
 
+def test_untried_skills_first_or_as_a_prior(bank):
+    used = bank.retrieve("t3")
+    bank.record_use(used.skill_id, 0, reward=1.0, gap=0.0)
+    assert BankContext(c=0.0)(bank, "t3", TASKS, 0, 0).source_reward == 0.0  # the one that nobody has tried
+    assert BankContext(c=0.0, untried="prior")(bank, "t3", TASKS, 0, 0).skill_id == used.skill_id
+    assert BankContext(c=9.0, untried="prior")(bank, "t3", TASKS, 0, 0) == bank.retrieve("t3", 9.0, "prior")
+
+
 @pytest.mark.parametrize("epoch", range(5))
 def test_shuffled_is_a_derangement_of_the_tasks_with_skills(bank, epoch):
     who = lenders(bank, 1, epoch)

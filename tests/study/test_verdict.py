@@ -25,7 +25,7 @@ METHOD = {
     "unclear": (
         UNCLEAR,
         "m cannot be told from grpo: +0.5 [-0.5, +1.5] points over 2 seeds, Holm p = 0.6; "
-        "about 12 seeds would be needed to see a difference of this size with 90% power.",
+        "about 12 seeds would be needed to see a difference of this size with 90% power in a single test.",
     ),
     "same": (SAME, "m came out the same as grpo with each of 2 seeds."),
     "one": (ONE, "m - grpo is +2.0 points with seed 0; one seed says nothing about others."),
@@ -54,8 +54,8 @@ CONTROL = [
     (control((0.02, 0.03), 0.01), None, "points over 2 seeds, Holm p = 0.01)."),
     (control((-0.02, -0.03), 0.01), BETTER, "m is worse than shuffled (-2.5 [-3.5, -1.5] points over 2 seeds, Holm p = 0.01): what m has "
      "and shuffled lacks does harm."),
-    (control((0.02, -0.01), 0.5), BETTER, "90% power): its gain over grpo is not shown to come from what shuffled lacks."),
-    (control((0.02, -0.01), 0.5), WORSE, "90% power), and no gain over grpo is established that shuffled could explain."),
+    (control((0.02, -0.01), 0.5), BETTER, "90% power in a single test): its gain over grpo is not shown to come from what shuffled lacks."),
+    (control((0.02, -0.01), 0.5), WORSE, "90% power in a single test), and no gain over grpo is established that shuffled could explain."),
     (control((0.0, 0.0), 1.0), BETTER, "m came out the same as shuffled with each of 2 seeds: its gain over grpo is not shown"),
     (control((0.0, 0.0), 1.0), None, "with each of 2 seeds: a gain is not shown to come from what shuffled lacks."),
     (control((0.01,)), BETTER, "Control: m - shuffled is +1.0 points with seed 0; one seed says nothing about others."),

@@ -10,7 +10,7 @@ from typing import Any
 
 from skillsd.errors import ConfigError
 from skillsd.rollout import Row, demonstrate, make_env
-from skillsd.skills import SkillBank
+from skillsd.skills import BankContext, SkillBank
 from skillsd.trajectory import Task, Turn
 
 
@@ -122,11 +122,12 @@ def skill_text(trainer: Any, data: Any, task: Any) -> str:
     """The task's skill from the run's bank, or from the environment's own solution."""
     callback = data.bank
     if callback is None:
-        raise ConfigError("trainer.callbacks: --skill needs the SkillBankCallback: it holds the skill's template.")
+        raise ConfigError("callbacks: a skill needs the SkillBankCallback, which holds its template.")
     path = Path(trainer.default_root_dir) / "bank.sqlite"
     if path.is_file():
         with SkillBank(path, read_only=True) as bank:
-            if (found := bank.retrieve(task.task_id)) is not None:
+            own = callback.context if isinstance(callback.context, BankContext) else BankContext()
+            if (found := own(bank, task.task_id, [task.task_id], 0, 0)) is not None:
                 return str(found.render(callback.template))
     with closing(make_env(data.env_id, data.env_kwargs)) as env:
         if not hasattr(env.unwrapped, "solution"):

@@ -27,7 +27,8 @@ class EnvStepBudget(L.Callback):
             raise ConfigError(f"EnvStepBudget.steps is {steps}: give at least 1.")
         self.steps, self.used = steps, 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        # Before the update: at its end all callbacks know that it is the last, in whatever order they stand.
         groups: Sequence[TrajectoryGroup] = batch
         self.used += sum(len(t.turns) for g in groups for t in g.trajectories)
         trainer.should_stop = trainer.should_stop or self.used >= self.steps

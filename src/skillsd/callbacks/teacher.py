@@ -22,9 +22,9 @@ class TeacherSync(L.Callback):
     def __init__(self, mode: Literal["sync", "ema", "frozen"] = "sync", every: int = 1, rate: float = 0.05) -> None:
         super().__init__()
         if every < 1:
-            raise ConfigError(f"TeacherSync.every is {every}: give at least 1 iteration.")
+            raise ConfigError(f"teacher.every is {every}: give at least 1 iteration.")
         if not 0 < rate <= 1:
-            raise ConfigError(f"TeacherSync.rate is {rate}: give a share above 0 and up to 1.")
+            raise ConfigError(f"teacher.rate is {rate}: give a share above 0 and up to 1.")
         self.mode, self.every, self.rate = mode, every, rate
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -4,8 +4,8 @@
     advantage     A_t = A + lambda w g s                    s = signal.advantage
     multiplier    A_t = A ((1 - lambda w g) + lambda w g s) s = signal.multiplier
 
-g is the gate, w is 1 where the teacher was told something and 0 elsewhere. Write one of the three methods; name the class in
-`model.init_args.objective` under the key of that place. Nothing else has to be touched.
+g is the gate, w is 1 where the teacher was told something or has other weights, and 0 elsewhere. Write one of the three methods; name the
+class in `model.init_args.objective` under the key of that place. Nothing else has to be touched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Tokens:
         logp: log pi_stu of the sampled tokens, [N] float, nats.
         logp_old: The same under the student that was current at the rollout.
         logp_behaviour: The same under whoever sampled them: the old student, or the old teacher where it rolled out (Eq. 13).
-        logp_teacher: log pi_tea of them under the teacher's prompt; equal to `logp` where the teacher was told nothing.
+        logp_teacher: log pi_tea of them under the teacher's prompt; equal to `logp` where no teacher was scored.
         advantage: Of the token's trajectory.
         success: Whether its trajectory solved the task, bool.
         return_gap: Mean return of its group's members that acted under the teacher's prompt minus that of those that acted under the

@@ -163,15 +163,6 @@ class Policy(nn.Module):
         self._active = name
 
     @contextmanager
-    def base_only(self) -> Iterator[None]:
-        """The untouched base model: adapters off. The student after it."""
-        try:
-            self._switch(None)
-            yield
-        finally:
-            self._switch("student")
-
-    @contextmanager
     def acting(self, adapter: str | None) -> Iterator[None]:
         """One adapter, or the untouched base (None), for inference: no gradient, no dropout, no checkpointing. The student after it."""
         modes = [m.training for m in self._train_only]

@@ -68,7 +68,7 @@ class SkillBankCallback(L.Callback):
         for key, text, fields in (("template", self.template, FIELDS), ("transcript_template", self.transcript_template, shown)):
             try:
                 text.format(**dict.fromkeys(fields, ""))
-            except (KeyError, IndexError, ValueError) as e:
+            except (KeyError, IndexError, AttributeError, ValueError) as e:
                 raise ConfigError(f"skills.{key}: use only {', '.join(fields)} in braces ({e!r} is none of them).") from e
         self.prompts: dict[str, int] = {}
         self.failed = 0
@@ -163,14 +163,14 @@ class SkillBankCallback(L.Callback):
         started = time.perf_counter()
         if self._hindsight is None and not isinstance(self.context, NoContext):
             self._submit([g.trajectories for g in groups])
-        if trainer.global_step >= trainer.estimated_stepping_batches:
+        if trainer.should_stop or trainer.global_step >= trainer.estimated_stepping_batches:
             self.summariser.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
         self._insert(iteration)
         self.summary_s += time.perf_counter() - started
         metrics: Any = pl_module.metrics
         metrics["skills/bank"], metrics["skills/failed"] = float(len(self.bank)), float(self.failed)
         metrics["time/summary_s"], self.summary_s = self.summary_s, 0.0
-        pl_module.log_dict({"skills/bank": float(len(self.bank)), "skills/failed": float(self.failed)}, batch_size=1)
+        pl_module.log_dict({k: metrics[k] for k in ("skills/bank", "skills/failed", "time/summary_s")}, batch_size=1)
 
     def _submit(self, groups: Sequence[Sequence[Trajectory]]) -> None:
         self.summariser.submit(groups[0][0].iteration, [t for g in groups for t in g if t.turns and not t.failure])

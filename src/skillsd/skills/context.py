@@ -67,10 +67,11 @@ class ShuffledContext:
 
     Args:
         c: Weight of exploration in the lending task's choice.
+        untried: As for `BankContext`, in the lending task's choice.
     """
 
-    def __init__(self, c: float = SQRT2) -> None:
-        self.c = c
+    def __init__(self, c: float = SQRT2, untried: Literal["first", "prior"] = "first") -> None:
+        self.c, self.untried = c, untried
 
     def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
         """The lender's top skill; None if the task has no skill or is the only one that has.
@@ -85,7 +86,7 @@ class ShuffledContext:
             return None
         circle = [other for other in _circle(frozenset(all_task_ids), seed, epoch) if other in with_skill]
         lender = circle[(circle.index(task_id) + 1) % len(circle)]
-        return None if lender == task_id else bank.retrieve(lender, self.c)
+        return None if lender == task_id else bank.retrieve(lender, self.c, self.untried)
 
 
 @lru_cache(maxsize=4)

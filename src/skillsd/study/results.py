@@ -29,6 +29,7 @@ OPTIONAL = {
 }
 """Column of results.csv -> column of metrics.csv; a run of an older version lacks them: NaN."""
 HEALTH = {"entropy": "policy/entropy", "gap_mean": "teacher/gap_mean", "gap_std": "teacher/gap_std", "teacher_health": "teacher/health"}
+SPOKEN = ["teacher/gap_mean", "teacher/gap_std", "teacher/health"]
 GRADIENTS = ("grad_norm/distillation", "grad_norm/policy")
 
 
@@ -60,7 +61,7 @@ def read_metrics(folder: Path) -> pd.DataFrame:
         raise ConfigError(f"folder: {path} has no column {', '.join(lacking)}: {fix}")
     if metrics["iteration"].tolist() != list(range(len(metrics))):
         raise ConfigError(f"folder: the iterations of {path} are not 0, 1, 2, ...: {fix}")
-    return metrics.reindex(columns=[*REQUIRED, *OPTIONAL.values(), *HEALTH.values(), *GRADIENTS]).astype(float)
+    return metrics.reindex(columns=[*REQUIRED, *OPTIONAL.values(), *HEALTH.values(), *GRADIENTS, "teacher/k3"]).astype(float)
 
 
 def read_cell(cell: Cell) -> Finished:
@@ -71,7 +72,9 @@ def read_cell(cell: Cell) -> Finished:
     """
     metrics, panel = read_metrics(cell.folder), read_panel(cell.folder)
     before, after = panel.get("before", {}), panel["after"]
+    metrics.loc[metrics["teacher/k3"] == 0, SPOKEN] = nan  # no teacher was scored: a gap of 0 would read as agreement
     norms = metrics[list(GRADIENTS)].dropna()
+    norms = norms[norms[GRADIENTS[0]] > 0]
     row = {
         "method": cell.method,
         "seed": cell.seed,
@@ -83,7 +86,7 @@ def read_cell(cell: Cell) -> Finished:
         "iterations": len(metrics),
         "wall_s": cell.record().get("wall_s", nan),
         **{name: metrics[column].tail(WINDOW).mean() for name, column in HEALTH.items()},
-        "grad_ratio": _ratio(*norms.mean()),  # over the whole run: gradients are measured now and then
+        "grad_ratio": _ratio(*norms.mean()),  # over the whole run, where a teacher spoke: gradients are measured now and then
         "device": after.get("device", ""),
         "panel_n": after["n"],
         "panel": _digest(after["levels"]),

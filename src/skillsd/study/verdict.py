@@ -106,7 +106,7 @@ def needed(c: Comparison) -> str:
     """How many seeds a difference of this size would need."""
     if isinf(c.needed):
         return "no number of seeds would show a difference of 0"
-    return f"about {ceil(c.needed)} seeds would be needed to see a difference of this size with 90% power"
+    return f"about {ceil(c.needed)} seeds would be needed to see a difference of this size with 90% power in a single test"
 
 
 def verdict(methods: Sequence[Comparison], controls: Sequence[Comparison]) -> list[str]:
