@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from skillsd import __version__, cli, conf_dir
+from skillsd import __version__, cli, conf_dir, errors
 from skillsd.callbacks.resume import _InPlace
 from skillsd.errors import ConfigError
 
@@ -332,6 +332,6 @@ def test_messages_of_the_parser():
         "                Parser key \"max_rows\":\n                  Expected a <class 'int'>. Got value: x\n"
         "            - Expected a <class 'NoneType'>\n  Given value: 3"
     )
-    assert cli.one_line(nested).startswith("data.init_args.rollout.max_rows: Expected a <class 'int'>. Got value: x")
-    assert cli.one_line('Parser key "a.b": must be larger') == '"a.b": must be larger'
-    assert cli.one_line("key: do this\n") == "key: do this"
+    assert errors.one_line(nested).startswith("data.init_args.rollout.max_rows: Expected a <class 'int'>. Got value: x")
+    assert errors.one_line('Parser key "a.b": must be larger') == '"a.b": must be larger'
+    assert errors.one_line("key: do this\n") == "key: do this"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
-import re
 import select
 import shutil
 import sys
@@ -28,7 +26,7 @@ from skillsd.callbacks import TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.doctor import doctor
-from skillsd.errors import ConfigError
+from skillsd.errors import ConfigError, one_line, told, users_business
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
@@ -278,49 +276,15 @@ class SaveRunConfig(SaveConfigCallback):
         self.parser.save(self.config, str(folder / "config.yaml"), skip_unset=False, overwrite=True, multifile=False)
 
 
-def one_line(message: str) -> str:
-    """The line of a nested parser error that says what is wrong, with the key it is about."""
-    noise = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "Given value",
-        "Expected a <class 'NoneType'>",
-        "Problem with given",
-        "Parser key",
-    )
-    key = _key(message)
-    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
-    told = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
-    head = f"{key}: " if key else ""
-    if not told:  # a short error stands on the key's own line
-        return (message.strip() or "it gave no message").splitlines()[0].removeprefix("Parser key ")
-    fix = "" if ": " in told[0] and not key else " (`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted)"
-    return head + "; ".join(told) + fix
-
-
-def _key(message: str) -> str:
-    """The full name of the key that a nested parser error is about: of several branches the first."""
-    path: list[str] = []
-    depth = -1
-    for line in message.splitlines():
-        found = re.search(r'Parser key "([^"]+)"', line)
-        if found and found.start() > depth:
-            path, depth = [*path, found[1]], found.start()
-    if len(path) > 1 and path[0] in ("data", "model"):
-        path.insert(1, "init_args")
-    return ".".join(path)
-
-
 def quiet() -> None:
     """Leave the terminal to the progress bar and the table."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    told = ("num_workers", "eval mode at the start", "activation_checkpointing", "transfer_batch_to_device", "manual optimization")
+    known = ("num_workers", "eval mode at the start", "activation_checkpointing", "transfer_batch_to_device", "manual optimization")
     for text in (
-        *told,
+        *known,
         "args parameter",
         "litlogger",
         "treespec",
@@ -366,9 +330,9 @@ def main(args: ArgsType = None) -> int:
             raise
         return 1
     except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
-        if os.environ.get("SKILLSD_DEBUG") == "1" or not _users_business(e):
+        if os.environ.get("SKILLSD_DEBUG") == "1" or not users_business(e):
             raise
-        print(f"error: {_told(e)}", file=sys.stderr)
+        print(f"error: {told(e)}", file=sys.stderr)
         return 2
     finally:
         gc.unfreeze()
@@ -383,24 +347,3 @@ def _unread() -> bool:
     if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return closed
-
-
-def _users_business(e: Exception) -> bool:
-    """Bad input, a full or read-only disk (what the bank reports has no number), or a file that is no checkpoint."""
-    if isinstance(e, OSError):
-        return _no_checkpoint(e) or e.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-    return _no_checkpoint(e) or not isinstance(e, KeyError | RuntimeError)
-
-
-def _no_checkpoint(e: Exception) -> bool:
-    """What torch and Lightning raise for garbage, for a file that was cut short, and for another program's."""
-    cut = isinstance(e, OSError) and e.errno == errno.EINVAL and e.filename is None
-    return cut or isinstance(e, UnpicklingError) or any(mark in str(e) for mark in ("PytorchStreamReader", "pytorch-lightning_version"))
-
-
-def _told(e: Exception) -> str:
-    if _no_checkpoint(e):
-        return "ckpt_path: the file is not a checkpoint of skillsd, or is damaged: name another, or leave it out."
-    if isinstance(e, OSError) and e.errno is not None:
-        return f"{e.strerror}: {e.filename or 'the run folder'}: make room, or name another trainer.default_root_dir."
-    return one_line(str(e)) if isinstance(e, ArgumentError) else " ".join(str(e).split())

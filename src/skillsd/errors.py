@@ -1,5 +1,68 @@
-"""The one exception that a user's mistake raises: a single line that names the key and the fix."""
+"""Bad input: the error of the house, and the one line that the command line makes of any error that is the user's business."""
+
+from __future__ import annotations
+
+import errno
+import re
+from argparse import ArgumentError
+from pickle import UnpicklingError
 
 
 class ConfigError(ValueError):
     """Bad input. The command line prints its message alone and exits with code 2."""
+
+
+def users_business(e: Exception) -> bool:
+    """Bad input, a full or read-only disk (what the bank reports has no number), or a file that is no checkpoint."""
+    if isinstance(e, OSError):
+        return _no_checkpoint(e) or e.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    return _no_checkpoint(e) or not isinstance(e, KeyError | RuntimeError)
+
+
+def _no_checkpoint(e: Exception) -> bool:
+    """What torch and Lightning raise for garbage, for a file that was cut short, and for another program's."""
+    cut = isinstance(e, OSError) and e.errno == errno.EINVAL and e.filename is None
+    return cut or isinstance(e, UnpicklingError) or any(mark in str(e) for mark in ("PytorchStreamReader", "pytorch-lightning_version"))
+
+
+def told(e: Exception) -> str:
+    """The one line."""
+    if _no_checkpoint(e):
+        return "ckpt_path: the file is not a checkpoint of skillsd, or is damaged: name another, or leave it out."
+    if isinstance(e, OSError) and e.errno is not None:
+        return f"{e.strerror}: {e.filename or 'the run folder'}: make room, or name another trainer.default_root_dir."
+    return one_line(str(e)) if isinstance(e, ArgumentError) else " ".join(str(e).split())
+
+
+def one_line(message: str) -> str:
+    """The line of a nested parser error that says what is wrong, with the key it is about."""
+    noise = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "Expected a <class 'NoneType'>",
+        "Problem with given",
+        "Parser key",
+    )
+    key = _key(message)
+    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
+    said = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    head = f"{key}: " if key else ""
+    if not said:  # a short error stands on the key's own line
+        return (message.strip() or "it gave no message").splitlines()[0].removeprefix("Parser key ")
+    fix = "" if ": " in said[0] and not key else " (`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted)"
+    return head + "; ".join(said) + fix
+
+
+def _key(message: str) -> str:
+    """The full name of the key that a nested parser error is about: of several branches the first."""
+    path: list[str] = []
+    depth = -1
+    for line in message.splitlines():
+        found = re.search(r'Parser key "([^"]+)"', line)
+        if found and found.start() > depth:
+            path, depth = [*path, found[1]], found.start()
+    if len(path) > 1 and path[0] in ("data", "model"):
+        path.insert(1, "init_args")
+    return ".".join(path)

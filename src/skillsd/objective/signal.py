@@ -10,6 +10,7 @@ class in `model.init_args.objective` under the key of that place. Nothing else h
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -62,31 +63,34 @@ class Signal:
 
     def loss(self, t: Tokens) -> Tensor:
         """Loss per token, [N] with gradient."""
-        raise NotImplementedError
+        raise self._lacks("loss")
 
     def advantage(self, t: Tokens) -> Tensor:
         """What is added to the advantage, [N] without gradient."""
-        raise NotImplementedError
+        raise self._lacks("advantage")
 
     def multiplier(self, t: Tokens) -> Tensor:
         """What the advantage is multiplied by, [N] without gradient, > 0 so that its sign stays."""
-        raise NotImplementedError
+        raise self._lacks("multiplier")
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """[n, V] log-probs of both, of the student with gradient -> [n]. Called on pieces of the batch: n varies."""
-        raise NotImplementedError
+        raise self._lacks("divergence")
 
     def writes(self, placement: str) -> bool:
         """Whether this class has the method of that name."""
         return getattr(type(self), placement) is not getattr(Signal, placement)
 
+    def _lacks(self, method: str) -> TypeError:
+        return TypeError(f"{type(self).__name__} has no {method}: write that method, or give the signal in another place.")
 
-class Gate:
+
+class Gate(ABC):
     """Weight of each token's signal, in [-1, 1]."""
 
+    @abstractmethod
     def __call__(self, t: Tokens) -> Tensor:
         """[N] without gradient."""
-        raise NotImplementedError
 
 
 def k3(ell: Tensor) -> Tensor:

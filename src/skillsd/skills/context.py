@@ -7,6 +7,7 @@ bank's state alone.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal, Protocol, runtime_checkable
@@ -95,12 +96,13 @@ def _circle(task_ids: frozenset[str], seed: int, epoch: int) -> tuple[str, ...]:
     return tuple(sorted(task_ids, key=lambda task_id: hashlib.sha256(f"{seed}:{epoch}:{task_id}".encode()).digest()))
 
 
-class GroupContext:
+class GroupContext(ABC):
     """Base of the contexts that need the trajectories. The bank is filled as ever, and not read."""
 
     needs_skills = False
     """Whether `choose` needs the summaries of the group: training then waits for a slow summariser."""
 
+    @abstractmethod
     def choose(self, group: Sequence[Trajectory], skills: Sequence[Skill | None]) -> Sequence[Skill | Trajectory | None]:
         """What each member's teacher is told: a skill, another attempt, or nothing.
 
@@ -108,7 +110,6 @@ class GroupContext:
             group: One task's trajectories, by member.
             skills: With `needs_skills` the summary of each, None where there is none.
         """
-        raise NotImplementedError
 
     def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
         """Nothing is chosen before the rollout."""
