@@ -182,14 +182,15 @@ class SkillSD(L.LightningModule):
         out, signal = student.logp.detach().clone(), self.objective.signal
         divergence = torch.zeros_like(student.logp) if signal.distributional else None
         taught = [k for k, i in enumerate(index) if i in teacher_rows]
-        row_of_token = mask.nonzero()[:, 0]
         for part in micro_batches([len(batch.teacher[index[k]]) for k in taught], self.micro_batch_tokens):
-            at = torch.tensor([taught[j] for j in part], device=mask.device)
+            chosen = [taught[j] for j in part]
+            at = torch.tensor(chosen, device=mask.device)
             with torch.no_grad():
-                scores = self.policy.score("teacher", [batch.teacher[index[k]] for k in at.tolist()], temperature)
+                scores = self.policy.score("teacher", [batch.teacher[index[k]] for k in chosen], temperature)
             out[at, : scores.logp.shape[1]] = scores.logp
             if divergence is not None:
-                own = torch.cat([student.hidden[row_of_token == k] for k in at.tolist()])
+                row_of_token = mask.nonzero()[:, 0]
+                own = torch.cat([student.hidden[row_of_token == k] for k in chosen])
                 where = mask[at].nonzero(as_tuple=True)
                 value = self.policy.compare(own, scores.hidden, signal.divergence, temperature)
                 divergence = divergence.index_put((at[where[0]], where[1]), value)
@@ -227,7 +228,7 @@ class SkillSD(L.LightningModule):
             "loss/total": (sums["policy"] + sums["distillation"]) / n,
             "reward/mean": _mean(t.reward for t in rows), "reward/success": _mean(t.success for t in rows),
             "reward/completion": _mean(t.completion for t in rows),
-            "reward/zero_variance": _mean(len({t.reward for t in g.trajectories}) == 1 for g in batch.groups),
+            "reward/zero_variance": _mean(batch.zero_variance),
             "teacher/skill_share": _mean(batch.told),
             "teacher/dropped_rows": float(self.dropped_rows), "teacher/gap_mean": gap,
             "teacher/gap_std": math.sqrt(max(0.0, sums["gap_sq"] / taught - gap * gap)),
@@ -288,12 +289,12 @@ class _Batch:
         student, teacher: What each scores, by row.
         told: Whether the row's teacher sees something that its student does not.
         by_teacher: Rows that the teacher sampled, bool [rows].
+        zero_variance: Of each group, whether its members all got the same reward.
         return_gap: See `objective.signal.Tokens`, [rows].
         kept: Rows that train: with an action, and not in a group that the filter leaves out.
     """
 
     def __init__(self, groups: Sequence[TrajectoryGroup], drop_zero_variance: bool) -> None:
-        self.groups = groups
         self.rows = [t for g in groups for t in g.trajectories]
         members = [(g, k, t) for g in groups for k, t in enumerate(g.trajectories)]
         self.student = [TokenSequence(g.student_prompts[k], t.token_ids, t.action_mask) for g, k, t in members]
@@ -301,7 +302,8 @@ class _Batch:
         self.told = [g.told(k) for g, k, _ in members]
         self.by_teacher = torch.tensor([g.by_teacher for g, _, _ in members])
         self.return_gap = torch.tensor([_return_gap(g, k) for g, k, _ in members])
-        flat = [drop_zero_variance and len({t.reward for t in g.trajectories}) == 1 for g, _, _ in members]
+        self.zero_variance = [len({t.reward for t in g.trajectories}) == 1 for g in groups]
+        flat = [drop_zero_variance and z for g, z in zip(groups, self.zero_variance, strict=True) for _ in g.trajectories]
         self.kept = [i for i, t in enumerate(self.rows) if t.n_actions and not flat[i]]
 
 
