@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from skillsd.errors import ConfigError
-from skillsd.skills import HindsightContext, NoContext, RulesSummariser, SiblingContext, Skill, SkillBank
+from skillsd.skills import BankContext, HindsightContext, NoContext, RulesSummariser, SiblingContext, Skill, SkillBank
 from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
 from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Task, TrajectoryGroup
@@ -117,6 +117,18 @@ def test_the_bank_is_filled_whatever_is_shown(groups):
     callback = make(NoContext())
     assert callback.texts(groups(0)) is None
     assert end(callback, groups(0))["skills/bank"] == 0 and callback.summariser.submitted == []  # type: ignore[attr-defined]
+
+
+def test_failures_stay_out_of_the_bank(groups):
+    """`min_reward` bounds what enters, itself included; a task all of whose skills stay out has none, which is no error."""
+    (a, b), (c, d) = groups(0)
+    rows = [[replace(a, reward=1.0), replace(b, reward=0.5)], [replace(c, reward=0.5), replace(d, reward=-2.0)]]
+    for least, expected in ((None, (2, 2)), (-2.0, (2, 2)), (0.5, (2, 1)), (0.6, (1, 0)), (1.0, (1, 0))):
+        callback = make(BankContext(), min_reward=least)
+        end(callback, rows, last=True)
+        assert tuple(len(workflows(callback, t)) for t in ("t1", "t2")) == expected
+        callback.refresh(["t1", "t2"], 0, 1, True)
+        assert callback.skill_for("t1")[1] == "t1.0.0" and bool(callback.skill_for("t2")[1]) == (expected[1] > 0)
 
 
 def test_a_transcript_is_the_conversation(make_trajectory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,8 @@ class SkillBankCallback(L.Callback):
         capacity: Skills kept a task; null keeps all.
         drop: Which one goes when the bank of a task is full.
         booking: What a skill's mean reward is.
+        min_reward: Skills of trajectories with less reward do not enter the bank; null lets all in, as in the paper. Contexts that choose
+            after the rollout are not bound by it.
         template: Wrapper of a skill in front of the teacher's prompt (str.format over its three fields); null is
             SKILL_TEMPLATE.
         transcript_template: The same of another attempt, for contexts that show one: {transcript}, the conversation, shortened in the
@@ -54,6 +57,7 @@ class SkillBankCallback(L.Callback):
         capacity: int | None = 8,
         drop: Literal["worst", "oldest"] = "worst",
         booking: Literal["source", "next_visit", "gap"] = "source",
+        min_reward: float | None = None,
         template: str | None = None,
         transcript_template: str | None = None,
         refresh: Literal["epoch", "iteration"] = "epoch",
@@ -62,6 +66,7 @@ class SkillBankCallback(L.Callback):
         self.summariser: Summariser = summariser or RulesSummariser()
         self.context: PrivilegedContext = context or BankContext()
         self.bank_settings: dict[str, Any] = {"capacity": capacity, "drop": drop, "booking": booking}
+        self.min_reward = -math.inf if min_reward is None else min_reward
         self.template, self.transcript_template = template or SKILL_TEMPLATE, transcript_template or TRANSCRIPT_TEMPLATE
         self.refresh_when = refresh
         shown = ("transcript", "actions")
@@ -180,7 +185,7 @@ class SkillBankCallback(L.Callback):
         finished, self._hindsight = [*(self._hindsight or []), *self.summariser.collect()], None
         for done in finished:
             self.failed += done.n_failed
-            self.bank.insert(done.skills, iteration)
+            self.bank.insert([s for s in done.skills if s.source_reward >= self.min_reward], iteration)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------------
 
