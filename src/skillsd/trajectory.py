@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["done", "length", "horizon", "failed"]
@@ -94,7 +94,8 @@ class Trajectory:
 
     def to_json(self) -> str:
         """One line of `trajectories.jsonl`."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        # Not asdict, which copies every id and log-prob one by one.
+        return json.dumps(vars(self) | {"turns": [vars(t) for t in self.turns]}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Trajectory:

@@ -576,3 +576,16 @@ def test_a_panel_in_between(tell, tmp_path):
     events.Reload()
     assert len(events.Scalars("panel/success")) == 3  # after each epoch, and at the end
     assert list(panel(tmp_path / "run")) == ["before", "after", "difference"]
+
+
+def test_pretraining_without_teacher_and_bank(capsys, tmp_path):
+    """What made the nano agent, in small: its callbacks are not those of Skill-SD, and its model can be trained on."""
+    folder, lengths = tmp_path / "base", '{"wide": {"lengths": [3, 6]}, "short": {"lengths": [3, 6]}}'
+    env = [f"--data.init_args.env_kwargs.difficulties={lengths}", "--data.init_args.env_kwargs.boxes=1"]
+    env += ['--data.init_args.env_kwargs.splits={"pretrain": {"wide": 1}, "test": {"short": 2}}', "--data.init_args.num_workers=0"]
+    size = ["--data.init_args.demonstrations.episodes=8", "--data.init_args.batch_size=4", "--trainer.enable_progress_bar=false"]
+    flags = [f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu", *env, *size]
+    assert cli.main(["fit", "-c", "pretrain/nano-sokoban", *flags]) == 0
+    said = capsys.readouterr().out
+    assert all(f"panel {name}" in said for name in ("plain", "own", "shuffled")) and not (folder / "bank.sqlite").exists()
+    assert command("fit", tmp_path / "run", f"--model.init_args.policy.model={folder / 'model'}", "--trainer.max_steps=1") == 0

@@ -1,6 +1,6 @@
 """The mathematics: pure functions on tensors, composed by `Objective`. One algorithm is one file; `signal` says how to write another."""
 
-from skillsd.objective.gates import OutcomeGate, PositiveGate, SigmoidGate
+from skillsd.objective.gates import OutcomeGate, PositiveGate, SigmoidGate, TraceGate
 from skillsd.objective.grpo import clipped_policy_loss, group_advantages
 from skillsd.objective.naive_k3 import NaiveK3
 from skillsd.objective.objective import Objective, Terms
@@ -30,6 +30,7 @@ __all__ = [
     "SkillSD",
     "Terms",
     "Tokens",
+    "TraceGate",
     "clipped_policy_loss",
     "group_advantages",
     "k3",

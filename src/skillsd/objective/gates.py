@@ -53,3 +53,18 @@ class OutcomeGate(Gate):
         mean = (total / count.clamp_min(1.0))[t.row]
         opinion = mean.sign() * (mean.abs() > self.indifference)
         return torch.where(t.success, opinion, -opinion)
+
+
+class TraceGate(Gate):
+    """prod of min(1, pi_tea / pi_stu) over the trajectory's earlier tokens: the teacher is heard where it would have come itself.
+
+    A plan says nothing of states that it does not pass. The student's first step off it still counts; behind that step the weight is as
+    small as the teacher found the step unlikely. The product is the cut trace of Retrace (arXiv:1606.02647), which keeps off-policy
+    corrections to the states that the other policy reaches.
+    """
+
+    def __call__(self, t: Tokens) -> Tensor:
+        d = t.gap.double().clamp(-100.0, 0.0)  # -inf minus -inf would be nan
+        before = d.cumsum(0) - d
+        start = torch.searchsorted(t.row, t.row)  # the tokens of a row lie together, in order
+        return (before - before[start]).exp().to(t.logp.dtype)
