@@ -189,9 +189,9 @@ class SkillSD(L.LightningModule):
                 scores = self.policy.score("teacher", [batch.teacher[index[k]] for k in chosen], temperature)
             out[at, : scores.logp.shape[1]] = scores.logp
             if divergence is not None:
-                row_of_token = mask.nonzero()[:, 0]
-                own = torch.cat([student.hidden[row_of_token == k] for k in chosen])
                 where = mask[at].nonzero(as_tuple=True)
+                place = (mask.flatten().cumsum(0) - 1).view_as(mask)  # of each action token in `hidden`
+                own = student.hidden[place[at][where]]
                 value = self.policy.compare(own, scores.hidden, signal.divergence, temperature)
                 divergence = divergence.index_put((at[where[0]], where[1]), value)
         self.teacher_s += self._now() - started

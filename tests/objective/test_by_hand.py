@@ -11,7 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from skillsd.objective import OPID, RLSD, SDAR, SDPG, SDPO, UCOB, NaiveK3, Objective, OutcomeGate, PositiveGate, SigmoidGate, SkillSD
+from skillsd.objective import (
+    OPID,
+    RLSD,
+    SDAR,
+    SDPG,
+    SDPO,
+    UCOB,
+    NaiveK3,
+    Objective,
+    OutcomeGate,
+    PositiveGate,
+    SigmoidGate,
+    SkillSD,
+    TraceGate,
+)
 
 V = 6
 Loss = tuple[float, list[float]]
@@ -33,6 +47,8 @@ class Token:
     taught: bool
     mates: list[float]
     """d of all action tokens of its trajectory."""
+    place: int
+    """Its index among them."""
 
     @property
     def ell(self) -> float:
@@ -56,6 +72,7 @@ def by_token(batch: Any) -> dict[tuple[int, int], Token]:
         out[b, t] = Token(
             p[b][t], q[b][t], y, *numbers, bool(batch.success[b]), float(batch.return_gap[b]), bool(batch.taught[b]),
             [q[b][s][int(batch.tokens[b, s])] - p[b][s][int(batch.tokens[b, s])] for s in batch.mask[b].nonzero()[:, 0].tolist()],
+            int(batch.mask[b, :t].sum()),
         )  # fmt: skip
     return out
 
@@ -169,12 +186,17 @@ def outcome(t: Token) -> float:
     return 1.0 if (mean > 0) == t.success else -1.0
 
 
+def trace(t: Token) -> float:
+    return math.prod(min(1.0, math.exp(d)) for d in t.mates[: t.place])
+
+
 GATES: dict[str, tuple[Any, Callable[[Token], float]]] = {
     "no gate": (None, lambda t: 1.0),
     "sigmoid": (SigmoidGate(), lambda t: 1 / (1 + math.exp(5 * t.ell))),
     "sigmoid beta 1": (SigmoidGate(beta=1.0), lambda t: 1 / (1 + math.exp(t.ell))),
     "positive": (PositiveGate(), lambda t: float(t.a > 0)),
     "outcome": (OutcomeGate(indifference=0.3), outcome),
+    "trace": (TraceGate(), trace),
 }
 
 

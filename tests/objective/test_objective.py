@@ -27,6 +27,7 @@ from skillsd.objective import (
     Signal,
     SkillSD,
     Tokens,
+    TraceGate,
     clipped_policy_loss,
     group_advantages,
 )
@@ -239,6 +240,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "SkillSD, sigmoid": {"loss": SkillSD(), "gate": SigmoidGate()},
     "SDPG, positive": {"loss": SDPG(), "gate": PositiveGate()},
     "SDPO, outcome": {"loss": SDPO(k=3), "gate": OutcomeGate()},
+    "SkillSD, trace": {"loss": SkillSD(), "gate": TraceGate()},
     "OPID, sigmoid": {"advantage": OPID(), "gate": SigmoidGate()},
     "RLSD, outcome": {"multiplier": RLSD(), "gate": OutcomeGate()},
     "UCOB, sigmoid": {"loss": UCOB(k=3), "gate": SigmoidGate()},
@@ -508,3 +510,11 @@ def test_positive_gate_leaves_out_the_average():
     a = torch.tensor([-1.0, -1e-9, 0.0, 1e-9, 1.0])
     zero, row = torch.zeros(5), torch.arange(5)
     assert PositiveGate()(Tokens(zero, zero, zero, zero, a, zero > 0, zero, row)).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_trace_gate_ends_where_the_teacher_would_not_have_gone():
+    """Each trajectory begins at 1; a step that the teacher likes better makes up for nothing; one that it rules out ends it."""
+    d = torch.tensor([0.0, 2.0, -1.0, 3.0, -0.5, 9.0, -math.inf, 1.0, -math.inf, 2.0, -0.25], dtype=torch.float64)
+    row, zero = torch.tensor([0] * 6 + [3] * 4 + [4]), torch.zeros_like(d)
+    want = [1, 1, 1, math.exp(-1), math.exp(-1), math.exp(-1.5), 1, 0, 0, 0, 1]
+    assert TraceGate()(Tokens(zero, zero, zero, d, zero, zero > 0, zero, row)).tolist() == pytest.approx(want, abs=1e-15)

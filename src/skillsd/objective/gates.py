@@ -64,7 +64,7 @@ class TraceGate(Gate):
     """
 
     def __call__(self, t: Tokens) -> Tensor:
-        d = t.gap.double().clamp(-100.0, 0.0)  # -inf minus -inf would be nan
-        before = d.cumsum(0) - d
-        start = torch.searchsorted(t.row, t.row)  # the tokens of a row lie together, in order
-        return (before - before[start]).exp().to(t.logp.dtype)
+        place = torch.arange(len(t.row), device=t.row.device) - torch.searchsorted(t.row, t.row)  # a trajectory's tokens lie together
+        before = t.gap.new_zeros(int(t.row.max()) + 1 if len(t.row) else 0, int(place.max()) + 2 if len(t.row) else 1)
+        before[t.row, place + 1] = t.gap.clamp(max=0.0)
+        return before.cumsum(1).exp()[t.row, place]

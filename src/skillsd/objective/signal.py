@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """The N action tokens of a micro-batch, flat. Only `logp` and `divergence` carry gradient.
+    """The N action tokens of a micro-batch, flat, trajectory by trajectory. Only `logp` and `divergence` carry gradient.
 
     Args:
         logp: log pi_stu of the sampled tokens, [N] float, nats.

@@ -1,0 +1,150 @@
+"""What the nano agent's teacher knows, context by context: its own success, and how good its moves are where the student goes.
+
+    python benchmarks/teacher_view.py --levels 400
+
+The untrained agent plays each level four times at temperature 1 on boards of conf/sokoban.yaml with another level seed. For each context:
+the levels that have it; success of the greedy agent without and with it in front; then, over the states of those plays from which the
+level can still be solved, the probability of a move on a shortest solution without and with it, split by whether the play has
+followed the context's plan so far; and the share of states that TraceGate keeps. Moves that lie on no plan are what a teacher knows least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from skillsd.objective import Tokens, TraceGate
+from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row, demonstrate, make_env
+from skillsd.rollout.engine import InProcessEngine
+from skillsd.skills import RulesSummariser
+from skillsd.trajectory import Task, Trajectory
+from skillsd_sokoban.level import Level
+from skillsd_sokoban.solve import MOVES, push_move, solver
+
+COLUMNS = "context|levels|success without|with|on plan: states|P(shortest) without|with|off plan: states|without|with|kept by TraceGate"
+
+
+def shortest_moves(board: str) -> list[str]:
+    """The moves that lie on a shortest solution; none if the level cannot be solved any more."""
+    level = Level.from_text(board)
+    room, steps = solver(level), (-level.width, level.width, -1, 1)
+    left = room.distance(level.player, level.boxes)
+    if not left:
+        return []
+    return [
+        m
+        for m, step in zip(MOVES, steps, strict=True)
+        if room.distance(*push_move(level.walls, level.player, level.boxes, step)) == left - 1
+    ]
+
+
+class View:
+    """The agent, its levels and its plays."""
+
+    def __init__(self, levels: int, seed: int) -> None:
+        conf = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sokoban.yaml").read_text())
+        env, kwargs = conf["data"]["init_args"]["env"], conf["data"]["init_args"]["env_kwargs"]
+        kwargs |= {"splits": {"train": {"short": levels}}, "level_seed": 1}
+        rules = conf["skills"]["summariser"]["init_args"]
+        self.rules, self.template, self.transcript = (
+            RulesSummariser(**rules),
+            conf["skills"]["template"],
+            conf["skills"]["transcript_template"],
+        )
+        self.policy = Policy(
+            PolicySettings(lora=LoraSettings(r=16, alpha=32)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        self.chat, settings = Chat(self.policy.tokenizer, ()), RolloutSettings(max_turn_tokens=1, max_trajectory_tokens=1024, max_rows=128)
+        self.collector = Collector(env, kwargs, self.chat, InProcessEngine(self.policy), settings, self.policy.context_length)
+        self.env, self.seed = make_env(env, kwargs), seed
+        self.tasks = [Task(t["task_id"], t["split"]) for t in self.env.unwrapped.tasks("train")]  # type: ignore[attr-defined]
+        played = self.collector.collect([Row(t, k) for t in self.tasks for k in range(4)], seed=seed, iteration=0, temperature=1.0)
+        self.groups = [played[i : i + 4] for i in range(0, len(played), 4)]
+
+    def contexts(self) -> dict[str, list[str | None]]:
+        """By name, the text for each level; None where it has none."""
+        best = [min((t for t in g if t.success), key=lambda t: (len(t.turns), t.member), default=None) for g in self.groups]
+        worst = [next((t for t in g if not t.success), None) for g in self.groups]
+        truth = [self.plan(t) for t in self.tasks]
+        actions = ["" if t is None else " ".join(x.action for x in t.turns) for t in best]
+        return {
+            "skill of a success": [self.skill(t) for t in best],
+            "skill of a failure": [self.skill(t) for t in worst],
+            "a success, as played": [self.transcript.format(actions=a) if a else None for a in actions],
+            "the solver's plan": truth,
+            "the solver's plan, levels that no play solved": [x if t is None else None for t, x in zip(best, truth, strict=True)],
+            "another level's plan": [*truth[1:], truth[0]],
+        }
+
+    def skill(self, t: Trajectory | None) -> str | None:
+        return None if t is None else self.rules.summarise_one(t.turns, t.success, t.completion).render(self.template)
+
+    def plan(self, task: Task) -> str | None:
+        turns, _, _, success = demonstrate(self.env, task, 0.0, random.Random(0))
+        return self.skill(replace(self.groups[0][0], turns=tuple(turns), success=success, completion=1.0))
+
+    def success(self, texts: Sequence[str | None], told: bool) -> float:
+        rows = [Row(t, 0, x if told else "") for t, x in zip(self.tasks, texts, strict=True) if x is not None]
+        played = self.collector.collect(rows, seed=self.seed, iteration=0, temperature=0.0)
+        return sum(t.success for t in played) / len(played)
+
+    @torch.no_grad()
+    def score(self, plays: Sequence[tuple[Trajectory, str]]) -> tuple[Tensor, Tensor]:
+        """Probabilities of the four moves at every turn, [N, 4], and log-probs of those made, [N]."""
+        ids = [self.chat.encode(m)[0] for m in MOVES]
+        probs: list[Tensor] = []
+        made: list[Tensor] = []
+        for start in range(0, len(plays), 256):
+            part = [(t, tuple(self.chat.prompt_ids(t.instruction, t.turns[0].observation, x))) for t, x in plays[start : start + 256]]
+            scores = self.policy.score("student", [TokenSequence(p, t.token_ids, t.action_mask) for t, p in part])
+            probs.append(self.policy.head(scores.hidden).float().softmax(-1)[:, ids].cpu())
+            made += [scores.logp[i, torch.tensor(t.action_mask).nonzero()[:, 0]].cpu() for i, (t, _) in enumerate(part)]
+        return torch.cat(probs), torch.cat(made)
+
+    def row(self, texts: Sequence[str | None]) -> list[str]:
+        """The columns behind the context's name."""
+        plays = [(t, x) for g, x in zip(self.groups, texts, strict=True) if x is not None for t in g]
+        (told, made), (plain, own) = self.score(plays), self.score([(t, "") for t, _ in plays])
+        rows = torch.tensor([i for i, (t, _) in enumerate(plays) for _ in t.turns])
+        zero = torch.zeros_like(own)
+        kept = TraceGate()(Tokens(own, own, own, made, zero, zero > 0, zero, rows)).mean().item()
+        sums: dict[bool, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        at = 0
+        for t, text in plays:
+            plan, on = text.partition(":")[2].split(), True
+            for i, turn in enumerate(t.turns):
+                board = "\n".join(line for line in turn.observation.splitlines() if line and set(line) <= set("#_OXPTS"))
+                good = [MOVES.index(m) for m in shortest_moves(board)]
+                if good:
+                    for k, x in enumerate((1.0, plain[at, good].sum().item(), told[at, good].sum().item())):
+                        sums[on][k] += x
+                on = on and i < len(plan) and turn.action == plan[i]
+                at += 1
+        parts = [[f"{n:,.0f}", f"{a / n:.3f}", f"{b / n:.3f}"] for n, a, b in (sums[True], sums[False])]
+        success = [f"{self.success(texts, told):.3f}" for told in (False, True)]
+        return [str(sum(x is not None for x in texts)), *success, *parts[0], *parts[1], f"{kept:.2f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levels", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=5)
+    a = parser.parse_args()
+    view = View(a.levels, a.seed)
+    names = COLUMNS.split("|")
+    print(f"| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}")
+    for name, texts in view.contexts().items():
+        print(f"| {name} | {' | '.join(view.row(texts))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
