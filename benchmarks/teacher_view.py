@@ -50,7 +50,7 @@ def shortest_moves(board: str) -> list[str]:
 class View:
     """The agent, its levels and its plays."""
 
-    def __init__(self, levels: int, seed: int) -> None:
+    def __init__(self, levels: int, seed: int, teacher: str | None = None) -> None:
         conf = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sokoban.yaml").read_text())
         env, kwargs = conf["data"]["init_args"]["env"], conf["data"]["init_args"]["env_kwargs"]
         kwargs |= {"splits": {"train": {"short": levels}}, "level_seed": 1}
@@ -60,11 +60,13 @@ class View:
             conf["skills"]["template"],
             conf["skills"]["transcript_template"],
         )
-        self.policy = Policy(
-            PolicySettings(lora=LoraSettings(r=16, alpha=32)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.policy = Policy(PolicySettings(lora=LoraSettings(r=16, alpha=32)), device)
+        self.teacher = Policy(PolicySettings(lora=LoraSettings(r=16, alpha=32, init=teacher)), device) if teacher else self.policy
         self.chat, settings = Chat(self.policy.tokenizer, ()), RolloutSettings(max_turn_tokens=1, max_trajectory_tokens=1024, max_rows=128)
-        self.collector = Collector(env, kwargs, self.chat, InProcessEngine(self.policy), settings, self.policy.context_length)
+        self.collector, self.led = (
+            Collector(env, kwargs, self.chat, InProcessEngine(p), settings, p.context_length) for p in (self.policy, self.teacher)
+        )
         self.env, self.seed = make_env(env, kwargs), seed
         self.tasks = [Task(t["task_id"], t["split"]) for t in self.env.unwrapped.tasks("train")]  # type: ignore[attr-defined]
         played = self.collector.collect([Row(t, k) for t in self.tasks for k in range(4)], seed=seed, iteration=0, temperature=1.0)
@@ -94,26 +96,26 @@ class View:
 
     def success(self, texts: Sequence[str | None], told: bool) -> float:
         rows = [Row(t, 0, x if told else "") for t, x in zip(self.tasks, texts, strict=True) if x is not None]
-        played = self.collector.collect(rows, seed=self.seed, iteration=0, temperature=0.0)
+        played = (self.led if told else self.collector).collect(rows, seed=self.seed, iteration=0, temperature=0.0)
         return sum(t.success for t in played) / len(played)
 
     @torch.no_grad()
-    def score(self, plays: Sequence[tuple[Trajectory, str]]) -> tuple[Tensor, Tensor]:
+    def score(self, policy: Policy, plays: Sequence[tuple[Trajectory, str]]) -> tuple[Tensor, Tensor]:
         """Probabilities of the four moves at every turn, [N, 4], and log-probs of those made, [N]."""
         ids = [self.chat.encode(m)[0] for m in MOVES]
         probs: list[Tensor] = []
         made: list[Tensor] = []
         for start in range(0, len(plays), 256):
             part = [(t, tuple(self.chat.prompt_ids(t.instruction, t.turns[0].observation, x))) for t, x in plays[start : start + 256]]
-            scores = self.policy.score("student", [TokenSequence(p, t.token_ids, t.action_mask) for t, p in part])
-            probs.append(self.policy.head(scores.hidden).float().softmax(-1)[:, ids].cpu())
+            scores = policy.score("student", [TokenSequence(p, t.token_ids, t.action_mask) for t, p in part])
+            probs.append(policy.head(scores.hidden).float().softmax(-1)[:, ids].cpu())
             made += [scores.logp[i, torch.tensor(t.action_mask).nonzero()[:, 0]].cpu() for i, (t, _) in enumerate(part)]
         return torch.cat(probs), torch.cat(made)
 
     def row(self, texts: Sequence[str | None]) -> list[str]:
         """The columns behind the context's name."""
         plays = [(t, x) for g, x in zip(self.groups, texts, strict=True) if x is not None for t in g]
-        (told, made), (plain, own) = self.score(plays), self.score([(t, "") for t, _ in plays])
+        (told, made), (plain, own) = self.score(self.teacher, plays), self.score(self.policy, [(t, "") for t, _ in plays])
         rows = torch.tensor([i for i, (t, _) in enumerate(plays) for _ in t.turns])
         zero = torch.zeros_like(own)
         kept = TraceGate()(Tokens(own, own, own, made, zero, zero > 0, zero, rows)).mean().item()
@@ -138,8 +140,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levels", type=int, default=400)
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--teacher", help="a PEFT adapter of the nano agent that reads the context in the agent's place")
     a = parser.parse_args()
-    view = View(a.levels, a.seed)
+    view = View(a.levels, a.seed, a.teacher)
     names = COLUMNS.split("|")
     print(f"| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}")
     for name, texts in view.contexts().items():

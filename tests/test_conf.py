@@ -1,5 +1,8 @@
 """Every file under conf/: parsed as `skillsd fit` does, instantiated, and played for a moment. Hub models are tiny random ones here."""
 
+import functools
+import math
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,11 +234,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "sdpg_gate": {"signal": "SDPG", "gate": "PositiveGate", "filter": "zero_variance"},
     "topk_jsd": {"signal": "SDPO", "teacher": "ema", "rate": 0.05},
     "ucob_pairs": {"signal": "UCOB", "weight": 0.1, "gate": "SigmoidGate", "actor": "half_with_skill"},
+    "trace_gate": {"weight": 0.3, "gate": "TraceGate", "least": 1.0},
+    "ground_truth": {"weight": 0.3, "gate": "TraceGate", "context": "GroundTruthContext"},
 }
 """Overlay -> in what it differs from Skill-SD as every experiment has it."""
 SKILL_SD: dict[str, Any] = {
     "signal": "SkillSD", "placement": "loss", "policy": 1.0, "weight": 0.001, "weight_steps": 0, "gate": "NoneType", "filter": "none",
     "teacher": "sync", "every": 1, "rate": 0.05, "context": "BankContext", "actor": "student",
+    "least": -math.inf,
 }  # fmt: skip
 
 
@@ -245,6 +251,7 @@ def method(cli: Any) -> dict[str, Any]:
         "signal": type(o.signal).__name__, "placement": o.placement, "policy": o.policy_weight, "weight": o.distillation_weight,
         "weight_steps": o.weight_steps, "gate": type(o.gate).__name__, "filter": o.group_filter, "teacher": sync(cli).mode,
         "every": sync(cli).every, "rate": sync(cli).rate, "context": type(bank(cli).context).__name__, "actor": cli.datamodule.actor,
+        "least": bank(cli).min_reward,
     }  # fmt: skip
 
 
@@ -259,7 +266,8 @@ def but_for_the_method(cli: Any) -> dict[str, Any]:
     config = resolved(cli)
     for part, key in (("model", "objective"), ("data", "actor")):
         config[part]["init_args"].pop(key)
-    config["skills"].pop("context")
+    for key in ("context", "min_reward"):
+        config["skills"].pop(key)
     config.pop("teacher")
     config["trainer"].pop("default_root_dir")
     config["trainer"]["logger"]["init_args"].pop("save_dir")
@@ -308,7 +316,8 @@ def test_a_study_s_cells(fit, name, monkeypatch):
         if cell.seed != cells[0].seed:
             continue
         cli = fit(list(cell.configs), *cell.flags)
-        assert method(cli) == SKILL_SD | METHODS[cell.method]
+        overlays = [METHODS[Path(c).stem] for c in cell.configs if "method" in Path(c).parts]
+        assert method(cli) == functools.reduce(operator.or_, overlays, SKILL_SD)
         assert kinds(cli)[:3] == [TeacherSync, SkillBankCallback, RunLog] and RunCheckpoint in kinds(cli)
         assert cli.datamodule.seed == cell.seed
         (panel,) = (c for c in cli.trainer.callbacks if isinstance(c, Panel))
@@ -346,7 +355,11 @@ def skill_texts(experiment: str) -> tuple[Any, str]:
     return given["summariser"], given["template"]
 
 
-PAIRS = [("sokoban.yaml", "pretrain/nano-sokoban.yaml"), ("model/smollm2-sokoban.yaml", "pretrain/smollm2-sokoban.yaml")]
+PAIRS = [
+    ("sokoban.yaml", "pretrain/nano-sokoban.yaml"),
+    ("sokoban.yaml", "pretrain/nano-recover.yaml"),
+    ("model/smollm2-sokoban.yaml", "pretrain/smollm2-sokoban.yaml"),
+]
 
 
 @pytest.mark.parametrize(("experiment", "pretraining"), PAIRS)

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "conf" / "method"
 RECORD = Path(__file__).with_name("methods.json")
 NAMES = """skillsd grpo opd skill_grpo frozen_teacher ema_teacher off_policy_frozen off_policy_dynamic sdar opid rlsd sdpg_gate hindsight
-sibling topk_jsd ucob_pairs shuffled_skill no_skill""".split()
+sibling topk_jsd ucob_pairs shuffled_skill no_skill trace_gate ground_truth""".split()
 NUMBERS = ("loss/total", "loss/policy", "loss/distillation", "grad_norm/total", "grad_norm/policy", "grad_norm/distillation")
 RELATIVE, ABSOLUTE = 1e-3, {"loss/distillation": 1e-7, "grad_norm/distillation": 1e-7}
 """Tolerances; of the other numbers 3e-6, since theirs come from sums of large terms that cancel."""
@@ -204,9 +204,9 @@ def test_a_moved_number_is_noticed():
 
 # -- what holds between them ------------------------------------------------------------------------------------------------
 
-FROM_THE_BANK = ("skillsd", "sdar", "shuffled_skill", "skill_grpo", "ucob_pairs")
+FROM_THE_BANK = ("skillsd", "sdar", "shuffled_skill", "skill_grpo", "ucob_pairs", "trace_gate")
 LAGGING = ("frozen_teacher", "ema_teacher", "rlsd", "topk_jsd", "off_policy_frozen")
-AFTERWARDS = ("hindsight", "opid", "sibling")
+AFTERWARDS = ("hindsight", "opid", "sibling", "ground_truth")
 ACTING = ("off_policy_frozen", "off_policy_dynamic", "skill_grpo", "ucob_pairs")
 COMMON = ("loss/total", "loss/policy", "loss/distillation", "grad_norm/total", "reward/mean", "policy/entropy", "policy/logp_drift")
 
@@ -358,7 +358,10 @@ def test_whose_skill_it_is(run, method):
     """The task's own; another's in the control."""
     r = run(method)
     pairs = [(t.task_id, r.lenders[t.skill_id]) for p in r.played for t in p if t.skill_id is not None]
-    assert {t.iteration for p in r.played for t in p if t.skill_id is not None} == {3, 4} and len(pairs) == 32
+    assert {t.iteration for p in r.played for t in p if t.skill_id is not None} == {3, 4}
+    unsolved = {t.task_id for p in r.played[:FIRST] for t in p} - {t.task_id for p in r.played[:FIRST] for t in p if t.success}
+    without = [t for p in r.played[FIRST:] for t in p if method == "trace_gate" and t.task_id in unsolved]  # its bank holds successes alone
+    assert len(pairs) == 32 - len(without)
     assert all((a == b) == (method != "shuffled_skill") for a, b in pairs)
 
 
