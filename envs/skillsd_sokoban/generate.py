@@ -46,13 +46,23 @@ def random_room(rng: Rng, size: int, boxes: int) -> Room | None:
     inside = ((1 << size * size) - 1) & ~border(size, size)
     last = size - 2
     row, column = 1 + rng.below(last), 1 + rng.below(last)
-    direction = rng.choice(_DIRECTIONS)
+    down, right = rng.choice(_DIRECTIONS)
+    bits = rng.bits
     for _ in range(17 * 2 * size // 10):
-        if rng.below(20) < 7:
-            direction = rng.choice(_DIRECTIONS)
-        row = max(1, min(row + direction[0], last))
-        column = max(1, min(column + direction[1], last))
-        opened |= masks[row * size + column][rng.below(len(_SHAPES))]
+        # rng.below and rng.choice written out, for 4 directions and 5 shapes: most rooms drawn belong to other splits.
+        while (turn := bits(5)) >= 20:
+            pass
+        if turn < 7:
+            while (draw := bits(3)) >= 4:
+                pass
+            down, right = _DIRECTIONS[draw]
+        row += down
+        column += right
+        row = 1 if row < 1 else last if row > last else row
+        column = 1 if column < 1 else last if column > last else column
+        while (draw := bits(3)) >= 5:
+            pass
+        opened |= masks[row * size + column][draw]
     opened &= inside
     if opened.bit_count() < boxes + 2:
         return None

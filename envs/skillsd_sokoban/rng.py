@@ -20,17 +20,17 @@ def digest(text: str) -> int:
 class Rng:
     """A stream of random choices, fixed by `key` (any text)."""
 
-    __slots__ = ("_bits",)
+    __slots__ = ("bits",)
 
     def __init__(self, key: str) -> None:
-        self._bits = Random(digest(key)).getrandbits
+        self.bits = Random(digest(key)).getrandbits
 
     def below(self, n: int) -> int:
         """Uniform integer in [0, n), n >= 1."""
         width = n.bit_length()
-        value = self._bits(width)
+        value = self.bits(width)
         while value >= n:
-            value = self._bits(width)
+            value = self.bits(width)
         return value
 
     def choice(self, items: Sequence[T]) -> T:
