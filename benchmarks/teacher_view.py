@@ -3,9 +3,9 @@
     python benchmarks/teacher_view.py --levels 400
 
 The untrained agent plays each level four times at temperature 1 on boards of conf/sokoban.yaml with another level seed. For each context:
-the levels that have it; success of the greedy agent without and with it in front; then, over the states of those plays from which the
-level can still be solved, the probability of a move on a shortest solution without and with it, split by whether the play has
-followed the context's plan so far; and the share of states that TraceGate keeps. Moves that lie on no plan are what a teacher knows least.
+the levels that have it; success of the greedy agent without and with it in front; then, over the states of the plays from which the level
+can still be solved, the probability of a move on a shortest solution without and with it, and the mean weight that TraceGate gives, split
+by whether the play has followed the context's plan so far. A context made from one of the plays is not shown to that play.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from skillsd.trajectory import Task, Trajectory
 from skillsd_sokoban.level import Level
 from skillsd_sokoban.solve import MOVES, push_move, solver
 
-COLUMNS = "context|levels|success without|with|on plan: states|P(shortest) without|with|off plan: states|without|with|kept by TraceGate"
+COLUMNS = "context|levels|success without|with|on plan: states|P(shortest) without|with|TraceGate|off plan: states|without|with|TraceGate"
 
 
 def shortest_moves(board: str) -> list[str]:
@@ -45,6 +45,14 @@ def shortest_moves(board: str) -> list[str]:
         for m, step in zip(MOVES, steps, strict=True)
         if room.distance(*push_move(level.walls, level.player, level.boxes, step)) == left - 1
     ]
+
+
+@dataclass(frozen=True)
+class Told:
+    """A context's text, and the play it was made from if it was one of those looked at."""
+
+    text: str
+    source: Trajectory | None = None
 
 
 class View:
@@ -72,31 +80,32 @@ class View:
         played = self.collector.collect([Row(t, k) for t in self.tasks for k in range(4)], seed=seed, iteration=0, temperature=1.0)
         self.groups = [played[i : i + 4] for i in range(0, len(played), 4)]
 
-    def contexts(self) -> dict[str, list[str | None]]:
-        """By name, the text for each level; None where it has none."""
+    def contexts(self) -> dict[str, list[Told | None]]:
+        """By name, what each level is told; None where it has no such context."""
         best = [min((t for t in g if t.success), key=lambda t: (len(t.turns), t.member), default=None) for g in self.groups]
         worst = [next((t for t in g if not t.success), None) for g in self.groups]
-        truth = [self.plan(t) for t in self.tasks]
-        actions = ["" if t is None else " ".join(x.action for x in t.turns) for t in best]
+        truth: list[Told | None] = [self.plan(t) for t in self.tasks]
         return {
-            "skill of a success": [self.skill(t) for t in best],
-            "skill of a failure": [self.skill(t) for t in worst],
-            "a success, as played": [self.transcript.format(actions=a) if a else None for a in actions],
+            "skill of a success": [None if t is None else Told(self.skill(t), t) for t in best],
+            "skill of a failure": [None if t is None else Told(self.skill(t), t) for t in worst],
+            "a success, as played": [
+                None if t is None else Told(self.transcript.format(actions=" ".join(x.action for x in t.turns)), t) for t in best
+            ],
             "the solver's plan": truth,
             "the solver's plan, levels that no play solved": [x if t is None else None for t, x in zip(best, truth, strict=True)],
             "another level's plan": [*truth[1:], truth[0]],
         }
 
-    def skill(self, t: Trajectory | None) -> str | None:
-        return None if t is None else self.rules.summarise_one(t.turns, t.success, t.completion).render(self.template)
+    def skill(self, t: Trajectory) -> str:
+        return self.rules.summarise_one(t.turns, t.success, t.completion).render(self.template)
 
-    def plan(self, task: Task) -> str | None:
+    def plan(self, task: Task) -> Told:
         turns, _, _, success = demonstrate(self.env, task, 0.0, random.Random(0))
-        return self.skill(replace(self.groups[0][0], turns=tuple(turns), success=success, completion=1.0))
+        return Told(self.skill(replace(self.groups[0][0], turns=tuple(turns), success=success, completion=1.0)))
 
-    def success(self, texts: Sequence[str | None], told: bool) -> float:
-        rows = [Row(t, 0, x if told else "") for t, x in zip(self.tasks, texts, strict=True) if x is not None]
-        played = (self.led if told else self.collector).collect(rows, seed=self.seed, iteration=0, temperature=0.0)
+    def success(self, told: Sequence[Told | None], show: bool) -> float:
+        rows = [Row(t, 0, x.text if show else "") for t, x in zip(self.tasks, told, strict=True) if x is not None]
+        played = (self.led if show else self.collector).collect(rows, seed=self.seed, iteration=0, temperature=0.0)
         return sum(t.success for t in played) / len(played)
 
     @torch.no_grad()
@@ -112,14 +121,14 @@ class View:
             made += [scores.logp[i, torch.tensor(t.action_mask).nonzero()[:, 0]].cpu() for i, (t, _) in enumerate(part)]
         return torch.cat(probs), torch.cat(made)
 
-    def row(self, texts: Sequence[str | None]) -> list[str]:
+    def row(self, told: Sequence[Told | None]) -> list[str]:
         """The columns behind the context's name."""
-        plays = [(t, x) for g, x in zip(self.groups, texts, strict=True) if x is not None for t in g]
-        (told, made), (plain, own) = self.score(self.teacher, plays), self.score(self.policy, [(t, "") for t, _ in plays])
+        plays = [(t, x.text) for g, x in zip(self.groups, told, strict=True) if x is not None for t in g if t is not x.source]
+        (led, made), (plain, own) = self.score(self.teacher, plays), self.score(self.policy, [(t, "") for t, _ in plays])
         rows = torch.tensor([i for i, (t, _) in enumerate(plays) for _ in t.turns])
         zero = torch.zeros_like(own)
-        kept = TraceGate()(Tokens(own, own, own, made, zero, zero > 0, zero, rows)).mean().item()
-        sums: dict[bool, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        gate = TraceGate()(Tokens(own, own, own, made, zero, zero > 0, zero, rows))
+        sums: dict[bool, list[float]] = defaultdict(lambda: [0.0] * 4)
         at = 0
         for t, text in plays:
             plan, on = text.partition(":")[2].split(), True
@@ -127,13 +136,13 @@ class View:
                 board = "\n".join(line for line in turn.observation.splitlines() if line and set(line) <= set("#_OXPTS"))
                 good = [MOVES.index(m) for m in shortest_moves(board)]
                 if good:
-                    for k, x in enumerate((1.0, plain[at, good].sum().item(), told[at, good].sum().item())):
+                    for k, x in enumerate((1.0, plain[at, good].sum().item(), led[at, good].sum().item(), gate[at].item())):
                         sums[on][k] += x
                 on = on and i < len(plan) and turn.action == plan[i]
                 at += 1
-        parts = [[f"{n:,.0f}", f"{a / n:.3f}", f"{b / n:.3f}"] for n, a, b in (sums[True], sums[False])]
-        success = [f"{self.success(texts, told):.3f}" for told in (False, True)]
-        return [str(sum(x is not None for x in texts)), *success, *parts[0], *parts[1], f"{kept:.2f}"]
+        parts = [[f"{n:,.0f}", *(f"{x / max(1, n):.2f}" for x in rest)] for n, *rest in (sums[True], sums[False])]
+        success = [f"{self.success(told, show):.2f}" for show in (False, True)]
+        return [str(sum(x is not None for x in told)), *success, *parts[0], *parts[1]]
 
 
 def main() -> None:
@@ -145,8 +154,8 @@ def main() -> None:
     view = View(a.levels, a.seed, a.teacher)
     names = COLUMNS.split("|")
     print(f"| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}")
-    for name, texts in view.contexts().items():
-        print(f"| {name} | {' | '.join(view.row(texts))} |", flush=True)
+    for name, told in view.contexts().items():
+        print(f"| {name} | {' | '.join(view.row(told))} |", flush=True)
 
 
 if __name__ == "__main__":

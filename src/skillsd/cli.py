@@ -27,7 +27,7 @@ from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.doctor import doctor
 from skillsd.errors import ConfigError, one_line, told, users_business
-from skillsd.module import SkillSD
+from skillsd.pretrain import Cloning
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
@@ -160,7 +160,7 @@ class CLI(LightningCLI):
         for kind, key in ((TeacherSync, "teacher"), (SkillBankCallback, "skills")):
             if any(isinstance(c, kind) for c in given):
                 raise ConfigError(f"trainer.callbacks: every run has one {kind.__name__}: give its settings under `{key}:` instead.")
-        if not isinstance(self.model, SkillSD):  # pre-training has neither
+        if isinstance(self.model, Cloning):  # pre-training has neither
             callbacks = [c for c in callbacks if not isinstance(c, TeacherSync | SkillBankCallback)]
         return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given]}, [])
 

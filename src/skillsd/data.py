@@ -299,7 +299,7 @@ class GroupStream:
         groups = [played[i * d.group_size : (i + 1) * d.group_size] for i in range(len(tasks))]
         after = d.bank.texts(groups) if d.bank is not None else None
         return [
-            self._group(t, g, skill_id, [x or text for x in after[i]] if after else [text] * len(g))
+            self._group(t, g, skill_id, after[i] if after else [text] * len(g))
             for i, (t, g, (skill_id, text)) in enumerate(zip(tasks, groups, skills, strict=True))
         ]
 

@@ -294,7 +294,7 @@ def test_a_learning_curve_has_no_point_where_a_budget_ends(tell, tmp_path, order
 # -- methods ------------------------------------------------------------------------------------------------------------------------
 
 METHODS = sorted(p.stem for p in (conf_dir() / "method").glob("*.yaml"))
-TAUGHT_AT_ONCE = {"hindsight", "opid", "sibling", "ema_teacher", "frozen_teacher", "opd", "topk_jsd", "rlsd", "off_policy_frozen"}
+TAUGHT_AT_ONCE = set("hindsight opid sibling ground_truth ema_teacher frozen_teacher opd topk_jsd rlsd off_policy_frozen".split())
 """Methods that need no bank: their teacher speaks in the first epoch, or may."""
 
 

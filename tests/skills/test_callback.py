@@ -127,6 +127,7 @@ def test_failures_stay_out_of_the_bank(groups):
         callback = make(BankContext(), min_reward=least)
         end(callback, rows, last=True)
         assert tuple(len(workflows(callback, t)) for t in ("t1", "t2")) == expected
+        assert [len(rows) for _, rows in callback.summariser.submitted] == [sum(expected)]  # type: ignore[attr-defined]
         callback.refresh(["t1", "t2"], 0, 1, True)
         assert callback.skill_for("t1")[1] == "t1.0.0" and bool(callback.skill_for("t2")[1]) == (expected[1] > 0)
 

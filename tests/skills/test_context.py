@@ -110,14 +110,6 @@ def test_a_sibling_is_the_shortest_success_of_another(make_trajectory, marks, sh
         assert {t.member: x for t, x in zip(order, again, strict=True)} == {t.member: x for t, x in zip(group, chosen, strict=True)}
 
 
-def test_behind_the_siblings_stands_the_bank(bank, make_trajectory):
-    """With `otherwise` the bank's skill is chosen before the rollout, for members that no sibling helps."""
-    context = SiblingContext(BankContext())
-    assert context(bank, "t3", TASKS, 0, 0) == bank.retrieve("t3") and context(bank, "t8", TASKS, 0, 0) is None
-    group = attempts(make_trajectory, "3 1+ 2")
-    assert context.choose(group, [None] * 3) == SiblingContext().choose(group, [None] * 3) == [group[1], None, group[1]]
-
-
 def test_ground_truth_is_the_same_for_all_and_asked_for_once(make_trajectory, make_skill):
     context, asked = GroundTruthContext(), []
     with pytest.raises(AssertionError):

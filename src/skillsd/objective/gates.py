@@ -67,4 +67,8 @@ class TraceGate(Gate):
         place = torch.arange(len(t.row), device=t.row.device) - torch.searchsorted(t.row, t.row)  # a trajectory's tokens lie together
         before = t.gap.new_zeros(int(t.row.max()) + 1 if len(t.row) else 0, int(place.max()) + 2 if len(t.row) else 1)
         before[t.row, place + 1] = t.gap.clamp(max=0.0)
-        return before.cumsum(1).exp()[t.row, place]
+        step = 1
+        while step < before.shape[1]:  # a running sum; cumsum of floats is not deterministic on a GPU
+            before = torch.cat([before[:, :step], before[:, step:] + before[:, :-step]], 1)
+            step *= 2
+        return before.exp()[t.row, place]

@@ -40,7 +40,7 @@ class SkillBankCallback(L.Callback):
         capacity: Skills kept a task; null keeps all.
         drop: Which one goes when the bank of a task is full.
         booking: What a skill's mean reward is.
-        min_reward: Skills of trajectories with less reward do not enter the bank; null lets all in, as in the paper. Contexts that choose
+        min_reward: Trajectories with less reward give no skill to the bank; null lets all in, as in the paper. Contexts that choose
             after the rollout are not bound by it.
         template: Wrapper of a skill in front of the teacher's prompt (str.format over its three fields); null is
             SKILL_TEMPLATE.
@@ -167,7 +167,7 @@ class SkillBankCallback(L.Callback):
                 self.bank.record_use(g.skill_id, iteration, reward=reward, gap=gap)
         started = time.perf_counter()
         if self._hindsight is None and not isinstance(self.context, NoContext):
-            self._submit([g.trajectories for g in groups])
+            self._submit([g.trajectories for g in groups], self.min_reward)  # what would not enter costs no summary
         if trainer.should_stop or trainer.global_step >= trainer.estimated_stepping_batches:
             self.summariser.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
         self._insert(iteration)
@@ -177,8 +177,9 @@ class SkillBankCallback(L.Callback):
         metrics["time/summary_s"], self.summary_s = self.summary_s, 0.0
         pl_module.log_dict({k: metrics[k] for k in ("skills/bank", "skills/failed", "time/summary_s")}, batch_size=1)
 
-    def _submit(self, groups: Sequence[Sequence[Trajectory]]) -> None:
-        self.summariser.submit(groups[0][0].iteration, [t for g in groups for t in g if t.turns and not t.failure])
+    def _submit(self, groups: Sequence[Sequence[Trajectory]], least: float = -math.inf) -> None:
+        rows = [t for g in groups for t in g if t.turns and not t.failure and t.reward >= least]
+        self.summariser.submit(groups[0][0].iteration, rows)
 
     def _insert(self, iteration: int) -> None:
         assert self.bank is not None

@@ -127,18 +127,7 @@ class HindsightContext(GroupContext):
 
 
 class SiblingContext(GroupContext):
-    """A sibling that solved the task (SDPO): for each member the shortest one, of equals the first, never its own.
-
-    Args:
-        otherwise: Where no sibling did, what this context chose from the bank before the rollout; null: nothing.
-    """
-
-    def __init__(self, otherwise: BankContext | None = None) -> None:
-        self.otherwise = otherwise
-
-    def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
-        """The bank's skill with `otherwise`."""
-        return self.otherwise(bank, task_id, all_task_ids, seed, epoch) if self.otherwise is not None else None
+    """A sibling that solved the task (SDPO): for each member the shortest one, of equals the first, never its own."""
 
     def choose(self, group: Sequence[Trajectory], skills: Sequence[Skill | None]) -> Sequence[Skill | Trajectory | None]:
         """The sibling's attempt; None where no other member solved the task."""
