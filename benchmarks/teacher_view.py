@@ -15,6 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,18 +34,15 @@ from skillsd_sokoban.solve import MOVES, push_move, solver
 COLUMNS = "context|levels|success without|with|on plan: states|P(shortest) without|with|TraceGate|off plan: states|without|with|TraceGate"
 
 
-def shortest_moves(board: str) -> list[str]:
-    """The moves that lie on a shortest solution; none if the level cannot be solved any more."""
+@cache
+def shortest_moves(board: str) -> list[int]:
+    """Indices into MOVES of those that lie on a shortest solution; none if the level cannot be solved any more."""
     level = Level.from_text(board)
     room, steps = solver(level), (-level.width, level.width, -1, 1)
     left = room.distance(level.player, level.boxes)
     if not left:
         return []
-    return [
-        m
-        for m, step in zip(MOVES, steps, strict=True)
-        if room.distance(*push_move(level.walls, level.player, level.boxes, step)) == left - 1
-    ]
+    return [m for m, step in enumerate(steps) if room.distance(*push_move(level.walls, level.player, level.boxes, step)) == left - 1]
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ class View:
         self.tasks = [Task(t["task_id"], t["split"]) for t in self.env.unwrapped.tasks("train")]  # type: ignore[attr-defined]
         played = self.collector.collect([Row(t, k) for t in self.tasks for k in range(4)], seed=seed, iteration=0, temperature=1.0)
         self.groups = [played[i : i + 4] for i in range(0, len(played), 4)]
+        self.plain = self.greedy(self.collector, [""] * levels)
 
     def contexts(self) -> dict[str, list[Told | None]]:
         """By name, what each level is told; None where it has no such context."""
@@ -103,10 +102,11 @@ class View:
         turns, _, _, success = demonstrate(self.env, task, 0.0, random.Random(0))
         return Told(self.skill(replace(self.groups[0][0], turns=tuple(turns), success=success, completion=1.0)))
 
-    def success(self, told: Sequence[Told | None], show: bool) -> float:
-        rows = [Row(t, 0, x.text if show else "") for t, x in zip(self.tasks, told, strict=True) if x is not None]
-        played = (self.led if show else self.collector).collect(rows, seed=self.seed, iteration=0, temperature=0.0)
-        return sum(t.success for t in played) / len(played)
+    def greedy(self, collector: Collector, texts: Sequence[str | None]) -> dict[int, bool]:
+        """By level, whether it is solved with the text in front; levels without a text are left out."""
+        rows = {i: Row(self.tasks[i], 0, x) for i, x in enumerate(texts) if x is not None}
+        played = collector.collect(list(rows.values()), seed=self.seed, iteration=0, temperature=0.0)
+        return {i: t.success for i, t in zip(rows, played, strict=True)}
 
     @torch.no_grad()
     def score(self, policy: Policy, plays: Sequence[tuple[Trajectory, str]]) -> tuple[Tensor, Tensor]:
@@ -134,15 +134,16 @@ class View:
             plan, on = text.partition(":")[2].split(), True
             for i, turn in enumerate(t.turns):
                 board = "\n".join(line for line in turn.observation.splitlines() if line and set(line) <= set("#_OXPTS"))
-                good = [MOVES.index(m) for m in shortest_moves(board)]
+                good = shortest_moves(board)
                 if good:
                     for k, x in enumerate((1.0, plain[at, good].sum().item(), led[at, good].sum().item(), gate[at].item())):
                         sums[on][k] += x
                 on = on and i < len(plan) and turn.action == plan[i]
                 at += 1
         parts = [[f"{n:,.0f}", *(f"{x / max(1, n):.2f}" for x in rest)] for n, *rest in (sums[True], sums[False])]
-        success = [f"{self.success(told, show):.2f}" for show in (False, True)]
-        return [str(sum(x is not None for x in told)), *success, *parts[0], *parts[1]]
+        wins = self.greedy(self.led, [None if x is None else x.text for x in told])
+        success = [f"{sum(w[i] for i in wins) / len(wins):.2f}" for w in (self.plain, wins)]
+        return [str(len(wins)), *success, *parts[0], *parts[1]]
 
 
 def main() -> None:

@@ -180,7 +180,10 @@ class SkillSD(L.LightningModule):
         """Teacher's log-probs [B, T], the student's own (gap 0) in rows that need no teacher; and the signal's divergence if it has one."""
         started = self._now()
         out, signal = student.logp.detach().clone(), self.objective.signal
-        divergence = torch.zeros_like(student.logp) if signal.distributional else None
+        divergence = place = None
+        if signal.distributional:
+            divergence = torch.zeros_like(student.logp)
+            place = (mask.flatten().cumsum(0) - 1).view_as(mask)  # of each action token in `hidden`
         taught = [k for k, i in enumerate(index) if i in teacher_rows]
         for part in micro_batches([len(batch.teacher[index[k]]) for k in taught], self.micro_batch_tokens):
             chosen = [taught[j] for j in part]
@@ -188,9 +191,8 @@ class SkillSD(L.LightningModule):
             with torch.no_grad():
                 scores = self.policy.score("teacher", [batch.teacher[index[k]] for k in chosen], temperature)
             out[at, : scores.logp.shape[1]] = scores.logp
-            if divergence is not None:
+            if divergence is not None and place is not None:
                 where = mask[at].nonzero(as_tuple=True)
-                place = (mask.flatten().cumsum(0) - 1).view_as(mask)  # of each action token in `hidden`
                 own = student.hidden[place[at][where]]
                 value = self.policy.compare(own, scores.hidden, signal.divergence, temperature)
                 divergence = divergence.index_put((at[where[0]], where[1]), value)
