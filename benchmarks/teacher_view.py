@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -47,25 +48,26 @@ def shortest_moves(board: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Told:
-    """A context's text, and the play it was made from if it was one of those looked at."""
+    """A context's text, the moves it stands for, and the play it was made from if it was one of those looked at."""
 
     text: str
+    plan: tuple[str, ...]
     source: Trajectory | None = None
 
 
 class View:
     """The agent, its levels and its plays."""
 
-    def __init__(self, levels: int, seed: int, teacher: str | None = None) -> None:
+    def __init__(self, levels: int, seed: int, teacher: str | None = None, skills: str | None = None) -> None:
         conf = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sokoban.yaml").read_text())
         env, kwargs = conf["data"]["init_args"]["env"], conf["data"]["init_args"]["env_kwargs"]
         kwargs |= {"splits": {"train": {"short": levels}}, "level_seed": 1}
-        rules = conf["skills"]["summariser"]["init_args"]
-        self.rules, self.template, self.transcript = (
-            RulesSummariser(**rules),
-            conf["skills"]["template"],
-            conf["skills"]["transcript_template"],
-        )
+        self.moves, self.template = RulesSummariser(**conf["skills"]["summariser"]["init_args"]), conf["skills"]["template"]
+        self.transcript, self.rules = conf["skills"]["transcript_template"], self.moves
+        if skills:
+            wanted = yaml.safe_load(Path(skills).read_text())["skills"]["summariser"]
+            module, _, name = wanted["class_path"].rpartition(".")
+            self.rules = getattr(import_module(module), name)(**wanted.get("init_args", {}))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.policy = Policy(PolicySettings(lora=LoraSettings(r=16, alpha=32)), device)
         self.teacher = Policy(PolicySettings(lora=LoraSettings(r=16, alpha=32, init=teacher)), device) if teacher else self.policy
@@ -85,22 +87,28 @@ class View:
         worst = [next((t for t in g if not t.success), None) for g in self.groups]
         truth: list[Told | None] = [self.plan(t) for t in self.tasks]
         return {
-            "skill of a success": [None if t is None else Told(self.skill(t), t) for t in best],
-            "skill of a failure": [None if t is None else Told(self.skill(t), t) for t in worst],
-            "a success, as played": [
-                None if t is None else Told(self.transcript.format(actions=" ".join(x.action for x in t.turns)), t) for t in best
-            ],
+            "skill of a success": [None if t is None else self.told(t, t) for t in best],
+            "skill of a failure": [None if t is None else self.told(t, t) for t in worst],
+            "a success, as played": [None if t is None else self.as_played(t) for t in best],
             "the solver's plan": truth,
             "the solver's plan, levels that no play solved": [x if t is None else None for t, x in zip(best, truth, strict=True)],
             "another level's plan": [*truth[1:], truth[0]],
         }
 
-    def skill(self, t: Trajectory) -> str:
-        return self.rules.summarise_one(t.turns, t.success, t.completion).render(self.template)
+    def told(self, t: Trajectory, source: Trajectory | None) -> Told | None:
+        try:
+            text = self.rules.summarise_one(t.turns, t.success, t.completion).render(self.template)
+        except ValueError:  # nothing to say
+            return None
+        return Told(text, self.moves.digest(t.turns).actions, source)
 
-    def plan(self, task: Task) -> Told:
+    def as_played(self, t: Trajectory) -> Told:
+        actions = tuple(x.action for x in t.turns)
+        return Told(self.transcript.format(actions=" ".join(actions)), actions, t)
+
+    def plan(self, task: Task) -> Told | None:
         turns, _, _, success = demonstrate(self.env, task, 0.0, random.Random(0))
-        return Told(self.skill(replace(self.groups[0][0], turns=tuple(turns), success=success, completion=1.0)))
+        return self.told(replace(self.groups[0][0], turns=tuple(turns), success=success, completion=1.0), None)
 
     def greedy(self, collector: Collector, texts: Sequence[str | None]) -> dict[int, bool]:
         """By level, whether it is solved with the text in front; levels without a text are left out."""
@@ -123,22 +131,25 @@ class View:
 
     def row(self, told: Sequence[Told | None]) -> list[str]:
         """The columns behind the context's name."""
-        plays = [(t, x.text) for g, x in zip(self.groups, told, strict=True) if x is not None for t in g if t is not x.source]
-        (led, made), (plain, own) = self.score(self.teacher, plays), self.score(self.policy, [(t, "") for t, _ in plays])
+        plays = [(t, x) for g, x in zip(self.groups, told, strict=True) if x is not None for t in g if t is not x.source]
+        (led, made), (plain, own) = (
+            self.score(self.teacher, [(t, x.text) for t, x in plays]),
+            self.score(self.policy, [(t, "") for t, _ in plays]),
+        )
         rows = torch.tensor([i for i, (t, _) in enumerate(plays) for _ in t.turns])
         zero = torch.zeros_like(own)
         gate = TraceGate()(Tokens(own, own, own, made, zero, zero > 0, zero, rows))
         sums: dict[bool, list[float]] = defaultdict(lambda: [0.0] * 4)
         at = 0
-        for t, text in plays:
-            plan, on = text.partition(":")[2].split(), True
+        for t, x in plays:
+            on = True
             for i, turn in enumerate(t.turns):
                 board = "\n".join(line for line in turn.observation.splitlines() if line and set(line) <= set("#_OXPTS"))
                 good = shortest_moves(board)
                 if good:
-                    for k, x in enumerate((1.0, plain[at, good].sum().item(), led[at, good].sum().item(), gate[at].item())):
-                        sums[on][k] += x
-                on = on and i < len(plan) and turn.action == plan[i]
+                    for k, value in enumerate((1.0, plain[at, good].sum().item(), led[at, good].sum().item(), gate[at].item())):
+                        sums[on][k] += value
+                on = on and i < len(x.plan) and turn.action == x.plan[i]
                 at += 1
         parts = [[f"{n:,.0f}", *(f"{x / max(1, n):.2f}" for x in rest)] for n, *rest in (sums[True], sums[False])]
         wins = self.greedy(self.led, [None if x is None else x.text for x in told])
@@ -151,11 +162,15 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=400)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--teacher", help="a PEFT adapter of the nano agent that reads the context in the agent's place")
+    parser.add_argument("--skills", help="an overlay of conf/sokoban.yaml whose summariser writes the skills")
+    parser.add_argument("--contexts", nargs="+", help="only these rows of the table")
     a = parser.parse_args()
-    view = View(a.levels, a.seed, a.teacher)
+    view = View(a.levels, a.seed, a.teacher, a.skills)
     names = COLUMNS.split("|")
     print(f"| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}")
     for name, told in view.contexts().items():
+        if a.contexts and name not in a.contexts:
+            continue
         print(f"| {name} | {' | '.join(view.row(told))} |", flush=True)
 
 
