@@ -2,8 +2,11 @@
 
     python benchmarks/nano_fit.py                     # conf/sokoban.yaml, 30 iterations
     python benchmarks/nano_fit.py --fits 4 --steps 60 -- --data.init_args.rollout.cuda_graphs false
+    python benchmarks/nano_fit.py --study conf/study/sokoban-nano.yaml --method skillsd    # a run of the study, with its panels
 
-One line per fit. The median of an iteration leaves out the first three, in which CUDA graphs are recorded.
+
+One line per fit; panels in between are part of `rest`. The median of an iteration leaves out the first three, in which CUDA graphs are
+recorded.
 """
 
 from __future__ import annotations
@@ -18,15 +21,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import yaml
+
+from skillsd.study.cells import make_cells
+from skillsd.study.settings import read_settings
+
+CONF = Path(__file__).parents[1] / "conf"
 COLUMNS = (
     "fit", "wall s", "start-up s", "panel before s", "panel after s", "rollout s", "teacher s", "update s", "rest s",
     "rollout s/iteration", "learner s/iteration", "episodes/s", "env steps/s",
 )  # fmt: skip
 
 
-def start(folder: Path, seed: int, steps: int, config: str, extra: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "skillsd", "fit", "-c", config, "--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1"]
-    command += ["--trainer.default_root_dir", str(folder), "--seed_everything", str(seed), *extra]
+def start(folder: Path, seed: int, settings: list[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "skillsd", "fit", *settings, f"--trainer.default_root_dir={folder}", f"--seed_everything={seed}"]
     folder.mkdir()
     log = (folder / "log.txt").open("wb")
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": "1", **os.environ})
@@ -36,8 +44,8 @@ def measure(folder: Path, wall: float, seen: dict[str, float]) -> dict[str, floa
     """Seconds and rates of one fit; `seen` says when a file first appeared, in seconds after the start."""
     with (folder / "metrics.csv").open(encoding="utf-8") as f:
         rows = [{k: float(v or 0) for k, v in row.items()} for row in csv.DictReader(f)]
-    with (folder / "trajectories.jsonl").open("rb") as f:
-        episodes = sum(1 for _ in f)
+    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]
+    episodes = data["batch_tasks"] * data["group_size"] * len(rows)
     total = {k: sum(r[f"time/{k}_s"] for r in rows) for k in ("rollout", "teacher", "update")}
     before = seen["panel.json"] - seen["metrics.csv"]
     after = (folder / "panel.json").stat().st_mtime - (folder / "metrics.csv").stat().st_mtime
@@ -57,12 +65,19 @@ def main() -> None:
     parser.add_argument("--fits", type=int, default=1, help="fits at the same time")
     parser.add_argument("--steps", type=int, default=30, help="iterations of each")
     parser.add_argument("--config", default="conf/sokoban.yaml")
+    parser.add_argument("--study", help="take the settings of this study's runs instead of --config and --steps")
+    parser.add_argument("--method", default="skillsd", help="of the study")
     parser.add_argument("extra", nargs="*", help="further arguments of skillsd fit, after --")
     a = parser.parse_args()
+    settings = ["-c", a.config, f"--trainer.max_steps={a.steps}", "--trainer.max_epochs=-1"]
+    if a.study:
+        cells = make_cells(read_settings(["-c", a.study]), lambda name: str(CONF / name))
+        cell = next(c for c in cells if c.method == a.method)
+        settings = [*(x for name in cell.configs for x in ("-c", name)), *cell.flags]
     with tempfile.TemporaryDirectory() as root:
         began = time.time()
         folders = [Path(root) / str(i) for i in range(a.fits)]
-        running = {f: start(f, i, a.steps, a.config, a.extra) for i, f in enumerate(folders)}
+        running = {f: start(f, i, [*settings, *a.extra]) for i, f in enumerate(folders)}
         seen: dict[Path, dict[str, float]] = {f: {} for f in folders}
         wall: dict[Path, float] = {}
         while len(wall) < a.fits:

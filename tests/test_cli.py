@@ -41,13 +41,13 @@ class Run:
         self.folder, self.overlay, self.capsys, self.err = base / "run", base / "tiny.yaml", capsys, ""
         tiny = {
             "trainer": {"max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"},
-            "model": {"init_args": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4}}}},
+            "model": {"init_args": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4, "init": None}}}},
             "data": {"init_args": {"env_kwargs": ENV, "batch_tasks": 2, "group_size": 2, "rollout": {"max_rows": 8}}},
         }
         self.overlay.write_text(yaml.safe_dump(tiny))
 
     def __call__(self, *flags: str, command: str = "fit") -> int:
-        configs = ["-c", "sokoban", "-c", str(self.overlay)]
+        configs = ["-c", "sokoban", "-c", "method/skillsd", "-c", str(self.overlay)]
         code = cli.main([command, *configs, f"--trainer.default_root_dir={self.folder}", *flags])
         if self.capsys is not None:
             self.out, self.err = self.capsys.readouterr()
@@ -115,7 +115,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         r"model\.init_args\.objective\.loss: RLSD is no loss: give it as multiplier",
     ),
     "a distribution as an advantage": (
-        ["--model.init_args.objective.advantage=skillsd.objective.SDPO"],
+        ["--model.init_args.objective.loss=null", "--model.init_args.objective.advantage=skillsd.objective.SDPO"],
         r"model\.init_args\.objective\.advantage is SDPO.* expected gradient is zero: give it as model\.init_args\.objective\.loss",
     ),
     "unknown signal": (["--model.init_args.objective.loss=skillsd.objective.NoSuch"], r"model.*NoSuch"),

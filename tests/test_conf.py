@@ -165,7 +165,11 @@ def test_lists_merge_in_overlays(fit, tmp_path):
 def test_the_two_callbacks_that_every_run_has(fit, name):
     """They come first, whatever the list says: what is logged and saved at an iteration's end includes theirs."""
     cli = fit([name])
-    assert kinds(cli)[:2] == [TeacherSync, SkillBankCallback] and sync(cli).mode == "sync" and sync(cli).every == 1
+    assert (
+        kinds(cli)[:2] == [TeacherSync, SkillBankCallback]
+        and sync(cli).mode == ("frozen" if name == "sokoban.yaml" else "sync")
+        and sync(cli).every == 1
+    )
     assert not [c for c in read(name)["trainer"]["callbacks"] if c["class_path"].endswith(("TeacherSync", "SkillBankCallback"))]
     bare = fit([name], "--trainer.callbacks=null")
     assert kinds(bare)[:2] == [TeacherSync, SkillBankCallback] and bank(bare).template == bank(cli).template
@@ -232,10 +236,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sdpg_gate": {"signal": "SDPG", "gate": "PositiveGate", "filter": "zero_variance"},
     "topk_jsd": {"signal": "SDPO", "teacher": "ema", "rate": 0.05},
     "ucob_pairs": {"signal": "UCOB", "weight": 0.1, "gate": "SigmoidGate", "actor": "half_with_skill"},
-    "trace_gate": {"weight": 0.3, "gate": "TraceGate", "least": 1.0},
-    "ground_truth": {"weight": 0.3, "gate": "TraceGate", "context": "GroundTruthContext"},
+    "trace_gate": {"signal": "SDPG", "weight": 1.0, "gate": "TraceGate", "teacher": "frozen", "least": 1.0},
+    "ground_truth": {"signal": "SDPG", "weight": 1.0, "teacher": "frozen", "context": "GroundTruthContext"},
 }
-"""Overlay -> in what it differs from Skill-SD as every experiment has it."""
+"""Overlay -> in what it differs from Skill-SD as in the paper."""
 SKILL_SD: dict[str, Any] = {
     "signal": "SkillSD", "placement": "loss", "policy": 1.0, "weight": 0.001, "weight_steps": 0, "gate": "NoneType", "filter": "none",
     "teacher": "sync", "every": 1, "rate": 0.05, "context": "BankContext", "actor": "student",
@@ -277,8 +281,9 @@ def test_every_method_is_listed():
 
 
 @pytest.mark.parametrize("experiment", ALL_EXPERIMENTS)
-def test_experiments_are_skill_sd(fit, experiment):
-    assert method(fit([experiment])) == SKILL_SD
+def test_what_experiments_are(fit, experiment):
+    """The paper's Skill-SD, but for the one where another setting was confirmed to be better."""
+    assert method(fit([experiment])) == SKILL_SD | (METHODS["trace_gate"] if experiment == "sokoban.yaml" else {})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -314,11 +319,30 @@ def test_a_study_s_cells(fit, name, monkeypatch):
         if cell.seed != cells[0].seed:
             continue
         cli = fit(list(cell.configs), *cell.flags)
-        assert method(cli) == SKILL_SD | METHODS[cell.method]
+        name = cell.method.removeprefix("no_skill_")
+        assert method(cli) == SKILL_SD | METHODS[name] | (METHODS["no_skill"] if name != cell.method else {})
         assert kinds(cli)[:3] == [TeacherSync, SkillBankCallback, RunLog] and RunCheckpoint in kinds(cli)
         assert cli.datamodule.seed == cell.seed
         (panel,) = (c for c in cli.trainer.callbacks if isinstance(c, Panel))
         assert panel.before and panel.after and panel.every > 0
+
+
+def test_null_in_a_flag(fit):
+    """Of settings within settings and of classes too; a later flag counts."""
+    flags = ["--model.init_args.policy.lora.init=null", "--model.init_args.objective.gate", "null", "--data.init_args.env_overrides=null"]
+    cli = fit(["sokoban.yaml"], *flags, "--model.init_args.optimizer.lr=1e-3")
+    assert cli.model.settings.lora.init is None and cli.model.objective.gate is None and cli.model.optim.lr == 1e-3
+    assert type(cli.model.objective.signal).__name__ == "SDPG" and cli.model.settings.lora.r == 16  # the rest stays
+    last = fit(["sokoban.yaml"], *flags, "--model.init_args.policy.lora.init=nano-recover")
+    assert last.model.settings.lora.init == "nano-recover"
+
+
+def test_where_cells_start(fit):
+    """The first study was made of the agent as shipped, the confirmation of the one that recovers."""
+    for name, init, lr in (("study/sokoban-nano.yaml", None, 2e-4), ("study/sokoban-confirm.yaml", "nano-recover", 4e-4)):
+        cell = make_cells(read_settings(["-c", str(CONF / name)]), lambda n: str(CONF / n))[0]
+        cli = fit(list(cell.configs), *cell.flags)
+        assert (cli.model.settings.lora.init, cli.model.optim.lr) == (init, lr)
 
 
 def test_a_later_flag_overrides_the_file(fit, tmp_path):

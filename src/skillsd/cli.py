@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import select
@@ -236,6 +237,24 @@ def resolve_configs(args: list[str]) -> list[str]:
             out[i + 1] = _packaged(out[i + 1])
         elif flag == "--config" and value:
             out[i] = f"--config={_packaged(value)}"
+    return _nulls(out)
+
+
+def _nulls(args: list[str]) -> list[str]:
+    """`--model.init_args.a.b=null` as a configuration: jsonargparse 4.53 takes such a flag's null for a text or refuses it."""
+    out: list[str] = []
+    rest = iter(zip(args, [*args[1:], ""], strict=True))
+    for arg, following in rest:
+        flag, sign, value = arg.partition("=")
+        if not flag.startswith(("--model.init_args.", "--data.init_args.")) or (value if sign else following) != "null":
+            out.append(arg)
+            continue
+        if not sign:
+            next(rest)
+        nested: Any = None
+        for key in reversed(flag[2:].split(".")):
+            nested = {key: nested}
+        out.append(f"--config={json.dumps(nested)}")
     return out
 
 

@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
     "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
     "model": {
         "init_args": {
-            "policy": {"model": "nano", "lora": {"r": 4, "alpha": 8}},
+            "policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "init": None}},
             "optimizer": {"lr": 5e-3, "warmup_steps": 0},
             "objective": {"distillation_weight": 0.01},
             "grad_norm_every": 2,
@@ -61,7 +61,7 @@ TINY: dict[str, Any] = {
 def command(name: str, folder: Path, *flags: str) -> int:
     overlay = folder.with_suffix(".yaml")
     overlay.write_text(yaml.safe_dump(TINY))
-    return cli.main([name, "-c", "sokoban", "-c", str(overlay), f"--trainer.default_root_dir={folder}", *flags])
+    return cli.main([name, "-c", "sokoban", "-c", "method/skillsd", "-c", str(overlay), f"--trainer.default_root_dir={folder}", *flags])
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,17 @@ class Run:
         self.folder, self.server, self.overlay, self.log = folder, server, overlay, folder.with_suffix(".log")
 
     def args(self, *more: str) -> list[str]:
-        return ["fit", "-c", "conf/sokoban.yaml", "-c", str(self.overlay), f"--trainer.default_root_dir={self.folder}", *more]
+        return [
+            "fit",
+            "-c",
+            "conf/sokoban.yaml",
+            "-c",
+            "conf/method/skillsd.yaml",
+            "-c",
+            str(self.overlay),
+            f"--trainer.default_root_dir={self.folder}",
+            *more,
+        ]
 
     def fit(self, *more: str, code: int = 0) -> str:
         self.server.start(self.args(*more), self.log)
@@ -208,7 +218,7 @@ def overlay(
         "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
     }  # fmt: skip
     model = {
-        "policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "dropout": 0.1}},
+        "policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "init": None}},
         "objective": {"distillation_weight": 0.05},
         "optimizer": {"lr": 2e-3, "warmup_steps": 2, "schedule": "cosine"},
         "grad_norm_every": 2,

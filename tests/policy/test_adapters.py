@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from skillsd.errors import ConfigError
-from skillsd.policy import TokenSequence
+from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 
 ROW = [TokenSequence([5, 6, 7], [8, 9, 10], [True, False, True])]
 
@@ -185,6 +185,13 @@ def test_an_adapter_that_does_not_fit_is_refused(make_policy, tmp_path, lora, ke
     make_policy().save_adapter(tmp_path)
     with pytest.raises(ConfigError, match=key):
         make_policy(lora={"init": str(tmp_path / "student"), **lora})
+
+
+def test_the_packaged_adapter_goes_with_the_packaged_agent(make_policy):
+    policy = Policy(PolicySettings(lora=LoraSettings(r=16, alpha=32, init="nano-recover")))
+    assert policy.teacher_is_student and all(p.abs().sum() > 0 for k, p in policy.adapter("student").items() if "lora_B" in k)
+    with pytest.raises(ConfigError, match=r"policy\.lora\.init is nano-recover.*policy\.model.*null"):
+        make_policy(lora={"init": "nano-recover"})
 
 
 def test_other_adapters_are_refused(make_policy, tmp_path):

@@ -1,6 +1,7 @@
 """Other ways to write a Sokoban skill down than as moves: as pushes, or as sub-goals. The nano agent has to be taught to read them.
 
-    PYTHONPATH=docs/results/sokoban-nano-search skillsd fit -c conf/pretrain/nano-recover.yaml -c docs/results/sokoban-nano-search/read_pushes.yaml
+cd docs/results/sokoban-nano-search
+PYTHONPATH=. skillsd fit -c pretrain/nano-recover -c read_pushes.yaml
 """
 
 from __future__ import annotations

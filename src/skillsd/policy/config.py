@@ -21,7 +21,7 @@ class LoraSettings:
     targets: str | list[str] = "all-linear"
     """Names of the linear layers to adapt, or `all-linear`."""
     init: str | None = None
-    """Folder of a PEFT adapter that student and teacher start from (a warmed-up adapter); null starts at the base model."""
+    """Adapter that student and teacher start from: a PEFT folder, or `nano-recover` (shipped, for `nano`); null is the base model."""
 
 
 @dataclass

@@ -13,8 +13,21 @@ from skillsd.errors import ConfigError
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.nano import build_config, build_tokenizer
 
-UNTRAINED = "nano-untrained"
+UNTRAINED, RECOVER = "nano-untrained", "nano-recover"
 PACKAGED = resources.files("skillsd.policy")
+
+
+def adapter_folder(name: str, model: str) -> str:
+    """Where the adapter called `name` lies: a folder, or the packaged one of the nano agent.
+
+    Raises:
+        ConfigError: the packaged one is asked for with another model.
+    """
+    if name != RECOVER:
+        return name
+    if model != "nano":
+        raise ConfigError(f"policy.lora.init is {RECOVER}, an adapter of the nano agent, and policy.model is {model}: set init to null.")
+    return str(PACKAGED / "weights" / RECOVER)
 
 
 def model_folder(name: str) -> str:

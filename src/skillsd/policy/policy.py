@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skillsd.errors import ConfigError
 from skillsd.policy.config import PolicySettings
-from skillsd.policy.load import load_base, load_tokenizer
+from skillsd.policy.load import adapter_folder, load_base, load_tokenizer
 from skillsd.policy.logprobs import compare, make_head, selected_logprobs
 
 ADAPTERS = ("student", "teacher")
@@ -220,15 +220,18 @@ class Policy(nn.Module):
         self.teacher_is_student = all(torch.equal(student[k], teacher[k]) for k in teacher)
 
     def _load_initial(self, folder: str) -> None:
+        folder = adapter_folder(folder, self.settings.model)
         if not (Path(folder) / "adapter_config.json").is_file():
             raise ConfigError(f"policy.lora.init: {folder} is not a PEFT adapter folder (adapter_config.json is missing).")
         saved, lora = PeftConfig.from_pretrained(folder), self.settings.lora
         if getattr(saved, "r", None) is None:
             raise ConfigError(f"policy.lora.init: {folder} is not a LoRA adapter ({saved.peft_type}).")
         if saved.r != lora.r:
-            raise ConfigError(f"policy.lora.init has rank {saved.r}: set policy.lora.r to it (it is {lora.r}).")
+            raise ConfigError(f"policy.lora.init has rank {saved.r}: set policy.lora.r to it (it is {lora.r}), or init to null.")
         if saved.lora_alpha != lora.alpha:
-            raise ConfigError(f"policy.lora.init has alpha {saved.lora_alpha}: set policy.lora.alpha to it (it is {lora.alpha}).")
+            raise ConfigError(
+                f"policy.lora.init has alpha {saved.lora_alpha}: set policy.lora.alpha to it (it is {lora.alpha}), or init to null."
+            )
         for key in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
             if getattr(saved, key, None):
                 raise ConfigError(f"policy.lora.init: {folder} was made with {key}, which is not supported: give a plain LoRA adapter.")
