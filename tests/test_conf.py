@@ -329,7 +329,7 @@ def test_a_study_s_cells(fit, name, monkeypatch):
 
 def test_null_in_a_flag(fit):
     """Of settings within settings and of classes too; a later flag counts."""
-    flags = ["--model.init_args.policy.lora.init=null", "--model.init_args.objective.gate", "null", "--data.init_args.env_overrides=null"]
+    flags = ["--model.init_args.policy.lora.init=null", "--model.init_args.objective.gate", "null"]
     cli = fit(["sokoban.yaml"], *flags, "--model.init_args.optimizer.lr=1e-3")
     assert cli.model.settings.lora.init is None and cli.model.objective.gate is None and cli.model.optim.lr == 1e-3
     assert type(cli.model.objective.signal).__name__ == "SDPG" and cli.model.settings.lora.r == 16  # the rest stays

@@ -246,7 +246,7 @@ def _nulls(args: list[str]) -> list[str]:
     rest = iter(zip(args, [*args[1:], ""], strict=True))
     for arg, following in rest:
         flag, sign, value = arg.partition("=")
-        if not flag.startswith(("--model.init_args.", "--data.init_args.")) or (value if sign else following) != "null":
+        if not flag.startswith("--model.init_args.") or (value if sign else following) != "null":
             out.append(arg)
             continue
         if not sign:
