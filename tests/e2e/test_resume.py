@@ -115,17 +115,8 @@ class Run:
         self.folder, self.server, self.overlay, self.log = folder, server, overlay, folder.with_suffix(".log")
 
     def args(self, *more: str) -> list[str]:
-        return [
-            "fit",
-            "-c",
-            "conf/sokoban.yaml",
-            "-c",
-            "conf/method/skillsd.yaml",
-            "-c",
-            str(self.overlay),
-            f"--trainer.default_root_dir={self.folder}",
-            *more,
-        ]
+        configs = [x for c in ("conf/sokoban.yaml", "conf/method/skillsd.yaml", str(self.overlay)) for x in ("-c", c)]
+        return ["fit", *configs, f"--trainer.default_root_dir={self.folder}", *more]
 
     def fit(self, *more: str, code: int = 0) -> str:
         self.server.start(self.args(*more), self.log)
