@@ -160,7 +160,7 @@ def close(a: Sequence[Tensor], b: Sequence[Tensor], tolerance: float = 1e-5) -> 
 
 
 def timeless(metrics: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in metrics.items() if not k.startswith("time/") and not math.isnan(v)}
+    return {k: v for k, v in metrics.items() if not k.startswith(("time/", "memory/")) and not math.isnan(v)}
 
 
 @dataclass
@@ -294,9 +294,62 @@ def test_micro_batches_change_nothing(make_policy, step):
     whole = step(policy, groups)
     for tokens in (1, 40, 90):
         parts = step(policy, groups, micro_batch_tokens=tokens)
-        close(parts.grads[0], whole.grads[0])
-        assert timeless(parts.metrics[0]) == pytest.approx(timeless(whole.metrics[0]), abs=1e-5)
-        torch.testing.assert_close(parts.gaps[0], whole.gaps[0], atol=1e-5, rtol=0)
+        same_update(parts, whole)
+
+
+def same_update(a: Steps, b: Steps) -> None:
+    """But for rounding."""
+    close(a.grads[0], b.grads[0])
+    assert timeless(a.metrics[0]) == pytest.approx(timeless(b.metrics[0]), abs=1e-5)
+    torch.testing.assert_close(a.gaps[0], b.gaps[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("view", "where"), [("student", "forward"), ("student", "backward"), ("teacher", "forward")])
+def test_out_of_memory_halves_the_micro_batch(make_policy, step, monkeypatch, caplog, view, where):
+    """Repeated from the start: what the failed attempt had added up, gradients included, is gone."""
+    policy = make_policy()
+    groups = make_groups(policy)
+    whole = step(policy, groups)
+    longest = max(len(p) + len(t.token_ids) for g in groups for t, p in zip(g.trajectories, g.teacher_prompts, strict=True))
+    done: list[int] = []  # padded sizes of the forwards that went well
+    score = type(policy)._score
+
+    def room(self: Policy, sequences: Sequence[TokenSequence], temperature: float) -> Scores:
+        padded = len(sequences) * max(map(len, sequences))
+        if torch.is_grad_enabled() != (view == "student"):
+            return score(self, sequences, temperature)
+        if padded <= longest:
+            done.append(padded)
+            return score(self, sequences, temperature)
+        if where == "forward":
+            raise torch.OutOfMemoryError("no room")
+        out = score(self, sequences, temperature)
+
+        def fail(gradient: Tensor) -> None:
+            raise torch.OutOfMemoryError("no room")
+
+        out.logp.register_hook(fail)
+        return out
+
+    monkeypatch.setattr(type(policy), "_score", room)
+    steps = step(policy, groups, micro_batch_tokens=8 * longest)
+    same_update(steps, whole)
+    used = [int(m["memory/micro_batch_tokens"]) for m in steps.metrics]
+    assert used[0] < 8 * longest and done
+    said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert said and said[-1].endswith(f"micro_batch_tokens {used[0]}")
+
+
+def test_a_row_that_does_not_fit_alone(make_policy, step, monkeypatch):
+    policy = make_policy()
+    groups = make_groups(policy)
+
+    def full(self: Policy, sequences: Sequence[TokenSequence], temperature: float) -> Scores:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(policy), "_score", full)
+    with pytest.raises(ConfigError, match=r"a trajectory of \d+ tokens alone.*gradient_checkpointing.*head_chunk.*max_trajectory_tokens"):
+        step(policy, groups)
 
 
 def test_recorded_loss_and_gradient_norm(make_policy, step):
@@ -661,7 +714,7 @@ def test_groups_that_are_left_out(make_policy, step, policy_weight):
         assert kept.gaps[0][[0, 2]].eq(0).all() and float(kept.gaps[0][1]) == pytest.approx(float(alone.gaps[0][0]), abs=1e-5)
         m, a, e = kept.metrics[0], alone.metrics[0], every.metrics[0]
         for key in METRICS:
-            if math.isnan(a[key]) or key.startswith("time/"):
+            if math.isnan(a[key]) or key.startswith(("time/", "memory/")):
                 continue
             overall = key.startswith(("reward/", "rollout/")) or key == "teacher/skill_share"
             assert m[key] == pytest.approx(e[key] if overall else a[key], abs=1e-5), key

@@ -5,11 +5,13 @@ Lines 1 (teacher sync) and 7 (skills) are callbacks, lines 2 and 3 (retrieval an
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import lightning as L
@@ -21,15 +23,17 @@ from skillsd.objective import Objective, group_advantages
 from skillsd.policy import Policy, PolicySettings, Scores, TokenSequence, micro_batches
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
+log = logging.getLogger(__name__)
+
 METRICS = (
     "loss/total", "loss/policy", "loss/distillation", "reward/mean", "reward/success", "reward/completion", "reward/zero_variance",
     "teacher/skill_share", "teacher/dropped_rows", "teacher/gap_mean", "teacher/gap_std", "teacher/health", "teacher/k3",
     "policy/entropy", "policy/clip_fraction", "policy/logp_drift", "grad_norm/total", "grad_norm/policy", "grad_norm/distillation",
     "teacher/weight", "teacher/shift", "optimizer/lr", "rollout/env_steps", "rollout/tokens", "rollout/action_tokens", "rollout/turns",
-    "rollout/finish_length", "rollout/failed", "learner/tokens", "skills/bank", "skills/failed", "time/rollout_s", "time/teacher_s",
-    "time/update_s", "time/summary_s", "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
+    "rollout/finish_length", "rollout/failed", "learner/tokens", "skills/bank", "skills/failed", "memory/micro_batch_tokens",
+    "time/rollout_s", "time/teacher_s", "time/update_s", "time/summary_s", "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
 )  # fmt: skip
-"""Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ differ in a re-run."""
+"""Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ and memory/ differ in a re-run."""
 
 
 @dataclass
@@ -63,7 +67,8 @@ class SkillSD(L.LightningModule):
         policy: The base model and its adapters.
         objective: The loss.
         optimizer: AdamW and its schedule.
-        micro_batch_tokens: Most padded tokens in one forward and backward; the gradient does not depend on it.
+        micro_batch_tokens: Most padded tokens in one forward and backward; the gradient does not depend on it. An update that runs out
+            of memory is repeated with half of it.
         grad_norm_every: Iterations between two measurements of each term's gradient norm (they cost a second backward); 0 never.
     """
 
@@ -110,20 +115,55 @@ class SkillSD(L.LightningModule):
         started = time.perf_counter()
         batch = _Batch(groups, self.objective.group_filter == "zero_variance")
         rows, temperature = batch.rows, groups[0].temperature
-        torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration)  # for dropout: a resumed run draws the same
         advantage = self._advantages(groups)
         n = max(1, sum(rows[i].n_actions for i in batch.kept))  # N of Eq. 3-14: one count, whatever the micro-batches
         weight = self.objective.weight(self.global_step)
         teacher_rows = self._teacher_rows(batch, weight)
         optimizer: Any = self.optimizers()
         params = self.policy.student_parameters()
-        optimizer.zero_grad()
-
-        sums: dict[str, float] = defaultdict(float)
-        gaps = torch.zeros(len(rows))
-        self.teacher_s = 0.0
         apart = bool(self.grad_norm_every) and self.global_step % self.grad_norm_every == 0 and weight > 0
-        distillation_grad = [torch.zeros_like(p) for p in params] if apart else []
+
+        def update() -> _Update:
+            optimizer.zero_grad()
+            return self._accumulate(batch, advantage, n, weight, teacher_rows, temperature, params if apart else [])
+
+        done = self._within_memory(update, batch, teacher_rows)
+        norm = self._step(optimizer, params)
+        self._record(batch, done, n, weight, teacher_rows, norm, params, time.perf_counter() - started)
+        sizes = [len(g.trajectories) for g in groups]
+        return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), done.gaps.split(sizes), strict=True)])}
+
+    def _within_memory(self, update: Callable[[], _Update], batch: _Batch, teacher_rows: Collection[int]) -> _Update:
+        """`update`, from its beginning with half the micro-batch whenever memory runs out: the gradient is the same.
+
+        Raises:
+            ConfigError: a row that stands alone does not fit.
+        """
+        while True:
+            try:
+                return update()
+            except torch.OutOfMemoryError:
+                pass  # go on outside: the exception holds the tensors of the failed attempt
+            longest = max([*(len(batch.student[i]) for i in batch.kept), *(len(batch.teacher[i]) for i in teacher_rows)])
+            if self.micro_batch_tokens <= longest:
+                raise ConfigError(
+                    f"model.init_args.micro_batch_tokens: a trajectory of {longest} tokens alone does not fit into the memory: set "
+                    "policy.gradient_checkpointing, a smaller policy.head_chunk or data.init_args.rollout.max_trajectory_tokens."
+                )
+            self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
+            gc.collect()
+            torch.cuda.empty_cache()
+            log.warning("out of memory in the update: it is repeated with micro_batch_tokens %d", self.micro_batch_tokens)
+
+    def _accumulate(
+        self, batch: _Batch, advantage: Tensor, n: int, weight: float, teacher_rows: Collection[int], temperature: float,
+        apart: Sequence[torch.nn.Parameter],
+    ) -> _Update:  # fmt: skip
+        """The gradient of the whole batch, a micro-batch at a time; that of the distillation alone for the parameters in `apart`."""
+        rows = batch.rows
+        torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration)  # for dropout: a resumed run draws the same
+        out = _Update(torch.zeros(len(rows)), [torch.zeros_like(p) for p in apart])
+        self.teacher_s = 0.0
         for part in micro_batches([len(batch.student[i]) for i in batch.kept], self.micro_batch_tokens):
             index = [batch.kept[k] for k in part]
             mask, recorded = _padded([rows[i] for i in index], self.policy.device)
@@ -139,24 +179,20 @@ class SkillSD(L.LightningModule):
                 return_gap=batch.return_gap[index].to(logp), divergence=divergence,
             )  # fmt: skip
             if apart and terms.distillation.requires_grad:
-                grads = torch.autograd.grad(terms.distillation / n, params, retain_graph=True, allow_unused=True)
-                for total, g in zip(distillation_grad, grads, strict=True):
+                grads = torch.autograd.grad(terms.distillation / n, list(apart), retain_graph=True, allow_unused=True)
+                for total, g in zip(out.distillation_grad, grads, strict=True):
                     if g is not None:
                         total += g
             loss = self.objective.total(terms, n)
             if loss.requires_grad:  # without a reward, rows that no teacher speaks to teach nothing
                 self.manual_backward(loss)
 
-            gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
+            out.gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
             entropy = (student.entropy * mask).sum()
             numbers = {"policy": terms.policy, "distillation": terms.distillation, "entropy": entropy, **terms.metrics}
             for key, value in zip(numbers, torch.stack([x.detach().double() for x in numbers.values()]).tolist(), strict=True):
-                sums[key] += value  # one transfer for all of them
-
-        norm = self._step(optimizer, params)
-        self._record(batch, sums, n, weight, teacher_rows, norm, distillation_grad, params, time.perf_counter() - started)
-        sizes = [len(g.trajectories) for g in groups]
-        return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), gaps.split(sizes), strict=True)])}
+                out.sums[key] += value  # one transfer for all of them
+        return out
 
     def _advantages(self, groups: Sequence[TrajectoryGroup]) -> Tensor:
         """[B * G], float32. Without a policy loss a group may have one member and no baseline."""
@@ -217,10 +253,10 @@ class SkillSD(L.LightningModule):
     # -- what is logged ---------------------------------------------------------------------------------------------------
 
     def _record(
-        self, batch: _Batch, sums: Mapping[str, float], n: int, weight: float, teacher_rows: Collection[int], norm: float,
-        distillation_grad: Sequence[Tensor], params: Sequence[torch.nn.Parameter], seconds: float,
+        self, batch: _Batch, done: _Update, n: int, weight: float, teacher_rows: Collection[int], norm: float,
+        params: Sequence[torch.nn.Parameter], seconds: float,
     ) -> None:  # fmt: skip
-        rows = batch.rows
+        rows, sums = batch.rows, done.sums
         taught = max(1, sum(rows[i].n_actions for i in teacher_rows))
         scored = sum(len(batch.student[i]) for i in batch.kept) + sum(len(batch.teacher[i]) for i in teacher_rows)
         gap = sums["gap"] / taught
@@ -243,12 +279,13 @@ class SkillSD(L.LightningModule):
             "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": _mean(len(t.turns) for t in rows),
             "rollout/finish_length": _mean(t.finish_reason == "length" for t in rows),
             "rollout/failed": _mean(t.finish_reason == "failed" for t in rows),
-            "learner/tokens": float(scored), "time/teacher_s": self.teacher_s, "time/update_s": seconds - self.teacher_s,
+            "learner/tokens": float(scored), "memory/micro_batch_tokens": float(self.micro_batch_tokens),
+            "time/teacher_s": self.teacher_s, "time/update_s": seconds - self.teacher_s,
             "time/learner_tokens_per_s": scored / seconds,
         }  # fmt: skip
-        if distillation_grad:  # the total was clipped in place: undo the scale before taking the difference
-            rest = [(p.grad / self._clip_scale if p.grad is not None else 0.0) - g for p, g in zip(params, distillation_grad, strict=True)]
-            m["grad_norm/distillation"] = _norm(distillation_grad)
+        if apart := done.distillation_grad:  # the total was clipped in place: undo the scale before taking the difference
+            rest = [(p.grad / self._clip_scale if p.grad is not None else 0.0) - g for p, g in zip(params, apart, strict=True)]
+            m["grad_norm/distillation"] = _norm(apart)
             m["grad_norm/policy"] = _norm(rest)
         self.metrics = m
         self.log_dict({k: v for k, v in m.items() if not math.isnan(v)}, batch_size=1)
@@ -282,6 +319,15 @@ class SkillSD(L.LightningModule):
                 f"ckpt_path: the checkpoint belongs to the base model [{saved}], this run has [{self.policy.base_name}]: "
                 "set model.init_args.policy to match, or start a new run folder."
             )
+
+
+@dataclass
+class _Update:
+    """What an update adds up beside the gradient: per row log pi_tea - log pi_stu, the distillation's gradient, the sums to log."""
+
+    gaps: Tensor
+    distillation_grad: list[Tensor]
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class _Batch:
