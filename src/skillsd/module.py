@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,6 +24,11 @@ from skillsd.objective import Objective, group_advantages
 from skillsd.policy import Policy, PolicySettings, Scores, TokenSequence, micro_batches
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
 
 METRICS = (
@@ -30,8 +36,9 @@ METRICS = (
     "teacher/skill_share", "teacher/dropped_rows", "teacher/gap_mean", "teacher/gap_std", "teacher/health", "teacher/k3",
     "policy/entropy", "policy/clip_fraction", "policy/logp_drift", "grad_norm/total", "grad_norm/policy", "grad_norm/distillation",
     "teacher/weight", "teacher/shift", "optimizer/lr", "rollout/env_steps", "rollout/tokens", "rollout/action_tokens", "rollout/turns",
-    "rollout/finish_length", "rollout/failed", "learner/tokens", "skills/bank", "skills/failed", "memory/micro_batch_tokens",
-    "time/rollout_s", "time/teacher_s", "time/update_s", "time/summary_s", "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
+    "rollout/finish_length", "rollout/failed", "learner/tokens", "skills/bank", "skills/failed", "memory/peak_gib",
+    "memory/micro_batch_tokens", "time/rollout_s", "time/teacher_s", "time/update_s", "time/summary_s",
+    "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
 )  # fmt: skip
 """Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ and memory/ differ in a re-run."""
 
@@ -279,7 +286,8 @@ class SkillSD(L.LightningModule):
             "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": _mean(len(t.turns) for t in rows),
             "rollout/finish_length": _mean(t.finish_reason == "length" for t in rows),
             "rollout/failed": _mean(t.finish_reason == "failed" for t in rows),
-            "learner/tokens": float(scored), "memory/micro_batch_tokens": float(self.micro_batch_tokens),
+            "learner/tokens": float(scored), "memory/peak_gib": peak_gib(self.policy.device),
+            "memory/micro_batch_tokens": float(self.micro_batch_tokens),
             "time/teacher_s": self.teacher_s, "time/update_s": seconds - self.teacher_s,
             "time/learner_tokens_per_s": scored / seconds,
         }  # fmt: skip
@@ -289,7 +297,8 @@ class SkillSD(L.LightningModule):
             m["grad_norm/policy"] = _norm(rest)
         self.metrics = m
         self.log_dict({k: v for k, v in m.items() if not math.isnan(v)}, batch_size=1)
-        self.log("success", m["reward/success"], prog_bar=True, logger=False, batch_size=1)
+        for name, key in (("success", "reward/success"), ("GiB", "memory/peak_gib")):
+            self.log(name, m[key], prog_bar=True, logger=False, batch_size=1)
 
     # -- validation, batches and checkpoints -------------------------------------------------------------------------------
 
@@ -368,6 +377,15 @@ def _padded(rows: Sequence[Trajectory], device: torch.device) -> tuple[Tensor, T
     mask = [[*t.action_mask, *[False] * (width - len(t.action_mask))] for t in rows]
     logp = [[*t.logprobs, *[0.0] * (width - len(t.logprobs))] for t in rows]
     return torch.tensor(mask, device=device), torch.tensor(logp, device=device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory since the start, GiB: what PyTorch reserved on a GPU, else the process's resident set (nan where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _mean(values: Any) -> float:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,10 +153,21 @@ def test_steps_tokens_and_seconds(finished):
         assert (count["time/teacher_s"] > 1e-3) == bool(taught)
         seconds = {k: count[f"time/{k}_s"] for k in ("rollout", "teacher", "update", "summary")}
         assert all(0 <= x < 60 for x in seconds.values()) and min(seconds["rollout"], seconds["update"], seconds["summary"]) > 0
+        assert 0.05 < count["memory/peak_gib"] < 64 and count["memory/micro_batch_tokens"] == 4096
         assert count["time/rollout_tokens_per_s"] == pytest.approx(count["rollout/tokens"] / seconds["rollout"])
         assert count["time/learner_tokens_per_s"] == pytest.approx(
             count["learner/tokens"] / (seconds["teacher"] + seconds["update"]), rel=1e-6
         )
+
+
+def test_the_progress_bar_and_a_profile(tell, tmp_path):
+    out = tell("fit", tmp_path / "run", "--trainer.max_epochs=3", "--trainer.enable_progress_bar=true", "--trainer.profiler=pytorch")
+    shown = " ".join(out.split())
+    assert all(re.search(rf"{name}: \d+\.\d", shown) for name in ("success", "tokens/s", "GiB")) and "it/s" in shown
+    (trace,) = (tmp_path / "run" / "tensorboard").glob("*.pt.trace.json")
+    names = {e.get("name", "") for e in json.loads(trace.read_text())["traceEvents"]}
+    for part in ("ProfilerStep", "train_dataloader_next", "SingleDeviceStrategy.training_step", "aten::mm"):
+        assert any(part in name for name in names), part
 
 
 def test_the_record_can_be_scored_again(finished):
@@ -270,7 +282,8 @@ def test_a_learning_curve(run, tell, tmp_path):
     assert list(content) == ["before", "during", "after", "difference"] and list(content["during"]) == ["1", "2", "3"]
     assert {k: v for k, v in content.items() if k != "during"} == panel(run)
     timeless = [
-        [{k: v for k, v in r.items() if "time/" not in k} for r in csv.DictReader((f / "metrics.csv").open())] for f in (run, folder)
+        [{k: v for k, v in r.items() if not k.startswith(("time/", "memory/"))} for r in csv.DictReader((f / "metrics.csv").open())]
+        for f in (run, folder)
     ]
     assert timeless[0] == timeless[1]
     for steps, shares in content["during"].items():

@@ -167,7 +167,7 @@ class Run:
         loop = checkpoint["loops"]["fit_loop"]
         checkpoint["loops"] = {k: v for k, v in loop.items() if "val_loop" not in k}  # a resumed run counts its validations differently
         return {
-            "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in self.rows()],
+            "metrics": [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in self.rows()],
             "trajectories": (self.folder / "trajectories.jsonl").read_bytes(),
             "panel": json.loads((self.folder / "panel.json").read_text()),
             "adapter": (self.folder / "adapter" / "student" / "adapter_model.safetensors").read_bytes(),

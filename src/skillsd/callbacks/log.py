@@ -61,6 +61,8 @@ class RunLog(L.Callback):
         metrics["time/rollout_s"] = seconds = trainer.datamodule.rollout_s  # type: ignore[attr-defined, index]
         metrics["time/rollout_tokens_per_s"] = metrics["rollout/tokens"] / seconds  # type: ignore[index, operator]
         pl_module.log_dict({k: metrics[k] for k in ("time/rollout_s", "time/rollout_tokens_per_s")}, batch_size=1)  # type: ignore[index]
+        busy = sum(metrics[f"time/{k}_s"] for k in ("rollout", "teacher", "update"))  # type: ignore[index]
+        pl_module.log("tokens/s", metrics["rollout/tokens"] / busy, prog_bar=True, logger=False, batch_size=1)  # type: ignore[index]
         iteration = groups[0].trajectories[0].iteration
         row = {"iteration": iteration, "epoch": trainer.current_epoch} | {
             k: "" if math.isnan(v) else repr(float(v))
