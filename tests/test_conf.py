@@ -319,8 +319,9 @@ def test_a_study_s_cells(fit, name, monkeypatch):
         if cell.seed != cells[0].seed:
             continue
         cli = fit(list(cell.configs), *cell.flags)
-        name = cell.method.removeprefix("no_skill_")
-        assert method(cli) == SKILL_SD | METHODS[name] | (METHODS["no_skill"] if name != cell.method else {})
+        controls = {"no_skill_trace_gate": "no_skill", "shuffled_trace_gate": "shuffled_skill"}
+        control = METHODS[controls[cell.method]] if cell.method in controls else {}
+        assert method(cli) == SKILL_SD | METHODS["trace_gate" if control else cell.method] | control
         assert kinds(cli)[:3] == [TeacherSync, SkillBankCallback, RunLog] and RunCheckpoint in kinds(cli)
         assert cli.datamodule.seed == cell.seed
         (panel,) = (c for c in cli.trainer.callbacks if isinstance(c, Panel))
@@ -339,7 +340,8 @@ def test_null_in_a_flag(fit):
 
 def test_where_cells_start(fit):
     """The first study was made of the agent as shipped, the confirmation of the one that recovers."""
-    for name, init, lr in (("study/sokoban-nano.yaml", None, 2e-4), ("study/sokoban-confirm.yaml", "nano-recover", 4e-4)):
+    recovers = ("study/sokoban-confirm.yaml", "study/sokoban-shuffled.yaml")
+    for name, init, lr in (("study/sokoban-nano.yaml", None, 2e-4), *((name, "nano-recover", 4e-4) for name in recovers)):
         cell = make_cells(read_settings(["-c", str(CONF / name)]), lambda n: str(CONF / n))[0]
         cli = fit(list(cell.configs), *cell.flags)
         assert (cli.model.settings.lora.init, cli.model.optim.lr) == (init, lr)
