@@ -134,13 +134,13 @@ class SkillSD(L.LightningModule):
             optimizer.zero_grad()
             return self._accumulate(batch, advantage, n, weight, teacher_rows, temperature, params if apart else [])
 
-        done = self._within_memory(update, batch, teacher_rows)
+        done = self._within_memory(update, batch)
         norm = self._step(optimizer, params)
         self._record(batch, done, n, weight, teacher_rows, norm, params, time.perf_counter() - started)
         sizes = [len(g.trajectories) for g in groups]
         return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), done.gaps.split(sizes), strict=True)])}
 
-    def _within_memory(self, update: Callable[[], _Update], batch: _Batch, teacher_rows: Collection[int]) -> _Update:
+    def _within_memory(self, update: Callable[[], _Update], batch: _Batch) -> _Update:
         """`update`, from its beginning with half the micro-batch whenever memory runs out: the gradient is the same.
 
         Raises:
@@ -151,7 +151,7 @@ class SkillSD(L.LightningModule):
                 return update()
             except torch.OutOfMemoryError:
                 pass  # go on outside: the exception holds the tensors of the failed attempt
-            longest = max([*(len(batch.student[i]) for i in batch.kept), *(len(batch.teacher[i]) for i in teacher_rows)])
+            longest = max(len(batch.student[i]) for i in batch.kept)
             if self.micro_batch_tokens <= longest:
                 raise ConfigError(
                     f"model.init_args.micro_batch_tokens: a trajectory of {longest} tokens alone does not fit into the memory: set "
