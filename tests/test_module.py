@@ -318,7 +318,7 @@ def test_out_of_memory_halves_the_micro_batch(make_policy, step, monkeypatch, ca
         padded = len(sequences) * max(map(len, sequences))
         if torch.is_grad_enabled() != (view == "student"):
             return score(self, sequences, temperature)
-        if padded <= longest:
+        if not done or padded <= longest:  # the very first goes well, and leaves its gradient
             done.append(padded)
             return score(self, sequences, temperature)
         if where == "forward":
@@ -332,10 +332,10 @@ def test_out_of_memory_halves_the_micro_batch(make_policy, step, monkeypatch, ca
         return out
 
     monkeypatch.setattr(type(policy), "_score", room)
-    steps = step(policy, groups, micro_batch_tokens=8 * longest)
+    steps = step(policy, groups, micro_batch_tokens=3 * longest)
     same_update(steps, whole)
     used = [int(m["memory/micro_batch_tokens"]) for m in steps.metrics]
-    assert used[0] < 8 * longest and done
+    assert used[0] < 3 * longest and done[0] > longest >= max(done[1:])
     said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
     assert said and said[-1].endswith(f"micro_batch_tokens {used[0]}")
 
