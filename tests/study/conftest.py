@@ -23,7 +23,7 @@ plan = json.loads(Path(os.environ["FAKE_PLAN"]).read_text())
 mine = plan.get(f"{method}-{seed}", {})
 with open(os.environ["FAKE_PLAN"] + ".calls", "a") as f:
     f.write(f"{method} {seed} {os.environ['OMP_NUM_THREADS']}\n")
-print("fake fit", method, seed, flush=True)
+print("fake fit", method, seed, "on gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 if mine.get("deaf"):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 folder.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,28 @@ def test_workers_run_side_by_side(studies):
     assert [(r["method"], r["seed"]) for r in rows] == [("grpo", "0"), ("skillsd", "0"), ("grpo", "1"), ("skillsd", "1")]
 
 
+@pytest.mark.parametrize(
+    ("visible", "used"), [("0,1", ["0", "0", "1", "1"]), ("3, 5,", ["3", "3", "5", "5"]), ("2", ["2"] * 4), ("", [""] * 4)]
+)
+def test_cells_are_spread_over_the_visible_gpus(studies, monkeypatch, visible, used):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    studies.plan = {f"{m}-{s}": {"sleep": 0.25} for m in ("grpo", "skillsd") for s in (0, 1)}
+    assert studies("--workers=4") == 0
+    logs = [p.read_text() for p in sorted(studies.folder.glob("cells/*/*/cell.log"))]
+    assert sorted(log.splitlines()[-1].removeprefix("fake fit").split(" on gpu ")[1] for log in logs) == used
+
+
+def test_a_gpu_that_is_free_again_gets_the_next_cell(studies, monkeypatch):
+    monkeypatch.setattr("skillsd.study.runner.torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    studies.plan = {"grpo-0": {"sleep": 0.5}, "skillsd-0": {"sleep": 0.05}, "grpo-1": {"sleep": 0.05}, "skillsd-1": {"sleep": 0.05}}
+    assert studies("--workers=2") == 0
+    log = (studies.folder / "cells/grpo/seed-0/cell.log").read_text()
+    assert "on gpu 0" in log
+    others = [p.read_text() for p in studies.folder.glob("cells/*/*/cell.log") if p.parts[-3:-1] != ("grpo", "seed-0")]
+    assert all("on gpu 1" in x for x in others), "one cell keeps the first GPU busy"
+
+
 CHANGED = {
     "a flag": (["--set.trainer.max_epochs=9"], {}, r"grpo seed 0 was made with other arguments: --trainer\.max_epochs=9: delete"),
     "an overlay for all": (["--overlays=[shuffled]"], {}, "grpo seed 0 was made with other arguments: shuffled"),

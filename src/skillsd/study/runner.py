@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from skillsd.errors import ConfigError
 from skillsd.study.cells import LOG, Cell, provenance
 from skillsd.study.results import Finished, read_cell, write_results
@@ -47,17 +49,26 @@ def locked(folder: Path) -> Iterator[int]:
         yield f.fileno()
 
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, one entry a GPU."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(torch.cuda.device_count())] if told is None else [x.strip() for x in told.split(",") if x.strip()]
+
+
 @dataclass
 class Running:
-    """A cell's process and when it was started (monotonic seconds)."""
+    """A cell's process, its GPU ("" where there are not several) and when it was started (monotonic seconds)."""
 
     cell: Cell
     process: subprocess.Popen
+    gpu: str = ""
     started: float = field(default_factory=time.monotonic)
 
 
 class Runner:
     """Runs what is not finished, `workers` at a time, and rewrites results.csv after every finished cell.
+
+    Where there are several GPUs, a cell gets the one that fewest cells use.
 
     Args:
         study: The settings.
@@ -71,6 +82,7 @@ class Runner:
         self, study: StudySettings, cells: Sequence[Cell], fit: Sequence[str] = FIT, grace: float = 30.0, poll: float = 0.2
     ) -> None:
         self.study, self.cells, self.fit, self.grace, self.poll = study, list(cells), list(fit), grace, poll
+        self.gpus = visible_gpus()
         self.finished: dict[Cell, Finished] = {}
         self.failed: list[Cell] = []
         self.signal = 0
@@ -105,7 +117,9 @@ class Runner:
                 if self.signal or (limit is not None and time.monotonic() - begun >= limit):
                     return
                 while waiting and len(running) < self.study.workers:
-                    running.append(self._start(waiting.pop(0), lock))
+                    busy = [r.gpu for r in running]
+                    gpu = min(self.gpus, key=busy.count) if len(self.gpus) > 1 else ""
+                    running.append(self._start(waiting.pop(0), lock, gpu))
                 for r in [r for r in running if r.process.poll() is not None]:
                     running.remove(r)
                     seconds.append(time.monotonic() - r.started)
@@ -115,7 +129,7 @@ class Runner:
         finally:
             self._stop(running)
 
-    def _start(self, cell: Cell, lock: int) -> Running:
+    def _start(self, cell: Cell, lock: int, gpu: str) -> Running:
         attempts = cell.record().get("attempts", 0) + 1
         made = provenance()
         commits = list(dict.fromkeys([*cell.record().get("commits", []), *([made["commit"]] if "commit" in made else [])]))
@@ -128,11 +142,11 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(self.study.threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(self.study.threads)} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
                 pass_fds=(lock,),
                 start_new_session=True,  # a terminal's Ctrl-C reaches the study alone
             )
-        return Running(cell, process)
+        return Running(cell, process, gpu)
 
     def _end(self, r: Running, interrupted: bool = False) -> None:
         """Book an attempt, and read what the cell gave if it is done."""
