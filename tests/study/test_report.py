@@ -131,7 +131,7 @@ def test_what_spoils_a_comparison_is_said(studies):
     head = sections((studies.folder / "report.md").read_text())["head"]
     for part in (
         "not all cells were played on the same panel",
-        "methods began from different agents",
+        "before training, not all methods scored the same",
         "cells were made by different commits",
     ):
         assert f"WARNING: {part}" in head

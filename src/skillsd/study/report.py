@@ -74,7 +74,7 @@ def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], fi
     if results["panel"].nunique() > 1:
         told.append("WARNING: not all cells were played on the same panel: differences between methods are not only the methods'.")
     if (results.groupby("seed")[f"before_{study.metric}"].agg(lambda s: s.max() - s.min()) > 0).any():
-        told.append("WARNING: methods began from different agents: base is their mean.")
+        told.append("WARNING: before training, not all methods scored the same: other agents, or rounding on a GPU; base is their mean.")
     if len(commits) > 1:
         told.append("WARNING: cells were made by different commits.")
     return told
