@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # tests of kernels run them on the CPU
 
 from collections.abc import Callable
 from typing import Any
@@ -37,34 +39,41 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 }
 
 
+WIDE: dict[str, Any] = dict(hidden_size=64, intermediate_size=192, head_dim=16, initializer_range=0.125)
+"""Changes to SHAPE: rows of whole blocks of 64 weights, for nf4 kernels."""
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Architecture -> folder of a tiny random model and its tokenizer."""
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Architecture and changes to SHAPE -> folder of a tiny random model and its tokenizer."""
     made: dict[str, str] = {}
 
-    def make(architecture: str) -> str:
-        if architecture not in made:
+    def make(architecture: str, shape: dict[str, Any] | None = None) -> str:
+        name = f"{architecture} {shape}"
+        if name not in made:
             tokenizer = build_tokenizer()
             torch.manual_seed(len(architecture))
-            model = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocab_size=len(tokenizer), **SHAPE))
+            model = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocab_size=len(tokenizer), **{**SHAPE, **(shape or {})}))
             folder = tmp_path_factory.mktemp(architecture)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            made[architecture] = str(folder)
-        return made[architecture]
+            made[name] = str(folder)
+        return made[name]
 
     return make
 
 
 @pytest.fixture
-def make_policy(tiny_model: Callable[[str], str]) -> Callable[..., Policy]:
+def make_policy(tiny_model: Callable[..., str]) -> Callable[..., Policy]:
     """A policy on a tiny model; with `randomise` both adapters hold different values that change the output."""
 
-    def make(architecture: str = "qwen3", randomise: bool = True, lora: dict[str, Any] | None = None, **settings: Any) -> Policy:
+    def make(
+        architecture: str = "qwen3", randomise: bool = True, lora: dict[str, Any] | None = None, shape: dict[str, Any] | None = None,
+        device: str = "cpu", **settings: Any,
+    ) -> Policy:  # fmt: skip
         settings.setdefault("attention", "eager" if architecture == "gemma2" else None)
-        policy = Policy(
-            PolicySettings(model=tiny_model(architecture), lora=LoraSettings(**{"r": 4, "alpha": 8, **(lora or {})}), **settings)
-        )
+        adapters = LoraSettings(**{"r": 4, "alpha": 8, **(lora or {})})
+        policy = Policy(PolicySettings(model=tiny_model(architecture, shape), lora=adapters, **settings), device)
         if randomise:
             torch.manual_seed(7)
             with torch.no_grad():

@@ -137,7 +137,7 @@ def test_packages_that_are_not_there(monkeypatch):
     assert doctor.bitsandbytes()[0] == "missing" and doctor.bitsandbytes()[2].startswith("pip install 'bitsandbytes<")
     assert doctor.triton()[0] == "optional" and doctor.triton()[2] == ""  # nothing to be done on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert doctor.triton()[2] == "pip install 'triton'"
+    assert doctor.triton()[2].startswith("pip install 'triton")
 
 
 def test_smollm2(tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ class RolloutData(L.LightningDataModule):
         if self._collector is None:
             policy = self.policy
             chat = Chat(policy.tokenizer, policy.stop_ids)
-            engine = InProcessEngine(policy, self.rollout.cuda_graphs)
+            engine = InProcessEngine(policy, self.rollout.cuda_graphs, self.rollout.kernels)
             self._collector = Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length)
         return self._collector
 

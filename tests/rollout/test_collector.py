@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import gymnasium
@@ -15,7 +15,7 @@ import torch
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, Collector, Completion, InProcessEngine, Request, RolloutSettings, Row, make_env
+from skillsd.rollout import Chat, Collector, Completion, InProcessEngine, Request, RolloutSettings, Row, Session, make_env
 from skillsd.trajectory import Task, Trajectory
 
 SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"
@@ -39,19 +39,30 @@ class TenTurns(gymnasium.Env):
         return "down " * 5, float(done), done, False, {"completion": self.turn / 10, "success": done}
 
 
-class Scripted:
+class Scripted(Session):
     """An engine that gives the same answer each turn, cut at the limit, and keeps the requests."""
 
     def __init__(self, answer: Sequence[int], stop: int) -> None:
-        self.answer, self.stop, self.requests = list(answer), stop, []
+        self.answer, self.stop, self.requests, self.given = list(answer), stop, [], []
 
     def open(self, temperature: float, adapter: str | None = "student") -> "Scripted":
         return self
 
-    def turn(self, requests: Sequence[Request]) -> list[Completion]:
+    @property
+    def busy(self) -> bool:
+        return bool(self.given)
+
+    def submit(self, requests: Sequence[Request]) -> None:
         self.requests += requests
-        cut = [self.answer[: r.limit] for r in requests]
-        return [Completion(ids, [-0.5] * len(ids), ids[-1] == self.stop) for ids in cut]
+        self.given += requests
+
+    def step(self) -> list[tuple[int, Completion]]:
+        given, self.given = self.given, []
+        cut = [(r.row, self.answer[: r.limit]) for r in given]
+        return [(row, Completion(ids, [-0.5] * len(ids), ids[-1] == self.stop)) for row, ids in cut]
+
+    def forget(self, rows: Iterable[int]) -> None:
+        pass
 
 
 @pytest.fixture
@@ -302,6 +313,54 @@ def test_environments_wait_together(waiting):
     played = play(waiting({"pause": pause}, env_workers=4), "up:3", "down:3", "left:3", "right:3")
     assert [len(t.turns) for t in played] == [3] * 4
     assert waiting({}).threads is None  # made when needed
+
+
+class Continuous(Scripted):
+    """Rows join at any time; a turn takes as many steps as the row's number, plus 1."""
+
+    continuous = True
+
+    def open(self, temperature: float, adapter: str | None = "student") -> "Continuous":
+        self.left: dict[int, int] = {}
+        return self
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        super().submit(requests)
+        self.left |= {r.row: r.row + 1 for r in requests}
+
+    def step(self) -> list[tuple[int, Completion]]:
+        self.left = {row: n - 1 for row, n in self.left.items()}
+        waiting = [r for r in self.given if self.left[r.row]]
+        self.given = [r for r in self.given if not self.left[r.row]]
+        done = super().step()
+        self.given = waiting
+        return done
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_rows_that_join_at_any_time_change_no_trajectory(waiting, workers):
+    want = play(waiting(), *NAMES)
+    for max_rows in (2, 3, 64):
+        collector = waiting(env_workers=workers, max_rows=max_rows)
+        collector.engine = Continuous(collector.engine.answer, collector.engine.stop)
+        assert play(collector, *NAMES) == want
+
+
+def test_others_decode_while_an_environment_thinks(waiting):
+    """The first row's reset ends only when another row has finished its episode of five turns, which waiting for everybody could not."""
+    finished = threading.Event()
+
+    def pause(name: str, turn: int) -> float:
+        if name == "up":
+            assert finished.wait(30)
+        elif turn == 5:
+            finished.set()
+        return 0.0
+
+    collector = waiting({"pause": pause}, env_workers=2)
+    collector.engine = Continuous(collector.engine.answer, collector.engine.stop)
+    played = play(collector, "up:1", "down:5")
+    assert [len(t.turns) for t in played] == [1, 5]
 
 
 @pytest.mark.parametrize("workers", [0, 4])

@@ -15,13 +15,13 @@ from skillsd.rollout.noise import stream_key
 from skillsd.rollout.step import Stepper, bucket
 
 
-def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_prompt=20, seed=0, engine=None):
-    """`rows` scripted conversations of 1 to 4 turns with random environment ids, at most `slots` at a time."""
+def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_prompt=20, seed=0, engine=None, turns=4, limit=6):
+    """`rows` scripted conversations of 1 to `turns` turns with random environment ids, at most `slots` at a time."""
     session = (engine or InProcessEngine(policy)).open(temperature, adapter)
     scripts = []
     for row in range(rows):
         rng = random.Random(f"{seed} {row}")
-        sizes = [rng.randint(2, longest_prompt), *(rng.randint(1, 9) for _ in range(rng.randint(0, 3)))]
+        sizes = [rng.randint(2, longest_prompt), *(rng.randint(1, 9) for _ in range(rng.randint(0, turns - 1)))]
         scripts.append([[rng.randrange(5, 60) for _ in range(n)] for n in sizes])
     order = list(range(rows))
     random.Random(seed).shuffle(order)
@@ -31,23 +31,23 @@ def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_pr
             running[order.pop()] = ([], [], [], 0)
         requests = []
         for row, (tokens, mask, _, turn) in running.items():
-            requests.append(
-                Request(row, scripts[row][turn], stream_key(seed, row), len(tokens) + (len(scripts[row][turn]) if turn else 0), 6)
-            )
+            position = len(tokens) + (len(scripts[row][turn]) if turn else 0)
+            requests.append(Request(row, scripts[row][turn], stream_key(seed, row), position, limit))
             if turn:
                 tokens += scripts[row][turn]
                 mask += [False] * len(scripts[row][turn])
         random.Random(len(done)).shuffle(requests)
         for request, c in zip(requests, session.turn(requests), strict=True):
             tokens, mask, logps, turn = running[request.row]
-            assert 1 <= len(c.token_ids) <= 6 and c.stopped == (c.token_ids[-1] in policy.stop_ids)
-            assert c.stopped or len(c.token_ids) == 6
+            assert 1 <= len(c.token_ids) <= limit and c.stopped == (c.token_ids[-1] in policy.stop_ids)
+            assert c.stopped or len(c.token_ids) == limit
             tokens += c.token_ids
             mask += [True] * len(c.token_ids)
             logps += c.logprobs
             running[request.row] = (tokens, mask, logps, turn + 1)
         for row in [row for row, (*_, turn) in running.items() if turn == len(scripts[row])]:
             tokens, mask, logps, _ = running.pop(row)
+            session.forget([row])
             done[row] = TokenSequence(scripts[row][0], tokens, mask), logps
     return [done[row] for row in range(rows)]
 
@@ -55,7 +55,7 @@ def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_pr
 def assert_scored_alike(policy, adapter, played, atol, temperature=1.0):
     sequences = [s for s, _ in played]
     with torch.no_grad():
-        scored = policy.score(adapter, sequences, temperature)[0]
+        scored = policy.score(adapter, sequences, temperature)[0].cpu()
     for i, (s, logps) in enumerate(played):
         torch.testing.assert_close(scored[i, : len(s.token_ids)][torch.tensor(s.action_mask)], torch.tensor(logps), atol=atol, rtol=0)
 
@@ -161,8 +161,8 @@ def test_what_the_cache_cannot_hold_is_refused(make_policy):
 @pytest.fixture
 def static(monkeypatch):
     """Makes engines with static shapes and counts the steps that took them."""
-    calls, fixed = [], Stepper.fixed
-    monkeypatch.setattr(Stepper, "fixed", lambda self, packed, *a: calls.append(packed.shape) or fixed(self, packed, *a))
+    calls, fixed = [], Stepper._fixed
+    monkeypatch.setattr(Stepper, "_fixed", lambda self, kind, given, *a: calls.append(kind) or fixed(self, kind, given, *a))
 
     def make(policy):
         engine = InProcessEngine(policy)
@@ -247,8 +247,8 @@ def test_cuda_graphs_change_nothing(tiny_model, monkeypatch, caplog, architectur
     attention = "eager" if architecture == "gemma2" else None
     policy = Policy(PolicySettings(model=tiny_model(architecture), lora=LoraSettings(r=4, alpha=8), attention=attention), "cuda")
     engine, replayed = InProcessEngine(policy), []
-    fixed = Stepper.fixed
-    monkeypatch.setattr(Stepper, "fixed", lambda self, p, *a: replayed.append(bool(self.graphs)) or fixed(self, p, *a))
+    fixed = Stepper._fixed
+    monkeypatch.setattr(Stepper, "_fixed", lambda self, *a: replayed.append(bool(self.graphs)) or fixed(self, *a))
     for seed, adapter in enumerate(("student", "teacher", None, "student", "student", "teacher")):
         with torch.no_grad():
             for name in ("student", "teacher"):

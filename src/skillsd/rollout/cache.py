@@ -6,7 +6,7 @@ sliding layers. That is exact for every architecture, and stale entries beyond p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ class SlotCache(Cache):
 
     Args:
         model: The causal language model (without adapters' wrapper); gives layer types, window and attention implementation.
+        write: Puts new keys and values in place (`policy.fused`). Attention is then its own too: it takes rows in any slots, and where
+            they lie, int64 [B, 1, 1, 5], in place of a mask.
 
     Attributes:
         version: Changes whenever the storage is another.
@@ -29,7 +31,7 @@ class SlotCache(Cache):
         ConfigError: a layer type or an attention implementation that such a cache cannot serve.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, write: Callable[..., None] | None = None) -> None:
         config = model.config.get_text_config()
         super().__init__(layers=[])
         self.layer_types = list(getattr(config, "layer_types", None) or [])
@@ -39,36 +41,50 @@ class SlotCache(Cache):
         if config._attn_implementation not in ("sdpa", "eager"):
             raise ConfigError(f"policy.attention is {config._attn_implementation}: set it to sdpa or eager.")
         self.eager = config._attn_implementation == "eager"
-        self.dtype = model.dtype
+        self.dtype, self.write = model.dtype, write
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.capacity = 0
         self.width = 0
         self.slots = 0
         self.first = 0
-        self.positions = torch.empty(0)
+        self.positions = self.where = torch.empty(0)
         self.version = 0
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.token_bytes = 2 * config.num_hidden_layers * heads * dim * self.dtype.itemsize
 
-    def prepare(self, first: int, starts: Tensor, lengths: Tensor, width: int, longest: int) -> dict[str, Any]:
-        """Make room for `width` new tokens in slots first, first + 1, ... of which row b uses `lengths[b]`, from position `starts[b]`.
+    def prepare(self, first: int, where: Tensor, width: int, longest: int) -> dict[str, Any]:
+        """Make room for `width` new tokens of each row.
 
-        Returns the attention mask and position ids for the model's forward.
+        Args:
+            first: Row b lies in slot first + b, unless `write` is set.
+            where: int64 [B, 5], of which `policy.kernels.reference.keys_of` tells the meaning.
+            width: New ids of a row, padding included.
+            longest: Most tokens of a row in its slot.
+
+        Returns:
+            the attention mask (or the places instead) and position ids for the model's forward.
         """
-        offsets = torch.arange(width, device=starts.device)
-        used = offsets[None] < lengths[:, None]
-        position_ids = (starts[:, None] + offsets).clamp_max(longest - 1)
-        self.reserve(first + len(starts), longest)
+        offsets = torch.arange(width, device=where.device)
+        starts, lengths = where[:, 0], where[:, 1]
+        position_ids = starts[:, None] + offsets
+        both = "sliding_attention" in self.layer_types and "full_attention" in self.layer_types
         self.first, self.width = first, longest
+        if self.write is not None:
+            self.where = where.contiguous()
+            mask: Any = self.where.view(-1, 1, 1, 5)
+            return {"attention_mask": {"full_attention": mask, "sliding_attention": mask} if both else mask, "position_ids": position_ids}
+        self.reserve(first + len(starts), longest)
+        position_ids = position_ids.clamp_max(longest - 1)
+        used = offsets[None] < lengths[:, None]
         self.positions = (starts[:, None] + offsets).masked_fill(~used, self.capacity)
         seen = torch.arange(longest, device=starts.device)
         gap = position_ids[:, None, :, None] - seen
         full = gap >= 0
         sliding = full if self.window is None else full & (gap < self.window)
-        if "sliding_attention" in self.layer_types and "full_attention" in self.layer_types:
-            mask: Any = {"full_attention": self._form(full), "sliding_attention": self._form(sliding)}
+        if both:
+            mask = {"full_attention": self._form(full), "sliding_attention": self._form(sliding)}
         else:  # a window without layer types applies to all layers
             mask = self._form(full if "full_attention" in self.layer_types else sliding)
         return {"attention_mask": mask, "position_ids": position_ids}
@@ -80,8 +96,8 @@ class SlotCache(Cache):
 
     def _room(self, slots: int, length: int) -> tuple[int, int]:
         capacity = self.capacity
-        while capacity < length:
-            capacity = max(256, 2 * capacity)
+        if length > capacity:  # by half at least: a row that grows token by token seldom moves
+            capacity = -(-max(length, capacity + capacity // 2) // 64) * 64
         return max(self.slots, slots), capacity
 
     def bytes_for(self, slots: int, length: int) -> int:
@@ -103,12 +119,18 @@ class SlotCache(Cache):
         self.version += 1
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, heads, T, dim] at their positions; those B slots up to the longest row come back."""
+        """Write new keys and values [B, heads, T, dim] at their positions.
+
+        Those B slots up to the longest row come back, with `write` the whole stores.
+        """
         batch, heads, new, dim = key_states.shape
         if layer_idx == len(self.keys):
             shape = (self.slots, heads, self.capacity + 1, dim)
             self.keys.append(key_states.new_zeros(shape))
             self.values.append(value_states.new_zeros(*shape[:3], value_states.shape[-1]))
+        if self.write is not None:
+            self.write(key_states, value_states, self.keys[layer_idx], self.values[layer_idx], self.where)
+            return self.keys[layer_idx], self.values[layer_idx]
         index = self.positions[:, None, :, None]
         out = []
         for store, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):

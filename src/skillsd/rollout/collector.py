@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple
 
 import gymnasium
 
 from skillsd.errors import ConfigError
 from skillsd.rollout.chat import Chat
-from skillsd.rollout.engine import Engine, Request, Session
+from skillsd.rollout.engine import Completion, Engine, Request
 from skillsd.rollout.noise import stream_key
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass
@@ -38,6 +37,8 @@ class RolloutSettings:
     """Threads that reset and step environments at the same time; 0: one after another, best for environments that take microseconds."""
     cuda_graphs: bool = True
     """On a GPU, decode with CUDA graphs (small models become much faster; several runs can share the GPU); elsewhere of no effect."""
+    kernels: bool = True
+    """On a GPU, decode a bfloat16 base, in nf4 or not, with kernels of our own in Triton; the log says why where they can't be used."""
 
     def __post_init__(self) -> None:
         for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows"):
@@ -67,7 +68,7 @@ def make_env(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[str, str]:
         raise ConfigError(f"data.init_args.env, env_kwargs: {env_id}: {' '.join(told.split())}") from e
 
 
-@dataclass
+@dataclass(eq=False)
 class _Episode:
     """A row in progress."""
 
@@ -75,11 +76,11 @@ class _Episode:
     row: Row
     env: gymnasium.Env[str, str]
     key: int
-    instruction: str
-    observation: str
-    prompt_ids: list[int]
-    info: dict[str, Any]
-    new_ids: list[int]
+    instruction: str = ""
+    observation: str = ""
+    prompt_ids: list[int] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    new_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     action_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -93,11 +94,28 @@ class _Episode:
             self.finish, self.reward, self.info = "failed", 0.0, {"failed": str(self.info["failed"])}
 
 
+def _score(e: _Episode) -> dict[str, Any]:
+    info: dict[str, Any] = getattr(e.env.unwrapped, "finish", lambda: e.info)()
+    return info
+
+
+class _Job(NamedTuple):
+    """A call of an environment, perhaps in a thread: reset, step, or the score of an episode that is cut (finish)."""
+
+    kind: str
+    episode: _Episode
+    answer: Future[Any]
+    completion: Completion = Completion([], [], False)
+    action: str = ""
+
+
 class Collector:
     """Plays episodes of one environment with one policy.
 
-    Environments are made when first needed and kept until `close`. With `settings.env_workers` they wait in threads, each environment in
-    one at a time; what comes back is handled in the order of the rows, so the trajectories are the same as without threads.
+    Environments are made when first needed and kept until `close`. With `settings.env_workers` they are waited for in threads, each
+    environment in one at a time. Where the engine takes rows at any time, the others go on decoding meanwhile: which rows share a forward
+    then depends on who is ready first, and with it the rounding of log-probs, but nothing else. Where it does not, everybody waits for
+    everybody, and the trajectories are those without threads to the bit.
 
     Args:
         env_id: Gymnasium id, `module:Id-v0`.
@@ -134,20 +152,40 @@ class Collector:
         session = self.engine.open(temperature, adapter)
         waiting = iter(enumerate(rows))
         free = self._pool(min(len(rows), self.settings.max_rows))
-        running: list[_Episode] = []
+        playing: dict[int, _Episode] = {}
+        jobs: list[_Job] = []
         done: dict[int, Trajectory] = {}
-        while True:
-            running += self._start(waiting, free, seed, iteration)
-            for e in [e for e in running if e.finish]:
-                done[e.index] = self._finish(e, seed, iteration)
-                free.append(e.env)
-            running = [e for e in running if not e.finish]
-            if progress is not None:
-                progress(len(done))
-            if not running and len(done) == len(rows):
-                return [done[i] for i in range(len(rows))]
-            if running:
-                self._turn(session, running)
+        try:
+            while True:
+                ready: list[_Episode] = []  # for their next turn
+                while True:
+                    while free and (item := next(waiting, None)) is not None:
+                        key = stream_key(seed, "rollout", iteration, item[1].task.task_id, item[1].member)
+                        jobs.append(self._reset(_Episode(*item, free.pop(), key)))
+                    arrived = self._arrived(jobs, everybody=not session.continuous, wait=not (ready or session.busy))
+                    if not arrived:
+                        break
+                    for e in self._take(arrived, jobs):
+                        if e.finish is None:
+                            ready.append(e)
+                            continue
+                        done[e.index] = self._finish(e, seed, iteration)
+                        free.append(e.env)
+                        if playing.pop(e.index, None):
+                            session.forget([e.index])
+                if progress is not None:
+                    progress(len(done))
+                if len(done) == len(rows):
+                    return [done[i] for i in range(len(rows))]
+                playing |= {e.index: e for e in ready}
+                most = self.settings.max_turn_tokens
+                session.submit([Request(e.index, e.new_ids, e.key, len(e.token_ids), min(most, self._room(e))) for e in ready])
+                said = session.step()
+                actions = [self.chat.action_text(c.token_ids) for _, c in said]
+                jobs += [self._step(playing[index], c, action) for (index, c), action in zip(said, actions, strict=True)]
+        finally:
+            for job in jobs:
+                job.answer.cancel()
 
     def close(self) -> None:
         """Close the environments, all of them even if one raises, and end the threads. The next `collect` makes new ones."""
@@ -159,60 +197,64 @@ class Collector:
             if threads is not None:  # comes first: after an interruption a step may still be running
                 stack.callback(threads.shutdown, cancel_futures=True)
 
-    def _each(self, call: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """`call` of every item, in their order. Of several errors the first in that order is raised, once all calls have ended."""
-        if not self.settings.env_workers:
-            return [call(x) for x in items]
-        threads = self.threads = self.threads or ThreadPoolExecutor(self.settings.env_workers, "environment")
-        futures = [threads.submit(call, x) for x in items]
-        for f in futures:
-            f.exception()  # waits
-        return [f.result() for f in futures]
+    def _call(self, kind: str, e: _Episode, call: Callable[[], Any], *said: Any) -> _Job:
+        if self.settings.env_workers:
+            self.threads = self.threads or ThreadPoolExecutor(self.settings.env_workers, "environment")
+            return _Job(kind, e, self.threads.submit(call), *said)
+        answer: Future[Any] = Future()
+        answer.set_result(call())
+        return _Job(kind, e, answer, *said)
+
+    def _reset(self, e: _Episode) -> _Job:
+        # Always the same seed: a task is the same in every run and for every member of its group.
+        return self._call("reset", e, lambda: e.env.reset(seed=0, options={**e.row.task.options, "task_id": e.row.task.task_id}))
+
+    def _step(self, e: _Episode, completion: Completion, action: str) -> _Job:
+        return self._call("step", e, lambda: e.env.step(action), completion, action)
+
+    def _arrived(self, jobs: list[_Job], everybody: bool, wait: bool) -> list[_Job]:
+        """Take the jobs that are done out of the list, in the order of the rows; of several errors the first is raised.
+
+        Args:
+            jobs: All.
+            everybody: Wait for all of them.
+            wait: Wait for one at least.
+        """
+        if jobs and (everybody or wait):
+            futures.wait([j.answer for j in jobs], return_when=futures.ALL_COMPLETED if everybody else futures.FIRST_COMPLETED)
+        arrived = sorted((j for j in jobs if j.answer.done()), key=lambda j: j.episode.index)
+        for j in arrived:
+            jobs.remove(j)
+        for j in arrived:
+            j.answer.result()
+        return arrived
 
     def _pool(self, n: int) -> list[gymnasium.Env[str, str]]:
         while len(self.envs) < n:
             self.envs.append(self.make())
         return self.envs[:n]
 
-    def _start(self, waiting: Iterator[tuple[int, Row]], free: list[gymnasium.Env[str, str]], seed: int, iteration: int) -> list[_Episode]:
-        def reset(item: tuple[int, Row, gymnasium.Env[str, str]]) -> tuple[str, dict[str, Any]]:
-            _, row, env = item
-            # Always the same seed: a task is the same in every run and for every member of its group.
-            return env.reset(seed=0, options={**row.task.options, "task_id": row.task.task_id})
-
-        started = []
-        items: list[tuple[int, Row, gymnasium.Env[str, str]]] = []
-        while free and (item := next(waiting, None)) is not None:
-            items.append((*item, free.pop()))
-        answers = self._each(reset, items)
-        firsts = [(str(i.get("instruction", "")), o, row.skill) for (_, row, _), (o, i) in zip(items, answers, strict=True)]
-        prompts = self.chat.prompt_ids_many(firsts)
-        for (index, row, env), (observation, info), (instruction, _, _), prompt in zip(items, answers, firsts, prompts, strict=True):
-            key = stream_key(seed, "rollout", iteration, row.task.task_id, row.member)
-            e = _Episode(index, row, env, key, instruction, observation, prompt, info, prompt)
-            if len(prompt) > self.settings.max_prompt_tokens or self._room(e) < 1:
+    def _take(self, arrived: Sequence[_Job], jobs: list[_Job]) -> list[_Episode]:
+        """What environments have answered. Episodes that are ready for their next turn, or finished; those to be scored become jobs."""
+        began = [j.episode for j in arrived if j.kind == "reset"]
+        for j in arrived:
+            if j.kind == "reset":
+                j.episode.observation, j.episode.info = j.answer.result()
+                j.episode.instruction = str(j.episode.info.get("instruction", ""))
+        prompts = self.chat.prompt_ids_many([(e.instruction, e.observation, e.row.skill) for e in began])
+        for e, prompt in zip(began, prompts, strict=True):
+            e.prompt_ids = e.new_ids = prompt
+            if len(e.prompt_ids) > self.settings.max_prompt_tokens or self._room(e) < 1:
                 e.finish = "length"
-            started.append(e)
-        return started
-
-    def _room(self, e: _Episode) -> int:
-        """Tokens that may still be added to the episode."""
-        used = len(e.token_ids)
-        return min(self.settings.max_trajectory_tokens - used, self.context_length - len(e.prompt_ids) - used)
-
-    def _turn(self, session: Session, running: Sequence[_Episode]) -> None:
-        most = self.settings.max_turn_tokens
-        requests = [Request(e.index, e.new_ids, e.key, len(e.token_ids), min(most, self._room(e))) for e in running]
-        completions = session.turn(requests)
-        actions = [self.chat.action_text(c.token_ids) for c in completions]
-        steps = self._each(lambda x: x[0].env.step(x[1]), list(zip(running, actions, strict=True)))
+        stepped = [j for j in arrived if j.kind == "step"]
         going: list[tuple[_Episode, bool]] = []
-        for e, c, action, (observation, reward, terminated, truncated, info) in zip(running, completions, actions, steps, strict=True):
+        for j in stepped:
+            e, c = j.episode, j.completion
             e.token_ids += c.token_ids
             e.action_mask += [True] * len(c.token_ids)
             e.logprobs += c.logprobs
-            e.info = info
-            e.turns.append(Turn(e.observation, action, float(reward)))
+            observation, reward, terminated, truncated, e.info = j.answer.result()
+            e.turns.append(Turn(e.observation, j.action, float(reward)))
             e.reward += float(reward)
             e.observation = observation
             if terminated or truncated:
@@ -221,18 +263,29 @@ class Collector:
             else:
                 going.append((e, c.stopped))
         tails = self.chat.turn_ids_many([e.observation for e, _ in going], [stopped for _, stopped in going])
-        for (e, _), e.new_ids in zip(going, tails, strict=True):
+        cut = []
+        for (e, _), tail in zip(going, tails, strict=True):
+            e.new_ids = tail
             if self._room(e) <= len(e.new_ids):
-                e.finish = "length"
+                cut.append(e)
                 continue
             e.token_ids += e.new_ids
             e.action_mask += [False] * len(e.new_ids)
             e.logprobs += [0.0] * len(e.new_ids)
-        cut = [e for e in running if e.finish == "length"]
-        for e, info in zip(cut, self._each(lambda e: getattr(e.env.unwrapped, "finish", lambda: e.info)(), cut), strict=True):
-            e.info = info
-            e.reward += float(info.get("completion", 0.0))  # the environment would have paid it at the end
-            e.check_failed()
+        for e in cut:  # the environment would have paid its completion at the end
+            jobs.append(self._call("finish", e, partial(_score, e)))
+        for j in arrived:
+            if j.kind == "finish":
+                e = j.episode
+                e.finish, e.info = "length", j.answer.result()
+                e.reward += float(e.info.get("completion", 0.0))
+                e.check_failed()
+        return [j.episode for j in arrived if j.episode not in cut]
+
+    def _room(self, e: _Episode) -> int:
+        """Tokens that may still be added to the episode."""
+        used = len(e.token_ids)
+        return min(self.settings.max_trajectory_tokens - used, self.context_length - len(e.prompt_ids) - used)
 
     def _finish(self, e: _Episode, seed: int, iteration: int) -> Trajectory:
         assert e.finish is not None

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Container, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from skillsd.policy import Policy
+from skillsd.policy import Policy, fuse
 from skillsd.rollout.step import HEAD, WIDTHS, Stepper, bucket
 
 PREFILL, CUDA_PREFILL = 4096, 16384  # most tokens, padding included, of one forward over several rows: they stay in a CPU's cache
+ADMIT = 0.125  # rows wait until they are this share of all that decode: one forward for several
+STRIDE = 8  # steps before somebody else may speak, if no row's turn is over sooner
+AHEAD = 1  # steps asked for before the tokens of the last one are known
 
 
 class Request(NamedTuple):
@@ -34,6 +42,9 @@ class Request(NamedTuple):
     limit: int
 
 
+NOTHING = Request(-1, (), 0, 0, 1)
+
+
 class Completion(NamedTuple):
     """What was sampled for one row: ids, their log-probs (nats), and whether the last id is a stop token."""
 
@@ -42,11 +53,39 @@ class Completion(NamedTuple):
     stopped: bool
 
 
-class Session(Protocol):
-    """Trajectories in progress."""
+class Session(ABC):
+    """Trajectories in progress.
+
+    Attributes:
+        continuous: Whether a row may join while others are in the middle of a turn. If not, the rows of a turn are given together.
+    """
+
+    continuous = False
+
+    @abstractmethod
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Begin a turn for each."""
+
+    @abstractmethod
+    def step(self) -> list[tuple[int, Completion]]:
+        """Go on with what was submitted. Rows whose turn is over, with what was sampled; [] while there are none, or none is left."""
+
+    @abstractmethod
+    def forget(self, rows: Iterable[int]) -> None:
+        """These rows are finished."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether a turn is going on."""
 
     def turn(self, requests: Sequence[Request]) -> list[Completion]:
-        """Sample one turn for each request, in their order. A row that is left out is finished and is forgotten."""
+        """One turn for each request, all of it, in their order."""
+        self.submit(requests)
+        done: dict[int, Completion] = {}
+        while self.busy:
+            done.update(self.step())
+        return [done[r.row] for r in requests]
 
 
 class Engine(Protocol):
@@ -63,10 +102,12 @@ class InProcessEngine:
         policy: Who acts.
         cuda_graphs: On a GPU, decode in a few static shapes that are recorded as CUDA graphs; the cache then lives as long as the
             engine. Elsewhere, and where the model cannot be captured, it changes nothing.
+        kernels: Decode with `policy.fused` where it can serve the model; the log says why where it can't.
     """
 
-    def __init__(self, policy: Policy, cuda_graphs: bool = True) -> None:
+    def __init__(self, policy: Policy, cuda_graphs: bool = True, kernels: bool = True) -> None:
         self.policy = policy
+        self.fused = fuse(policy) if kernels else None
         self.static = cuda_graphs and policy.device.type == "cuda"
         self._kept: tuple[Stepper, weakref.ref[InProcessSession]] | None = None
 
@@ -77,7 +118,7 @@ class InProcessEngine:
         if stepper is not None and not stepper.static:
             self.static = False
         if stepper is None or busy or not self.static:
-            stepper = Stepper(self.policy, self.static and not busy)
+            stepper = Stepper(self.policy, self.static and not busy, self.fused)
         session = InProcessSession(self.policy, stepper, temperature, adapter)
         if stepper.static:
             stepper.check()
@@ -87,82 +128,237 @@ class InProcessEngine:
         return session
 
 
-class InProcessSession:
-    """Rows live in slots of a cache; the running ones are kept at its front, so a finished one costs nothing."""
+@dataclass(eq=False)
+class _Row:
+    """A row in the cache. `seen` tokens are there, `ids` were sampled in this turn, the last of them not in the cache yet."""
+
+    name: int
+    slot: int
+    seen: int = 0
+    prompt: _Prompt | None = None
+    feed: list[int] = field(default_factory=list)
+    request: Request = NOTHING
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    launched: int = 0  # tokens asked for in this turn
+    turns: int = 0
+
+    @property
+    def length(self) -> int:
+        """Its tokens in the cache once all that was asked for is there. `seen` lags behind: it counts what was looked at."""
+        return self.seen + self.launched - max(0, len(self.ids) - 1)
+
+    @property
+    def shared(self) -> int:
+        return self.prompt.length if self.prompt else 0
+
+    def packed(self) -> list[int]:
+        """Its next step; see `step.HEAD`."""
+        r, owner = self.request, self.prompt.slot if self.prompt else self.slot
+        return [self.seen, len(self.feed), self.slot, self.shared, owner, r.key, r.position, *self.feed]
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """The first tokens of several rows, in a slot of their own."""
+
+    slot: int
+    length: int
+    users: int = 0
+
+
+class InProcessSession(Session):
+    """Rows live in slots of a cache.
+
+    With kernels a row may be in any slot, may join at any time, and rows with one prompt share its keys and values. Without them the
+    running rows are kept at the cache's front, so that a finished one costs nothing, and turns begin together.
+
+    On a GPU the next step is asked for before the tokens of the last are looked at: a row that turns out to have stopped has taken one step
+    for nothing, and the GPU never waits.
+    """
 
     def __init__(self, policy: Policy, stepper: Stepper, temperature: float, adapter: str | None) -> None:
         self.policy, self.stepper, self.temperature, self.adapter = policy, stepper, temperature, adapter
+        self.continuous = stepper.fused is not None
         self.stop_ids = frozenset(policy.stop_ids)
         self.device = policy.device
-        self.rows: list[int] = []  # slot -> row
-        self.seen: dict[int, int] = {}  # row -> tokens in its cache
-        self.pending: dict[int, int] = {}  # row -> its last sampled id, not in the cache yet
+        self.rows: dict[int, _Row] = {}
+        self.order: list[_Row] = []  # slot -> row, without kernels
+        self.free: list[int] = []  # slots below `slots` that are in nobody's use, a heap
+        self.slots = 0
+        self.prompts: dict[tuple[int, ...], _Prompt] = {}
+        self.waiting: list[_Row] = []
+        self.active: list[_Row] = []
+        self.launches: deque[tuple[list[tuple[_Row, int]], Callable[[], tuple[list[int], list[float]]]]] = deque()
 
-    def turn(self, requests: Sequence[Request]) -> list[Completion]:
-        with self.policy.acting(self.adapter):
-            return self._turn(requests)
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.active)
 
-    def _turn(self, requests: Sequence[Request]) -> list[Completion]:
-        wanted = {r.row: r for r in requests}
-        self._forget_all_but(wanted)
-        for row in wanted:
-            if row not in self.seen:
-                self.rows.append(row)
-                self.seen[row] = 0
-        out: dict[int, tuple[list[int], list[float]]] = {row: ([], []) for row in wanted}
-        feed = {row: [*([self.pending[row]] if row in self.pending else []), *r.new_ids] for row, r in wanted.items()}
-        running = len(self.rows)
-        while running:
-            rows, order = self.rows[:running], list(range(running))
-            steps = [[self.seen[row], len(feed[row]), wanted[row].key, wanted[row].position + len(out[row][0]), *feed[row]] for row in rows]
-            tokens, logps = self._step(steps)
-            for slot in reversed(range(running)):
-                row, token = rows[slot], tokens[slot]
-                out[row][0].append(token)
-                out[row][1].append(logps[slot])
-                self.seen[row] += len(feed[row])
-                self.pending[row], feed[row] = token, [token]
-                if token in self.stop_ids or len(out[row][0]) >= wanted[row].limit:
-                    running -= 1
-                    order[slot], order[running] = order[running], order[slot]
-            self._arrange(order)
-        return [Completion(*out[r.row], stopped=out[r.row][0][-1] in self.stop_ids) for r in requests]
+    def submit(self, requests: Sequence[Request]) -> None:
+        for r in requests:
+            row = self.rows.get(r.row)
+            if row is None:
+                row = self.rows[r.row] = _Row(r.row, self._slot())
+                if not self.continuous:
+                    self.order.append(row)
+            row.feed = [*row.ids[-1:], *r.new_ids]
+            row.request, row.ids, row.logprobs, row.launched = r, [], [], 0
+            row.turns += 1
+            self.waiting.append(row)
 
-    def _forget_all_but(self, wanted: Container[int]) -> None:
-        order, kept = list(range(len(self.rows))), len(self.rows)
-        gone = [row for row in self.rows if row not in wanted]
-        for slot in reversed(order[:]):
-            if self.rows[slot] not in wanted:
-                kept -= 1
-                order[slot], order[kept] = order[kept], order[slot]
-        self._arrange(order[:kept])
-        del self.rows[kept:]
+    def forget(self, rows: Iterable[int]) -> None:
+        gone = [self.rows.pop(n) for n in rows if n in self.rows]
         for row in gone:
-            del self.seen[row], self.pending[row]
+            row.turns = -1
+            if row.prompt is not None:
+                row.prompt.users -= 1
+                if not row.prompt.users:
+                    heappush(self.free, row.prompt.slot)
+                    self.prompts = {k: p for k, p in self.prompts.items() if p.users}
+            if self.continuous:
+                heappush(self.free, row.slot)
+        if gone and not self.continuous:
+            self._front([row for row in self.order if row.turns >= 0])
+            del self.order[len(self.rows) :]
+            self.slots = len(self.order)
 
-    def _arrange(self, order: Sequence[int]) -> None:
-        """Slot i gets what slot order[i] held: all moves of a step at once."""
-        if into := [i for i, j in enumerate(order) if i != j]:
-            self.rows[: len(order)] = [self.rows[j] for j in order]
-            self.stepper.cache.move(into, [order[i] for i in into], max(self.seen.values()))
+    def step(self) -> list[tuple[int, Completion]]:
+        done: list[tuple[int, Completion]] = []
+        with self.policy.acting(self.adapter):
+            for _ in range(STRIDE if self.continuous else sys.maxsize):
+                self._launch()
+                if not self.launches:
+                    break
+                done += self._collect()
+                if done and self.continuous:
+                    break
+        return done
 
-    def _step(self, steps: Sequence[Sequence[int]]) -> tuple[list[int], list[float]]:
-        """Feed the rows in the first slots and draw a token for each. See `Stepper` for what a step holds; these are ragged."""
-        sizes = [s[1] for s in steps]
-        longest = max(s[0] + s[1] for s in steps)
-        budget = CUDA_PREFILL if self.device.type == "cuda" else PREFILL
-        width = next((w for w in WIDTHS if w >= max(sizes)), None)
-        if self.stepper.plan(len(self.rows), longest) and width is not None and width * bucket(len(steps), 8) <= budget:
-            result = self.stepper.fixed(_packed(steps, width), longest, self.temperature, self.adapter)
+    def _launch(self) -> None:
+        """Ask for steps: the one that is looked at next, and some after it."""
+        share = ADMIT if self.continuous else 1
+        if self.waiting and len(self.waiting) >= share * (len(self.waiting) + len(self.active)):
+            self._feed()
+        while len(self.launches) <= (AHEAD if self.stepper.static else 0):
+            going = [row for row in self.active if row.launched < row.request.limit]
+            if not going:
+                break
+            self._decode(going)
+
+    def _slot(self) -> int:
+        if self.free:
+            return heappop(self.free)
+        self.slots += 1
+        return self.slots - 1
+
+    def _feed(self) -> None:
+        rows, self.waiting = self.waiting, []
+        if self.continuous:
+            self._share(rows)
+            rows.sort(key=lambda row: len(row.feed))  # neighbours of a forward are of about one length
         else:
-            heads, logits = [], []
-            for a, b in spans(sizes, budget):
-                packed = _packed(steps[a:b], max(sizes[a:b])).to(self.device)
-                logits.append(self.stepper.forward(packed, a, max(s[0] + s[1] for s in steps[a:b])))
-                heads.append(packed[:, :HEAD])
-            result = self.stepper.draw(torch.cat(heads), torch.cat(logits), self.temperature)
+            rows = self._front(rows)
+        self._forward(rows)
+        self.active += rows
+
+    def _share(self, rows: list[_Row]) -> None:
+        """Rows that begin with one prompt have all but its last token in common."""
+        alike: dict[tuple[int, ...], list[_Row]] = {}
+        for row in rows:
+            if not row.seen and len(row.feed) > 1:
+                alike.setdefault(tuple(row.feed), []).append(row)
+        made = []
+        for ids, several in alike.items():
+            prompt = self.prompts.get(ids)
+            if prompt is None:
+                if len(several) < 2:
+                    continue
+                prompt = self.prompts[ids] = _Prompt(self._slot(), len(ids) - 1)
+                made.append(_Row(-1, prompt.slot, feed=list(ids[:-1])))
+            for row in several:
+                row.prompt, row.seen, row.feed = prompt, prompt.length, list(ids[-1:])
+                prompt.users += 1
+        if made:
+            made.sort(key=lambda row: len(row.feed))
+            self._forward(made, used=False)
+
+    def _forward(self, rows: list[_Row], used: bool = True) -> None:
+        """Feed rows; what is drawn after them is looked at if it is `used`."""
+        sizes = [len(row.feed) for row in rows]
+        budget = CUDA_PREFILL if self.device.type == "cuda" else PREFILL
+        width, parts = max(sizes), spans(sizes, budget)
+        if self.stepper.static and width <= WIDTHS[-1]:
+            fixed = next(w for w in WIDTHS if w >= width)
+            if fixed * bucket(len(rows), 8) <= budget:
+                width, parts = fixed, [(0, len(rows))]
+        longest = max(row.seen + n - row.shared for row, n in zip(rows, sizes, strict=True))
+        result = self.stepper.feed(_packed([row.packed() for row in rows], width), parts, longest, self.temperature, self.adapter)
+        for row, n in zip(rows, sizes, strict=True):
+            row.seen += n
+            row.launched = 1
+        if used:
+            self.launches.append(([(row, row.turns) for row in rows], fetch(result)))
+
+    def _decode(self, going: list[_Row]) -> None:
+        if not self.continuous:
+            going = self._front(going)
+        longest = max(row.length - row.shared for row in going)
+        result = self.stepper.decode([row.slot for row in going], longest, self.temperature, self.adapter)
+        for row in going:
+            row.launched += 1
+        self.launches.append(([(row, row.turns) for row in going], fetch(result)))
+
+    def _collect(self) -> list[tuple[int, Completion]]:
+        launched, wait = self.launches.popleft()
+        done = []
+        for (row, turn), token, logp in zip(launched, *wait(), strict=True):
+            if row.turns != turn or len(row.ids) >= row.request.limit or (row.ids and row.ids[-1] in self.stop_ids):
+                continue  # it had stopped already
+            if row.ids:
+                row.seen += 1
+            row.ids.append(token)
+            row.logprobs.append(logp)
+            stopped = token in self.stop_ids
+            if stopped or len(row.ids) >= row.request.limit:
+                done.append((row.name, Completion(row.ids, row.logprobs, stopped)))
+        if done:
+            over = {name for name, _ in done}
+            self.active = [row for row in self.active if row.name not in over]
+        return done
+
+    def _front(self, rows: list[_Row]) -> list[_Row]:
+        """Without kernels: put these rows in the first slots, with as few moves as there are; they come back in the order of slots."""
+        wanted = {row.slot for row in rows}
+        holes = [i for i in range(len(rows)) if i not in wanted]
+        late = [row.slot for row in rows if row.slot >= len(rows)]
+        if not holes:
+            return self.order[: len(rows)]
+        into, source = [*holes, *late], [*late, *holes]  # they change places
+        self.stepper.move(into, source, max(row.length for row in self.order))
+        before = list(self.order)
+        for i, j in zip(into, source, strict=True):
+            self.order[i] = before[j]
+            self.order[i].slot = i
+        return self.order[: len(rows)]
+
+
+def fetch(result: Tensor) -> Callable[[], tuple[list[int], list[float]]]:
+    """Begin to copy a step's result to the host; what is returned waits for it."""
+    if result.device.type != "cuda":
         tokens, logps = result.tolist()
+        return lambda: ([int(t) for t in tokens], logps)
+    host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    host.copy_(result, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> tuple[list[int], list[float]]:
+        copied.synchronize()
+        tokens, logps = host.tolist()
         return [int(t) for t in tokens], logps
+
+    return wait
 
 
 def _packed(steps: Sequence[Sequence[int]], width: int) -> Tensor:

@@ -8,22 +8,26 @@ is seen by nobody, so the result is that of the dynamic shapes up to rounding. L
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skillsd.policy import Policy
+from skillsd.policy import Fused, Policy
 from skillsd.rollout.cache import SlotCache
 from skillsd.rollout.noise import sample, uniforms
 
 log = logging.getLogger(__name__)
 
-HEAD = 4  # columns of a packed step before its ids: start, number of ids, noise key, noise position
+HEAD = 7
+"""Columns of a packed step before its ids: start, number of ids, slot, how many keys lie in another slot, that slot (the cache's places:
+see `policy.kernels.reference.keys_of`), noise key, noise position."""
+START, COUNT, SLOT, KEY, POSITION = 0, 1, 2, 5, 6
 WIDTHS = (1, 8, 16, 32, 48, 64)  # new ids of a row; a longer prompt takes the dynamic path
 MOST_GRAPHS = 128
-SHARE = 8  # the kept cache may take this part of the device's memory, as 1 / SHARE
+SHARE = 4  # the kept cache may take this part of the device's memory, as 1 / SHARE
 
 
 def bucket(n: int, least: int) -> int:
@@ -34,34 +38,44 @@ def bucket(n: int, least: int) -> int:
 class Stepper:
     """Runs steps on a cache; where `static` is set, in few shapes, of which those met again are recorded as CUDA graphs.
 
-    A packed step is int64 [n, 4 + width]: where the row's ids begin in its cache, how many there are, its noise key and noise position,
-    the ids. A step's result is float64 [2, n]: the drawn ids (exact in float64) and their log-probs.
+    `feed` takes packed steps, int64 [n, HEAD + width]: where each row's ids begin, how many there are, and so on, and draws a token after
+    them. The row's next step is then known here, in `state`: `decode` goes on from there, as often as wanted, and the host need not have
+    seen a token to ask for the next. Results are float64 [2, n]: the drawn ids (exact in float64) and their log-probs.
 
     Args:
         policy: Whose backbone and head; its active adapter acts.
         static: Static shapes; without CUDA they are run as they are, without a graph.
+        fused: Kernels that stand in for the model's modules. Their attention finds a row in any slot and reads it up to its own length;
+            without them the rows of a step lie in consecutive slots.
     """
 
-    def __init__(self, policy: Policy, static: bool) -> None:
-        self.policy, self.static = policy, static
-        self.cache = SlotCache(policy.base)
+    def __init__(self, policy: Policy, static: bool, fused: Fused | None = None) -> None:
+        self.policy, self.static, self.fused = policy, static, fused
+        self.cache = SlotCache(policy.base, fused.write if fused else None)
         self.limit = torch.cuda.get_device_properties(policy.device).total_memory // SHARE if policy.device.type == "cuda" else 1 << 40
+        self.state = torch.zeros(1, HEAD + 1, dtype=torch.int64, device=policy.device)  # of each slot; the last row is padding's
         self.graphs: dict[tuple[Any, ...], tuple[Callable[[], None], Tensor, Tensor]] = {}
         self.met: set[tuple[Any, ...]] = set()
         self.valid: Any = None
         self.shared: Any = None  # memory and stream of the captures
 
-    def plan(self, rows: int, longest: int) -> bool:
-        """Room for a step of slots 0 to rows - 1 with rows of up to `longest` tokens. Whether it can be static.
+    def plan(self, slots: int, longest: int) -> bool:
+        """Room for a step in slots 0 to slots - 1 with rows of up to `longest` tokens. Whether it can be static.
 
         A cache too large to be kept between rollouts ends static shapes for good.
         """
-        slots, length = bucket(rows, 8), bucket(longest, 256)
-        if self.static and self.cache.bytes_for(slots, length) > self.limit:
+        if self.fused:
+            slots = -(-slots // 8) * 8
+        else:
+            slots, longest = bucket(slots, 8), bucket(longest, 256) if self.static else longest
+        if self.static and self.cache.bytes_for(slots, longest) > self.limit:
             log.info("the rollout's cache is too large for CUDA graphs: decoding goes on without them.")
             self.disable()
-        if self.static:
-            self.cache.reserve(slots, length)
+        if self.static or self.fused:
+            self.cache.reserve(slots, longest)
+        if len(self.state) <= slots:
+            old, self.state = self.state, self.state.new_zeros(slots + 1, HEAD + 1)
+            self.state[: len(old) - 1] = old[:-1]
         # Autocast keeps cast copies of weights, which a graph would go on reading after an optimizer step.
         return self.static and not torch.is_autocast_enabled(self.policy.device.type)
 
@@ -70,46 +84,87 @@ class Stepper:
         self.static, self.shared = False, None
         self.graphs.clear()
 
+    def move(self, into: Sequence[int], source: Sequence[int], length: int) -> None:
+        """Slots `into` get what slots `source` held, `length` tokens of it."""
+        self.cache.move(into, source, length)
+        i, j = (torch.tensor(x, device=self.state.device) for x in (into, source))
+        self.state[i] = self.state[j]
+        self.state[i, SLOT] = i
+
+    def feed(self, packed: Tensor, parts: Sequence[tuple[int, int]], longest: int, temperature: float, adapter: str | None) -> Tensor:
+        """Append ids to rows and draw a token for each.
+
+        Args:
+            packed: int64 [n, HEAD + width], on the CPU. Without `fused` row i is in slot i.
+            parts: Ranges of rows that a forward takes together.
+            longest: Most tokens of a row in its slot, after this.
+            temperature, adapter: Who acts and how.
+        """
+        static = self.plan(int(packed[:, SLOT].max()) + 1, longest)
+        if static and len(parts) == 1 and packed.shape[1] - HEAD in WIDTHS:
+            return self._fixed("feed", packed, longest, temperature, adapter)
+        given = packed.to(self.policy.device)
+        logits = [self.forward(given[a:b, : HEAD + int(packed[a:b, COUNT].max())], a, longest) for a, b in parts]
+        return self.draw(given, torch.cat(logits), temperature)
+
+    def decode(self, slots: Sequence[int], longest: int, temperature: float, adapter: str | None) -> Tensor:
+        """Append the token drawn last to each row and draw the next. Without `fused` the slots are 0 to n - 1."""
+        index = torch.tensor(slots, dtype=torch.int64)
+        if self.plan(max(slots) + 1, longest):
+            return self._fixed("decode", index, longest, temperature, adapter)
+        packed = self.state[index.to(self.policy.device)]
+        return self.draw(packed, self.forward(packed, 0, longest), temperature)
+
     def forward(self, packed: Tensor, first: int, longest: int) -> Tensor:
-        """Append the ids to the rows in slots first, first + 1, ...; logits after each one's last id, [n, V]."""
-        width = packed.shape[1] - HEAD
-        kwargs = self.cache.prepare(first, packed[:, 0], packed[:, 1], width, longest)
-        ids = packed[:, HEAD:]
-        hidden = self.policy.backbone(input_ids=ids, past_key_values=self.cache, use_cache=True, **kwargs).last_hidden_state
-        last = hidden[torch.arange(len(ids), device=ids.device), (packed[:, 1] - 1).clamp_min(0)]
-        return self.policy.head(last)
+        """Append the ids to the rows, which without `fused` are in slots first, first + 1, ...; logits after each one's last id, [n, V]."""
+        ids, counts = packed[:, HEAD:], packed[:, COUNT]
+        kwargs = self.cache.prepare(first, packed[:, :KEY], ids.shape[1], longest)
+        with self.fused.installed() if self.fused else nullcontext():
+            hidden = self.policy.backbone(input_ids=ids, past_key_values=self.cache, use_cache=True, **kwargs).last_hidden_state
+        return self.policy.head(hidden[torch.arange(len(ids), device=ids.device), (counts - 1).clamp_min(0)])
 
     def draw(self, packed: Tensor, logits: Tensor, temperature: float) -> Tensor:
-        """A token for each row of `logits`."""
-        ids, logp = sample(logits, uniforms(packed[:, 2], packed[:, 3]), temperature)
+        """A token for each row of `logits`; their next steps go to `state`."""
+        ids, logp = sample(logits, uniforms(packed[:, KEY], packed[:, POSITION]), temperature)
+        count = packed[:, COUNT]
+        after = torch.cat([packed[:, :HEAD], ids[:, None]], 1)
+        after[:, START] += count
+        after[:, POSITION] += 1
+        after[:, COUNT] = count.clamp_max(1)
+        self.state.index_copy_(0, torch.where(count > 0, packed[:, SLOT], len(self.state) - 1), after)
         return torch.stack([ids.double(), logp.double()])
 
-    def fixed(self, packed: Tensor, longest: int, temperature: float, adapter: str | None) -> Tensor:
-        """Forward and draw for slots 0 to n - 1 in static shapes. `packed` may lie on the CPU; its width is one of WIDTHS."""
-        n, length = len(packed), bucket(longest, 256)
+    def _fixed(self, kind: str, given: Tensor, longest: int, temperature: float, adapter: str | None) -> Tensor:
+        """A step in static shapes: `given` is padded to one of a few numbers of rows."""
+        n, length = len(given), self.cache.capacity if self.fused else bucket(longest, 256)
         rows = bucket(n, 8)
-        key = (adapter, temperature, rows, packed.shape[1], length)
+        key = (kind, adapter, temperature, rows, given.shape[1:], length)
         self._forget_stale()
-        padded = torch.zeros(rows, packed.shape[1], dtype=torch.int64)  # a row of padding has no ids: it writes to the spare index
-        padded[:n] = packed
+        # A row of padding has no ids: it is read and written nowhere.
+        padded = given.new_full((rows, *given.shape[1:]), len(self.state) - 1 if kind == "decode" else 0)
+        padded[:n] = given
         if key in self.graphs:
-            replay, given, out = self.graphs[key]
-            given.copy_(padded)
+            replay, static, out = self.graphs[key]
+            static.copy_(padded)
             replay()
             return out[:, :n]
-        given = padded.to(self.policy.device)
+        static = padded.to(self.policy.device)
 
         def step() -> Tensor:
-            return self.draw(given, self.forward(given, 0, length), temperature)
+            packed = self.state[static] if kind == "decode" else static
+            return self.draw(packed, self.forward(packed, 0, length), temperature)
 
-        if key in self.met and len(self.graphs) < MOST_GRAPHS and can_record(given):
+        if key in self.met and len(self.graphs) < MOST_GRAPHS and can_record(static):
+            before = self.state.clone()
             try:
                 replay, out = self._record(step)
             except Exception as e:  # a kernel that cannot be captured, whatever it raises
                 log.warning("CUDA graphs are off, decoding goes on without them: %s", str(e).splitlines()[0] if str(e) else repr(e))
                 self.disable()
+                self.state.copy_(before)
                 return step()[:, :n]
-            self.graphs[key] = replay, given, out
+            self.graphs[key] = replay, static, out
+            self.state.copy_(before)  # the recording took the step already
             replay()
             return out[:, :n]
         self.met.add(key)
@@ -117,12 +172,12 @@ class Stepper:
 
     def _forget_stale(self) -> None:
         """A graph reads the addresses that it was recorded with: drop all of them when the cache or a weight has moved."""
-        if self.valid is None or self.valid[0] != self.cache.version:
+        if self.valid is None or self.valid[:2] != (self.cache.version, self.state.data_ptr()):
             self.check()
 
     def check(self) -> None:
         """Compare the addresses of cache and weights with those of the graphs. Cheap enough for each rollout, not for each step."""
-        now = self.cache.version, tuple(p.data_ptr() for p in self.policy.model.parameters())
+        now = self.cache.version, self.state.data_ptr(), tuple(p.data_ptr() for p in self.policy.model.parameters())
         if now != self.valid:
             self.graphs.clear()
             self.met.clear()
