@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from skillsd.rollout.noise import sample, stream_key, uniforms
+from skillsd.rollout.noise import _inverse_cdf, sample, stream_key, uniforms
 
 M = (1 << 64) - 1
 
@@ -68,13 +68,24 @@ def test_greedy_is_argmax():
     torch.testing.assert_close(logp, logits.log_softmax(-1).max(-1).values)
 
 
-def test_never_an_id_of_probability_zero():
+@pytest.mark.parametrize("vocabulary", [64, 9000])
+def test_never_an_id_of_probability_zero(vocabulary):
     top = 1 - 2.0**-53  # the largest number that `uniforms` returns
     for seed in range(200):
-        logits = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)) * 5
-        dead = torch.rand(64, generator=torch.Generator().manual_seed(seed + 1)) < 0.5
+        logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * 5
+        dead = torch.rand(vocabulary, generator=torch.Generator().manual_seed(seed + 1)) < 0.5
         dead[0] = dead[-1] = True
+        dead[2000:3500] = True
         logits[:, dead] = -torch.inf
         for u in (0.0, 0.5, top):
             ids, logp = sample(logits, torch.tensor([u], dtype=torch.float64), 1.0)
             assert not dead[ids[0]] and logp.isfinite().all()
+
+
+def test_two_levels_draw_what_one_does():
+    """Of a large vocabulary; on the boundary between two tokens rounding may decide otherwise, which nobody meets by chance."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.softmax(torch.randn(1000, 9001, generator=g) * 4, -1)
+    u = torch.rand(1000, 1, generator=g, dtype=torch.float64)
+    cdf = p.double().cumsum(-1)
+    assert torch.equal(_inverse_cdf(p, u), torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(-1))

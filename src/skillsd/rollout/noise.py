@@ -11,6 +11,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+BLOCK = 1024  # of a large vocabulary
 _GOLDEN, _M1, _M2 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # as signed 64-bit
 
 
@@ -44,11 +45,28 @@ def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tenso
     Returns:
         token ids int64 [B]; log-probs float32 [B] in nats under the distribution sampled from (at 0: under temperature 1).
     """
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if temperature == 0.0:
-        ids = logp.argmax(-1)
-    else:
-        cdf = logp.exp().double().cumsum(-1)
-        ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-        ids = ids.clamp_max(logits.shape[-1] - 1)
+    logits = logits.float()
+    logp = torch.log_softmax(logits / temperature if temperature not in (0.0, 1.0) else logits, -1)
+    ids = logp.argmax(-1) if temperature == 0.0 else _inverse_cdf(logp.exp(), u[:, None])
     return ids, logp.gather(-1, ids[:, None]).squeeze(-1)
+
+
+def _inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
+    """The first index at which the running sum of p [B, V] exceeds u [B, 1] of the whole, summed in float64.
+
+    A large vocabulary goes in two levels, blocks and what is in one: only sums of blocks are ever held in float64.
+    """
+    vocabulary = p.shape[-1]
+    if vocabulary < 8 * BLOCK:
+        cdf = p.double().cumsum(-1)
+        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(-1).clamp_max(vocabulary - 1)
+    blocks = torch.nn.functional.pad(p, (0, -vocabulary % BLOCK)).view(len(p), -1, BLOCK)
+    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = u * cdf[:, -1:]
+    block = torch.searchsorted(cdf, target, right=True).clamp_max(cdf.shape[-1] - 1)
+    before = torch.where(block > 0, cdf.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    inside = blocks[torch.arange(len(p), device=p.device), block.squeeze(-1)].double().cumsum(-1)
+    # Sums of the two levels round differently: stay below the block's own, so that its last token with any probability is the last drawn.
+    rest = torch.minimum(target - before, torch.nextafter(inside[:, -1:], torch.zeros_like(before)))
+    within = torch.searchsorted(inside, rest, right=True).clamp_max(BLOCK - 1)
+    return (block * BLOCK + within).squeeze(-1).clamp_max(vocabulary - 1)
