@@ -283,9 +283,17 @@ def test_environment_tokens_are_no_targets(make_policy, step):
         return replace(t, logprobs=tuple(logp), token_ids=(*t.token_ids[: last + 1], *tail))
 
     scrambled = [replace(g, trajectories=tuple(map(scramble, g.trajectories))) for g in groups]
+    rows = [t for g in groups for t in g.trajectories]
+    with torch.no_grad():
+        scored = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask) for t in rows], TEMPERATURE).logp
+    gaps = torch.cat(
+        [(x[: len(t.logprobs)] - torch.tensor(t.logprobs))[torch.tensor(t.action_mask)] for x, t in zip(scored, rows, strict=True)]
+    )
     a, b = step(policy, groups), step(policy, scrambled)
     assert torch.equal(flat(a.grads[0]), flat(b.grads[0])) and flat(a.grads[0]).norm() > 0
     assert timeless(a.metrics[0]) == timeless(b.metrics[0])
+    assert a.metrics[0]["policy/logp_drift"] == pytest.approx(float(gaps.abs().mean()), rel=1e-3)
+    assert a.metrics[0]["policy/logp_drift_max"] == pytest.approx(float(gaps.abs().max()), rel=1e-3)
 
 
 def test_micro_batches_change_nothing(make_policy, step):
@@ -504,7 +512,7 @@ def test_the_teacher_s_rollout(make_policy, step):
     steps = step(policy, groups)
     close(steps.grads[0], want)
     m = steps.metrics[0]
-    assert m["policy/clip_fraction"] == m["policy/logp_drift"] == 0
+    assert m["policy/clip_fraction"] == m["policy/logp_drift"] == m["policy/logp_drift_max"] == 0
     assert max((r.rho.log() - r.ell).abs().max() for r in rows) < 1e-4  # rho = pi_stu / pi_tea
     assert m["loss/policy"] == pytest.approx(-sum(r.advantage * len(r.picked) for r in rows) / n, abs=1e-5)
     ell = torch.cat([r.ell for r in rows]).detach().double()

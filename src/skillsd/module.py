@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 METRICS = (
     "loss/total", "loss/policy", "loss/distillation", "reward/mean", "reward/success", "reward/completion", "reward/zero_variance",
     "teacher/skill_share", "teacher/dropped_rows", "teacher/gap_mean", "teacher/gap_std", "teacher/health", "teacher/k3",
-    "policy/entropy", "policy/clip_fraction", "policy/logp_drift", "grad_norm/total", "grad_norm/policy", "grad_norm/distillation",
-    "teacher/weight", "teacher/shift", "optimizer/lr", "rollout/env_steps", "rollout/tokens", "rollout/action_tokens", "rollout/turns",
-    "rollout/finish_length", "rollout/failed", "learner/tokens", "skills/bank", "skills/failed", "memory/peak_gib",
-    "memory/micro_batch_tokens", "time/rollout_s", "time/teacher_s", "time/update_s", "time/summary_s",
+    "policy/entropy", "policy/clip_fraction", "policy/logp_drift", "policy/logp_drift_max", "grad_norm/total", "grad_norm/policy",
+    "grad_norm/distillation", "teacher/weight", "teacher/shift", "optimizer/lr", "rollout/env_steps", "rollout/tokens",
+    "rollout/action_tokens", "rollout/turns", "rollout/finish_length", "rollout/failed", "learner/tokens", "skills/bank", "skills/failed",
+    "memory/peak_gib", "memory/micro_batch_tokens", "time/rollout_s", "time/teacher_s", "time/update_s", "time/summary_s",
     "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
 )  # fmt: skip
 """Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ and memory/ differ in a re-run."""
@@ -196,9 +196,12 @@ class SkillSD(L.LightningModule):
 
             out.gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
             entropy = (student.entropy * mask).sum()
-            numbers = {"policy": terms.policy, "distillation": terms.distillation, "entropy": entropy, **terms.metrics}
-            for key, value in zip(numbers, torch.stack([x.detach().double() for x in numbers.values()]).tolist(), strict=True):
-                out.sums[key] += value  # one transfer for all of them
+            drift = torch.where(mask, (logp - old).abs(), 0.0).max()
+            numbers = {"policy": terms.policy, "distillation": terms.distillation, "entropy": entropy, **terms.metrics, "drift": drift}
+            *sums, most = torch.stack([x.detach().double() for x in numbers.values()]).tolist()  # one transfer for all of them
+            for key, value in zip(numbers, sums, strict=False):
+                out.sums[key] += value
+            out.largest_drift = max(out.largest_drift, most)
         return out
 
     def _advantages(self, groups: Sequence[TrajectoryGroup]) -> Tensor:
@@ -280,7 +283,8 @@ class SkillSD(L.LightningModule):
             "teacher/health": sums["teacher_health"] / taught, "teacher/k3": sums["k3"] / taught,
             "teacher/weight": weight, "teacher/shift": sums["shift"] / taught,
             "policy/entropy": sums["entropy"] / n, "policy/clip_fraction": sums["clip_fraction"] / n,
-            "policy/logp_drift": sums["logp_drift"] / n, "grad_norm/total": norm, "optimizer/lr": self.lr,
+            "policy/logp_drift": sums["logp_drift"] / n, "policy/logp_drift_max": done.largest_drift, "grad_norm/total": norm,
+            "optimizer/lr": self.lr,
             "rollout/env_steps": float(sum(len(t.turns) for t in rows)),
             "rollout/tokens": float(sum(len(t.prompt_ids) + len(t.token_ids) for t in rows)),
             "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": _mean(len(t.turns) for t in rows),
@@ -332,11 +336,19 @@ class SkillSD(L.LightningModule):
 
 @dataclass
 class _Update:
-    """What an update adds up beside the gradient: per row log pi_tea - log pi_stu, the distillation's gradient, the sums to log."""
+    """What an update adds up beside the gradient.
+
+    Attributes:
+        gaps: Per row, log pi_tea - log pi_stu.
+        distillation_grad: The distillation's own gradient.
+        sums: What is logged as a mean.
+        largest_drift: Of |recorded - recomputed log-prob|, nats.
+    """
 
     gaps: Tensor
     distillation_grad: list[Tensor]
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    largest_drift: float = 0.0
 
 
 class _Batch:
