@@ -3,6 +3,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
@@ -17,7 +18,7 @@ export GOMP_SPINCOUNT ?= 0
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'Variables: ARGS (to skillsd), PIP_ARGS (to pip), PYTEST_ARGS (to pytest), PYTHON (a Python >= 3.11), VENV (.venv)'
+	@echo 'Variables: ARGS (to skillsd), PIP_ARGS (to pip), PYTEST_ARGS (to pytest), JOBS (of make check), PYTHON (a Python >= 3.11), VENV (.venv)'
 
 install: $(VENV)/.installed  ## make .venv and install skillsd with its pinned dependencies
 
@@ -27,9 +28,9 @@ fit: $(VENV)/.installed  ## train on Sokoban and print the table; again: continu
 test: $(VENV)/.installed-dev  ## run the tests that are not slow
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-check: lint  ## lint, import rules, types, citation, then all tests, the slow ones and AppWorld's too
+check: lint  ## lint, import rules, types, citation, then all tests in JOBS processes, the slow ones and AppWorld's too
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## the checks that run no test: ruff, import rules, types, citation
 	$(BIN)/ruff check
