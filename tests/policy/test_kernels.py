@@ -162,10 +162,24 @@ def test_rows_share_their_first_keys(workspace, window):
     assert torch.equal(wanted[0][4, :, 130:132], new_k[0]) and torch.equal(wanted[1][0, :, 1], new_v[1, :, 0])
     got = attention.attend(q, *stores, where, workspace, window)
     torch.testing.assert_close(got, reference.attend(q, *stores, where, window), **CLOSE)
-    rows = [(reference.keys_of(t, where, 202)) for t in stores]
+    rows = [reference.keys_of(t, where, 202) for t in stores]
     assert torch.equal(rows[0][0], torch.cat([stores[0][3, :, :70], stores[0][4, :, :132]], 1))
     alone = torch.tensor([[200, 2, 0, 0, 0], [71, 1, 1, 0, 1], [100, 2, 2, 0, 2]], device=DEVICE)
     torch.testing.assert_close(reference.attend(q, *rows, alone, window)[:2, 0], reference.attend(q, *stores, where, window)[:2, 0])
+
+
+def test_nothing_is_read_beyond_a_padded_row(workspace):
+    """Five ids padded to 64 in the last slot of a cache that ends soon after them: what lies behind it is not the cache's."""
+    g = torch.Generator().manual_seed(2)
+    q = normal(1, 2, 64, 16, generator=g).to(DTYPE)
+    memory = [torch.full((2, 3 * 80, 16), torch.nan, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+    k, v = (m[:, :80][None] for m in memory)
+    for t in (k, v):
+        t[:, :, :65] = normal(1, 2, 65, 16, generator=g).to(DTYPE)
+    where = torch.tensor([[60, 5, 0, 0, 0]], device=DEVICE)
+    got = attention.attend(q, k, v, where, workspace)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[:, :5], reference.attend(q, k.nan_to_num(), v.nan_to_num(), where)[:, :5], **CLOSE)
 
 
 def test_reference_attention_is_sdpa():

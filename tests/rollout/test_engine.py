@@ -328,5 +328,19 @@ def test_two_sessions_at_once(make_policy, static):
         assert x.token_ids == y.token_ids and x.logprobs == pytest.approx(y.logprobs, abs=1e-5)
 
 
+@pytest.mark.parametrize("rows", [3, 8])
+def test_a_turn_of_a_new_row_alone(make_policy, rows):
+    """The others are neither in this turn nor forgotten: it takes the first slot from one of them."""
+    policy = make_policy()
+    session = InProcessEngine(policy).open(1.0)
+    session.turn([Request(i, [5 + i, 6], i, 0, 3) for i in range(rows)])
+    (new,) = session.turn([Request(20, [9, 8, 7], 20, 0, 4)])
+    (old,) = session.turn([Request(0, [11], 0, 4, 4)])
+    alone = InProcessEngine(policy).open(1.0)
+    assert new.token_ids == alone.turn([Request(20, [9, 8, 7], 20, 0, 4)])[0].token_ids
+    alone.turn([Request(0, [5, 6], 0, 0, 3)])
+    assert old.token_ids == alone.turn([Request(0, [11], 0, 4, 4)])[0].token_ids
+
+
 def test_buckets():
     assert [bucket(n, 8) for n in (1, 8, 9, 16, 17, 128)] == [8, 8, 16, 16, 32, 128]

@@ -127,7 +127,7 @@ class _Group:
                 return usual(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
             if self.given is not x or i not in self.out:
                 asked = range(len(self.layers)) if i == 0 else [i]
-                flat = x.reshape(-1, x.shape[-1])
+                flat = x.reshape(-1, x.shape[-1]).contiguous()
                 made = self.run(flat, [self._projection(k) for k in asked], self.workspace)
                 self.given, self.out = x, {k: y.view(*x.shape[:-1], -1) for k, y in zip(asked, made, strict=True)}
             y = self.out.pop(i)
@@ -241,6 +241,7 @@ def _rotary(base: nn.Module) -> list[str]:
 
 def _rotation(usual: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return usual(q, k, cos, sin, *args, **kwargs) if args or kwargs or cos.dtype != q.dtype else kernel(q, k, cos, sin)
+        whole = cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype  # some models turn a part of each head
+        return kernel(q, k, cos, sin) if whole and not args and not kwargs else usual(q, k, cos, sin, *args, **kwargs)
 
     return rotate

@@ -114,8 +114,8 @@ class Collector:
 
     Environments are made when first needed and kept until `close`. With `settings.env_workers` they are waited for in threads, each
     environment in one at a time. Where the engine takes rows at any time, the others go on decoding meanwhile: which rows share a forward
-    then depends on who is ready first, and with it the rounding of log-probs, but nothing else. Where it does not, everybody waits for
-    everybody, and the trajectories are those without threads to the bit.
+    then depends on who is ready first, and with it the rounding of logits, which now and then decides a draw. Where it does not,
+    everybody waits for everybody, and the trajectories are those without threads to the bit.
 
     Args:
         env_id: Gymnasium id, `module:Id-v0`.
@@ -184,8 +184,7 @@ class Collector:
                 actions = [self.chat.action_text(c.token_ids) for _, c in said]
                 jobs += [self._step(playing[index], c, action) for (index, c), action in zip(said, actions, strict=True)]
         finally:
-            for job in jobs:
-                job.answer.cancel()
+            futures.wait([j.answer for j in jobs if not j.answer.cancel()])  # after an error: environments that still answer
 
     def close(self) -> None:
         """Close the environments, all of them even if one raises, and end the threads. The next `collect` makes new ones."""

@@ -335,7 +335,10 @@ class InProcessSession(Session):
         if not holes:
             return self.order[: len(rows)]
         into, source = [*holes, *late], [*late, *holes]  # they change places
-        self.stepper.move(into, source, max(row.length for row in self.order))
+        longest = max(row.length for row in self.order)
+        self.stepper.plan(self.slots, longest)
+        self.stepper.cache.reserve(self.slots, longest)
+        self.stepper.move(into, source, longest)
         before = list(self.order)
         for i, j in zip(into, source, strict=True):
             self.order[i] = before[j]

@@ -141,11 +141,12 @@ class Stepper:
         key = (kind, adapter, temperature, rows, given.shape[1:], length)
         self._forget_stale()
         # A row of padding has no ids: it is read and written nowhere.
-        padded = given.new_full((rows, *given.shape[1:]), len(self.state) - 1 if kind == "decode" else 0)
+        nobody = len(self.state) - 1 if kind == "decode" else 0
+        padded = given.new_full((rows, *given.shape[1:]), nobody, pin_memory=self.policy.device.type == "cuda")
         padded[:n] = given
         if key in self.graphs:
             replay, static, out = self.graphs[key]
-            static.copy_(padded)
+            static.copy_(padded, non_blocking=True)
             replay()
             return out[:, :n]
         static = padded.to(self.policy.device)
@@ -215,5 +216,5 @@ def record(step: Callable[[], Tensor], pool: Any, side: Any) -> tuple[Callable[[
             out = step()
     finally:
         torch.cuda.set_stream(main)  # after an error the capture's own context does not
-    main.wait_stream(side)
+        main.wait_stream(side)
     return graph.replay, out

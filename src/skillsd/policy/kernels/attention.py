@@ -33,12 +33,12 @@ def _attend(
     real = query < QUERIES
     d, kk = tl.arange(0, DP), tl.arange(0, KEYS)
     inside = d < D
-    first = tl.load(where + 5 * b).to(tl.int32)
+    first, count = tl.load(where + 5 * b).to(tl.int32), tl.load(where + 5 * b + 1).to(tl.int32)
     own, shared, owner = tl.load(where + 5 * b + 2), tl.load(where + 5 * b + 3).to(tl.int32), tl.load(where + 5 * b + 4)
     position = first + query
     here = real[:, None] & inside[None, :]
     queries = tl.load(q + b * q_b + head[:, None] * q_h + query[:, None] * q_t + d[None, :], mask=here, other=0.0)
-    end = first + tl.minimum((block * BR + BR - 1) // GROUP, QUERIES - 1) + 1  # keys of the last query
+    end = first + tl.minimum((block * BR + BR - 1) // GROUP + 1, count)  # keys of the last query that is no padding
     begin = 0
     if WINDOW:
         begin = tl.maximum(0, first + block * BR // GROUP - window + 1) // KEYS * KEYS
@@ -112,7 +112,7 @@ def attend(
     splits = max(1, min(MOST_SPLITS, 3 * workspace.processors // (batch * kv_heads * blocks), -(-k.shape[2] // (2 * KEYS))))
     padded = max(16, triton.next_power_of_2(d))
     out = q.new_empty(batch, queries, heads, d)
-    parts = workspace.floats(batch * kv_heads * blocks * splits * br * (padded + 2))
+    parts = workspace.floats(batch * kv_heads * blocks * splits * br * (padded + 2) if splits > 1 else 0)
     counters = workspace.counters(batch * kv_heads * blocks)
     _attend[(batch * kv_heads, blocks, splits)](
         q, k, v, where, out, parts, counters, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, queries, splits,

@@ -80,7 +80,8 @@ def _silu_mul(gate, up, out, N, BN: tl.constexpr):
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """See `reference.silu_mul`. Both contiguous."""
+    """See `reference.silu_mul`."""
+    gate, up = gate.contiguous(), up.contiguous()
     out, n = gate.new_empty(gate.shape), gate.numel()
     _silu_mul[(-(-n // 1024),)](gate, up, out, n, 1024, num_warps=4, **EXACT)
     return out

@@ -113,7 +113,7 @@ def attend(
     """Attention in which a token's place in the cache follows from its position.
 
     Args:
-        q: Queries [B, H, Q, D] of consecutive positions.
+        q: Queries [B, H, Q, D] of consecutive positions; row b's after the first where[b, 1] are padding.
         k, v: Stores [slots, H_kv, T, D]; what lies beyond a query's position is not read.
         where: int64 [B, 5]: see `keys_of`.
         window: A query at p sees positions j with p - window < j <= p; None: all up to p.
@@ -129,8 +129,11 @@ def attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     position = where[:, :1] + torch.arange(q.shape[2], device=q.device)
-    gap = position[:, None, :, None] - torch.arange(length, device=q.device)
-    seen = (gap >= 0) if window is None else (gap >= 0) & (gap < window)
+    j = torch.arange(length, device=q.device)
+    gap = position[:, None, :, None] - j
+    seen = (gap >= 0) & (j < (where[:, 0] + where[:, 1])[:, None, None, None])
+    if window is not None:
+        seen = seen & (gap < window)
     return (torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ v.float()).to(q.dtype).transpose(1, 2).contiguous()
 
 
