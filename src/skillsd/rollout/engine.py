@@ -196,6 +196,10 @@ class InProcessSession(Session):
         return bool(self.waiting or self.active)
 
     def submit(self, requests: Sequence[Request]) -> None:
+        if not self.continuous and len(self.rows) < len(self.order):  # all that was forgotten at once: moves cost
+            self._front([row for row in self.order if row.turns >= 0])
+            del self.order[len(self.rows) :]
+            self.slots = len(self.order)
         for r in requests:
             row = self.rows.get(r.row)
             if row is None:
@@ -218,10 +222,6 @@ class InProcessSession(Session):
                     self.prompts = {k: p for k, p in self.prompts.items() if p.users}
             if self.continuous:
                 heappush(self.free, row.slot)
-        if gone and not self.continuous:
-            self._front([row for row in self.order if row.turns >= 0])
-            del self.order[len(self.rows) :]
-            self.slots = len(self.order)
 
     def step(self) -> list[tuple[int, Completion]]:
         done: list[tuple[int, Completion]] = []
