@@ -221,9 +221,9 @@ class Collector:
         """
         if jobs and (everybody or wait):
             futures.wait([j.answer for j in jobs], return_when=futures.ALL_COMPLETED if everybody else futures.FIRST_COMPLETED)
-        arrived = sorted((j for j in jobs if j.answer.done()), key=lambda j: j.episode.index)
-        for j in arrived:
-            jobs.remove(j)
+        done = [j.answer.done() for j in jobs]
+        arrived = sorted((j for j, over in zip(jobs, done, strict=True) if over), key=lambda j: j.episode.index)
+        jobs[:] = [j for j, over in zip(jobs, done, strict=True) if not over]
         for j in arrived:
             j.answer.result()
         return arrived
