@@ -363,6 +363,30 @@ def test_others_decode_while_an_environment_thinks(waiting):
     assert [len(t.turns) for t in played] == [1, 5]
 
 
+def test_the_next_rollout_waits_for_environments_that_still_answer(waiting):
+    """After an error; otherwise one would be reset under the thread that is in it."""
+    inside = []
+
+    def pause(name: str, turn: int) -> float:
+        if name == "slow" and turn == 1:
+            inside.append(name)
+            time.sleep(0.5)
+            inside.remove(name)
+        return 0.0
+
+    def error(name: str, turn: int) -> None:
+        if name == "broken":
+            raise OSError("no answer")
+
+    collector = waiting({"pause": pause, "error": error}, env_workers=2)
+    collector.engine = Continuous(collector.engine.answer, collector.engine.stop)
+    with pytest.raises(OSError):
+        play(collector, "slow:2", "broken:2")
+    began = list(inside)
+    assert [len(t.turns) for t in play(collector, "up:2", "down:2")] == [2, 2]
+    assert began == ["slow"] and not inside
+
+
 @pytest.mark.parametrize("workers", [0, 4])
 def test_an_error_in_an_environment_surfaces(waiting, workers):
     """The first in the order of the rows, after every call has ended; then the collector can play on."""

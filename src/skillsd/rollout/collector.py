@@ -133,6 +133,7 @@ class Collector:
         self.chat, self.engine, self.settings, self.context_length = chat, engine, settings, context_length
         self.envs: list[gymnasium.Env[str, str]] = []
         self.threads: ThreadPoolExecutor | None = None
+        self.unanswered: list[Future[Any]] = []
 
     def collect(
         self, rows: Sequence[Row], *, seed: int, iteration: int, temperature: float | None = None, adapter: str | None = "student",
@@ -149,6 +150,7 @@ class Collector:
             progress: Called with the number of finished episodes.
         """
         temperature = self.settings.temperature if temperature is None else temperature
+        futures.wait(self.unanswered)  # an environment is in one thread at a time
         session = self.engine.open(temperature, adapter)
         waiting = iter(enumerate(rows))
         free = self._pool(min(len(rows), self.settings.max_rows))
@@ -184,12 +186,12 @@ class Collector:
                 actions = [self.chat.action_text(c.token_ids) for _, c in said]
                 jobs += [self._step(playing[index], c, action) for (index, c), action in zip(said, actions, strict=True)]
         finally:
-            futures.wait([j.answer for j in jobs if not j.answer.cancel()])  # after an error: environments that still answer
+            self.unanswered = [j.answer for j in jobs if not j.answer.cancel()]  # after an error
 
     def close(self) -> None:
         """Close the environments, all of them even if one raises, and end the threads. The next `collect` makes new ones."""
         envs, threads = self.envs, self.threads
-        self.envs, self.threads = [], None
+        self.envs, self.threads, self.unanswered = [], None, []
         with ExitStack() as stack:
             for env in envs:
                 stack.callback(env.close)
