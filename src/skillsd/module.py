@@ -197,9 +197,9 @@ class SkillSD(L.LightningModule):
             out.gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
             entropy = (student.entropy * mask).sum()
             drift = torch.where(mask, (logp - old).abs(), 0.0).max()
-            numbers = {"policy": terms.policy, "distillation": terms.distillation, "entropy": entropy, **terms.metrics, "drift": drift}
-            *sums, most = torch.stack([x.detach().double() for x in numbers.values()]).tolist()  # one transfer for all of them
-            for key, value in zip(numbers, sums, strict=False):
+            numbers = {"policy": terms.policy, "distillation": terms.distillation, "entropy": entropy, **terms.metrics}
+            *sums, most = torch.stack([x.detach().double() for x in (*numbers.values(), drift)]).tolist()  # one transfer for all
+            for key, value in zip(numbers, sums, strict=True):
                 out.sums[key] += value
             out.largest_drift = max(out.largest_drift, most)
         return out

@@ -16,6 +16,8 @@ from skillsd.rollout import InProcessEngine, Request
 from skillsd.rollout.step import Stepper
 
 pytest.importorskip("triton")
+from skillsd.policy.kernels import projections
+
 GPU = torch.cuda.is_available()
 SETTINGS = dict(quantise="nf4", dtype="bfloat16" if GPU else "float32", device="cuda" if GPU else "cpu", shape=WIDE)
 CLOSE = 0.1 if GPU else 2e-5
@@ -80,7 +82,7 @@ def test_long_prompts_go_the_usual_way(make_policy, always, monkeypatch):
     monkeypatch.setattr("skillsd.policy.kernels.projections.MOST_ROWS", 12)
     policy = make_policy(**SETTINGS)
     rows = []
-    run = __import__("skillsd.policy.kernels.projections", fromlist=["x"]).project_all
+    run = projections.project_all
     monkeypatch.setattr("skillsd.policy.kernels.projections.project_all", lambda x, *a: (rows.append(len(x)), run(x, *a))[1])
     assert_scored_alike(policy, "student", play(policy, slots=4, **(SHORT | {"rows": 4})), CLOSE)
     assert rows and max(rows) <= 12

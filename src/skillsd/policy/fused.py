@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from skillsd.errors import ConfigError
 from skillsd.policy.kernels import reference, why_not
 from skillsd.policy.kernels.reference import NF4, Lora, Nf4Weight, Projection
 from skillsd.policy.kernels.workspace import Workspace
@@ -58,9 +59,9 @@ class Fused:
         self.workspace = Workspace(next(base.parameters()).device)
         self.write = elementwise.write
         self.forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        for layers in _groups(base, projections.MOST_LAYERS):
-            group = _Group(layers, self.workspace, projections.project_all, projections.MOST_ROWS)
-            self.forwards += [(m, group.forward(i)) for i, m in enumerate(layers)]
+        for served in _groups(base, projections.MOST_LAYERS):
+            group = _Group(served, self.workspace, projections.project_all, projections.MOST_ROWS)
+            self.forwards += [(m, group.forward(i)) for i, (m, _) in enumerate(served)]
         self.projections = len(self.forwards)
         for m in base.modules():
             if (eps := _rms_eps(m)) is not None:
@@ -78,7 +79,7 @@ class Fused:
         ) -> tuple[Tensor, None]:  # fmt: skip
             """`key` and `value` are a cache's whole stores; `mask` is int64 [B, 1, 1, 5]: where rows lie (see rollout.cache)."""
             if odd := [k for k in ("s_aux", "position_bias") if kwargs.get(k) is not None]:
-                raise NotImplementedError(f"attention with {odd[0]}")
+                raise ConfigError(f"data.init_args.rollout.kernels: they know no attention with {odd[0]}: set it to false.")
             return attention.attend(query, key, value, mask.view(-1, 5), self.workspace, sliding_window, scaling, softcap), None
 
         self._attend = attend
@@ -111,9 +112,11 @@ class Fused:
 class _Group:
     """Layers that read the same input, as one launch: whoever is asked first computes for all."""
 
-    def __init__(self, layers: Sequence[Any], workspace: Workspace, run: Callable[..., list[Tensor]], most_rows: int) -> None:
-        self.layers, self.workspace, self.run, self.most_rows = list(layers), workspace, run, most_rows
-        self.weights = [nf4_weight(_linear(m)) for m in layers]
+    def __init__(
+        self, served: Sequence[tuple[Any, Nf4Weight]], workspace: Workspace, run: Callable[..., list[Tensor]], most_rows: int
+    ) -> None:
+        self.layers, self.weights = zip(*served, strict=True)
+        self.workspace, self.run, self.most_rows = workspace, run, most_rows
         self.given: Tensor | None = None
         self.out: dict[int, Tensor] = {}
 
@@ -138,41 +141,38 @@ class _Group:
         return forward
 
     def _projection(self, i: int) -> Projection:
-        layer, weight = self.layers[i], self.weights[i]
-        assert weight is not None
-        lora = None
+        layer, lora = self.layers[i], None
         if isinstance(layer, LoraLayer) and not layer.disable_adapters:
             (name,) = layer.active_adapters
             lora = Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-        return Projection(weight, _linear(layer).bias, lora)
+        return Projection(self.weights[i], _linear(layer).bias, lora)
 
 
 def _linear(m: Any) -> Any:
     return m.base_layer if isinstance(m, LoraLayer) else m
 
 
-def _groups(base: nn.Module, most: int) -> list[list[nn.Module]]:
-    """Every layer that can be served, in groups of those that read the same input."""
+def _groups(base: nn.Module, most: int) -> list[list[tuple[nn.Module, Nf4Weight]]]:
+    """Every layer that can be served and its weight, in groups of those that read the same input."""
     inside = {id(m.base_layer) for m in base.modules() if isinstance(m, LoraLayer)}
-    found: list[list[nn.Module]] = []
+    found = []
     for parent in base.modules():
         if isinstance(parent, LoraLayer):
             continue
-        mine = {n: m for n, m in parent.named_children() if id(m) not in inside and nf4_weight(_linear(m)) is not None and _plain(m)}
+        plain = {n: m for n, m in parent.named_children() if id(m) not in inside and _plain(m)}
+        mine = {n: (m, w) for n, m in plain.items() if (w := nf4_weight(_linear(m))) is not None}
         for names in TOGETHER:
             some = [mine[n] for n in names if n in mine]
-            if len(some) == len(names) <= most and len({(_linear(m).in_features, _kind(m)) for m in some}) == 1:
+            if len(some) == len(names) <= most and len({_kind(m, w) for m, w in some}) == 1:
                 found.append(some)
-                mine = {n: m for n, m in mine.items() if n not in names}
-        found += [[m] for m in mine.values()]
+                mine = {n: one for n, one in mine.items() if n not in names}
+        found += [[one] for one in mine.values()]
     return found
 
 
-def _kind(m: Any) -> tuple[Any, ...]:
+def _kind(m: Any, weight: Nf4Weight) -> tuple[Any, ...]:
     """What layers of one launch must share."""
-    weight = nf4_weight(_linear(m))
-    ranks = tuple(sorted(m.r.values())) if isinstance(m, LoraLayer) else ()
-    return len(ranks), *ranks, weight is not None and len(weight.code) > 0
+    return weight.shape[1], len(weight.code) > 0, *(sorted(m.r.values()) if isinstance(m, LoraLayer) else ())
 
 
 def _plain(m: Any) -> bool:

@@ -55,7 +55,7 @@ class SlotCache(Cache):
         self.token_bytes = 2 * config.num_hidden_layers * heads * dim * self.dtype.itemsize
 
     def prepare(self, first: int, where: Tensor, width: int, longest: int) -> dict[str, Any]:
-        """Make room for `width` new tokens of each row.
+        """What a forward of `width` new tokens of each row needs; there is room for them (`reserve`).
 
         Args:
             first: Row b lies in slot first + b, unless `write` is set.
@@ -75,10 +75,8 @@ class SlotCache(Cache):
             self.where = where.contiguous()
             mask: Any = self.where.view(-1, 1, 1, 5)
             return {"attention_mask": {"full_attention": mask, "sliding_attention": mask} if both else mask, "position_ids": position_ids}
-        self.reserve(first + len(starts), longest)
+        self.positions = position_ids.masked_fill(offsets >= lengths[:, None], self.capacity)
         position_ids = position_ids.clamp_max(longest - 1)
-        used = offsets[None] < lengths[:, None]
-        self.positions = (starts[:, None] + offsets).masked_fill(~used, self.capacity)
         seen = torch.arange(longest, device=starts.device)
         gap = position_ids[:, None, :, None] - seen
         full = gap >= 0

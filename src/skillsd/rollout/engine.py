@@ -337,7 +337,6 @@ class InProcessSession(Session):
         into, source = [*holes, *late], [*late, *holes]  # they change places
         longest = max(row.length for row in self.order)
         self.stepper.plan(self.slots, longest)
-        self.stepper.cache.reserve(self.slots, longest)
         self.stepper.move(into, source, longest)
         before = list(self.order)
         for i, j in zip(into, source, strict=True):

@@ -64,20 +64,22 @@ class Stepper:
 
         A cache too large to be kept between rollouts ends static shapes for good.
         """
-        if self.fused:
-            slots = -(-slots // 8) * 8
-        else:
-            slots, longest = bucket(slots, 8), bucket(longest, 256) if self.static else longest
-        if self.static and self.cache.bytes_for(slots, longest) > self.limit:
+        if self.static and self.cache.bytes_for(*self._room(slots, longest)) > self.limit:
             log.info("the rollout's cache is too large for CUDA graphs: decoding goes on without them.")
             self.disable()
-        if self.static or self.fused:
-            self.cache.reserve(slots, longest)
+        slots, longest = self._room(slots, longest)
+        self.cache.reserve(slots, longest)
         if len(self.state) <= slots:
             old, self.state = self.state, self.state.new_zeros(slots + 1, HEAD + 1)
             self.state[: len(old) - 1] = old[:-1]
         # Autocast keeps cast copies of weights, which a graph would go on reading after an optimizer step.
         return self.static and not torch.is_autocast_enabled(self.policy.device.type)
+
+    def _room(self, slots: int, longest: int) -> tuple[int, int]:
+        """Slots and tokens of a cache that this shape does not outgrow at once."""
+        if self.fused:
+            return -(-slots // 8) * 8, longest
+        return (bucket(slots, 8), bucket(longest, 256)) if self.static else (slots, longest)
 
     def disable(self) -> None:
         """Dynamic shapes from here on."""
