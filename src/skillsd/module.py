@@ -74,8 +74,8 @@ class SkillSD(L.LightningModule):
         policy: The base model and its adapters.
         objective: The loss.
         optimizer: AdamW and its schedule.
-        micro_batch_tokens: Most padded tokens in one forward and backward; the gradient does not depend on it. An update that runs out
-            of memory is repeated with half of it.
+        micro_batch_tokens: Most tokens in one forward and backward, padding included where there is any; the gradient does not depend on
+            it. An update that runs out of memory is repeated with half of it.
         grad_norm_every: Iterations between two measurements of each term's gradient norm (they cost a second backward); 0 never.
     """
 
@@ -171,7 +171,7 @@ class SkillSD(L.LightningModule):
         torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration)  # for dropout: a resumed run draws the same
         out = _Update(torch.zeros(len(rows)), [torch.zeros_like(p) for p in apart])
         self.teacher_s = 0.0
-        for part in micro_batches([len(batch.student[i]) for i in batch.kept], self.micro_batch_tokens):
+        for part in micro_batches([len(batch.student[i]) for i in batch.kept], self.micro_batch_tokens, not self.policy.packs):
             index = [batch.kept[k] for k in part]
             mask, recorded = _padded([rows[i] for i in index], self.policy.device)
             student = self.policy.score("student", [batch.student[i] for i in index], temperature)
@@ -231,7 +231,7 @@ class SkillSD(L.LightningModule):
             divergence = torch.zeros_like(student.logp)
             place = (mask.flatten().cumsum(0) - 1).view_as(mask)  # of each action token in `hidden`
         taught = [k for k, i in enumerate(index) if i in teacher_rows]
-        for part in micro_batches([len(batch.teacher[index[k]]) for k in taught], self.micro_batch_tokens):
+        for part in micro_batches([len(batch.teacher[index[k]]) for k in taught], self.micro_batch_tokens, not self.policy.packs):
             chosen = [taught[j] for j in part]
             at = torch.tensor(chosen, device=mask.device)
             with torch.no_grad():

@@ -83,7 +83,8 @@ def test_reference_reads_bitsandbytes():
     """The layout of packed weights and nested scales is bitsandbytes' own."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from skillsd.policy.fused import nf4_weight
+    from skillsd.policy.kernels.dequantise import dequantise
+    from skillsd.policy.lora import nf4_weight
 
     w = torch.randn(96, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(DEVICE, torch.bfloat16)
     for nested in (True, False):
@@ -94,6 +95,7 @@ def test_reference_reads_bitsandbytes():
         found = nf4_weight(layer)
         assert found is not None and found.shape == (96, 192) and bool(len(found.code)) == nested
         assert torch.equal(reference.dequantise(found).bfloat16(), dequantize_4bit(packed, state).view(96, 192))
+        assert torch.equal(dequantise(found, DTYPE), reference.dequantise(found).to(DTYPE))
         layer.in_features = 200  # blocks would cross rows
         assert nf4_weight(layer) is None
     packed, state = quantize_4bit(w, quant_type="fp4", blocksize=64)

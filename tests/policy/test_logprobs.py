@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skillsd.policy.logprobs import compare, make_head, selected_logprobs
+from skillsd.policy.logprobs import Head, compare, selected_logprobs
 
 
 def reference(policy, ids, temperature):
@@ -94,6 +94,6 @@ def test_an_adapter_on_the_head_counts(make_policy):
     hidden = policy.backbone(input_ids=ids).last_hidden_state
     torch.testing.assert_close(policy.head(hidden), policy.base(input_ids=ids).logits)
     with policy.acting(None):
-        assert not torch.allclose(policy.head(hidden), make_head(policy.base)(hidden) + 1)
+        assert not torch.allclose(policy.head(hidden), Head(policy.base)(hidden) + 1)
         plain = policy.head(hidden)
     assert not torch.allclose(policy.head(hidden), plain)

@@ -46,6 +46,8 @@ class PolicySettings:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     head_chunk: int = 2048
     """Tokens whose full-vocabulary logits exist at one time."""
+    kernels: bool = True
+    """On a GPU, score a bfloat16 base, in nf4 or not, with kernels of our own in Triton; the log says why where they can't be used."""
 
     def __post_init__(self) -> None:
         if self.lora.r < 1:

@@ -15,23 +15,31 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def make_head(model: Any) -> Callable[[Tensor], Tensor]:
+class Head:
     """The map from last hidden states [..., H] to logits [..., V] that `model.forward` applies.
 
     Covers a linear head with Gemma 2's final soft cap and Cohere/Granite style constant scales.
     """
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or (1.0 / (getattr(config, "logits_scaling", None) or 1.0))
 
-    def head(hidden: Tensor) -> Tensor:
-        linear = model.get_output_embeddings()  # looked up late: an adapter may have been put around it
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.model = model
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.scale = getattr(config, "logit_scale", None) or (1.0 / (getattr(config, "logits_scaling", None) or 1.0))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        linear = self.model.get_output_embeddings()  # looked up late: an adapter may have been put around it
         logits: Tensor = linear(hidden.to(linear.weight.dtype) if linear.weight.is_floating_point() else hidden)
-        if scale != 1.0:
-            logits = logits * scale
-        return cap * torch.tanh(logits / cap) if cap is not None else logits
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return self.cap * torch.tanh(logits / self.cap) if self.cap is not None else logits
 
-    return head
+    def weight(self) -> Tensor | None:
+        """[V, H] if the map is a frozen matrix and nothing else."""
+        linear = self.model.get_output_embeddings()
+        if type(linear) is not torch.nn.Linear or linear.bias is not None or self.scale != 1.0 or self.cap is not None:
+            return None
+        return None if linear.weight.requires_grad else linear.weight
 
 
 def _chunk(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -50,7 +58,7 @@ def selected_logprobs(
     """Log-probs of `targets` and the entropy of the distribution they were drawn from.
 
     Args:
-        head: From `make_head`.
+        head: See `Head`.
         hidden: Last hidden states at the positions that predict the targets, [N, H].
         targets: Token ids, int64 [N].
         temperature: Sampling temperature, > 0.
@@ -82,7 +90,7 @@ def compare(
     """A divergence between two next-token distributions at each position, with gradient to the student alone.
 
     Args:
-        head: From `make_head`; one for both.
+        head: One for both.
         student, teacher: Last hidden states [N, H].
         divergence: Of two log-softmaxes (student's, teacher's) [n, V] to [n]; it is called again in the backward pass.
         temperature: Divides the logits of both, > 0.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +16,10 @@ from torch import Tensor, nn
 from skillsd.errors import ConfigError
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import adapter_folder, load_base, load_tokenizer
-from skillsd.policy.logprobs import compare, make_head, selected_logprobs
+from skillsd.policy.logprobs import Head, compare, selected_logprobs
+from skillsd.policy.packed import TokenSequence, learn, pack
 
 ADAPTERS = ("student", "teacher")
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """One sequence to score: ids before (`prompt_ids`), ids after, and which of those after were actions."""
-
-    prompt_ids: Sequence[int]
-    token_ids: Sequence[int]
-    action_mask: Sequence[bool]
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.token_ids)
 
 
 class Scores(NamedTuple):
@@ -76,16 +63,18 @@ class Policy(nn.Module):
         ids = [stops] if isinstance(stops, int) else list(stops or [])
         ids += [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         self.stop_ids = tuple(dict.fromkeys(ids))
-        self.head = make_head(base)
+        self.head = Head(base)
         self.model: Any = base
         self.teacher_is_student = True
         self._adapters: dict[str, dict[str, nn.Parameter]] = {}
         self._layers: list[Any] = []  # those that carry adapters
         self._active: str | None = None
         if settings.gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._learning())}  # the backward's forward is the same
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
         if adapters:
             self._add_adapters()
+        self.learner = learn(base, settings.kernels)
         # The base stays in evaluation mode for good. These alone are on in the student's forward with gradient, and stay on until
         # its backward has recomputed what it needs; `acting` turns them off.
         self._train_only = [
@@ -251,7 +240,7 @@ class Policy(nn.Module):
 
         Args:
             adapter: `student` (with gradient unless torch.no_grad is on) or `teacher` (never with gradient).
-            sequences: B of them. They are right-padded, which a causal model never sees.
+            sequences: B of them, in one forward: see `packed`.
             temperature: The sampling temperature.
         """
         if adapter == "student" and torch.is_grad_enabled():
@@ -260,23 +249,30 @@ class Policy(nn.Module):
         with self.acting(adapter):
             return self._score(sequences, temperature)
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows are scored without padding."""
+        return self.learner is not None and self.learner.packs
+
     def _score(self, sequences: Sequence[TokenSequence], temperature: float) -> Scores:
-        B, width, T = len(sequences), max(map(len, sequences)), max(len(s.token_ids) for s in sequences)
-        prompts, sizes = torch.tensor([(len(s.prompt_ids), len(s.token_ids)) for s in sequences]).unbind(1)
-        ids = torch.full((B, width), self.tokenizer.pad_token_id or 0)
-        ids[_leading(prompts + sizes, width)] = torch.tensor(
-            list(chain.from_iterable(x for s in sequences for x in (s.prompt_ids, s.token_ids)))
-        )
-        mask = torch.zeros(B, T, dtype=torch.bool)
-        mask[_leading(sizes, T)] = torch.tensor(list(chain.from_iterable(s.action_mask for s in sequences)), dtype=torch.bool)
-        rows, cols = mask.nonzero(as_tuple=True)
-        ends = prompts[rows] + cols
-        targets, places = ids[rows, ends], torch.stack([rows * (width - 1) + ends - 1, rows * T + cols])
-        ids, targets, places = (x.to(self.device) for x in (ids[:, :-1], targets, places))
-        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, places[0])
-        logp, entropy = selected_logprobs(self.head, hidden, targets, temperature, self.settings.head_chunk)
-        logp, entropy = (torch.zeros(B * T, device=x.device).scatter(0, places[1], x).view(B, T) for x in (logp, entropy))
+        p = pack(sequences, not self.packs, self.tokenizer.pad_token_id or 0, self.device)
+        kwargs = {} if self.learner is None else self.learner.arguments(p.bounds, p.longest)
+        if self.learner is not None and self._active is not None:
+            self.learner.lower(self._active)
+        with self._learning():
+            hidden = self.backbone(input_ids=p.ids, position_ids=p.position_ids, use_cache=False, **kwargs).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, p.places)
+        weight = self.head.weight() if self.learner is not None else None
+        if self.learner is not None and weight is not None:
+            logp, entropy = self.learner.logprobs(hidden, weight, p.targets, temperature, self.settings.head_chunk)
+        else:
+            logp, entropy = selected_logprobs(self.head, hidden, p.targets, temperature, self.settings.head_chunk)
+        cells = p.shape[0] * p.shape[1]
+        logp, entropy = (torch.zeros(cells, device=x.device).scatter(0, p.cells, x).view(p.shape) for x in (logp, entropy))
         return Scores(logp, entropy, hidden)
+
+    def _learning(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.learner is None else self.learner.installed()
 
     def compare(
         self, student_hidden: Tensor, teacher_hidden: Tensor, divergence: Callable[[Tensor, Tensor], Tensor], temperature: float = 1.0
@@ -297,23 +293,27 @@ class Policy(nn.Module):
         return self.base_name
 
 
-def _leading(lengths: Tensor, width: int) -> Tensor:
-    """The first `lengths[b]` of `width` columns: bool [B, width]. Indexing with it takes them row by row."""
-    return torch.arange(width) < lengths[:, None]
+def micro_batches(lengths: Sequence[int], token_budget: int, padded: bool = True) -> list[list[int]]:
+    """Split rows into micro-batches of at most `token_budget` tokens (a longer row stands alone).
 
+    Args:
+        lengths: Tokens of each row.
+        token_budget: Most tokens together.
+        padded: Count what rows take when padded to the longest of their micro-batch.
 
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Split rows into micro-batches whose padded size is at most `token_budget` tokens (a longer row stands alone).
-
-    Returns lists of row indices; rows of similar length go together, in a fixed order.
+    Returns:
+        lists of row indices; rows of similar length go together, in a fixed order.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batches: list[list[int]] = []
+    size = 0
     for i in order:
-        if batches and lengths[i] * (len(batches[-1]) + 1) <= token_budget:
+        size = lengths[i] * (len(batches[-1]) + 1 if batches else 1) if padded else size + lengths[i]
+        if batches and size <= token_budget:
             batches[-1].append(i)
         else:
             batches.append([i])
+            size = lengths[i]
     return batches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @triton.jit(do_not_specialize=["ROWS", "T"])
 def _rotate(
-    q, k, cos, sin, q_out, k_out, q_b, q_h, q_t, k_b, k_h, k_t, c_b, c_t, s_b, s_t, ROWS, HEADS, KV_HEADS, T,
+    q, k, cos, sin, q_out, k_out, q_b, q_h, q_t, k_b, k_h, k_t, c_b, c_t, s_b, s_t, Q_b, Q_h, Q_t, K_b, K_h, K_t, ROWS, HEADS, KV_HEADS, T,
     D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     row, d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DP)  # a head of a token: queries' heads, then keys'
@@ -53,18 +54,23 @@ def _rotate(
     source = tl.where(is_key, k + b * k_b + kv * k_h + t * k_t, q + b * q_b + head * q_h + t * q_t)[:, None]
     x = tl.load(source + d[None, :], mask=here, other=0.0)
     y = tl.load(source + other[None, :], mask=here, other=0.0)
-    to = tl.where(is_key, k_out + ((b * KV_HEADS + kv) * T + t) * D, q_out + ((b * HEADS + head) * T + t) * D)[:, None]
+    to = tl.where(is_key, k_out + b * K_b + kv * K_h + t * K_t, q_out + b * Q_b + head * Q_h + t * Q_t)[:, None]
     tl.store(to + d[None, :], x * c + y * s, mask=here)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.rotate`. The last dimension is contiguous; cos and sin may be for one row that stands for all."""
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, alike: bool = False) -> tuple[Tensor, Tensor]:
+    """See `reference.rotate`. The last dimension is contiguous; cos and sin may be for one row that stands for all.
+
+    The results are contiguous; with `alike` they lie in memory as q and k do.
+    """
     batch, heads, new, d = q.shape
     cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
-    out = q.new_empty(q.shape), k.new_empty(k.shape)
+    made = torch.preserve_format if alike else torch.contiguous_format
+    out = torch.empty_like(q, memory_format=made), torch.empty_like(k, memory_format=made)
     rows = batch * new * (heads + k.shape[1])
     _rotate[(-(-rows // ROWS),)](
-        q, k, cos, sin, *out, *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], rows, heads, k.shape[1], new, d,
+        q, k, cos, sin, *out, *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
+        *out[0].stride()[:3], *out[1].stride()[:3], rows, heads, k.shape[1], new, d,
         triton.next_power_of_2(d), ROWS, num_warps=4, **EXACT,
     )  # fmt: skip
     return out
