@@ -130,8 +130,8 @@ def test_method_model_and_hardware_stack(fit, tiny_model):
     assert model.objective.distillation_weight == 0 and model.objective.clip_high == 0.28  # method
     assert (model.settings.model, model.settings.lora.targets) == (tiny_model("llama"), "all-linear")  # model
     assert (model.optim.lr, model.optim.schedule) == (5e-5, base.model.optim.schedule)
-    assert (data.rollout.max_turn_tokens, data.rollout.max_rows, data.group_size) == (16, 4, 4)  # hardware over model over experiment
-    assert (model.settings.head_chunk, model.settings.gradient_checkpointing, model.micro_batch_tokens) == (256, True, 4096)
+    assert (data.rollout.max_turn_tokens, data.rollout.max_rows, data.group_size) == (16, 8, 4)  # hardware over model over experiment
+    assert (model.settings.head_chunk, model.settings.gradient_checkpointing, model.micro_batch_tokens) == (256, True, 8192)
     assert "prompts" not in data.env_kwargs and data.env_kwargs["separator"] == " "
     assert kinds(cli) == kinds(base)
     assert bank(cli).template.startswith("success_analysis: {success_analysis}\n")

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
 from skillsd.analysis.play import play_model, play_scripted
-from skillsd.callbacks import TeacherSync
+from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.doctor import doctor
@@ -163,7 +163,7 @@ class CLI(LightningCLI):
                 raise ConfigError(f"trainer.callbacks: every run has one {kind.__name__}: give its settings under `{key}:` instead.")
         if isinstance(self.model, Cloning):  # pre-training has neither
             callbacks = [c for c in callbacks if not isinstance(c, TeacherSync | SkillBankCallback)]
-        return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given]}, [])
+        return super()._instantiate_trainer({**config, "callbacks": [MemoryPlan(), *callbacks, *given]}, [])
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer

@@ -220,8 +220,10 @@ class RolloutData(L.LightningDataModule):
         context = self.policy.context_length
         prompts = [chat.encode(chat.render(c)) for c in conversations]
         todo = [i for i, p in enumerate(prompts) if len(p) < context]
-        for start in range(0, len(todo), self.rollout.max_rows):
-            part = todo[start : start + self.rollout.max_rows]
+        longest = max((len(prompts[i]) for i in todo), default=0) + max_new_tokens
+        most = min(self.rollout.max_rows, self.collector.engine.most_rows(min(context, longest)))
+        for start in range(0, len(todo), most):
+            part = todo[start : start + most]
             session = self.collector.engine.open(self.rollout.temperature, adapter)
             requests = [
                 Request(i, prompts[i], stream_key("generate", *seed_keys[i]), 0, min(max_new_tokens, context - len(prompts[i])))
@@ -293,6 +295,7 @@ class GroupStream:
             plain = [replace(rows[i], skill="") for i in crowded]
             for i, t in zip(crowded, d.collector.collect(plain, seed=d.seed, iteration=iteration, adapter=adapter), strict=True):
                 played[i] = t
+        d.collector.engine.release()
         d.rollout_s = time.perf_counter() - started
         if failed := [t for t in played if t.finish_reason == "failed"]:
             log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)

@@ -140,6 +140,11 @@ class SkillSD(L.LightningModule):
         sizes = [len(g.trajectories) for g in groups]
         return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), done.gaps.split(sizes), strict=True)])}
 
+    def on_train_batch_end(self, *args: Any) -> None:
+        """The rollout can use the gradient's memory."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+
     def _within_memory(self, update: Callable[[], _Update], batch: _Batch) -> _Update:
         """`update`, from its beginning with half the micro-batch whenever memory runs out: the gradient is the same.
 

@@ -1,11 +1,13 @@
 """From tasks to trajectories: conversation format, sampling noise, engines and the collector."""
 
+from skillsd.rollout.cache import CacheFull, Room
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.collector import Collector, RolloutSettings, Row, make_env
 from skillsd.rollout.demonstrate import demonstrate
 from skillsd.rollout.engine import Completion, Engine, InProcessEngine, Request, Session
 
 __all__ = [
+    "CacheFull",
     "Chat",
     "Collector",
     "Completion",
@@ -13,6 +15,7 @@ __all__ = [
     "InProcessEngine",
     "Request",
     "RolloutSettings",
+    "Room",
     "Row",
     "Session",
     "demonstrate",

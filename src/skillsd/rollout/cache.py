@@ -7,6 +7,7 @@ sliding layers. That is exact for every architecture, and stale entries beyond p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,40 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from skillsd.errors import ConfigError
+
+
+class CacheFull(RuntimeError):
+    """More rows are in progress than there is memory for."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a rollout may take of the memory.
+
+    Args:
+        rows: Rows that are sure to find room at one time, each with `tokens` tokens.
+        tokens: See `rows`.
+        keep: Whether the cache, with the graphs that are recorded on it, stays between rollouts.
+        prefill: Most tokens of one forward over prompts.
+    """
+
+    rows: int
+    tokens: int
+    keep: bool
+    prefill: int
+
+    @property
+    def slots(self) -> int:
+        """A row's, and one for each prompt that rows may share."""
+        return self.rows * 3 // 2
+
+    def bytes(self, token_bytes: int) -> int:
+        """Of the cache, rounded up as `SlotCache` does."""
+        return self.slots * (-(-self.tokens // 64) * 64 + 1) * token_bytes
+
+    def most_rows(self, tokens: int) -> int:
+        """As many as that is of another length; at least 1."""
+        return max(1, (self.slots * self.tokens // max(1, tokens) * 2 + 1) // 3)
 
 
 class SlotCache(Cache):
@@ -50,9 +85,7 @@ class SlotCache(Cache):
         self.first = 0
         self.positions = self.where = torch.empty(0)
         self.version = 0
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.token_bytes = 2 * config.num_hidden_layers * heads * dim * self.dtype.itemsize
+        self.token_bytes = cache_bytes(model)
 
     def prepare(self, first: int, where: Tensor, width: int, longest: int) -> dict[str, Any]:
         """What a forward of `width` new tokens of each row needs; there is room for them (`reserve`).
@@ -92,22 +125,22 @@ class SlotCache(Cache):
             return visible
         return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill_(~visible, torch.finfo(self.dtype).min)
 
-    def _room(self, slots: int, length: int) -> tuple[int, int]:
+    def _room(self, slots: int, length: int, spare: bool = True) -> tuple[int, int]:
         capacity = self.capacity
         if length > capacity:  # by half at least: a row that grows token by token seldom moves
-            capacity = -(-max(length, capacity + capacity // 2) // 64) * 64
+            capacity = -(-max(length, capacity + capacity // 2 if spare else 0) // 64) * 64
         return max(self.slots, slots), capacity
 
-    def bytes_for(self, slots: int, length: int) -> int:
+    def bytes_for(self, slots: int, length: int, spare: bool = True) -> int:
         """What the cache would take after `reserve`."""
-        count, capacity = self._room(slots, length)
+        count, capacity = self._room(slots, length, spare)
         return count * (capacity + 1) * self.token_bytes
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Room for `slots` rows of `length` tokens; what is there stays."""
+    def reserve(self, slots: int, length: int, spare: bool = True) -> None:
+        """Room for `slots` rows of `length` tokens; what is there stays. With `spare` for some more."""
         if length <= self.capacity and slots <= self.slots:
             return
-        count, capacity = self._room(slots, length)
+        count, capacity = self._room(slots, length, spare)
         for store in (self.keys, self.values):
             for i, old in enumerate(store):
                 new = old.new_zeros(count, old.shape[1], capacity + 1, old.shape[3])
@@ -149,3 +182,11 @@ class SlotCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Longest row, in tokens."""
         return self.width
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Of the keys and values of one token."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +14,13 @@ from typing import Any, NamedTuple
 import gymnasium
 
 from skillsd.errors import ConfigError
+from skillsd.rollout.cache import CacheFull
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.engine import Completion, Engine, Request
 from skillsd.rollout.noise import stream_key
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -131,6 +135,7 @@ class Collector:
     ) -> None:
         self.make = lambda: make_env(env_id, env_kwargs)
         self.chat, self.engine, self.settings, self.context_length = chat, engine, settings, context_length
+        self.most_rows = settings.max_rows
         self.envs: list[gymnasium.Env[str, str]] = []
         self.threads: ThreadPoolExecutor | None = None
         self.unanswered: list[Future[Any]] = []
@@ -150,10 +155,25 @@ class Collector:
             progress: Called with the number of finished episodes.
         """
         temperature = self.settings.temperature if temperature is None else temperature
+        try:
+            return self._collect(rows, seed, iteration, temperature, adapter, progress)
+        except CacheFull as e:
+            sure = self.engine.most_rows(min(self.context_length, self.settings.max_prompt_tokens + self.settings.max_trajectory_tokens))
+            if sure >= self.most_rows:
+                raise
+            log.warning("%s The rollout begins again with %d at one time, as those after it.", e, sure)
+            self.most_rows = sure
+        self.engine.release(everything=True)  # outside: the exception holds on to the session
+        return self._collect(rows, seed, iteration, temperature, adapter, progress)
+
+    def _collect(
+        self, rows: Sequence[Row], seed: int, iteration: int, temperature: float, adapter: str | None,
+        progress: Callable[[int], object] | None,
+    ) -> list[Trajectory]:  # fmt: skip
         futures.wait(self.unanswered)  # an environment is in one thread at a time
         session = self.engine.open(temperature, adapter)
         waiting = iter(enumerate(rows))
-        free = self._pool(min(len(rows), self.settings.max_rows))
+        free = self._pool(min(len(rows), self.most_rows))
         playing: dict[int, _Episode] = {}
         jobs: list[_Job] = []
         done: dict[int, Trajectory] = {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from skillsd.policy import Policy, fuse
+from skillsd.rollout.cache import Room
 from skillsd.rollout.step import HEAD, WIDTHS, Stepper, bucket
 
 PREFILL, CUDA_PREFILL = 4096, 16384  # most tokens, padding included, of one forward over several rows: they stay in a CPU's cache
@@ -94,9 +95,18 @@ class Engine(Protocol):
     def open(self, temperature: float, adapter: str | None = "student") -> Session:
         """A session that samples from one adapter of the policy, or from the untouched base (None)."""
 
+    def most_rows(self, tokens: int) -> int:
+        """How many rows of so many tokens are sure to find room at one time. With more a session may raise `CacheFull`."""
+
+    def release(self, everything: bool = False) -> None:
+        """The rollout is over: give back memory that others need, or all."""
+
 
 class InProcessEngine:
     """The default engine: a hand loop over the policy itself, one KV cache kept across turns.
+
+    Attributes:
+        room: What the rollout may take (`callbacks.memory`); None sets no limit.
 
     Args:
         policy: Who acts.
@@ -109,6 +119,7 @@ class InProcessEngine:
         self.policy = policy
         self.fused = fuse(policy) if kernels else None
         self.static = cuda_graphs and policy.device.type == "cuda"
+        self.room: Room | None = None
         self._kept: tuple[Stepper, weakref.ref[InProcessSession]] | None = None
 
     def open(self, temperature: float, adapter: str | None = "student") -> Session:
@@ -118,14 +129,22 @@ class InProcessEngine:
         if stepper is not None and not stepper.static:
             self.static = False
         if stepper is None or busy or not self.static:
-            stepper = Stepper(self.policy, self.static and not busy, self.fused)
-        session = InProcessSession(self.policy, stepper, temperature, adapter)
+            stepper = Stepper(self.policy, self.static and not busy, self.fused, self.room)
+        session = InProcessSession(self.policy, stepper, temperature, adapter, self.room.prefill if self.room else None)
         if stepper.static:
             stepper.check()
             self._kept = stepper, weakref.ref(session)
         elif not busy:
             self._kept = None
         return session
+
+    def most_rows(self, tokens: int) -> int:
+        return self.room.most_rows(tokens) if self.room else sys.maxsize
+
+    def release(self, everything: bool = False) -> None:
+        if everything or (self.room is not None and not self.room.keep):
+            self._kept = None
+            torch.cuda.empty_cache()
 
 
 @dataclass(eq=False)
@@ -177,8 +196,9 @@ class InProcessSession(Session):
     for nothing, and the GPU never waits.
     """
 
-    def __init__(self, policy: Policy, stepper: Stepper, temperature: float, adapter: str | None) -> None:
+    def __init__(self, policy: Policy, stepper: Stepper, temperature: float, adapter: str | None, prefill: int | None = None) -> None:
         self.policy, self.stepper, self.temperature, self.adapter = policy, stepper, temperature, adapter
+        self.prefill = prefill or (CUDA_PREFILL if policy.device.type == "cuda" else PREFILL)
         self.continuous = stepper.fused is not None
         self.stop_ids = frozenset(policy.stop_ids)
         self.device = policy.device
@@ -286,7 +306,7 @@ class InProcessSession(Session):
     def _forward(self, rows: list[_Row], used: bool = True) -> None:
         """Feed rows; what is drawn after them is looked at if it is `used`."""
         sizes = [len(row.feed) for row in rows]
-        budget = CUDA_PREFILL if self.device.type == "cuda" else PREFILL
+        budget = self.prefill
         width, parts = max(sizes), spans(sizes, budget)
         if self.stepper.static and width <= WIDTHS[-1]:
             fixed = next(w for w in WIDTHS if w >= width)

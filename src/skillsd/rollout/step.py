@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skillsd.policy import Fused, Policy
-from skillsd.rollout.cache import SlotCache
+from skillsd.rollout.cache import CacheFull, Room, SlotCache
 from skillsd.rollout.noise import sample, uniforms
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,17 @@ class Stepper:
         static: Static shapes; without CUDA they are run as they are, without a graph.
         fused: Kernels that stand in for the model's modules. Their attention finds a row in any slot and reads it up to its own length;
             without them the rows of a step lie in consecutive slots.
+        room: What the cache may take. None is no limit; static shapes then end where a kept cache would take more than a share of the
+            device's memory.
     """
 
-    def __init__(self, policy: Policy, static: bool, fused: Fused | None = None) -> None:
+    def __init__(self, policy: Policy, static: bool, fused: Fused | None = None, room: Room | None = None) -> None:
         self.policy, self.static, self.fused = policy, static, fused
         self.cache = SlotCache(policy.base, fused.write if fused else None)
-        self.limit = torch.cuda.get_device_properties(policy.device).total_memory // SHARE if policy.device.type == "cuda" else 1 << 40
+        self.room = room
+        self.most = room.bytes(self.cache.token_bytes) if room else 1 << 60
+        total = torch.cuda.get_device_properties(policy.device).total_memory if policy.device.type == "cuda" else 1 << 60
+        self.limit = self.most if room else total // SHARE
         self.state = torch.zeros(1, HEAD + 1, dtype=torch.int64, device=policy.device)  # of each slot; the last row is padding's
         self.graphs: dict[tuple[Any, ...], tuple[Callable[[], None], Tensor, Tensor]] = {}
         self.met: set[tuple[Any, ...]] = set()
@@ -63,17 +68,39 @@ class Stepper:
         """Room for a step in slots 0 to slots - 1 with rows of up to `longest` tokens. Whether it can be static.
 
         A cache too large to be kept between rollouts ends static shapes for good.
+
+        Raises:
+            CacheFull: there is less memory than that.
         """
-        if self.static and self.cache.bytes_for(*self._room(slots, longest)) > self.limit:
+        if self._reserve(slots, longest, self.limit if self.static else self.most):
+            pass
+        elif self.static and self.limit < self.most:
             log.info("the rollout's cache is too large for CUDA graphs: decoding goes on without them.")
             self.disable()
-        slots, longest = self._room(slots, longest)
-        self.cache.reserve(slots, longest)
-        if len(self.state) <= slots:
-            old, self.state = self.state, self.state.new_zeros(slots + 1, HEAD + 1)
+            return self.plan(slots, longest)
+        else:
+            raise CacheFull(
+                f"{slots} rows of {longest} tokens do not fit into the {self.most / 2**30:.2f} GiB that the rollout's cache may take."
+            )
+        if len(self.state) <= self.cache.slots:
+            old, self.state = self.state, self.state.new_zeros(self.cache.slots + 1, HEAD + 1)
             self.state[: len(old) - 1] = old[:-1]
         # Autocast keeps cast copies of weights, which a graph would go on reading after an optimizer step.
         return self.static and not torch.is_autocast_enabled(self.policy.device.type)
+
+    def _reserve(self, slots: int, longest: int, most: int) -> bool:
+        """With room to grow while there is plenty, else all that the rollout will need, else what is needed now."""
+        wanted = self._room(slots, longest)
+        exact = (slots, longest) if self.fused or not self.static else wanted
+        whole = (self.room.slots, self.room.tokens) if self.room else (0, 0)
+        options = [(*wanted, True, 2 if self.room else 1), (*exact, False, 1)]
+        if slots <= whole[0] and longest <= whole[1]:
+            options.insert(1, (*whole, False, 1))
+        for count, length, spare, share in options:
+            if self.cache.bytes_for(count, length, spare) <= most // share:
+                self.cache.reserve(count, length, spare)
+                return True
+        return False
 
     def _room(self, slots: int, longest: int) -> tuple[int, int]:
         """Slots and tokens of a cache that this shape does not outgrow at once."""

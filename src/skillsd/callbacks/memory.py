@@ -1,0 +1,99 @@
+"""The memory plan: what a run will take of the GPU, before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from skillsd.errors import ConfigError
+from skillsd.module import SkillSD
+from skillsd.policy import Demand, Footprint
+from skillsd.rollout import RolloutSettings, Room
+
+PREFILL = 16384
+"""Most tokens of prompts that are read in one forward."""
+
+
+class MemoryPlan(L.Callback):
+    """Prints a run's memory plan and shares out what is free; every run on a GPU has one.
+
+    The update comes first; the rollout's cache gets the rest. Where the cache that `rollout.max_rows` episodes of full length need does
+    not fit beside an update, it is given back before each. Where it does not fit at all, a rollout whose episodes turn out so long is
+    begun again with as many as are sure to fit.
+
+    Raises:
+        ConfigError: an update does not fit, or not one episode; with the settings that would.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(pl_module, SkillSD) and pl_module.policy.device.type == "cuda":
+            text, data.collector.engine.room = plan(pl_module, data.rollout, available(pl_module.policy.device))
+            print(text, flush=True)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may reserve: what is free now and what it has, within torch.cuda.set_per_process_memory_fraction."""
+    free, total = torch.cuda.mem_get_info(device)
+    torch.cuda.empty_cache()
+    mine = torch.cuda.memory_reserved(device)
+    return min(free + mine, int(total * torch.cuda.get_per_process_memory_fraction(device)))
+
+
+def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, Room]:
+    """The plan as text, and what is left for the rollout, for `budget` bytes. See `MemoryPlan`."""
+    policy = module.policy
+    size = Footprint(policy)
+    longest = min(policy.context_length, rollout.max_prompt_tokens + rollout.max_trajectory_tokens)
+    d = Demand(
+        longest, module.micro_batch_tokens, policy.settings.head_chunk, policy.settings.gradient_checkpointing,
+        module.objective.signal.distributional, bool(module.grad_norm_every),
+    )  # fmt: skip
+    left = budget - size.static
+    update, prefill = size.update(d), min(PREFILL, d.tokens)
+    read, episode = size.prefill(prefill), longest * size.token_cache
+    if update > left or read + episode > left:
+        raise ConfigError(_too_much(size, d, budget, update if update > left else read + episode))
+
+    def room(rows: int, keep: bool) -> Room:
+        return Room(rows, longest, keep, prefill)
+
+    def cache(rows: int) -> int:
+        return room(rows, False).bytes(size.token_cache)
+
+    fitting = next(r for r in range(rollout.max_rows, 0, -1) if r == 1 or read + cache(r) <= left)
+    keep = fitting == rollout.max_rows and max(update, read) + cache(fitting) <= left
+    peak = size.static + (cache(fitting) + max(update, read) if keep else max(update, cache(fitting) + read))
+    parts = {
+        "weights": _gib(size.weights), "adapters": _gib(size.adapters), "optimizer": _gib(size.optimizer),
+        "activations": f"{_gib(size.activations(d))} ({d.tokens} tokens)",
+        "logits": f"{_gib(size.logits(d))} ({min(d.chunk, d.tokens)} tokens)",
+        "cache": f"{_gib(cache(fitting))} ({fitting} episodes of {longest} tokens{'' if keep else ', given back before each update'})",
+    }  # fmt: skip
+    return f"memory plan, GiB of {_gib(budget)}: " + ", ".join(f"{k} {v}" for k, v in parts.items()) + f"; peak {_gib(peak)}", room(
+        fitting, keep
+    )
+
+
+def _too_much(size: Footprint, d: Demand, budget: int, needed: int) -> str:
+    always = size.adapters + size.optimizer
+    text = (
+        f"the run needs {_gib(size.static + needed)} GiB of memory and {_gib(budget)} are available: weights {_gib(size.weights)}, "
+        f"adapters and optimizer {_gib(always)}, an update of {d.tokens} tokens {_gib(size.update(d))}, "
+        f"a cached token {size.token_cache / 2**10:.0f} KiB. "
+    )
+    room = budget - size.static
+    changes = [
+        ", ".join(f"{k}={str(v).lower()}" for k, v in keys.items())
+        for keys, e in size.easier(d, room)
+        if size.prefill(min(PREFILL, e.tokens)) + e.longest * size.token_cache <= room
+    ]
+    if changes:
+        return text + "It would fit with: " + "; or ".join(changes) + "."
+    return text + "No setting makes it fit: choose a smaller policy.model, or policy.quantise=nf4."
+
+
+def _gib(n: int) -> str:
+    return f"{n / 2**30:.2f}"

@@ -1,0 +1,129 @@
+"""What a run takes of a GPU's memory, from shapes alone: estimates on the safe side, checked against peaks by benchmarks/memory.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from skillsd.policy.policy import Policy
+
+WORK = 3 << 27
+"""Bytes for libraries' workspaces, recorded graphs and what is lost between blocks: 0.375 GiB."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What decides how much an update takes.
+
+    Args:
+        longest: Tokens of the longest row.
+        micro_batch: Most tokens in one forward and backward.
+        chunk: Positions whose logits exist at one time.
+        checkpointing: Whether activations are recomputed.
+        distributions: Whether whole next-token distributions are compared.
+        apart: Whether each term's gradient is measured.
+    """
+
+    longest: int
+    micro_batch: int
+    chunk: int
+    checkpointing: bool
+    distributions: bool = False
+    apart: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest forward and backward: a row that is longer than a micro-batch stands alone."""
+        return max(self.longest, self.micro_batch)
+
+
+class Footprint:
+    """Bytes that a policy takes.
+
+    Attributes:
+        weights: Of the base, as it lies in memory.
+        adapters: Student and teacher in float32, and in the base's dtype where kernels serve the learner.
+        optimizer: AdamW's two moments and the gradient.
+        token_cache: Keys and values of one token.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        c = policy.base.config.get_text_config()
+        self.kernels, self.size = policy.learner is not None, policy.base.dtype.itemsize
+        self.weights = sum(t.numel() * t.element_size() for n, p in policy.base.named_parameters() if "lora_" not in n for t in _parts(p))
+        self.student = sum(p.numel() * 4 for p in policy.adapter("student").values())
+        self.adapters = 2 * self.student * (4 + self.size * self.kernels) // 4
+        self.optimizer = 3 * self.student
+        heads = c.num_attention_heads
+        kv_heads = getattr(c, "num_key_value_heads", None) or heads
+        dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        self.hidden, self.vocabulary, self.layers = c.hidden_size, c.vocab_size, c.num_hidden_layers
+        self.token_cache = 2 * self.layers * kv_heads * dim * self.size
+        inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+        # What a layer's backward keeps: inputs of norms and projections, heads before and after norm and rotation, the MLP, its gradients
+        self.layer = (7 * c.hidden_size + 4 * (heads + kv_heads) * dim + 5 * inner) * self.size
+        if not self.kernels:  # PEFT's copies in float32
+            self.layer = self.layer * 5 // 2
+
+    @property
+    def static(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.adapters + self.optimizer + WORK
+
+    def activations(self, d: Demand) -> int:
+        """Of the student's forward and backward, without the head."""
+        kept = self.hidden * self.size * self.layers if d.checkpointing else self.layer * self.layers
+        return d.tokens * (kept + (self.layer if d.checkpointing else 0))
+
+    def logits(self, d: Demand) -> int:
+        """Of `chunk` positions, with what is computed from them."""
+        once = self.size if self.kernels and not d.distributions else self.size + 6 * 4
+        return min(d.chunk, d.tokens) * self.vocabulary * once + 3 * d.tokens * self.hidden * self.size
+
+    def update(self, d: Demand) -> int:
+        """Beyond `static`, at the peak of an update: the head's backward is over when the layers' begins."""
+        kept = d.tokens * self.hidden * self.size * self.layers if d.checkpointing else 0
+        return max(self.activations(d), kept + self.logits(d), 2 * self.student) + (3 * self.student if d.apart else 0)
+
+    def prefill(self, tokens: int) -> int:
+        """Beyond `static` and the cache, while prompts of so many tokens are read."""
+        return tokens * self.layer // 2
+
+    def easier(self, d: Demand, room: int) -> Iterator[tuple[dict[str, Any], Demand]]:
+        """Changes of settings after which an update fits into `room` bytes beyond `static`: one alone if that does, else several."""
+        policy = "model.init_args.policy"
+        steps: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        if not d.checkpointing:
+            steps.append(({f"{policy}.gradient_checkpointing": True}, {"checkpointing": True}))
+        if d.chunk > 256:
+            steps.append(({f"{policy}.head_chunk": 256}, {"chunk": 256}))
+        if d.micro_batch > d.longest:
+            steps.append(({"model.init_args.micro_batch_tokens": d.longest}, {"micro_batch": d.longest}))
+        alone = [(keys, replace(d, **change)) for keys, change in steps]
+        fitting = [(keys, e) for keys, e in alone if self.update(e) <= room]
+        if fitting:
+            yield from fitting
+            return
+        keys: dict[str, Any] = {}
+        for more, change in steps:
+            keys, d = keys | more, replace(d, **change)
+        if keys and self.update(d) <= room:
+            yield keys, d
+            return
+        for longest in range(d.longest // 512 * 512, 0, -512):
+            e = replace(d, longest=longest, micro_batch=longest)
+            if self.update(e) <= room:
+                yield keys | {f"{policy}.context_length": longest, "model.init_args.micro_batch_tokens": longest}, e
+                return
+
+
+def _parts(p: Tensor) -> Iterator[Tensor]:
+    """A parameter's own memory and that of its quantisation."""
+    yield p
+    state = getattr(p, "quant_state", None)
+    while state is not None:
+        yield from (t for t in (state.absmax, state.code) if t is not None)
+        state = state.state2 if state.nested else None

@@ -1,0 +1,141 @@
+"""The memory plan: what it counts, what it shares out, and what it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.rollout.test_collector import KWARGS, SOKOBAN
+
+from skillsd.callbacks.memory import plan
+from skillsd.errors import ConfigError
+from skillsd.policy import Demand, Footprint
+from skillsd.rollout import CacheFull, Chat, Collector, InProcessEngine, RolloutSettings, Row, make_env
+from skillsd.rollout.cache import Room, SlotCache
+from skillsd.rollout.step import Stepper
+from skillsd.trajectory import Task
+
+MIB = 2**20
+
+
+def module(policy, micro_batch_tokens=64, **signal):
+    objective = SimpleNamespace(signal=SimpleNamespace(distributional=False, **signal))
+    return SimpleNamespace(policy=policy, micro_batch_tokens=micro_batch_tokens, objective=objective, grad_norm_every=0)
+
+
+def test_what_lies_in_memory_is_counted(make_policy):
+    """Against the storage of every tensor; nf4 with its scales."""
+    for quantise in ("none", "nf4"):
+        policy = make_policy(quantise=quantise)
+        size, seen = Footprint(policy), {}
+        for p in policy.base.parameters():
+            seen[p.data_ptr()] = p.numel() * p.element_size()
+        states = [s for p in policy.base.parameters() if (s := getattr(p, "quant_state", None)) is not None]
+        assert len(states) == (14 if quantise == "nf4" else 0)
+        scales = sum(s.absmax.numel() + 4 * s.state2.absmax.numel() + 4 * (16 + 256) for s in states)
+        assert size.weights == sum(seen.values()) - 2 * size.student + scales
+        assert size.student == sum(p.numel() * 4 for p in policy.adapter("student").values())
+        cache = SlotCache(policy.base)
+        assert size.token_cache == cache.token_bytes == 2 * 2 * 2 * 8 * policy.base.dtype.itemsize
+    assert Footprint(make_policy(quantise="nf4")).weights < Footprint(make_policy()).weights
+
+
+def test_a_demand_grows_with_what_it_names(make_policy):
+    size = Footprint(make_policy())
+    small = Demand(longest=100, micro_batch=100, chunk=16, checkpointing=True)
+    assert size.update(small) < size.update(Demand(100, 200, 16, True)) == size.update(Demand(200, 100, 16, True))
+    assert size.activations(small) < size.activations(Demand(100, 100, 16, False))
+    assert size.logits(small) < size.logits(Demand(100, 100, 32, True)) <= size.logits(Demand(100, 100, 32, True, distributions=True))
+    assert size.update(Demand(100, 100, 16, True, apart=True)) == size.update(small) + 3 * size.student
+
+
+def test_the_cache_gets_what_is_left(make_policy):
+    policy, settings = (
+        make_policy(gradient_checkpointing=True),
+        RolloutSettings(max_rows=8, max_prompt_tokens=300, max_trajectory_tokens=700),
+    )
+    size, learner = Footprint(policy), module(policy)
+    demand = Demand(1000, 64, policy.settings.head_chunk, True)
+    update, episode = size.update(demand), 1000 * size.token_cache
+    plenty = size.static + update + 13 * episode
+    text, room = plan(learner, settings, plenty)
+    assert room.keep and room.rows == 8 and room.tokens == 1000 and "8 episodes of 1000 tokens)" in text
+    assert text.startswith(f"memory plan, GiB of {plenty / 2**30:.2f}: weights ")
+    text, room = plan(learner, settings, size.static + update)
+    assert not room.keep and "given back before each update" in text
+    assert 1 <= room.rows <= 8 and room.bytes(size.token_cache) + size.prefill(room.prefill) <= update
+
+
+def test_too_little_memory_names_what_would_fit(make_policy):
+    policy = make_policy(head_chunk=2048)
+    settings = RolloutSettings(max_rows=2, max_prompt_tokens=300, max_trajectory_tokens=700)
+    size = Footprint(policy)
+    wants = Demand(1000, 64, 2048, False)
+    eased = Demand(1000, 64, 2048, True)
+    assert size.update(eased) < size.update(wants)
+    with pytest.raises(ConfigError) as e:
+        plan(module(policy), settings, size.static + size.update(eased) + MIB // 2)
+    assert "It would fit with: model.init_args.policy.gradient_checkpointing=true." in str(e.value)
+    assert f"an update of 1000 tokens {size.update(wants) / 2**30:.2f}" in str(e.value)
+    with pytest.raises(ConfigError, match=r"policy\.context_length=512, model\.init_args\.micro_batch_tokens=512\.$"):
+        plan(module(policy), settings, size.static + size.update(Demand(512, 512, 256, True)) + MIB // 8)
+    with pytest.raises(ConfigError, match=r"No setting makes it fit: choose a smaller policy\.model"):
+        plan(module(policy), settings, size.static)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_room(rows):
+    room = Room(rows, 1000, False, 64)
+    assert room.most_rows(1000) == rows and room.most_rows(10**6) == 1 and room.most_rows(500) >= 2 * rows - 1
+    assert room.slots >= rows + rows // 2
+
+
+def test_a_stepper_stays_within_its_room(make_policy):
+    policy = make_policy()
+    room = Room(2, 200, False, 64)
+    stepper = Stepper(policy, False, None, room)
+    stepper.plan(2, 30)
+    first = stepper.cache.capacity
+    assert 30 <= first < 200, "room to grow, while there is plenty"
+    stepper.plan(3, 199)
+    assert (stepper.cache.slots, stepper.cache.capacity) == (3, 256) and len(stepper.state) == 4
+    stepper.plan(1, 20)
+    with pytest.raises(CacheFull, match="4 rows of 199 tokens do not fit"):
+        stepper.plan(4, 199)
+    assert stepper.cache.bytes_for(3, 199) == room.bytes(stepper.cache.token_bytes)
+
+
+def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog):
+    policy = make_policy()
+    settings = RolloutSettings(max_rows=6, max_prompt_tokens=150, max_trajectory_tokens=100, max_turn_tokens=6)
+    tasks = make_env(SOKOBAN, KWARGS).unwrapped.tasks("test")[:3]
+    rows = [Row(Task(t["task_id"]), member) for t in tasks for member in range(2)]
+
+    def collector():
+        chat = Chat(policy.tokenizer, policy.stop_ids)
+        return Collector(SOKOBAN, KWARGS, chat, InProcessEngine(policy), settings, policy.context_length)
+
+    want, tight = collector().collect(rows, seed=0, iteration=0), collector()
+    tight.engine.room = Room(2, 250, True, 64)
+    got = tight.collect(rows, seed=0, iteration=0)
+    assert tight.most_rows == 2 and "begins again with 2 at one time" in caplog.text
+    assert [t.token_ids for t in got] == [t.token_ids for t in want]
+    caplog.clear()
+    tight.collect(rows, seed=0, iteration=1)
+    assert not caplog.text
+    tight.engine.room = Room(1, 10, True, 64)  # less than a plan would allow
+    tight.engine.release(everything=True)
+    with pytest.raises(CacheFull):
+        tight.collect(rows, seed=0, iteration=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_available_memory_follows_the_fraction():
+    from skillsd.callbacks.memory import available
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(0.05, device)
+    try:
+        assert available(device) == int(total * 0.05)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
