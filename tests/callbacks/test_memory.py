@@ -11,6 +11,7 @@ from skillsd.errors import ConfigError
 from skillsd.policy import Demand, Footprint
 from skillsd.rollout import CacheFull, Chat, Collector, InProcessEngine, RolloutSettings, Row, make_env
 from skillsd.rollout.cache import Room, SlotCache
+from skillsd.rollout.engine import InProcessSession
 from skillsd.rollout.step import Stepper
 from skillsd.trajectory import Task
 
@@ -56,7 +57,7 @@ def test_the_cache_gets_what_is_left(make_policy):
     size, learner = Footprint(policy), module(policy)
     demand = Demand(1000, 64, policy.settings.head_chunk, True)
     update, episode = size.update(demand), 1000 * size.token_cache
-    plenty = size.static + update + 13 * episode
+    plenty = size.static + max(update, size.prefill(16384)) + 13 * episode
     text, room = plan(learner, settings, plenty)
     assert room.keep and room.rows == 8 and room.tokens == 1000 and "8 episodes of 1000 tokens)" in text
     assert text.startswith(f"memory plan, GiB of {plenty / 2**30:.2f}: weights ")
@@ -104,7 +105,7 @@ def test_a_stepper_stays_within_its_room(make_policy):
     assert stepper.cache.bytes_for(3, 199) == room.bytes(stepper.cache.token_bytes)
 
 
-def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog):
+def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog, monkeypatch):
     policy = make_policy()
     settings = RolloutSettings(max_rows=6, max_prompt_tokens=150, max_trajectory_tokens=100, max_turn_tokens=6)
     tasks = make_env(SOKOBAN, KWARGS).unwrapped.tasks("test")[:3]
@@ -117,11 +118,26 @@ def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog):
     want, tight = collector().collect(rows, seed=0, iteration=0), collector()
     tight.engine.room = Room(2, 250, True, 64)
     got = tight.collect(rows, seed=0, iteration=0)
-    assert tight.most_rows == 2 and "begins again with 2 at one time" in caplog.text
+    assert tight.most_rows == 2 and "begins again with 2 episodes at one time" in caplog.text
     assert [t.token_ids for t in got] == [t.token_ids for t in want]
     caplog.clear()
     tight.collect(rows, seed=0, iteration=1)
     assert not caplog.text
+    step, left = InProcessSession.step, [2]  # out of memory with 2 at one time, not with 1
+
+    def scarce(self):
+        if len(self.rows) > 1 and (left.append(left.pop() - 1) or left[0] <= 0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self)
+
+    monkeypatch.setattr(InProcessSession, "step", scarce)
+    got = tight.collect(rows, seed=0, iteration=0)
+    assert tight.most_rows == 1 and "out of memory in the rollout. It begins again with 1" in caplog.text
+    assert [t.token_ids for t in got] == [t.token_ids for t in want]
+    monkeypatch.setattr(InProcessSession, "step", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        tight.collect(rows, seed=0, iteration=0)
+    monkeypatch.undo()
     tight.engine.room = Room(1, 10, True, 64)  # less than a plan would allow
     tight.engine.release(everything=True)
     with pytest.raises(CacheFull):

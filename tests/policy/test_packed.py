@@ -151,10 +151,10 @@ def both(make_policy, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("quantise", ["nf4", "none"])
-@pytest.mark.parametrize(
-    "architecture", ["qwen3", "mistral", "gemma2", *(pytest.param(a, marks=pytest.mark.slow) for a in ("llama", "qwen2"))]
-)
+SLOW = [pytest.param(a, "nf4", marks=pytest.mark.slow) for a in ("llama", "qwen2")]
+
+
+@pytest.mark.parametrize(("architecture", "quantise"), [("qwen3", "nf4"), ("qwen3", "none"), ("mistral", "nf4"), ("gemma2", "nf4"), *SLOW])
 def test_scores_and_gradients(both, architecture, quantise):
     """Ragged rows, checkpointed: windows (mistral), a soft cap and no packing (gemma2), biases (qwen2), norms of heads (qwen3)."""
     rows = rows_of(RAGGED)

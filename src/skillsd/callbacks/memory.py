@@ -12,8 +12,8 @@ from skillsd.module import SkillSD
 from skillsd.policy import Demand, Footprint
 from skillsd.rollout import RolloutSettings, Room
 
-PREFILL = 16384
-"""Most tokens of prompts that are read in one forward."""
+PREFILL, TIGHT = 16384, 2048
+"""Most tokens of prompts that are read in one forward; where memory is scarce."""
 
 
 class MemoryPlan(L.Callback):
@@ -52,16 +52,16 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
         module.objective.signal.distributional, bool(module.grad_norm_every),
     )  # fmt: skip
     left = budget - size.static
-    update, prefill = size.update(d), min(PREFILL, d.tokens)
-    read, episode = size.prefill(prefill), longest * size.token_cache
-    if update > left or read + episode > left:
-        raise ConfigError(_too_much(size, d, budget, update if update > left else read + episode))
-
-    def room(rows: int, keep: bool) -> Room:
-        return Room(rows, longest, keep, prefill)
+    update, episode = size.update(d), longest * size.token_cache
 
     def cache(rows: int) -> int:
-        return room(rows, False).bytes(size.token_cache)
+        return Room(rows, longest, False, 1).bytes(size.token_cache)
+
+    plenty = max(update, size.prefill(PREFILL)) + cache(rollout.max_rows) <= left
+    prefill = PREFILL if plenty else min(TIGHT, d.tokens)
+    read = size.prefill(prefill)
+    if update > left or read + episode > left:
+        raise ConfigError(_too_much(size, d, budget, update if update > left else read + episode))
 
     fitting = next(r for r in range(rollout.max_rows, 0, -1) if r == 1 or read + cache(r) <= left)
     keep = fitting == rollout.max_rows and max(update, read) + cache(fitting) <= left
@@ -72,9 +72,8 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
         "logits": f"{_gib(size.logits(d))} ({min(d.chunk, d.tokens)} tokens)",
         "cache": f"{_gib(cache(fitting))} ({fitting} episodes of {longest} tokens{'' if keep else ', given back before each update'})",
     }  # fmt: skip
-    return f"memory plan, GiB of {_gib(budget)}: " + ", ".join(f"{k} {v}" for k, v in parts.items()) + f"; peak {_gib(peak)}", room(
-        fitting, keep
-    )
+    text = ", ".join(f"{k} {v}" for k, v in parts.items())
+    return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", Room(fitting, longest, keep, prefill)
 
 
 def _too_much(size: Footprint, d: Demand, budget: int, needed: int) -> str:
@@ -88,7 +87,7 @@ def _too_much(size: Footprint, d: Demand, budget: int, needed: int) -> str:
     changes = [
         ", ".join(f"{k}={str(v).lower()}" for k, v in keys.items())
         for keys, e in size.easier(d, room)
-        if size.prefill(min(PREFILL, e.tokens)) + e.longest * size.token_cache <= room
+        if size.prefill(min(TIGHT, e.tokens)) + e.longest * size.token_cache <= room
     ]
     if changes:
         return text + "It would fit with: " + "; or ".join(changes) + "."

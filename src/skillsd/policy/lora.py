@@ -86,7 +86,7 @@ def nf4_weight(layer: Any) -> Nf4Weight | None:
     packed, n, k = layer.weight.data, layer.out_features, layer.in_features
     if k % reference.BLOCK or packed.dtype != torch.uint8 or packed.numel() != n * k // 2 or not packed.is_contiguous():
         return None
-    if not torch.equal(state.code.cpu(), torch.tensor(NF4)):
+    if not torch.equal(state.code.cpu(), torch.tensor(NF4, device="cpu")):
         return None
     none = state.absmax.new_empty(0, dtype=torch.float32)
     if not state.nested:

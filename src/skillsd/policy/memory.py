@@ -64,7 +64,7 @@ class Footprint:
         self.token_cache = 2 * self.layers * kv_heads * dim * self.size
         inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
         # What a layer's backward keeps: inputs of norms and projections, heads before and after norm and rotation, the MLP, its gradients
-        self.layer = (7 * c.hidden_size + 4 * (heads + kv_heads) * dim + 5 * inner) * self.size
+        self.layer = (5 * c.hidden_size + 3 * (heads + kv_heads) * dim + 5 * inner) * self.size
         if not self.kernels:  # PEFT's copies in float32
             self.layer = self.layer * 5 // 2
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import gymnasium
+import torch
 
 from skillsd.errors import ConfigError
 from skillsd.rollout.cache import CacheFull
@@ -155,16 +156,21 @@ class Collector:
             progress: Called with the number of finished episodes.
         """
         temperature = self.settings.temperature if temperature is None else temperature
-        try:
-            return self._collect(rows, seed, iteration, temperature, adapter, progress)
-        except CacheFull as e:
-            sure = self.engine.most_rows(min(self.context_length, self.settings.max_prompt_tokens + self.settings.max_trajectory_tokens))
-            if sure >= self.most_rows:
-                raise
-            log.warning("%s The rollout begins again with %d at one time, as those after it.", e, sure)
-            self.most_rows = sure
-        self.engine.release(everything=True)  # outside: the exception holds on to the session
-        return self._collect(rows, seed, iteration, temperature, adapter, progress)
+        longest = min(self.context_length, self.settings.max_prompt_tokens + self.settings.max_trajectory_tokens)
+        while True:
+            try:
+                return self._collect(rows, seed, iteration, temperature, adapter, progress)
+            except CacheFull as e:
+                sure, why = self.engine.most_rows(longest), str(e)
+                if sure >= self.most_rows:
+                    raise
+            except torch.OutOfMemoryError:
+                sure, why = min(self.engine.most_rows(longest), self.most_rows) // 2, "out of memory in the rollout."
+                if not sure:
+                    raise
+            self.most_rows = sure  # go on outside: the exception holds on to the session
+            self.engine.release(everything=True)
+            log.warning("%s It begins again with %d episodes at one time, as those after it.", why, sure)
 
     def _collect(
         self, rows: Sequence[Row], seed: int, iteration: int, temperature: float, adapter: str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from abc import ABC, abstractmethod
@@ -144,6 +145,7 @@ class InProcessEngine:
     def release(self, everything: bool = False) -> None:
         if everything or (self.room is not None and not self.room.keep):
             self._kept = None
+            gc.collect()
             torch.cuda.empty_cache()
 
 

@@ -79,9 +79,7 @@ class Stepper:
             self.disable()
             return self.plan(slots, longest)
         else:
-            raise CacheFull(
-                f"{slots} rows of {longest} tokens do not fit into the {self.most / 2**30:.2f} GiB that the rollout's cache may take."
-            )
+            raise CacheFull(f"{slots} rows of {longest} tokens do not fit into the {self.most / 2**30:.2f} GiB of the rollout's cache.")
         if len(self.state) <= self.cache.slots:
             old, self.state = self.state, self.state.new_zeros(self.cache.slots + 1, HEAD + 1)
             self.state[: len(old) - 1] = old[:-1]
