@@ -62,7 +62,6 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
     read = size.prefill(prefill)
     if update > left or read + episode > left:
         raise ConfigError(_too_much(size, d, budget, update if update > left else read + episode))
-
     fitting = next(r for r in range(rollout.max_rows, 0, -1) if r == 1 or read + cache(r) <= left)
     keep = fitting == rollout.max_rows and max(update, read) + cache(fitting) <= left
     peak = size.static + (cache(fitting) + max(update, read) if keep else max(update, cache(fitting) + read))
