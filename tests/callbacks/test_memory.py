@@ -59,7 +59,7 @@ def test_the_cache_gets_what_is_left(make_policy):
     update, episode = size.update(demand), 1000 * size.token_cache
     plenty = size.static + max(update, size.prefill(16384)) + 13 * episode
     text, room = plan(learner, settings, plenty)
-    assert room.keep and room.rows == 8 and room.tokens == 1000 and "8 episodes of 1000 tokens)" in text
+    assert room.keep and room.rows == 8 and room.tokens == 1000 and "(8 x 1000 tokens)" in text
     assert text.startswith(f"memory plan, GiB of {plenty / 2**30:.2f}: weights ")
     text, room = plan(learner, settings, size.static + update)
     assert not room.keep and "given back before each update" in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.conftest import WIDE
 
-from skillsd.policy import LoraSettings, TokenSequence, micro_batches
+from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence, micro_batches
 from skillsd.policy.kernels import reference
 from skillsd.policy.logprobs import selected_logprobs
 from skillsd.policy.packed import Learner, blocks, pack
@@ -205,6 +205,12 @@ def test_dropout_and_an_adapted_head_go_peft_s_way(both):
         torch.manual_seed(3 if len(values) != 1 else 4)
         values.append(policy.score("student", rows).logp)
     assert not torch.allclose(values[0], values[1]), "dropout is on"
+
+
+def test_a_bare_base_keeps_its_own_modules(tiny_model, monkeypatch):
+    """All its weights are trained: norms' and the head's need gradients too."""
+    monkeypatch.setattr("skillsd.policy.packed.why_not", lambda device, dtype: "")
+    assert Policy(PolicySettings(model=tiny_model("qwen3")), adapters=False).learner is None
 
 
 def test_a_reason_is_logged(make_policy, caplog):

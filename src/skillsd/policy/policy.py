@@ -74,7 +74,7 @@ class Policy(nn.Module):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
         if adapters:
             self._add_adapters()
-        self.learner = learn(base, settings.kernels)
+        self.learner = learn(base, settings.kernels) if adapters else None  # its kernels have no gradients for weights of the base
         # The base stays in evaluation mode for good. These alone are on in the student's forward with gradient, and stay on until
         # its backward has recomputed what it needs; `acting` turns them off.
         self._train_only = [
