@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cache
 from hashlib import blake2b
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
-from skillsd.rollout import Chat, Collector, InProcessEngine, Request, RolloutSettings, Row, demonstrate, make_env
+from skillsd.rollout import CacheFull, Chat, Collector, Completion, InProcessEngine, Request, RolloutSettings, Row, demonstrate, make_env
 from skillsd.rollout.noise import stream_key
 from skillsd.skills import BankContext, ShuffledContext, Skill, Summariser
 from skillsd.skills.callback import SkillBankCallback
@@ -216,22 +217,29 @@ class RolloutData(L.LightningDataModule):
         Returns:
             The texts; "" where the conversation leaves no room for an answer.
         """
-        chat, texts = self.collector.chat, [""] * len(conversations)
-        context = self.policy.context_length
+        chat, texts, engine = self.collector.chat, [""] * len(conversations), self.collector.engine
+        context = min(self.policy.context_length, engine.most_tokens())
         prompts = [chat.encode(chat.render(c)) for c in conversations]
         todo = [i for i, p in enumerate(prompts) if len(p) < context]
         longest = max((len(prompts[i]) for i in todo), default=0) + max_new_tokens
-        most = min(self.rollout.max_rows, self.collector.engine.most_rows(min(context, longest)))
+        most = min(self.rollout.max_rows, engine.most_rows(min(context, longest)))
+
+        def answers(part: Sequence[int]) -> list[Completion]:
+            session = engine.open(self.rollout.temperature, adapter)
+            limits = [min(max_new_tokens, context - len(prompts[i])) for i in part]
+            keys = [stream_key("generate", *seed_keys[i]) for i in part]
+            return session.turn([Request(i, prompts[i], k, 0, n) for i, k, n in zip(part, keys, limits, strict=True)])
+
         for start in range(0, len(todo), most):
-            part = todo[start : start + most]
-            session = self.collector.engine.open(self.rollout.temperature, adapter)
-            requests = [
-                Request(i, prompts[i], stream_key("generate", *seed_keys[i]), 0, min(max_new_tokens, context - len(prompts[i])))
-                for i in part
-            ]
-            for i, completion in zip(part, session.turn(requests), strict=True):
+            part, said = todo[start : start + most], None
+            with suppress(CacheFull, torch.OutOfMemoryError):  # an earlier rollout left the cache in another shape
+                said = answers(part)
+            if said is None:
+                engine.release(everything=True)
+                said = answers(part)
+            for i, completion in zip(part, said, strict=True):
                 texts[i] = chat.action_text(completion.token_ids)
-            del session  # the next one takes over its cache
+        engine.release()
         return texts
 
     def solution(self, task_id: str, summariser: Summariser) -> Skill | None:

@@ -1,5 +1,6 @@
 """The memory plan: what it counts, what it shares out, and what it refuses."""
 
+from heapq import heappush
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from skillsd.errors import ConfigError
 from skillsd.policy import Demand, Footprint
 from skillsd.rollout import CacheFull, Chat, Collector, InProcessEngine, RolloutSettings, Row, make_env
 from skillsd.rollout.cache import Room, SlotCache
-from skillsd.rollout.engine import InProcessSession
+from skillsd.rollout.engine import InProcessSession, _Row
 from skillsd.rollout.step import Stepper
 from skillsd.trajectory import Task
 
@@ -79,6 +80,9 @@ def test_too_little_memory_names_what_would_fit(make_policy):
     assert f"an update of 1000 tokens {size.update(wants) / 2**30:.2f}" in str(e.value)
     with pytest.raises(ConfigError, match=r"policy\.context_length=512, model\.init_args\.micro_batch_tokens=512\.$"):
         plan(module(policy), settings, size.static + size.update(Demand(512, 512, 256, True)) + MIB // 8)
+    small = Demand(1100, 64, 256, True)  # an update fits, an episode's cache does not
+    (keys,) = size.easier(small, lambda e: e.longest <= 600)
+    assert keys == {"model.init_args.policy.context_length": 512, "model.init_args.micro_batch_tokens": 512}
     with pytest.raises(ConfigError, match=r"No setting makes it fit: choose a smaller policy\.model"):
         plan(module(policy), settings, size.static)
 
@@ -87,7 +91,8 @@ def test_too_little_memory_names_what_would_fit(make_policy):
 def test_room(rows):
     room = Room(rows, 1000, False, 64)
     assert room.most_rows(1000) == rows and room.most_rows(10**6) == 1 and room.most_rows(500) >= 2 * rows - 1
-    assert room.slots >= rows + rows // 2
+    assert room.slots >= rows + rows // 2 and room.most_tokens >= 1000
+    assert room.most_rows(room.most_tokens) == 1
 
 
 def test_a_stepper_stays_within_its_room(make_policy):
@@ -103,6 +108,64 @@ def test_a_stepper_stays_within_its_room(make_policy):
     with pytest.raises(CacheFull, match="4 rows of 199 tokens do not fit"):
         stepper.plan(4, 199)
     assert stepper.cache.bytes_for(3, 199) == room.bytes(stepper.cache.token_bytes)
+
+
+def test_static_shapes_need_whole_buckets(make_policy):
+    """Without kernels rows are padded to a power of two: what is less than that is no static cache."""
+    policy = make_policy()
+    stepper = Stepper(policy, True, None, Room(3, 200, True, 64))  # 4 slots
+    assert not stepper.plan(3, 30) and not stepper.static
+    assert (stepper.cache.slots, stepper.cache.capacity) == (3, 64)
+    stepper = Stepper(policy, True, None, Room(6, 300, True, 64))  # 9 slots
+    assert stepper.plan(3, 30) and (stepper.cache.slots, stepper.cache.capacity) == (8, 256)
+    assert not stepper.plan(9, 300), "16 slots of 512 tokens are more than there is"
+
+
+def test_no_more_prompts_are_shared_than_the_room_counts_on(make_policy, monkeypatch):
+    """A row for each of two prompts that three others shared: they would take five slots with the two that begin now."""
+    policy = make_policy()
+    policy.stop_ids = ()
+    engine = InProcessEngine(policy)
+    session = engine.open(1.0)
+    monkeypatch.setattr(session, "_forward", lambda rows, used=True: None)
+    session.stepper.room = Room(4, 200, True, 64)
+    prompts = {name: list(range(5, 10 + i)) for i, name in enumerate("abc")}
+
+    def rows(*names):
+        made = [_Row(len(session.rows) + i, session._slot(), feed=list(prompts[n])) for i, n in enumerate(names)]
+        session.rows |= {row.name: row for row in made}
+        session._share(made)
+        return made
+
+    a, b = rows("a", "a"), rows("b", "b")
+    assert all(row.prompt for row in (*a, *b)) and session.slots == 6
+    session.forget([a[0].name, b[0].name])
+    for row in (a[0], b[0]):
+        heappush(session.free, row.slot)  # as with kernels
+    late = rows("c", "c")
+    assert not any(row.prompt for row in late) and session.slots == 6 == session.stepper.room.slots
+
+
+def test_what_another_session_left_is_no_reason_to_give_up(make_policy, caplog):
+    policy = make_policy()
+    policy.stop_ids = ()
+    engine = InProcessEngine(policy)
+    engine.room = Room(2, 250, True, 64)
+    settings = RolloutSettings(max_rows=2, max_prompt_tokens=150, max_trajectory_tokens=100, max_turn_tokens=6)
+    tasks = make_env(SOKOBAN, KWARGS).unwrapped.tasks("test")[:1]
+    collector = Collector(SOKOBAN, KWARGS, Chat(policy.tokenizer, ()), engine, settings, policy.context_length)
+    rows = [Row(Task(tasks[0]["task_id"]), member) for member in range(2)]
+    want = collector.collect(rows, seed=0, iteration=0)
+    stepper, opened = Stepper(policy, False, None, engine.room), []
+    stepper.plan(10, 60)  # many short rows
+
+    def open_(temperature, adapter="student"):
+        opened.append(True)
+        return InProcessSession(policy, stepper if len(opened) == 1 else Stepper(policy, False, None, engine.room), temperature, adapter)
+
+    engine.open = open_
+    got = collector.collect(rows, seed=0, iteration=0)
+    assert [t.token_ids for t in got] == [t.token_ids for t in want] and len(opened) == 2 and collector.most_rows == 2
 
 
 def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog, monkeypatch):

@@ -70,6 +70,10 @@ def test_rotate():
         return lambda q, k: function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
 
     assert_same_gradients(turned(training.Rotate.apply), turned(reference.rotate), given)
+    strided = normal(2, 3, 16, 4, seed=3, grad=False).transpose(2, 3)  # a gradient whose last dimension is not contiguous
+    turn = turned(training.Rotate.apply), turned(reference.rotate)
+    a, b = (torch.autograd.grad(f(*given)[0], given[0], strided.transpose(1, 2))[0] for f in turn)
+    torch.testing.assert_close(a, b, **CLOSE)
     q, k = turned(training.Rotate.apply)(*given)
     assert q.transpose(1, 2).is_contiguous() and k.transpose(1, 2).is_contiguous()
 
@@ -176,6 +180,34 @@ def test_scores_and_gradients(both, architecture, quantise):
     for b, r in enumerate(rows):
         mask[b, : len(r.action_mask)] = torch.tensor(r.action_mask)
     assert not results[0][0][~mask].any()
+
+
+def test_two_backwards_of_one_checkpointed_forward(both):
+    """Each term's gradient norm is measured that way."""
+    policies = both("qwen3", quantise="nf4", gradient_checkpointing=True, **SETTINGS)
+    found = []
+    for policy in policies:
+        logp, params = policy.score("student", rows_of(RAGGED)).logp, policy.student_parameters()
+        apart = torch.autograd.grad(logp[:2].sum(), params, retain_graph=True)
+        logp.sum().backward()
+        found.append([*apart, *(p.grad for p in params)])
+    close = dict(atol=0.3, rtol=0.1) if GPU else dict(atol=5e-5, rtol=1e-3)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+def test_a_forward_of_somebody_else_is_recomputed_as_it_was(both):
+    ours, _ = both("qwen3", gradient_checkpointing=True, **SETTINGS)
+    ids = torch.arange(5, 25, device=DEVICE)[None]
+    ours.backbone(input_ids=ids, use_cache=False).last_hidden_state.float().sum().backward()
+    assert all(p.grad is not None for p in ours.student_parameters())
+
+
+def test_dropout_stays_on_after_modules_were_tried(both):
+    ours, _ = both("llama", lora={"dropout": 0.5}, **SETTINGS)
+    on = [m.training for m in ours.base.modules() if isinstance(m, torch.nn.Dropout)]
+    Learner(ours.base)
+    assert [m.training for m in ours.base.modules() if isinstance(m, torch.nn.Dropout)] == on and any(on)
 
 
 def test_kernels_are_what_learns(both, monkeypatch):

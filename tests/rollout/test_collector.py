@@ -51,6 +51,9 @@ class Scripted(Session):
     def most_rows(self, tokens: int) -> int:
         return 1000
 
+    def most_tokens(self) -> int:
+        return 10000
+
     def release(self, everything: bool = False) -> None:
         pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -36,8 +37,8 @@ class MemoryPlan(L.Callback):
 
 def available(device: torch.device) -> int:
     """Bytes that this process may reserve: what is free now and what it has, within torch.cuda.set_per_process_memory_fraction."""
+    torch.cuda.empty_cache()  # first: what it frees counts as free
     free, total = torch.cuda.mem_get_info(device)
-    torch.cuda.empty_cache()
     mine = torch.cuda.memory_reserved(device)
     return min(free + mine, int(total * torch.cuda.get_per_process_memory_fraction(device)))
 
@@ -57,11 +58,17 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
     def cache(rows: int) -> int:
         return Room(rows, longest, False, 1).bytes(size.token_cache)
 
-    plenty = max(update, size.prefill(PREFILL)) + cache(rollout.max_rows) <= left
+    prompt = min(policy.context_length, rollout.max_prompt_tokens)  # one is read at once
+    plenty = max(update, size.prefill(max(PREFILL, prompt))) + cache(rollout.max_rows) <= left
     prefill = PREFILL if plenty else min(TIGHT, d.tokens)
-    read = size.prefill(prefill)
+    read = size.prefill(max(prefill, prompt))
+
+    def fits(e: Demand) -> bool:
+        reading = size.prefill(max(min(TIGHT, e.tokens), min(e.longest, prompt)))
+        return size.update(e) <= left and reading + e.longest * size.token_cache <= left
+
     if update > left or read + episode > left:
-        raise ConfigError(_too_much(size, d, budget, update if update > left else read + episode))
+        raise ConfigError(_too_much(size, d, budget, max(update, read + episode), fits))
     fitting = next(r for r in range(rollout.max_rows, 0, -1) if r == 1 or read + cache(r) <= left)
     keep = fitting == rollout.max_rows and max(update, read) + cache(fitting) <= left
     peak = size.static + (cache(fitting) + max(update, read) if keep else max(update, cache(fitting) + read))
@@ -75,19 +82,14 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
     return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", Room(fitting, longest, keep, prefill)
 
 
-def _too_much(size: Footprint, d: Demand, budget: int, needed: int) -> str:
+def _too_much(size: Footprint, d: Demand, budget: int, needed: int, fits: Callable[[Demand], bool]) -> str:
     always = size.adapters + size.optimizer
     text = (
         f"the run needs {_gib(size.static + needed)} GiB of memory and {_gib(budget)} are available: weights {_gib(size.weights)}, "
         f"adapters and optimizer {_gib(always)}, an update of {d.tokens} tokens {_gib(size.update(d))}, "
         f"a cached token {size.token_cache / 2**10:.0f} KiB. "
     )
-    room = budget - size.static
-    changes = [
-        ", ".join(f"{k}={str(v).lower()}" for k, v in keys.items())
-        for keys, e in size.easier(d, room)
-        if size.prefill(min(TIGHT, e.tokens)) + e.longest * size.token_cache <= room
-    ]
+    changes = [", ".join(f"{k}={str(v).lower()}" for k, v in keys.items()) for keys in size.easier(d, fits)]
     if changes:
         return text + "It would fit with: " + "; or ".join(changes) + "."
     return text + "No setting makes it fit: choose a smaller policy.model, or policy.quantise=nf4."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,15 +85,15 @@ class Footprint:
 
     def update(self, d: Demand) -> int:
         """Beyond `static`, at the peak of an update: the head's backward is over when the layers' begins."""
-        kept = d.tokens * self.hidden * self.size * self.layers if d.checkpointing else 0
+        kept = d.tokens * (self.hidden * self.size if d.checkpointing else self.layer) * self.layers
         return max(self.activations(d), kept + self.logits(d), 2 * self.student) + (3 * self.student if d.apart else 0)
 
     def prefill(self, tokens: int) -> int:
         """Beyond `static` and the cache, while prompts of so many tokens are read."""
         return tokens * self.layer // 2
 
-    def easier(self, d: Demand, room: int) -> Iterator[tuple[dict[str, Any], Demand]]:
-        """Changes of settings after which an update fits into `room` bytes beyond `static`: one alone if that does, else several."""
+    def easier(self, d: Demand, fits: Callable[[Demand], bool]) -> Iterator[dict[str, Any]]:
+        """Changes of settings after which a demand `fits`: one alone if that does, else several."""
         policy = "model.init_args.policy"
         steps: list[tuple[dict[str, Any], dict[str, Any]]] = []
         if not d.checkpointing:
@@ -103,20 +103,19 @@ class Footprint:
         if d.micro_batch > d.longest:
             steps.append(({"model.init_args.micro_batch_tokens": d.longest}, {"micro_batch": d.longest}))
         alone = [(keys, replace(d, **change)) for keys, change in steps]
-        fitting = [(keys, e) for keys, e in alone if self.update(e) <= room]
+        fitting = [keys for keys, e in alone if fits(e)]
         if fitting:
             yield from fitting
             return
         keys: dict[str, Any] = {}
         for more, change in steps:
             keys, d = keys | more, replace(d, **change)
-        if keys and self.update(d) <= room:
-            yield keys, d
+        if keys and fits(d):
+            yield keys
             return
-        for longest in range(d.longest // 512 * 512, 0, -512):
-            e = replace(d, longest=longest, micro_batch=longest)
-            if self.update(e) <= room:
-                yield keys | {f"{policy}.context_length": longest, "model.init_args.micro_batch_tokens": longest}, e
+        for longest in range((d.longest - 1) // 512 * 512, 0, -512):
+            if fits(replace(d, longest=longest, micro_batch=longest)):
+                yield keys | {f"{policy}.context_length": longest, "model.init_args.micro_batch_tokens": longest}
                 return
 
 

@@ -18,6 +18,7 @@ from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import adapter_folder, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
 from skillsd.policy.packed import TokenSequence, learn, pack
+from skillsd.policy.replace import Again
 
 ADAPTERS = ("student", "teacher")
 
@@ -64,14 +65,14 @@ class Policy(nn.Module):
         ids += [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         self.stop_ids = tuple(dict.fromkeys(ids))
         self.head = Head(base)
+        self.learner = None
         self.model: Any = base
         self.teacher_is_student = True
         self._adapters: dict[str, dict[str, nn.Parameter]] = {}
         self._layers: list[Any] = []  # those that carry adapters
         self._active: str | None = None
         if settings.gradient_checkpointing:
-            again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._learning())}  # the backward's forward is the same
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._recomputing})
         if adapters:
             self._add_adapters()
         self.learner = learn(base, settings.kernels) if adapters else None  # its kernels have no gradients for weights of the base
@@ -273,6 +274,11 @@ class Policy(nn.Module):
 
     def _learning(self) -> AbstractContextManager[None]:
         return nullcontext() if self.learner is None else self.learner.installed()
+
+    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a checkpointed forward and of the backward's repetition of it, which goes the same way."""
+        learner = self.learner
+        return nullcontext(), Again(learner) if learner is not None and learner.active else nullcontext()
 
     def compare(
         self, student_hidden: Tensor, teacher_hidden: Tensor, divergence: Callable[[Tensor, Tensor], Tensor], temperature: float = 1.0

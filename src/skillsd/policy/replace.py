@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ class Replacement:
     Attributes:
         forwards: Modules and what is called in place of their forward.
         rotary: By Python module, what is called in place of its `apply_rotary_pos_emb`.
+        active: Whether it is installed.
     """
 
     def __init__(self, base: Any, attention: str | None) -> None:
         self.config, self.attention = base.config.get_text_config(), attention
         self.forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self.rotary: dict[str, Callable[..., Any]] = {}
+        self.active = False
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """In place of the model's attention: see transformers' AttentionInterface."""
@@ -50,14 +52,30 @@ class Replacement:
             m.__dict__["forward"] = forward  # in front of the class's own
         for n, function in self.rotary.items():
             setattr(sys.modules[n], ROTARY, function)
+        self.active = True
         try:
             yield
         finally:
+            self.active = False
             for m, _ in self.forwards:
                 m.__dict__.pop("forward", None)
             for n, function in rotary.items():
                 setattr(sys.modules[n], ROTARY, function)
             self.config._attn_implementation = before
+
+
+class Again(AbstractContextManager[None]):
+    """`installed()`, as often as it is entered: a checkpointed forward may be recomputed by more than one backward."""
+
+    def __init__(self, replacement: Replacement) -> None:
+        self.replacement = replacement
+
+    def __enter__(self) -> None:
+        self.context = self.replacement.installed()
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.context.__exit__(*error)
 
 
 def linear_of(m: Any) -> Any:
@@ -81,12 +99,13 @@ def is_swiglu(m: Any) -> bool:
     if width is None:
         return False
     p = next(p for p in m.parameters() if p.is_floating_point())
-    probe, training = torch.linspace(-1, 1, 2 * width, device=p.device).view(1, 2, width), m.training
+    probe, modes = torch.linspace(-1, 1, 2 * width, device=p.device).view(1, 2, width), [(c, c.training) for c in m.modules()]
     m.eval()
     with torch.no_grad():
         x = probe.to(getattr(linear_of(m.gate_proj), "compute_dtype", None) or p.dtype)
         same = torch.equal(m(x), m.down_proj(reference.silu_mul(m.gate_proj(x), m.up_proj(x))))
-    m.train(training)
+    for c, training in modes:
+        c.training = training
     return same
 
 

@@ -44,11 +44,21 @@ class Room:
 
     def bytes(self, token_bytes: int) -> int:
         """Of the cache, rounded up as `SlotCache` does."""
-        return self.slots * (-(-self.tokens // 64) * 64 + 1) * token_bytes
+        return self.slots * _rounded(self.tokens) * token_bytes
 
     def most_rows(self, tokens: int) -> int:
         """As many as that is of another length; at least 1."""
-        return max(1, (self.slots * self.tokens // max(1, tokens) * 2 + 1) // 3)
+        return max(1, (self.slots * _rounded(self.tokens) // _rounded(tokens) * 2 + 1) // 3)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a row that is alone."""
+        return self.slots * _rounded(self.tokens) // 64 * 64
+
+
+def _rounded(tokens: int) -> int:
+    """A slot, and its spare index."""
+    return -(-tokens // 64) * 64 + 1
 
 
 class SlotCache(Cache):

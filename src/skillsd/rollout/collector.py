@@ -157,18 +157,19 @@ class Collector:
         """
         temperature = self.settings.temperature if temperature is None else temperature
         longest = min(self.context_length, self.settings.max_prompt_tokens + self.settings.max_trajectory_tokens)
+        fresh = False
         while True:
             try:
                 return self._collect(rows, seed, iteration, temperature, adapter, progress)
             except CacheFull as e:
-                sure, why = self.engine.most_rows(longest), str(e)
-                if sure >= self.most_rows:
-                    raise
+                sure, why = min(self.engine.most_rows(longest), self.most_rows), str(e)
+                if fresh and sure == self.most_rows:
+                    raise  # it is not the shape that an earlier rollout left the cache in
             except torch.OutOfMemoryError:
-                sure, why = min(self.engine.most_rows(longest), self.most_rows) // 2, "out of memory in the rollout."
+                sure, why = min(self.engine.most_rows(longest), self.most_rows, len(rows)) // 2, "out of memory in the rollout."
                 if not sure:
                     raise
-            self.most_rows = sure  # go on outside: the exception holds on to the session
+            self.most_rows, fresh = sure, True  # go on outside: the exception holds on to the session
             self.engine.release(everything=True)
             log.warning("%s It begins again with %d episodes at one time, as those after it.", why, sure)
 

@@ -99,6 +99,9 @@ class Engine(Protocol):
     def most_rows(self, tokens: int) -> int:
         """How many rows of so many tokens are sure to find room at one time. With more a session may raise `CacheFull`."""
 
+    def most_tokens(self) -> int:
+        """The longest row that is sure to find room alone."""
+
     def release(self, everything: bool = False) -> None:
         """The rollout is over: give back memory that others need, or all."""
 
@@ -141,6 +144,9 @@ class InProcessEngine:
 
     def most_rows(self, tokens: int) -> int:
         return self.room.most_rows(tokens) if self.room else sys.maxsize
+
+    def most_tokens(self) -> int:
+        return self.room.most_tokens if self.room else sys.maxsize
 
     def release(self, everything: bool = False) -> None:
         if everything or (self.room is not None and not self.room.keep):
@@ -291,10 +297,11 @@ class InProcessSession(Session):
             if not row.seen and len(row.feed) > 1:
                 alike.setdefault(tuple(row.feed), []).append(row)
         made = []
+        most = len(self.rows) // 2 if self.stepper.room else sys.maxsize  # what `Room.slots` counts on
         for ids, several in alike.items():
             prompt = self.prompts.get(ids)
             if prompt is None:
-                if len(several) < 2:
+                if len(several) < 2 or len(self.prompts) >= most:
                     continue
                 prompt = self.prompts[ids] = _Prompt(self._slot(), len(ids) - 1)
                 made.append(_Row(-1, prompt.slot, feed=list(ids[:-1])))

@@ -72,14 +72,12 @@ class Stepper:
         Raises:
             CacheFull: there is less memory than that.
         """
-        if self._reserve(slots, longest, self.limit if self.static else self.most):
-            pass
-        elif self.static and self.limit < self.most:
+        if not self._reserve(slots, longest, self.limit if self.static else self.most):
+            if not self.static or (self.fused and self.limit == self.most):
+                raise CacheFull(f"{slots} rows of {longest} tokens do not fit into the {self.most / 2**30:.2f} GiB of the rollout's cache.")
             log.info("the rollout's cache is too large for CUDA graphs: decoding goes on without them.")
             self.disable()
             return self.plan(slots, longest)
-        else:
-            raise CacheFull(f"{slots} rows of {longest} tokens do not fit into the {self.most / 2**30:.2f} GiB of the rollout's cache.")
         if len(self.state) <= self.cache.slots:
             old, self.state = self.state, self.state.new_zeros(self.cache.slots + 1, HEAD + 1)
             self.state[: len(old) - 1] = old[:-1]
@@ -89,11 +87,13 @@ class Stepper:
     def _reserve(self, slots: int, longest: int, most: int) -> bool:
         """With room to grow while there is plenty, else all that the rollout will need, else what is needed now."""
         wanted = self._room(slots, longest)
-        exact = (slots, longest) if self.fused or not self.static else wanted
-        whole = (self.room.slots, self.room.tokens) if self.room else (0, 0)
-        options = [(*wanted, True, 2 if self.room else 1), (*exact, False, 1)]
-        if slots <= whole[0] and longest <= whole[1]:
-            options.insert(1, (*whole, False, 1))
+        options = [(*wanted, True, 2 if self.room else 1)]
+        if self.fused or not self.static:
+            if self.room and slots <= self.room.slots and longest <= self.room.tokens:
+                options.append((self.room.slots, self.room.tokens, False, 1))
+            options.append((slots, longest, False, 1))
+        else:  # static shapes are padded to what is wanted
+            options.append((*wanted, False, 1))
         for count, length, spare, share in options:
             if self.cache.bytes_for(count, length, spare) <= most // share:
                 self.cache.reserve(count, length, spare)
@@ -103,7 +103,8 @@ class Stepper:
     def _room(self, slots: int, longest: int) -> tuple[int, int]:
         """Slots and tokens of a cache that this shape does not outgrow at once."""
         if self.fused:
-            return -(-slots // 8) * 8, longest
+            rounded = -(-slots // 8) * 8
+            return min(rounded, max(slots, self.room.slots)) if self.room else rounded, longest
         return (bucket(slots, 8), bucket(longest, 256)) if self.static else (slots, longest)
 
     def disable(self) -> None:

@@ -91,6 +91,7 @@ class Rotate(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        dq, dk = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk))
         return *elementwise.rotate(dq, dk, cos, -sin, alike=True), None, None
 
 
@@ -98,6 +99,8 @@ class Rotate(torch.autograd.Function):
 def _choose(logits, targets, logp, entropy, V, scale, GRADIENT: tl.constexpr, BV: tl.constexpr):
     row, v = tl.program_id(0), tl.arange(0, BV)
     z = logits + row.to(tl.int64) * V
+    target = tl.load(targets + row)
+    chosen = tl.load(z + target).to(tl.float32) * scale  # before the gradient takes its place
     most, total, weighted = tl.full([], -1e30, tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for start in range(0, V, BV):
         x = tl.load(z + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32) * scale
@@ -108,8 +111,7 @@ def _choose(logits, targets, logp, entropy, V, scale, GRADIENT: tl.constexpr, BV
         weighted = weighted * shrink + tl.sum(tl.where(e > 0.0, e * x, 0.0), 0)
         most = new
     lse = most + tl.log(total)
-    target = tl.load(targets + row)
-    tl.store(logp + row, tl.load(z + target).to(tl.float32) * scale - lse)
+    tl.store(logp + row, chosen - lse)
     tl.store(entropy + row, lse - weighted / total)
     if GRADIENT:
         for start in range(0, V, BV):
@@ -156,6 +158,7 @@ class HeadLogprobs(torch.autograd.Function):
             parts.append(choose(logits, targets[rows], temperature, needed))
             if slope is not None:
                 torch.mm(logits, weight, out=slope[rows])
+            del logits  # or those of two pieces would exist at one time
         logp, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
         ctx.mark_non_differentiable(entropy)
         if slope is not None:
