@@ -163,7 +163,7 @@ class CLI(LightningCLI):
                 raise ConfigError(f"trainer.callbacks: every run has one {kind.__name__}: give its settings under `{key}:` instead.")
         if isinstance(self.model, Cloning):  # pre-training has neither
             callbacks = [c for c in callbacks if not isinstance(c, TeacherSync | SkillBankCallback)]
-        return super()._instantiate_trainer({**config, "callbacks": [MemoryPlan(), *callbacks, *given]}, [])
+        return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given, MemoryPlan()]}, [])
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer
