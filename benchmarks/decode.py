@@ -78,6 +78,14 @@ def bound(policy: Policy, rows: int, length: float, bandwidth: float) -> float:
     return (weights + cache) / bandwidth
 
 
+def print_kernels(profiled: Any, steps: int = 1) -> None:
+    """The kernels that a torch.profiler recorded, the longest first; times and launches of one of `steps` steps."""
+    rows = sorted(((e.self_device_time_total, e.count, e.key) for e in profiled.key_averages()), reverse=True)
+    print(f"{sum(r[0] for r in rows) / steps / 1e3:.2f} ms of kernels")
+    for t, count, name in rows[:24]:
+        print(f"  {t / steps:9.1f} us  {count / steps:7.1f} launches  {name[:110]}")
+
+
 def profile(engine: InProcessEngine, prompts: list[list[int]], new: int) -> None:
     """Where the GPU's time of decoding goes, kernel by kernel."""
     from torch.profiler import ProfilerActivity
@@ -86,11 +94,8 @@ def profile(engine: InProcessEngine, prompts: list[list[int]], new: int) -> None
     session.turn([Request(i, p, i, 0, 1) for i, p in enumerate(prompts)])
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as p:
         wall, _ = timed(lambda: session.turn([Request(i, [], i, 1, new) for i in range(len(prompts))]), engine.policy.device)
-    rows = sorted(((e.self_device_time_total, e.count, e.key) for e in p.key_averages()), reverse=True)
-    total = sum(r[0] for r in rows)
-    print(f"\n{len(prompts)} rows, a step: {wall / new * 1e3:.2f} ms of wall time, {total / new / 1e3:.2f} ms of kernels")
-    for t, count, name in rows[:22]:
-        print(f"  {t / new:8.1f} us  {count / new:7.1f} launches  {name[:110]}")
+    print(f"\n{len(prompts)} rows, a step: {wall / new * 1e3:.2f} ms of wall time")
+    print_kernels(p, new)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/iteration.py --size 4B                                   # a GPU
     python benchmarks/iteration.py --size tiny --tasks 2 --group 2 --new 8     # does it run?
-    python benchmarks/iteration.py --size 4B --cap 8 --tasks 2 --group 2 --prompt 7168 --new 1024 -c conf/hardware/8gb.yaml
+    python benchmarks/iteration.py --size 4B --cap 8 --tasks 2 --group 2 --prompt 3900 --new 192 -c conf/hardware/8gb.yaml
 
 With --cap nothing can be reserved beyond that size less 0.75 GiB, which a CUDA context takes: what runs there runs on such a GPU.
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from benchmarks.decode import print_kernels, timed
 from benchmarks.random_model import random_model
 
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence, micro_batches
@@ -58,28 +58,16 @@ class Learner:
     def seconds(self, what: str, repeat: int) -> float:
         call = getattr(self, what)
         call()
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(repeat):
-            call()
-        self._wait()
-        return (time.perf_counter() - start) / repeat
-
-    def _wait(self) -> None:
-        if self.policy.device.type == "cuda":
-            torch.cuda.synchronize()
+        return timed(lambda: [call() for _ in range(repeat)], self.policy.device)[0] / repeat
 
 
 def profile(learner: Learner, what: str) -> None:
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as p:
-        getattr(learner, what)()
-        torch.cuda.synchronize()
-    rows = sorted(((e.self_device_time_total, e.count, e.key) for e in p.key_averages()), reverse=True)
-    print(f"\n{what}: {sum(r[0] for r in rows) / 1e3:.0f} ms of kernels")
-    for t, count, name in rows[:24]:
-        print(f"  {t / 1e3:8.1f} ms {count:6d} launches  {name[:110]}")
+        timed(getattr(learner, what), learner.policy.device)
+    print(f"\n{what}:")
+    print_kernels(p)
 
 
 def main() -> None:

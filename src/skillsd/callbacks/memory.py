@@ -12,9 +12,10 @@ from skillsd.errors import ConfigError
 from skillsd.module import SkillSD
 from skillsd.policy import Demand, Footprint
 from skillsd.rollout import RolloutSettings, Room
+from skillsd.rollout.engine import CUDA_PREFILL
 
-PREFILL, TIGHT = 16384, 2048
-"""Most tokens of prompts that are read in one forward; where memory is scarce."""
+TIGHT = 2048
+"""Most tokens of prompts that are read in one forward where memory is scarce; `CUDA_PREFILL` elsewhere."""
 
 
 class MemoryPlan(L.Callback):
@@ -59,8 +60,8 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
         return Room(rows, longest, False, 1).bytes(size.token_cache)
 
     prompt = min(policy.context_length, rollout.max_prompt_tokens)  # one is read at once
-    plenty = max(update, size.prefill(max(PREFILL, prompt))) + cache(rollout.max_rows) <= left
-    prefill = PREFILL if plenty else min(TIGHT, d.tokens)
+    plenty = max(update, size.prefill(max(CUDA_PREFILL, prompt))) + cache(rollout.max_rows) <= left
+    prefill = CUDA_PREFILL if plenty else min(TIGHT, d.tokens)
     read = size.prefill(max(prefill, prompt))
 
     def fits(e: Demand) -> bool:

@@ -7,7 +7,19 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from skillsd.policy.config import LoraSettings, PolicySettings  # noqa: E402
 from skillsd.policy.fused import Fused, fuse  # noqa: E402
-from skillsd.policy.memory import Demand, Footprint  # noqa: E402
+from skillsd.policy.memory import Demand, Footprint, cache_bytes  # noqa: E402
 from skillsd.policy.policy import Policy, Scores, TokenSequence, micro_batches  # noqa: E402
 
-__all__ = ["Demand", "Footprint", "Fused", "LoraSettings", "Policy", "PolicySettings", "Scores", "TokenSequence", "fuse", "micro_batches"]
+__all__ = [
+    "Demand",
+    "Footprint",
+    "Fused",
+    "LoraSettings",
+    "Policy",
+    "PolicySettings",
+    "Scores",
+    "TokenSequence",
+    "cache_bytes",
+    "fuse",
+    "micro_batches",
+]

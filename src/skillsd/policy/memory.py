@@ -57,11 +57,9 @@ class Footprint:
         self.student = sum(p.numel() * 4 for p in policy.adapter("student").values())
         self.adapters = 2 * self.student * (4 + self.size * self.kernels) // 4
         self.optimizer = 3 * self.student
-        heads = c.num_attention_heads
-        kv_heads = getattr(c, "num_key_value_heads", None) or heads
-        dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        heads, (kv_heads, dim) = c.num_attention_heads, _kv_shape(c)
         self.hidden, self.vocabulary, self.layers = c.hidden_size, c.vocab_size, c.num_hidden_layers
-        self.token_cache = 2 * self.layers * kv_heads * dim * self.size
+        self.token_cache = cache_bytes(policy.base)
         inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
         # What a layer's backward keeps: inputs of norms and projections, heads before and after norm and rotation, the MLP, its gradients
         self.layer = (5 * c.hidden_size + 3 * (heads + kv_heads) * dim + 5 * inner) * self.size
@@ -126,3 +124,16 @@ def _parts(p: Tensor) -> Iterator[Tensor]:
     while state is not None:
         yield from (t for t in (state.absmax, state.code) if t is not None)
         state = state.state2 if state.nested else None
+
+
+def cache_bytes(model: Any) -> int:
+    """Of the keys and values of one token."""
+    config = model.config.get_text_config()
+    heads, dim = _kv_shape(config)
+    return int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize)
+
+
+def _kv_shape(config: Any) -> tuple[int, int]:
+    """Heads of keys and values, and their dimension."""
+    heads = config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or heads, getattr(config, "head_dim", None) or config.hidden_size // heads

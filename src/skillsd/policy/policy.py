@@ -256,24 +256,22 @@ class Policy(nn.Module):
         return self.learner is not None and self.learner.packs
 
     def _score(self, sequences: Sequence[TokenSequence], temperature: float) -> Scores:
-        p = pack(sequences, not self.packs, self.tokenizer.pad_token_id or 0, self.device)
-        kwargs = {} if self.learner is None else self.learner.arguments(p.bounds, p.longest)
-        if self.learner is not None and self._active is not None:
-            self.learner.lower(self._active)
-        with self._learning():
+        p, learner = pack(sequences, not self.packs, self.tokenizer.pad_token_id or 0, self.device), self.learner
+        kwargs, weight = {}, None
+        if learner is not None:
+            kwargs, weight = learner.arguments(p.bounds, p.longest), self.head.weight()
+            if self._active is not None:
+                learner.lower(self._active)
+        with nullcontext() if learner is None else learner.installed():
             hidden = self.backbone(input_ids=p.ids, position_ids=p.position_ids, use_cache=False, **kwargs).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, p.places)
-        weight = self.head.weight() if self.learner is not None else None
-        if self.learner is not None and weight is not None:
-            logp, entropy = self.learner.logprobs(hidden, weight, p.targets, temperature, self.settings.head_chunk)
+        hidden, chunk = hidden.flatten(0, 1).index_select(0, p.places), self.settings.head_chunk
+        if learner is not None and weight is not None:
+            logp, entropy = learner.logprobs(hidden, weight, p.targets, temperature, chunk)
         else:
-            logp, entropy = selected_logprobs(self.head, hidden, p.targets, temperature, self.settings.head_chunk)
+            logp, entropy = selected_logprobs(self.head, hidden, p.targets, temperature, chunk)
         cells = p.shape[0] * p.shape[1]
         logp, entropy = (torch.zeros(cells, device=x.device).scatter(0, p.cells, x).view(p.shape) for x in (logp, entropy))
         return Scores(logp, entropy, hidden)
-
-    def _learning(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.learner is None else self.learner.installed()
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed forward and of the backward's repetition of it, which goes the same way."""

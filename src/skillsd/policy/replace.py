@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from skillsd.policy.kernels import reference
 ROTARY = "apply_rotary_pos_emb"
 
 
-class Replacement:
+class Replacement(ABC):
     """What stands in for the modules of one model while it is `installed`.
 
     Args:
@@ -36,9 +37,9 @@ class Replacement:
         self.rotary: dict[str, Callable[..., Any]] = {}
         self.active = False
 
+    @abstractmethod
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """In place of the model's attention: see transformers' AttentionInterface."""
-        raise NotImplementedError
 
     @contextmanager
     def installed(self) -> Iterator[None]:

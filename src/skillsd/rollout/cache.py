@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from skillsd.errors import ConfigError
+from skillsd.policy import cache_bytes
 
 
 class CacheFull(RuntimeError):
@@ -192,11 +193,3 @@ class SlotCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Longest row, in tokens."""
         return self.width
-
-
-def cache_bytes(model: PreTrainedModel) -> int:
-    """Of the keys and values of one token."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize)

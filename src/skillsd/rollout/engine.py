@@ -315,11 +315,10 @@ class InProcessSession(Session):
     def _forward(self, rows: list[_Row], used: bool = True) -> None:
         """Feed rows; what is drawn after them is looked at if it is `used`."""
         sizes = [len(row.feed) for row in rows]
-        budget = self.prefill
-        width, parts = max(sizes), spans(sizes, budget)
+        width, parts = max(sizes), spans(sizes, self.prefill)
         if self.stepper.static and width <= WIDTHS[-1]:
             fixed = next(w for w in WIDTHS if w >= width)
-            if fixed * bucket(len(rows), 8) <= budget:
+            if fixed * bucket(len(rows), 8) <= self.prefill:
                 width, parts = fixed, [(0, len(rows))]
         longest = max(row.seen + n - row.shared for row, n in zip(rows, sizes, strict=True))
         result = self.stepper.feed(_packed([row.packed() for row in rows], width), parts, longest, self.temperature, self.adapter)
