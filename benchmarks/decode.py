@@ -1,16 +1,21 @@
-"""Decoding with an nf4 base and an unmerged LoRA adapter, beside transformers' generate in the same process.
+"""Decoding with an nf4 base and an unmerged LoRA adapter, beside transformers' generate in the same process and vLLM in one after it.
 
     python benchmarks/decode.py --size 4B --rows 8 32 64 --prompt 1024 --new 128          # a GPU
+    python benchmarks/decode.py --size 4B --vllm --peer-python "env PYTHONPATH=/opt/peers python3"
     python benchmarks/decode.py --size tiny --rows 2 --prompt 40 --new 8 --device cpu     # does it run?
 
 Decode tokens/s leave the prefill out on both sides; in groups of 8 rows have their prompt in common, elsewhere each has its own. `bound`
 is what reading the nf4 weights once and every row's keys and values once a step takes at --bandwidth. The gap is
 |recorded - recomputed| of the log-probs of what was sampled, in nats, recomputed by the learner's forward.
+
+vLLM gets the same weights and adapter, and the GPU to itself: our policy is freed before. Its tokens/s are those of the median and of the
+mean step in which every row decodes; ours are those of all steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import tempfile
 import time
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.peers import add_arguments, measurements
 from benchmarks.random_model import random_model
 
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
@@ -98,25 +104,10 @@ def profile(engine: InProcessEngine, prompts: list[list[int]], new: int) -> None
     print_kernels(p, new)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="4B")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
-    parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--new", type=int, default=128, help="tokens a row that are timed")
-    parser.add_argument("--peer-new", type=int, default=16, help="the same for generate, which takes far longer a token")
-    parser.add_argument("--peer-rows", type=int, nargs="*", default=[8, 32])
-    parser.add_argument("--without", action="store_true", help="also decode without kernels")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--bandwidth", type=float, default=2.95e12, help="bytes/s of the device's memory")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the random model lies or is put")
-    parser.add_argument("--profile", type=int, nargs="*", default=[], help="rows to profile")
-    a = parser.parse_args()
+def measure(a: argparse.Namespace, model: Path, adapter: Path) -> dict[int, float]:
+    """Prints our table and writes the adapter; tokens/s by the number of rows. The policy ends with it."""
     seconds, policy = timed(
-        lambda: Policy(
-            PolicySettings(model=str(random_model(a.size, a.folder, a.device)), quantise="nf4", lora=LoraSettings(r=16)), a.device
-        ),
-        torch.device(a.device),
+        lambda: Policy(PolicySettings(model=str(model), quantise="nf4", lora=LoraSettings(r=16)), a.device), torch.device(a.device)
     )
     policy.stop_ids = ()
     torch.manual_seed(1)
@@ -124,7 +115,9 @@ def main() -> None:
         for name, p in policy.adapter("student").items():
             if "lora_B" in name:
                 p.normal_(0, 0.01)
+    policy.save_adapter(adapter)
     device = policy.device
+    rates: dict[int, float] = {}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"Qwen3-{a.size}, {name}, torch {torch.__version__}; loaded in {seconds:.0f} s", flush=True)
     print(
@@ -139,7 +132,7 @@ def main() -> None:
         for k in (a.new, 4):  # grows the cache, compiles, and records each shape the second time that it is met
             ours(engine, prompts, k)
         prefill, decode, ids, logps = ours(engine, prompts, a.new)
-        rate = n * a.new / decode
+        rate = rates[n] = n * a.new / decode
         for _ in range(2):
             ours(engine, [prompts[i // 8] for i in range(n)], 4)
         grouped = n * a.new / ours(engine, [prompts[i // 8] for i in range(n)], a.new)[1]
@@ -163,7 +156,46 @@ def main() -> None:
         if n in a.profile:
             profile(engine, prompts, 16)
     if device.type == "cuda":
-        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated")
+        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated", flush=True)
+    return rates
+
+
+def beside_vllm(a: argparse.Namespace, model: Path, adapter: Path, rates: dict[int, float]) -> None:
+    gc.collect()
+    if a.device != "cpu":
+        torch.cuda.empty_cache()
+        print(f"\n{torch.cuda.memory_reserved() / 2**30:.1f} GiB stay reserved while vLLM runs", flush=True)
+    options = dict(model=model, adapter=adapter, rows=a.rows, prompt=a.prompt, new=a.new, memory=a.peer_memory)
+    for m in measurements("vllm_decode.py", a.peer_python, a.peer_timeout, **options):
+        if "startup_s" in m:
+            print(f"vLLM started in {m['startup_s']:.0f} s\n")
+            print("| rows | ours tok/s | vLLM tok/s, median | mean | ours / median |\n" + "|---:" * 5 + "|", flush=True)
+        else:
+            n, peer = m["rows"], m["tok_s"]
+            print(f"| {n} | {rates[n]:.0f} | {peer:.0f} | {m['mean_tok_s']:.0f} | {rates[n] / peer:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="4B")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--new", type=int, default=128, help="tokens a row that are timed")
+    parser.add_argument("--peer-new", type=int, default=16, help="the same for generate, which takes far longer a token")
+    parser.add_argument("--peer-rows", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--without", action="store_true", help="also decode without kernels")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--bandwidth", type=float, default=2.95e12, help="bytes/s of the device's memory")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the random model lies or is put")
+    parser.add_argument("--profile", type=int, nargs="*", default=[], help="rows to profile")
+    parser.add_argument("--vllm", action="store_true", help="also vLLM, in a process of --peer-python")
+    add_arguments(parser)
+    a = parser.parse_args()
+    model = random_model(a.size, a.folder, a.device)
+    with tempfile.TemporaryDirectory() as folder:
+        rates = measure(a, model, Path(folder))
+        if a.vllm:
+            beside_vllm(a, model, Path(folder, "student"), rates)
 
 
 if __name__ == "__main__":
