@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,16 @@ def test_conf_dir_is_the_repository_s() -> None:
 def test_citation_validates() -> None:
     result = run("-m", "check_jsonschema", "--builtin-schema", "vendor.citation-file-format", "CITATION.cff")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "b:1"}])
+def test_the_allocator_s_blocks_grow(given: dict[str, str]) -> None:
+    """Set before torch is imported, unless the user has set it."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    code = f"import os, skillsd; print([os.environ.get(n) for n in {names}])"
+    env = {k: v for k, v in os.environ.items() if k not in names} | given
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert eval(out) == ([given.get(n) for n in names] if given else ["expandable_segments:True", None])
 
 
 @pytest.mark.parametrize(

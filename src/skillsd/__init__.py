@@ -1,6 +1,12 @@
 """skillsd: train multi-turn LLM agents with Skill-SD (arXiv:2604.10674). Importing this loads neither torch nor lightning."""
 
+import os
+
 from skillsd._conf import conf_dir
+
+# PyTorch reads it when it is imported. Blocks of GPU memory that can grow: without, 1.2 of 11 GiB were lost between them with an 8B model.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,20 @@ import torch
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
-from skillsd.rollout import CacheFull, Chat, Collector, Completion, InProcessEngine, Request, RolloutSettings, Row, demonstrate, make_env
+from skillsd.rollout import (
+    CacheFull,
+    Chat,
+    Collector,
+    Completion,
+    Engine,
+    InProcessEngine,
+    Request,
+    RolloutSettings,
+    Row,
+    VllmEngine,
+    demonstrate,
+    make_env,
+)
 from skillsd.rollout.noise import stream_key
 from skillsd.skills import BankContext, ShuffledContext, Skill, Summariser
 from skillsd.skills.callback import SkillBankCallback
@@ -175,7 +188,10 @@ class RolloutData(L.LightningDataModule):
         if self._collector is None:
             policy = self.policy
             chat = Chat(policy.tokenizer, policy.stop_ids)
-            engine = InProcessEngine(policy, self.rollout.cuda_graphs, self.rollout.kernels)
+            r = self.rollout
+            engine: Engine = (
+                VllmEngine(policy, r.max_rows, r.vllm_memory) if r.engine == "vllm" else InProcessEngine(policy, r.cuda_graphs, r.kernels)
+            )
             self._collector = Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length)
         return self._collector
 

@@ -11,7 +11,7 @@ import torch
 from skillsd.errors import ConfigError
 from skillsd.module import SkillSD
 from skillsd.policy import Demand, Footprint
-from skillsd.rollout import RolloutSettings, Room
+from skillsd.rollout import Engine, RolloutSettings, Room
 from skillsd.rollout.engine import CUDA_PREFILL
 
 TIGHT = 2048
@@ -32,7 +32,8 @@ class MemoryPlan(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(pl_module, SkillSD) and pl_module.policy.device.type == "cuda":
-            text, data.collector.engine.room = plan(pl_module, data.rollout, available(pl_module.policy.device))
+            engine: Engine = data.collector.engine
+            text, engine.room = plan(pl_module, data.rollout, available(pl_module.policy.device), engine.held)
             print(text, flush=True)
 
 
@@ -44,10 +45,11 @@ def available(device: torch.device) -> int:
     return min(free + mine, int(total * torch.cuda.get_per_process_memory_fraction(device)))
 
 
-def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, Room]:
-    """The plan as text, and what is left for the rollout, for `budget` bytes. See `MemoryPlan`."""
+def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) -> tuple[str, Room]:
+    """The plan as text, and what is left for the rollout, for `budget` bytes, of which `held` are an engine's own. See `MemoryPlan`."""
     policy = module.policy
-    size = Footprint(policy)
+    size = Footprint(policy, decodes=not held)
+    budget -= held
     longest = min(policy.context_length, rollout.max_prompt_tokens + rollout.max_trajectory_tokens)
     d = Demand(
         longest, module.micro_batch_tokens, policy.settings.head_chunk, policy.settings.gradient_checkpointing,
@@ -79,6 +81,8 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
         "logits": f"{_gib(size.logits(d))} ({min(d.chunk, d.tokens)} tokens)",
         "cache": f"{_gib(cache(fitting))} ({fitting} x {longest} tokens{'' if keep else ', given back before each update'})",
     }  # fmt: skip
+    if held:
+        parts["cache"] = f"the engine's, which holds {_gib(held)} besides"
     text = ", ".join(f"{k} {v}" for k, v in parts.items())
     return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", Room(fitting, longest, keep, prefill)
 

@@ -7,6 +7,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from skillsd.policy.config import LoraSettings, PolicySettings  # noqa: E402
 from skillsd.policy.fused import Fused, fuse  # noqa: E402
+from skillsd.policy.load import model_folder  # noqa: E402
 from skillsd.policy.memory import Demand, Footprint, cache_bytes  # noqa: E402
 from skillsd.policy.policy import Policy, Scores, TokenSequence, micro_batches  # noqa: E402
 
@@ -22,4 +23,5 @@ __all__ = [
     "cache_bytes",
     "fuse",
     "micro_batches",
+    "model_folder",
 ]

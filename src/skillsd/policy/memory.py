@@ -43,6 +43,10 @@ class Demand:
 class Footprint:
     """Bytes that a policy takes.
 
+    Args:
+        policy: Loaded.
+        decodes: Whether it is sampled from, too, and not a copy of it elsewhere.
+
     Attributes:
         weights: Of the base, as it lies in memory.
         adapters: Student and teacher in float32, and in the base's dtype where kernels serve the learner.
@@ -50,7 +54,7 @@ class Footprint:
         token_cache: Keys and values of one token.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, decodes: bool = True) -> None:
         c = policy.base.config.get_text_config()
         self.kernels, self.size = policy.learner is not None, policy.base.dtype.itemsize
         self.weights = sum(t.numel() * t.element_size() for n, p in policy.base.named_parameters() if "lora_" not in n for t in _parts(p))
@@ -59,7 +63,7 @@ class Footprint:
         self.optimizer = 3 * self.student
         heads, (kv_heads, dim) = c.num_attention_heads, _kv_shape(c)
         self.hidden, self.vocabulary, self.layers = c.hidden_size, c.vocab_size, c.num_hidden_layers
-        self.token_cache = cache_bytes(policy.base)
+        self.decodes, self.token_cache = decodes, cache_bytes(policy.base) * decodes
         inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
         # What a layer's backward keeps: inputs of norms and projections, heads before and after norm and rotation, the MLP, its gradients
         self.layer = (5 * c.hidden_size + 3 * (heads + kv_heads) * dim + 5 * inner) * self.size
@@ -88,7 +92,7 @@ class Footprint:
 
     def prefill(self, tokens: int) -> int:
         """Beyond `static` and the cache, while prompts of so many tokens are read."""
-        return tokens * self.layer // 2
+        return tokens * self.layer // 2 * self.decodes
 
     def easier(self, d: Demand, fits: Callable[[Demand], bool]) -> Iterator[dict[str, Any]]:
         """Changes of settings after which a demand `fits`: one alone if that does, else several."""

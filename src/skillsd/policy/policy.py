@@ -122,6 +122,11 @@ class Policy(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether the base is not bare."""
+        return bool(self._adapters)
+
+    @property
     def base_name(self) -> str:
         """What a checkpoint is compared with: model, rank, targets."""
         lora = self.settings.lora

@@ -5,6 +5,7 @@ from skillsd.rollout.chat import Chat
 from skillsd.rollout.collector import Collector, RolloutSettings, Row, make_env
 from skillsd.rollout.demonstrate import demonstrate
 from skillsd.rollout.engine import Completion, Engine, InProcessEngine, Request, Session
+from skillsd.rollout.vllm_engine import VllmEngine
 
 __all__ = [
     "CacheFull",
@@ -18,6 +19,7 @@ __all__ = [
     "Room",
     "Row",
     "Session",
+    "VllmEngine",
     "demonstrate",
     "make_env",
 ]

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import torch
@@ -42,6 +42,10 @@ class RolloutSettings:
     """Threads that reset and step environments at the same time; 0: one after another, best for environments that take microseconds."""
     cuda_graphs: bool = True
     """On a GPU, decode with CUDA graphs (small models become much faster; several runs can share the GPU); elsewhere of no effect."""
+    engine: Literal["default", "vllm"] = "default"
+    """Who decodes. `vllm` (pip install skillsd[vllm]) holds a second copy of the base; adapters are loaded anew after each update."""
+    vllm_memory: float = 0.4
+    """Share of the GPU's memory for vLLM's weights and cache."""
     kernels: bool = True
     """On a GPU, decode a bfloat16 base, in nf4 or not, with kernels of our own in Triton; the log says why where they can't be used."""
 
@@ -49,6 +53,10 @@ class RolloutSettings:
         for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
+        if self.engine not in ("default", "vllm"):
+            raise ConfigError(f"rollout.engine is {self.engine}: one of default, vllm.")
+        if not 0 < self.vllm_memory < 1:
+            raise ConfigError(f"rollout.vllm_memory is {self.vllm_memory}: give a share of the GPU's memory, above 0 and below 1.")
         if self.env_workers < 0:
             raise ConfigError(f"rollout.env_workers is {self.env_workers}: give 0 (no threads) or more.")
         if self.temperature <= 0:

@@ -91,7 +91,15 @@ class Session(ABC):
 
 
 class Engine(Protocol):
-    """Opens sessions. `temperature` 0 is greedy."""
+    """Opens sessions. `temperature` 0 is greedy.
+
+    Attributes:
+        room: What the rollout may take of the memory (`callbacks.memory`); None sets no limit.
+        held: Bytes of the GPU that are the engine's own for good, beside the policy.
+    """
+
+    room: Room | None
+    held: int
 
     def open(self, temperature: float, adapter: str | None = "student") -> Session:
         """A session that samples from one adapter of the policy, or from the untouched base (None)."""
@@ -109,9 +117,6 @@ class Engine(Protocol):
 class InProcessEngine:
     """The default engine: a hand loop over the policy itself, one KV cache kept across turns.
 
-    Attributes:
-        room: What the rollout may take (`callbacks.memory`); None sets no limit.
-
     Args:
         policy: Who acts.
         cuda_graphs: On a GPU, decode in a few static shapes that are recorded as CUDA graphs; the cache then lives as long as the
@@ -124,6 +129,7 @@ class InProcessEngine:
         self.fused = fuse(policy) if kernels else None
         self.static = cuda_graphs and policy.device.type == "cuda"
         self.room: Room | None = None
+        self.held = 0
         self._kept: tuple[Stepper, weakref.ref[InProcessSession]] | None = None
 
     def open(self, temperature: float, adapter: str | None = "student") -> Session:

@@ -1,0 +1,275 @@
+"""vLLM as an engine (`pip install skillsd[vllm]`): its own copy of the base, adapters loaded anew after each update and never merged.
+
+It draws with the noise of the default engine, from a logits processor: the same key and position give the same token, up to the rounding
+of logits, and the log-prob that comes back is that of the distribution drawn from, at any temperature.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import logging
+import os
+import random
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from skillsd.errors import ConfigError
+from skillsd.policy import Policy, model_folder
+from skillsd.rollout.cache import Room
+from skillsd.rollout.engine import STRIDE, Completion, Request, Session
+from skillsd.rollout.noise import sample, uniforms
+
+log = logging.getLogger(__name__)
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM makes room for."""
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""Where the user has not set it: no usage statistics, a quiet terminal, and no sampler that would be compiled for nothing."""
+
+
+class VllmEngine:
+    """An `Engine` on vLLM in this process. Prompts and earlier turns are in its prefix cache.
+
+    Args:
+        policy: Who acts. Its base is loaded a second time, from the same files.
+        rows: Most rows in one step.
+        memory: Share of the GPU's memory for vLLM's weights and cache.
+        eager: Without compilation and CUDA graphs: slower, and ready sooner.
+
+    Attributes:
+        held: Bytes that it has taken of the GPU for good.
+        room: Not used.
+
+    Raises:
+        ConfigError: vLLM or a GPU is missing, the policy has no adapters, or vLLM refuses the model.
+    """
+
+    def __init__(self, policy: Policy, rows: int = 64, memory: float = 0.4, eager: bool = False) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError("rollout.engine is vllm, which is not installed: pip install 'skillsd[vllm]', or set it to default.")
+        if not _on_gpu(policy):
+            raise ConfigError("rollout.engine is vllm, which needs a GPU: set it to default, or trainer.accelerator to gpu.")
+        if not policy.has_adapters:
+            raise ConfigError("rollout.engine is vllm, which acts with adapters only: set it to default.")
+        self.policy = policy
+        self.room: Room | None = None
+        self.folder = tempfile.TemporaryDirectory(prefix="skillsd-adapters-")
+        log.warning("vLLM starts and loads the base a second time: this takes a minute or two.")
+        before = _free(policy)
+        self.llm = self._start(rows, memory, eager)
+        self.held = before - _free(policy)
+        self._serial = itertools.count(1)
+        self._loaded: dict[str, tuple[Any, Any]] = {}  # adapter -> its tensors' versions, and the request that names it
+        self._asked: dict[str, weakref.ref[VllmSession]] = {}  # unfinished requests, of whom
+
+    def _start(self, rows: int, memory: float, eager: bool) -> Any:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, one GPU
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        from vllm import LLM
+
+        s = self.policy.settings
+        stored = getattr(AutoConfig.from_pretrained(model_folder(s.model)), "dtype", None)
+        if s.quantise == "nf4" and stored != self.policy.base.dtype:
+            log.warning(
+                "%s is stored in %s: vLLM quantises that, the policy quantises it rounded to %s, and a few weights get other codes.",
+                s.model, stored, self.policy.base.dtype,
+            )  # fmt: skip
+        options: dict[str, Any] = {"quantization": "bitsandbytes", "load_format": "bitsandbytes"} if s.quantise == "nf4" else {}
+        options["compilation_config"] = {"cudagraph_capture_sizes": [*(n for n in (1, 2, 4, *range(8, rows, 8)) if n < rows), rows]}
+        random_state = random.getstate()  # vLLM seeds what is the whole process's
+        try:
+            with torch.random.fork_rng():
+                return LLM(
+                    model=model_folder(s.model), dtype=str(self.policy.base.dtype).removeprefix("torch."), skip_tokenizer_init=True,
+                    max_model_len=self.policy.context_length, max_num_seqs=rows, gpu_memory_utilization=memory, enforce_eager=eager,
+                    enable_prefix_caching=True, enable_lora=True, max_loras=2, logits_processors=[noise_processor()],
+                    max_lora_rank=next((r for r in RANKS if r >= s.lora.r), s.lora.r), logprobs_mode="processed_logits",
+                    disable_log_stats=True, seed=0, **options,
+                ).llm_engine  # fmt: skip
+        except (ValueError, RuntimeError) as e:
+            raise ConfigError(f"rollout.engine: vLLM does not start with {s.model} in rollout.vllm_memory={memory}: {_first(e)}") from e
+        finally:
+            random.setstate(random_state)
+
+    def open(self, temperature: float, adapter: str | None = "student") -> VllmSession:
+        """What a session that is gone has left unfinished is dropped."""
+        if left := [name for name, session in self._asked.items() if session() is None]:
+            self.abort(left)
+        return VllmSession(self, temperature, self._adapter(adapter) if adapter is not None else None)
+
+    def _adapter(self, name: str) -> Any:
+        """vLLM's name of an adapter as it is now; what has changed since is written and loaded under a new one."""
+        from vllm.lora.request import LoRARequest
+
+        now = tuple((p.data_ptr(), p._version) for p in self.policy.adapter(name).values())
+        then, request = self._loaded.get(name, (None, None))
+        if then != now:
+            if request is not None:
+                self.llm.remove_lora(request.lora_int_id)
+                shutil.rmtree(Path(request.lora_path).parent)
+            number = next(self._serial)
+            folder = Path(self.folder.name, str(number))
+            self.policy.save_adapter(folder, name)
+            request = LoRARequest(f"{name}-{number}", number, str(folder / name))
+            self.llm.add_lora(request)
+            self._loaded[name] = now, request
+        return request
+
+    def most_rows(self, tokens: int) -> int:
+        return 1 << 30  # vLLM makes rows wait
+
+    def most_tokens(self) -> int:
+        return self.policy.context_length
+
+    def release(self, everything: bool = False) -> None:
+        """Nothing: vLLM keeps what it has."""
+
+    def ask(self, session: VllmSession, name: str, ids: list[int], request: Request) -> None:
+        """Begin a turn."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        noise = {"key": request.key, "position": request.position, "temperature": session.temperature}
+        params = SamplingParams(
+            temperature=0.0, max_tokens=request.limit, stop_token_ids=list(self.policy.stop_ids), ignore_eos=True, logprobs=0,
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, extra_args={"skillsd": noise},
+        )  # fmt: skip
+        self._asked[name] = weakref.ref(session)
+        self.llm.add_request(name, {"prompt_token_ids": ids}, params, lora_request=session.lora)
+
+    def abort(self, names: Sequence[str]) -> None:
+        """Drop unfinished requests."""
+        for name in names:
+            del self._asked[name]
+        self.llm.abort_request(list(names))
+
+    def step(self) -> None:
+        """One step of everybody's rows; who has ended goes to its session."""
+        for output in self.llm.step():
+            session = self._asked.pop(output.request_id)() if output.finished and output.request_id in self._asked else None
+            if session is not None:
+                session.ended(output.request_id, output.outputs[0])
+
+
+class VllmSession(Session):
+    """Rows by name; each turn is a request of its own, with all that the row has seen and sampled as its prompt."""
+
+    continuous = True
+
+    def __init__(self, engine: VllmEngine, temperature: float, lora: Any) -> None:
+        self.engine, self.temperature, self.lora = engine, temperature, lora
+        self.stop_ids = frozenset(engine.policy.stop_ids)
+        self.ids: dict[int, list[int]] = {}
+        self.going: dict[str, int] = {}  # request -> row
+        self.done: list[tuple[int, Completion]] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.going or self.done)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for r in requests:
+            ids = self.ids.setdefault(r.row, [])
+            ids += r.new_ids
+            name = f"{next(self.engine._serial)}"
+            self.going[name] = r.row
+            self.engine.ask(self, name, list(ids), r)
+
+    def ended(self, name: str, output: Any) -> None:
+        """vLLM has finished a request: its `CompletionOutput`."""
+        row, ids = self.going.pop(name), list(output.token_ids)
+        logprobs = [step[i].logprob for i, step in zip(ids, output.logprobs, strict=True)]
+        self.ids[row] += ids
+        self.done.append((row, Completion(ids, logprobs, ids[-1] in self.stop_ids)))
+
+    def step(self) -> list[tuple[int, Completion]]:
+        for _ in range(STRIDE):
+            if self.done or not self.going:
+                break
+            self.engine.step()
+        done, self.done = self.done, []
+        return done
+
+    def forget(self, rows: Iterable[int]) -> None:
+        gone = set(rows)
+        if left := [name for name, row in self.going.items() if row in gone]:
+            self.engine.abort(left)
+        self.going = {name: row for name, row in self.going.items() if row not in gone}
+        self.done = [(row, c) for row, c in self.done if row not in gone]
+        for row in gone:
+            self.ids.pop(row, None)
+
+
+class Noise:
+    """vLLM's logits processor: draws, and leaves of each row only the token drawn, with its log-prob for a logit.
+
+    The argmax that vLLM takes then is that token, and its processed logit that log-prob.
+    """
+
+    def __init__(self, vllm_config: Any = None, device: Any = None, is_pin_memory: bool = False) -> None:
+        self.rows: dict[int, tuple[dict[str, Any], Sequence[int]]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Who sits where in the batch."""
+        if batch_update is None:
+            return
+        for i in batch_update.removed:
+            self.rows.pop(i, None)
+        for i, params, _, sampled in batch_update.added:
+            self.rows.pop(i, None)
+            if noise := (params.extra_args or {}).get("skillsd"):
+                self.rows[i] = noise, sampled
+        for i, j, direction in batch_update.moved:
+            a, b = self.rows.pop(i, None), self.rows.pop(j, None)
+            if a is not None:
+                self.rows[j] = a
+            if b is not None and direction.name == "SWAP":
+                self.rows[i] = b
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """float32 [n, V], in place."""
+        for t in sorted({noise["temperature"] for noise, _ in self.rows.values()}):
+            mine = [(i, n["key"], n["position"] + len(y)) for i, (n, y) in self.rows.items() if n["temperature"] == t]
+            index, keys, positions = torch.tensor(mine, dtype=torch.int64).to(logits.device, non_blocking=True).unbind(1)
+            everybody = len(mine) == len(logits)
+            ids, logp = sample(logits[index], uniforms(keys, positions), t)
+            if everybody:
+                logits.fill_(-torch.inf)
+            else:
+                logits[index] = -torch.inf
+            logits[index, ids] = logp
+        return logits
+
+
+def noise_processor() -> type:
+    """`Noise` as the class that vLLM asks for."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    return type("Noise", (Noise, LogitsProcessor), {})
+
+
+def _on_gpu(policy: Policy) -> bool:
+    return policy.device.type == "cuda"
+
+
+def _free(policy: Policy) -> int:
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(policy.device)[0])
+
+
+def _first(e: Exception) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return lines[0] if lines else repr(e)

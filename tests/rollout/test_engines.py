@@ -1,0 +1,195 @@
+"""What every engine does: the default one, vLLM where it is installed and there is a GPU, and vLLM's engine on a stand-in for vLLM."""
+
+import gc
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.rollout.fake_vllm import install
+from tests.rollout.test_engine import assert_scored_alike, play
+from transformers import AutoModelForCausalLM
+
+from skillsd.errors import ConfigError
+from skillsd.policy import LoraSettings, Policy, PolicySettings
+from skillsd.policy.nano import build_tokenizer
+from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmEngine
+
+VLLM = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+SHAPE = dict(hidden_size=128, intermediate_size=256, head_dim=64, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1)
+REAL = {}
+"""vLLM takes long to start: one of each for all tests."""
+
+
+def randomise(policy, seed=7):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name in ("student", "teacher"):
+            for p in policy.adapter(name).values():
+                p.normal_(0, 0.1)
+
+
+@pytest.fixture(params=["default", "stand-in", *(pytest.param(x, marks=pytest.mark.skipif(not VLLM, reason="needs vLLM and a GPU"))
+                        for x in ("vllm", "vllm nf4"))])  # fmt: skip
+def served(request, make_policy, tiny_model, tmp_path_factory, monkeypatch):
+    """A policy with random adapters, an engine on it, and how close log-probs are in its precision."""
+    if request.param.startswith("vllm"):
+        if request.param not in REAL:
+            folder, nf4 = tmp_path_factory.mktemp("bfloat16"), "nf4" if "nf4" in request.param else "none"
+            AutoModelForCausalLM.from_pretrained(tiny_model("qwen3", SHAPE), dtype=torch.bfloat16).save_pretrained(folder)
+            build_tokenizer().save_pretrained(folder)
+            policy = Policy(PolicySettings(model=str(folder), lora=LoraSettings(r=4, alpha=8), quantise=nf4), "cuda")
+            REAL[request.param] = policy, VllmEngine(policy, rows=8, memory=0.1, eager=True)
+        policy, engine = REAL[request.param]
+        randomise(policy)
+        return SimpleNamespace(policy=policy, engine=engine, atol=0.1, exact=False)
+    policy = make_policy()
+    if request.param == "default":
+        return SimpleNamespace(policy=policy, engine=InProcessEngine(policy), atol=1e-5, exact=True)
+    install(monkeypatch)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._on_gpu", lambda policy: True)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._free", lambda policy: 0)
+    return SimpleNamespace(policy=policy, engine=VllmEngine(policy, rows=5), atol=1e-5, exact=True)
+
+
+def same(served, a, b):
+    """Equal draws. Where logits are rounded to bfloat16 one is decided otherwise now and then, and what follows it with it."""
+    pairs = [(ids(x), ids(y)) for x, y in zip(a, b, strict=True)]
+    if served.exact:
+        assert all(x == y for x, y in pairs)
+    agreed = sum(next((i for i, (u, v) in enumerate(zip(x, y, strict=False)) if u != v), len(x)) for x, y in pairs)
+    assert agreed / (agreed + sum(x != y for x, y in pairs)) > 0.85
+
+
+def ids(played):
+    """Of a trajectory or a completion."""
+    return list(getattr(played, "token_ids", None) or played[0].token_ids)
+
+
+def test_recorded_equals_scored(served):
+    for adapter in ("student", "teacher"):
+        assert_scored_alike(served.policy, adapter, play(served.policy, adapter, engine=served.engine), served.atol)
+
+
+def test_an_update_is_seen(served):
+    """Each update of an adapter, in place, reaches the next session; nothing of the earlier ones is left in a cache."""
+    before = play(served.policy, engine=served.engine)
+    for seed in (1, 2, 3):
+        randomise(served.policy, seed)
+        after = play(served.policy, engine=served.engine)
+        assert_scored_alike(served.policy, "student", after, served.atol)
+    with pytest.raises(AssertionError):
+        assert_scored_alike(served.policy, "student", before, served.atol)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.4])
+def test_temperature_is_recorded(served, temperature):
+    played = play(served.policy, temperature=temperature, engine=served.engine)
+    assert_scored_alike(served.policy, "student", played, 2 * served.atol, temperature=temperature)
+
+
+def test_the_untouched_base_acts(served):
+    played = play(served.policy, adapter=None, engine=served.engine)
+    with torch.no_grad():
+        for p in served.policy.adapter("student").values():
+            p.zero_()
+    assert_scored_alike(served.policy, "student", played, served.atol)
+
+
+def test_draws_are_those_of_the_default_engine(served):
+    for temperature in (1.0, 0.0):
+        wanted = {"temperature": temperature, "slots": 6, "rows": 16}
+        ours = play(served.policy, engine=served.engine, **wanted)
+        same(served, ours, play(served.policy, engine=InProcessEngine(served.policy, kernels=False), **wanted))
+
+
+def test_neighbours_do_not_matter(served):
+    a, b = (play(served.policy, slots=n, rows=12, engine=served.engine) for n in (1, 7))
+    same(served, a, b)
+
+
+def test_sessions_side_by_side(served):
+    """Each with its own adapter, temperature and rows of the same names."""
+    kinds = [("student", 1.0), ("teacher", 0.7), (None, 0.0)]
+
+    def talk(sessions):
+        for s in sessions:
+            s.submit([Request(i, [5 + i, 6, 7], i, 0, 5) for i in range(3)])
+        said = [{} for _ in sessions]
+        while any(s.busy for s in sessions):
+            for s, found in zip(sessions, said, strict=True):
+                found.update(s.step())
+        return [[found[i] for i in range(3)] for found in said]
+
+    together = talk([served.engine.open(t, a) for a, t in kinds])
+    alone = [talk([served.engine.open(t, a)])[0] for a, t in kinds]
+    for x, y in zip(together, alone, strict=True):
+        same(served, x, y)
+
+
+def test_a_session_that_is_dropped(served):
+    """In the middle of a turn, as after an error: the next one has the engine for itself."""
+    session = served.engine.open(1.0)
+    session.submit([Request(i, [5, 6, 7], i, 0, 50) for i in range(4)])
+    session.step()
+    del session
+    gc.collect()
+    assert served.engine.open(1.0) and not getattr(served.engine, "_asked", {})
+    same(served, play(served.policy, engine=served.engine), play(served.policy, engine=served.engine))
+
+
+def test_rows_that_are_forgotten(served):
+    session = served.engine.open(1.0)
+    session.turn([Request(i, [5, 6, 7], i, 0, 4) for i in range(4)])
+    session.forget([0, 2])
+    said = session.turn([Request(1, [8], 1, 5, 4), Request(0, [5, 6, 7], 0, 0, 12)])
+    alone = served.engine.open(1.0)
+    (again,) = alone.turn([Request(0, [5, 6, 7], 0, 0, 12)])
+    same(served, [said[1]], [again])
+
+
+# -- vLLM's alone --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("served", ["stand-in"], indirect=True)
+def test_an_adapter_is_loaded_once(served):
+    """For each update of it; its file is written for that, and those of earlier ones are removed."""
+    llm, folder = served.engine.llm, served.engine.folder.name
+    for _ in range(3):
+        served.engine.open(1.0)
+    assert llm.reads == 1
+    randomise(served.policy, 1)
+    served.engine.open(1.0)
+    served.engine.open(1.0, "teacher")
+    assert llm.reads == 3 and len(llm.loaded) == 2 and llm.settings["max_lora_rank"] == 8
+    assert len(list(Path(folder).iterdir())) == 2
+
+
+def test_what_vllm_needs(make_policy, monkeypatch):
+    policy = make_policy()
+    with monkeypatch.context() as m:
+        m.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"rollout\.engine is vllm, which is not installed: pip install"):
+            VllmEngine(policy)
+    install(monkeypatch)
+    with pytest.raises(ConfigError, match=r"rollout\.engine is vllm, which needs a GPU"):
+        VllmEngine(policy)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._on_gpu", lambda policy: True)
+    with pytest.raises(ConfigError, match=r"acts with adapters only"):
+        VllmEngine(Policy(policy.settings, adapters=False))
+
+    def refuse(**settings):
+        raise ValueError("Free memory on device cuda:0 is less than desired\nmore")
+
+    monkeypatch.setattr("vllm.LLM", refuse)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._free", lambda policy: 0)
+    with pytest.raises(ConfigError, match=r"rollout\.vllm_memory=0\.4: Free memory on device cuda:0 is less than desired$"):
+        VllmEngine(policy)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match=r"rollout\.engine is sglang"):
+        RolloutSettings(engine="sglang")
+    with pytest.raises(ConfigError, match=r"rollout\.vllm_memory is 1\.5"):
+        RolloutSettings(vllm_memory=1.5)
