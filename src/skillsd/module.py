@@ -191,13 +191,15 @@ class SkillSD(L.LightningModule):
                 return_gap=batch.return_gap[index].to(logp), divergence=divergence,
             )  # fmt: skip
             if apart and terms.distillation.requires_grad:
-                grads = torch.autograd.grad(terms.distillation / n, list(apart), retain_graph=True, allow_unused=True)
+                with self.policy.recomputing():
+                    grads = torch.autograd.grad(terms.distillation / n, list(apart), retain_graph=True, allow_unused=True)
                 for total, g in zip(out.distillation_grad, grads, strict=True):
                     if g is not None:
                         total += g
             loss = self.objective.total(terms, n)
             if loss.requires_grad:  # without a reward, rows that no teacher speaks to teach nothing
-                self.manual_backward(loss)
+                with self.policy.recomputing():
+                    self.manual_backward(loss)
 
             out.gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
             entropy = (student.entropy * mask).sum()

@@ -1,6 +1,7 @@
 """The learner's forward over packed rows, and its kernels' gradients, against autograd on the plain forward."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -182,14 +183,18 @@ def test_scores_and_gradients(both, architecture, quantise):
     assert not results[0][0][~mask].any()
 
 
-def test_two_backwards_of_one_checkpointed_forward(both):
-    """Each term's gradient norm is measured that way."""
+@pytest.mark.parametrize("once", [False, True])
+def test_two_backwards_of_one_checkpointed_forward(both, once):
+    """Each term's gradient norm is measured that way. `once`: the kernels are put in place for all of a backward."""
     policies = both("qwen3", quantise="nf4", gradient_checkpointing=True, **SETTINGS)
     found = []
     for policy in policies:
         logp, params = policy.score("student", rows_of(RAGGED)).logp, policy.student_parameters()
-        apart = torch.autograd.grad(logp[:2].sum(), params, retain_graph=True)
-        logp.sum().backward()
+        with policy.recomputing() if once else nullcontext():
+            apart = torch.autograd.grad(logp[:2].sum(), params, retain_graph=True)
+        with policy.recomputing() if once else nullcontext():
+            logp.sum().backward()
+        assert policy.learner is None or not policy.learner.active
         found.append([*apart, *(p.grad for p in params)])
     close = dict(atol=0.3, rtol=0.1) if GPU else dict(atol=5e-5, rtol=1e-3)
     for a, b in zip(*found, strict=True):

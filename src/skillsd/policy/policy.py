@@ -72,7 +72,7 @@ class Policy(nn.Module):
         self._layers: list[Any] = []  # those that carry adapters
         self._active: str | None = None
         if settings.gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._recomputing})
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._contexts})
         if adapters:
             self._add_adapters()
         self.learner = learn(base, settings.kernels) if adapters else None  # its kernels have no gradients for weights of the base
@@ -278,7 +278,11 @@ class Policy(nn.Module):
         logp, entropy = (torch.zeros(cells, device=x.device).scatter(0, p.cells, x).view(p.shape) for x in (logp, entropy))
         return Scores(logp, entropy, hidden)
 
-    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def recomputing(self) -> AbstractContextManager[None]:
+        """For a backward: puts the kernels in place once, and not anew for each layer that it computes again. Optional."""
+        return self.learner.installed() if self.learner is not None and self.settings.gradient_checkpointing else nullcontext()
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed forward and of the backward's repetition of it, which goes the same way."""
         learner = self.learner
         return nullcontext(), Again(learner) if learner is not None and learner.active else nullcontext()

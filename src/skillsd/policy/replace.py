@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Again(AbstractContextManager[None]):
         self.replacement = replacement
 
     def __enter__(self) -> None:
-        self.context = self.replacement.installed()
+        self.context: AbstractContextManager[None] = nullcontext() if self.replacement.active else self.replacement.installed()
         self.context.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:

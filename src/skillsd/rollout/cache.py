@@ -138,8 +138,8 @@ class SlotCache(Cache):
 
     def _room(self, slots: int, length: int, spare: bool = True) -> tuple[int, int]:
         capacity = self.capacity
-        if length > capacity:  # by half at least: a row that grows token by token seldom moves
-            capacity = -(-max(length, capacity + capacity // 2 if spare else 0) // 64) * 64
+        if length > capacity:  # to the double at least: what is recorded on it seldom becomes void
+            capacity = -(-max(length, 2 * capacity if spare else 0) // 64) * 64
         return max(self.slots, slots), capacity
 
     def bytes_for(self, slots: int, length: int, spare: bool = True) -> int:
