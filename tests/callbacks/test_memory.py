@@ -67,6 +67,22 @@ def test_the_cache_gets_what_is_left(make_policy):
     assert 1 <= room.rows <= 8 and room.bytes(size.token_cache) + size.prefill(room.prefill) <= update
 
 
+def test_an_engine_with_a_cache_of_its_own(make_policy):
+    """What it holds is taken off first; there is no cache of ours, and no prompt is read by the policy."""
+    policy, settings = (
+        make_policy(gradient_checkpointing=True),
+        RolloutSettings(max_rows=8, max_prompt_tokens=300, max_trajectory_tokens=700),
+    )
+    update = Footprint(policy).update(Demand(1000, 64, policy.settings.head_chunk, True))
+    budget = Footprint(policy).static + update + 3 * MIB
+    text, _ = plan(module(policy), settings, budget, held=3 * MIB)
+    assert "cache the engine's, which holds 0.00 besides" in text
+    with pytest.raises(ConfigError, match="the run needs"):
+        plan(module(policy), settings, budget - 1, held=3 * MIB)
+    with pytest.raises(ConfigError, match="the run needs"):
+        plan(module(policy), settings, budget, held=3 * MIB + 1)
+
+
 def test_too_little_memory_names_what_would_fit(make_policy):
     policy = make_policy(head_chunk=2048)
     settings = RolloutSettings(max_rows=2, max_prompt_tokens=300, max_trajectory_tokens=700)

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests.rollout.fake_vllm import install
+from tests.rollout.test_collector import KWARGS, SOKOBAN
 from tests.rollout.test_engine import assert_scored_alike, play
 from transformers import AutoModelForCausalLM
 
+from skillsd.data import RolloutData
 from skillsd.errors import ConfigError
-from skillsd.policy import LoraSettings, Policy, PolicySettings
+from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmEngine
 
@@ -186,6 +188,30 @@ def test_what_vllm_needs(make_policy, monkeypatch):
     monkeypatch.setattr("skillsd.rollout.vllm_engine._free", lambda policy: 0)
     with pytest.raises(ConfigError, match=r"rollout\.vllm_memory=0\.4: Free memory on device cuda:0 is less than desired$"):
         VllmEngine(policy)
+
+
+def test_a_run_s_settings_reach_it(tiny_model, monkeypatch):
+    """`rollout.engine: vllm` in a data module; an iteration of it is played and its log-probs are the policy's."""
+    install(monkeypatch)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._on_gpu", lambda policy: True)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._free", lambda policy: 0)
+    policy = Policy(PolicySettings(model=tiny_model("qwen3"), lora=LoraSettings(r=4)))
+    rollout = RolloutSettings(engine="vllm", vllm_memory=0.25, max_rows=6, max_turn_tokens=4, max_trajectory_tokens=200)
+    data = RolloutData(env=SOKOBAN, env_kwargs=KWARGS, batch_tasks=2, group_size=2, rollout=rollout)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(policy=policy, settings=policy.settings), callbacks=[])
+    data.setup("fit")
+    groups = next(iter(data.train_dataloader()))
+    engine = data.collector.engine
+    assert isinstance(engine, VllmEngine) and engine.llm.settings["max_num_seqs"] == 6
+    assert engine.llm.settings["gpu_memory_utilization"] == 0.25
+    rows = [t for g in groups for t in g.trajectories]
+    assert len(rows) == 4 and all(t.n_actions for t in rows)
+    assert_scored_alike(policy, "student", [(TokenSequence(t.prompt_ids, t.token_ids, t.action_mask), recorded(t)) for t in rows], 1e-5)
+    data.teardown("fit")
+
+
+def recorded(t):
+    return [x for x, acted in zip(t.logprobs, t.action_mask, strict=True) if acted]
 
 
 def test_settings_are_checked():
