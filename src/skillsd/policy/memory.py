@@ -1,4 +1,4 @@
-"""What a run takes of a GPU's memory, from shapes alone: estimates on the safe side, checked against peaks by benchmarks/iteration.py --cap."""
+"""What a run takes of a GPU's memory, from shapes alone: estimates on the safe side, which benchmarks/iteration.py --cap checks."""
 
 from __future__ import annotations
 
