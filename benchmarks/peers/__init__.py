@@ -33,7 +33,8 @@ def measurements(script: str, python: str, timeout: float, **options: Any) -> It
     for key, value in options.items():
         if value is not None:
             command += [f"--{key.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", start_new_session=True) as peer:
+    env = {k: v for k, v in os.environ.items() if k != "PYTORCH_ALLOC_CONF"}  # ours: peers run as they come
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, errors="replace", start_new_session=True) as peer:
         assert peer.stdout is not None
         late = threading.Event()
 

@@ -167,10 +167,13 @@ class RolloutData(L.LightningDataModule):
         return listed
 
     def teardown(self, stage: str) -> None:
-        """Close the environments. The collector is made anew if it is needed again."""
+        """Close the environments and the engine. The collector is made anew if it is needed again."""
         collector, self._collector = self._collector, None
         if collector is not None:
-            collector.close()
+            try:
+                collector.close()
+            finally:
+                collector.engine.close()
 
     def on_exception(self, exception: BaseException) -> None:
         """Close the environments: Lightning calls no `teardown` after an error or an interruption."""

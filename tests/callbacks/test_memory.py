@@ -76,11 +76,11 @@ def test_an_engine_with_a_cache_of_its_own(make_policy):
     update = Footprint(policy).update(Demand(1000, 64, policy.settings.head_chunk, True))
     budget = Footprint(policy).static + update + 3 * MIB
     text, _ = plan(module(policy), settings, budget, held=3 * MIB)
-    assert "cache the engine's, which holds 0.00 besides" in text
+    assert "vLLM 0.00; peak" in text and "cache" not in text
     with pytest.raises(ConfigError, match="the run needs"):
         plan(module(policy), settings, budget - 1, held=3 * MIB)
-    with pytest.raises(ConfigError, match="the run needs"):
-        plan(module(policy), settings, budget, held=3 * MIB + 1)
+    with pytest.raises(ConfigError, match=r"vLLM 0\.01\. .* a smaller rollout\.vllm_memory, or .*rollout\.engine=default\.$"):
+        plan(module(policy, 1), settings, budget, held=4 * MIB + update)
 
 
 def test_too_little_memory_names_what_would_fit(make_policy):

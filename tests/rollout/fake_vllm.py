@@ -30,6 +30,7 @@ class LoRARequest(SimpleNamespace):
 class LLM:
     def __init__(self, **settings):
         self.settings, self.llm_engine = settings, self
+        self.engine_core, self.closed = SimpleNamespace(shutdown=self.shutdown), False
         base = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"])).eval()
         self.model, self.base = None, base
         (kind,) = settings["logits_processors"]
@@ -38,6 +39,9 @@ class LLM:
         self.rows = settings["max_num_seqs"]
         self.waiting, self.batch = [], []
         self.loaded, self.reads = set(), 0
+
+    def shutdown(self):
+        self.closed = True
 
     def add_lora(self, request):
         self.reads += 1

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.rollout.fake_vllm import install
+from tests.rollout.fake_vllm import Direction, install
 from tests.rollout.test_collector import KWARGS, SOKOBAN
 from tests.rollout.test_engine import assert_scored_alike, play
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,8 @@ from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmEngine
+from skillsd.rollout.noise import sample, uniforms
+from skillsd.rollout.vllm_engine import Noise
 
 VLLM = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
 SHAPE = dict(hidden_size=128, intermediate_size=256, head_dim=64, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1)
@@ -50,8 +52,7 @@ def served(request, make_policy, tiny_model, tmp_path_factory, monkeypatch):
     if request.param == "default":
         return SimpleNamespace(policy=policy, engine=InProcessEngine(policy), atol=1e-5, exact=True)
     install(monkeypatch)
-    monkeypatch.setattr("skillsd.rollout.vllm_engine._on_gpu", lambda policy: True)
-    monkeypatch.setattr("skillsd.rollout.vllm_engine._free", lambda policy: 0)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._gpu_bytes", lambda policy: 1 << 30)
     return SimpleNamespace(policy=policy, engine=VllmEngine(policy, rows=5), atol=1e-5, exact=True)
 
 
@@ -157,7 +158,7 @@ def test_rows_that_are_forgotten(served):
 @pytest.mark.parametrize("served", ["stand-in"], indirect=True)
 def test_an_adapter_is_loaded_once(served):
     """For each update of it; its file is written for that, and those of earlier ones are removed."""
-    llm, folder = served.engine.llm, served.engine.folder.name
+    llm, folder = served.engine.llm, served.engine.adapters.name
     for _ in range(3):
         served.engine.open(1.0)
     assert llm.reads == 1
@@ -177,24 +178,80 @@ def test_what_vllm_needs(make_policy, monkeypatch):
     install(monkeypatch)
     with pytest.raises(ConfigError, match=r"rollout\.engine is vllm, which needs a GPU"):
         VllmEngine(policy)
-    monkeypatch.setattr("skillsd.rollout.vllm_engine._on_gpu", lambda policy: True)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._gpu_bytes", lambda policy: 1 << 30)
     with pytest.raises(ConfigError, match=r"acts with adapters only"):
         VllmEngine(Policy(policy.settings, adapters=False))
 
+    with pytest.raises(ConfigError, match=r"policy\.lora\.r is 1024: vLLM takes ranks up to 512"):
+        VllmEngine(SimpleNamespace(device=policy.device, has_adapters=True, settings=PolicySettings(lora=LoraSettings(r=1024))))
+    with pytest.raises(ConfigError, match=r"takes the first GPU, and the policy is on cuda:1: set trainer\.devices to 1"):
+        VllmEngine(SimpleNamespace(device=torch.device("cuda:1"), has_adapters=True, settings=policy.settings))
+
     def refuse(**settings):
-        raise ValueError("Free memory on device cuda:0 is less than desired\nmore")
+        raise ValueError("To serve max_model_len (1024), decrease it\nor increase gpu_memory_utilization")
 
     monkeypatch.setattr("vllm.LLM", refuse)
-    monkeypatch.setattr("skillsd.rollout.vllm_engine._free", lambda policy: 0)
-    with pytest.raises(ConfigError, match=r"rollout\.vllm_memory=0\.4: Free memory on device cuda:0 is less than desired$"):
+    said = r"vllm_memory 0\.4, policy\.context_length 1024\): To serve policy\.context_length .* increase rollout\.vllm_memory$"
+    with pytest.raises(ConfigError, match=said):
         VllmEngine(policy)
+
+
+@pytest.mark.parametrize("served", ["stand-in"], indirect=True)
+def test_what_an_error_leaves(served):
+    """A session that something still holds: its requests end before the adapter that they name, and a load that fails is tried again."""
+    held, llm = served.engine.open(1.0), served.engine.llm
+    held.submit([Request(0, [5, 6, 7], 0, 0, 50)])
+    held.step()
+    served.engine.release(everything=True)
+    assert not served.engine._asked
+    held.submit([Request(1, [5, 6, 7], 0, 0, 50)])
+    served.policy.student_changed()  # as after an optimizer that counts nothing
+    load, llm.add_lora = llm.add_lora, lambda request: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        served.engine.open(1.0)
+    assert not served.engine._asked and llm.reads == 1
+    llm.add_lora = load
+    assert_scored_alike(served.policy, "student", play(served.policy, engine=served.engine), served.atol)
+    served.engine.close()
+    assert llm.closed and not Path(served.engine.adapters.name).exists()
+
+
+def test_rows_of_a_batch_that_move():
+    """As vLLM tells of it: filled slots are not among the removed, a resumed row has another list, tokens may not be known yet (-1)."""
+
+    def row(key, temperature=1.0):
+        return SimpleNamespace(extra_args={"skillsd": {"key": key, "position": 10 * key, "temperature": temperature}})
+
+    def update(removed=(), added=(), moved=()):
+        return SimpleNamespace(removed=removed, added=added, moved=moved)
+
+    def sits():
+        return {i: (n["key"], n["position"] + len(y)) for i, (n, y) in noise.rows.items()}
+
+    noise, sampled = Noise(), [[] for _ in range(6)]
+    noise.update_state(update(added=[(i, row(i), None, sampled[i]) for i in range(3)]))
+    sampled[0] += [7, -1]
+    noise.update_state(None)
+    assert sits() == {0: (0, 2), 1: (1, 10), 2: (2, 20)}
+    noise.update_state(update(added=[(1, row(4), None, sampled[4])]))
+    assert sits() == {0: (0, 2), 1: (4, 40), 2: (2, 20)}
+    noise.update_state(update(moved=[(2, 0, Direction.UNIDIRECTIONAL)]))
+    assert sits() == {0: (2, 20), 1: (4, 40)}
+    noise.update_state(update(removed=[0], added=[(2, row(5, 0.0), None, [1, 2, 3])], moved=[(1, 0, Direction.SWAP)]))
+    assert sits() == {0: (4, 40), 2: (5, 53)}
+    noise.update_state(update(added=[(1, SimpleNamespace(extra_args=None), None, [])]))
+    given = torch.randn(3, 11)
+    out = noise.apply(given.clone())
+    for i, temperature, key, position in ((0, 1.0, 4, 40), (2, 0.0, 5, 53)):
+        ids, logp = sample(given[i : i + 1], uniforms(torch.tensor([key]), torch.tensor([position])), temperature)
+        assert out[i].argmax() == ids and out[i].max() == logp and out[i].isfinite().sum() == 1
+    assert torch.equal(out[1], given[1]), "somebody else's row"
 
 
 def test_a_run_s_settings_reach_it(tiny_model, monkeypatch):
     """`rollout.engine: vllm` in a data module; an iteration of it is played and its log-probs are the policy's."""
     install(monkeypatch)
-    monkeypatch.setattr("skillsd.rollout.vllm_engine._on_gpu", lambda policy: True)
-    monkeypatch.setattr("skillsd.rollout.vllm_engine._free", lambda policy: 0)
+    monkeypatch.setattr("skillsd.rollout.vllm_engine._gpu_bytes", lambda policy: 1 << 30)
     policy = Policy(PolicySettings(model=tiny_model("qwen3"), lora=LoraSettings(r=4)))
     rollout = RolloutSettings(engine="vllm", vllm_memory=0.25, max_rows=6, max_turn_tokens=4, max_trajectory_tokens=200)
     data = RolloutData(env=SOKOBAN, env_kwargs=KWARGS, batch_tasks=2, group_size=2, rollout=rollout)
@@ -208,6 +265,7 @@ def test_a_run_s_settings_reach_it(tiny_model, monkeypatch):
     assert len(rows) == 4 and all(t.n_actions for t in rows)
     assert_scored_alike(policy, "student", [(TokenSequence(t.prompt_ids, t.token_ids, t.action_mask), recorded(t)) for t in rows], 1e-5)
     data.teardown("fit")
+    assert engine.llm.closed
 
 
 def recorded(t):

@@ -49,13 +49,12 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) 
     """The plan as text, and what is left for the rollout, for `budget` bytes, of which `held` are an engine's own. See `MemoryPlan`."""
     policy = module.policy
     size = Footprint(policy, decodes=not held)
-    budget -= held
     longest = min(policy.context_length, rollout.max_prompt_tokens + rollout.max_trajectory_tokens)
     d = Demand(
         longest, module.micro_batch_tokens, policy.settings.head_chunk, policy.settings.gradient_checkpointing,
         module.objective.signal.distributional, bool(module.grad_norm_every),
     )  # fmt: skip
-    left = budget - size.static
+    left = budget - held - size.static
     update, episode = size.update(d), longest * size.token_cache
 
     def cache(rows: int) -> int:
@@ -71,32 +70,34 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) 
         return size.update(e) <= left and reading + e.longest * size.token_cache <= left
 
     if update > left or read + episode > left:
-        raise ConfigError(_too_much(size, d, budget, max(update, read + episode), fits))
+        raise ConfigError(_too_much(size, d, budget, held, max(update, read + episode), fits))
     fitting = next(r for r in range(rollout.max_rows, 0, -1) if r == 1 or read + cache(r) <= left)
     keep = fitting == rollout.max_rows and max(update, read) + cache(fitting) <= left
-    peak = size.static + (cache(fitting) + max(update, read) if keep else max(update, cache(fitting) + read))
+    peak = held + size.static + (cache(fitting) + max(update, read) if keep else max(update, cache(fitting) + read))
     parts = {
         "weights": _gib(size.weights), "adapters": _gib(size.adapters), "optimizer": _gib(size.optimizer),
         "activations": f"{_gib(size.activations(d))} ({d.tokens} tokens)",
         "logits": f"{_gib(size.logits(d))} ({min(d.chunk, d.tokens)} tokens)",
         "cache": f"{_gib(cache(fitting))} ({fitting} x {longest} tokens{'' if keep else ', given back before each update'})",
     }  # fmt: skip
-    if held:
-        parts["cache"] = f"the engine's, which holds {_gib(held)} besides"
+    if held:  # the cache is in it
+        parts = {k: v for k, v in parts.items() if k != "cache"} | {"vLLM": _gib(held)}
     text = ", ".join(f"{k} {v}" for k, v in parts.items())
     return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", Room(fitting, longest, keep, prefill)
 
 
-def _too_much(size: Footprint, d: Demand, budget: int, needed: int, fits: Callable[[Demand], bool]) -> str:
+def _too_much(size: Footprint, d: Demand, budget: int, held: int, needed: int, fits: Callable[[Demand], bool]) -> str:
     always = size.adapters + size.optimizer
     text = (
-        f"the run needs {_gib(size.static + needed)} GiB of memory and {_gib(budget)} are available: weights {_gib(size.weights)}, "
+        f"the run needs {_gib(held + size.static + needed)} GiB of memory and {_gib(budget)} are available: weights {_gib(size.weights)}, "
         f"adapters and optimizer {_gib(always)}, an update of {d.tokens} tokens {_gib(size.update(d))}, "
-        f"a cached token {size.token_cache / 2**10:.0f} KiB. "
+        + (f"vLLM {_gib(held)}. " if held else f"a cached token {size.token_cache / 2**10:.0f} KiB. ")
     )
     changes = [", ".join(f"{k}={str(v).lower()}" for k, v in keys.items()) for keys in size.easier(d, fits)]
     if changes:
         return text + "It would fit with: " + "; or ".join(changes) + "."
+    if held:
+        return text + "Give vLLM less with a smaller rollout.vllm_memory, or do without it: rollout.engine=default."
     return text + "No setting makes it fit: choose a smaller policy.model, or policy.quantise=nf4."
 
 

@@ -50,6 +50,7 @@ class Policy(nn.Module):
         model: The same with its adapters around it.
         teacher_is_student: Whether the two adapters hold equal weights, so that an empty skill needs no teacher forward. Whoever
             steps the optimizer says so with `student_changed`.
+        updates: How often each adapter was changed.
     """
 
     def __init__(self, settings: PolicySettings, device: torch.device | str = "cpu", adapters: bool = True) -> None:
@@ -68,11 +69,14 @@ class Policy(nn.Module):
         self.learner = None
         self.model: Any = base
         self.teacher_is_student = True
+        self.updates = dict.fromkeys(ADAPTERS, 0)
         self._adapters: dict[str, dict[str, nn.Parameter]] = {}
         self._layers: list[Any] = []  # those that carry adapters
         self._active: str | None = None
         if settings.gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._contexts})
+            base.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._checkpoint_contexts}
+            )
         if adapters:
             self._add_adapters()
         self.learner = learn(base, settings.kernels) if adapters else None  # its kernels have no gradients for weights of the base
@@ -175,6 +179,7 @@ class Policy(nn.Module):
     def student_changed(self) -> None:
         """The optimizer has made a step: from here to the next `sync` the adapters differ."""
         self.teacher_is_student = False
+        self.updates["student"] += 1
 
     def sync(self) -> None:
         """theta_bar <- theta: the teacher becomes a copy of the student."""
@@ -183,6 +188,7 @@ class Policy(nn.Module):
             for k, p in teacher.items():
                 p.copy_(student[k])
         self.teacher_is_student = True
+        self.updates["teacher"] += 1
 
     def ema(self, rate: float) -> None:
         """theta_bar <- (1 - rate) theta_bar + rate theta, over the LoRA tensors. rate in (0, 1]."""
@@ -192,6 +198,7 @@ class Policy(nn.Module):
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.values()), [student[k] for k in teacher], rate)
         self.teacher_is_student = self.teacher_is_student or rate == 1.0
+        self.updates["teacher"] += 1
 
     def student_parameters(self) -> list[nn.Parameter]:
         """What the optimizer updates."""
@@ -211,6 +218,7 @@ class Policy(nn.Module):
         with torch.no_grad():
             for k, p in mine.items():
                 p.copy_(state[k])
+        self.updates = {name: n + 1 for name, n in self.updates.items()}
         student, teacher = self.adapter("student"), self.adapter("teacher")
         self.teacher_is_student = all(torch.equal(student[k], teacher[k]) for k in teacher)
 
@@ -279,10 +287,13 @@ class Policy(nn.Module):
         return Scores(logp, entropy, hidden)
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """For a backward: puts the kernels in place once, and not anew for each layer that it computes again. Optional."""
+        """For a backward of `score`: puts the kernels in place once, and not anew for each layer that it computes again.
+
+        It may be left out.
+        """
         return self.learner.installed() if self.learner is not None and self.settings.gradient_checkpointing else nullcontext()
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed forward and of the backward's repetition of it, which goes the same way."""
         learner = self.learner
         return nullcontext(), Again(learner) if learner is not None and learner.active else nullcontext()

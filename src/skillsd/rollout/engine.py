@@ -95,7 +95,7 @@ class Engine(Protocol):
 
     Attributes:
         room: What the rollout may take of the memory (`callbacks.memory`); None sets no limit.
-        held: Bytes of the GPU that are the engine's own for good, beside the policy.
+        held: Bytes of the GPU that are the engine's own, with a second copy of the base; 0 for one that decodes with the policy itself.
     """
 
     room: Room | None
@@ -111,7 +111,10 @@ class Engine(Protocol):
         """The longest row that is sure to find room alone."""
 
     def release(self, everything: bool = False) -> None:
-        """The rollout is over: give back memory that others need, or all."""
+        """The rollout is over: give back memory that others need, or all, after an error too."""
+
+    def close(self) -> None:
+        """It is not used again."""
 
 
 class InProcessEngine:
@@ -159,6 +162,9 @@ class InProcessEngine:
             self._kept = None
             gc.collect()
             torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        self._kept = None
 
 
 @dataclass(eq=False)

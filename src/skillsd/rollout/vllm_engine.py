@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -46,29 +47,40 @@ class VllmEngine:
         eager: Without compilation and CUDA graphs: slower, and ready sooner.
 
     Attributes:
-        held: Bytes that it has taken of the GPU for good.
+        held: Its share of the GPU in bytes.
         room: Not used.
 
     Raises:
-        ConfigError: vLLM or a GPU is missing, the policy has no adapters, or vLLM refuses the model.
+        ConfigError: vLLM or a GPU is missing, the policy has no adapters or is not on the first GPU, or vLLM refuses the model.
     """
 
     def __init__(self, policy: Policy, rows: int = 64, memory: float = 0.4, eager: bool = False) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError("rollout.engine is vllm, which is not installed: pip install 'skillsd[vllm]', or set it to default.")
-        if not _on_gpu(policy):
+        total = _gpu_bytes(policy)
+        if not total:
             raise ConfigError("rollout.engine is vllm, which needs a GPU: set it to default, or trainer.accelerator to gpu.")
+        if policy.device.index:
+            raise ConfigError(
+                f"rollout.engine is vllm, which takes the first GPU, and the policy is on {policy.device}: set trainer.devices to 1 "
+                f"and CUDA_VISIBLE_DEVICES to {policy.device.index}."
+            )
         if not policy.has_adapters:
             raise ConfigError("rollout.engine is vllm, which acts with adapters only: set it to default.")
+        if policy.settings.lora.r > RANKS[-1]:
+            raise ConfigError(f"policy.lora.r is {policy.settings.lora.r}: vLLM takes ranks up to {RANKS[-1]}.")
         self.policy = policy
         self.room: Room | None = None
-        self.folder = tempfile.TemporaryDirectory(prefix="skillsd-adapters-")
+        self.held = int(memory * total)
         log.warning("vLLM starts and loads the base a second time: this takes a minute or two.")
-        before = _free(policy)
-        self.llm = self._start(rows, memory, eager)
-        self.held = before - _free(policy)
+        try:
+            self.llm = self._start(rows, memory, eager)
+        except (ImportError, OSError, ValueError, RuntimeError, AssertionError, NotImplementedError) as e:
+            given = f"rollout.vllm_memory {memory}, policy.context_length {policy.context_length}"
+            raise ConfigError(f"rollout.engine: vLLM does not start with {policy.settings.model} ({given}): {_told(e)}") from e
+        self.adapters = tempfile.TemporaryDirectory(prefix="skillsd-adapters-")
         self._serial = itertools.count(1)
-        self._loaded: dict[str, tuple[Any, Any]] = {}  # adapter -> its tensors' versions, and the request that names it
+        self._loaded: dict[str, tuple[Any, Any]] = {}  # adapter -> its state then, and the request that names it
         self._asked: dict[str, weakref.ref[VllmSession]] = {}  # unfinished requests, of whom
 
     def _start(self, rows: int, memory: float, eager: bool) -> Any:
@@ -77,48 +89,49 @@ class VllmEngine:
             os.environ.setdefault(key, value)
         from vllm import LLM
 
-        s = self.policy.settings
-        stored = getattr(AutoConfig.from_pretrained(model_folder(s.model)), "dtype", None)
-        if s.quantise == "nf4" and stored != self.policy.base.dtype:
-            log.warning(
-                "%s is stored in %s: vLLM quantises that, the policy quantises it rounded to %s, and a few weights get other codes.",
-                s.model, stored, self.policy.base.dtype,
-            )  # fmt: skip
-        options: dict[str, Any] = {"quantization": "bitsandbytes", "load_format": "bitsandbytes"} if s.quantise == "nf4" else {}
+        s, dtype = self.policy.settings, self.policy.base.dtype
+        folder = model_folder(s.model)
+        options: dict[str, Any] = {}
+        if s.quantise == "nf4":
+            options = {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
+            if (stored := getattr(AutoConfig.from_pretrained(folder), "dtype", None)) != dtype:
+                text = "%s is stored in %s: vLLM quantises that, the policy quantises it rounded to %s, and a few weights get other codes."
+                log.warning(text, s.model, stored, dtype)
         options["compilation_config"] = {"cudagraph_capture_sizes": [*(n for n in (1, 2, 4, *range(8, rows, 8)) if n < rows), rows]}
-        random_state = random.getstate()  # vLLM seeds what is the whole process's
+        before = random.getstate(), np.random.get_state()  # vLLM seeds what is the whole process's
         try:
             with torch.random.fork_rng():
                 return LLM(
-                    model=model_folder(s.model), dtype=str(self.policy.base.dtype).removeprefix("torch."), skip_tokenizer_init=True,
+                    model=folder, dtype=str(dtype).removeprefix("torch."), skip_tokenizer_init=True,
                     max_model_len=self.policy.context_length, max_num_seqs=rows, gpu_memory_utilization=memory, enforce_eager=eager,
                     enable_prefix_caching=True, enable_lora=True, max_loras=2, logits_processors=[noise_processor()],
-                    max_lora_rank=next((r for r in RANKS if r >= s.lora.r), s.lora.r), logprobs_mode="processed_logits",
+                    max_lora_rank=next(r for r in RANKS if r >= s.lora.r), logprobs_mode="processed_logits",
                     disable_log_stats=True, seed=0, **options,
                 ).llm_engine  # fmt: skip
-        except (ValueError, RuntimeError) as e:
-            raise ConfigError(f"rollout.engine: vLLM does not start with {s.model} in rollout.vllm_memory={memory}: {_first(e)}") from e
         finally:
-            random.setstate(random_state)
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
     def open(self, temperature: float, adapter: str | None = "student") -> VllmSession:
         """What a session that is gone has left unfinished is dropped."""
-        if left := [name for name, session in self._asked.items() if session() is None]:
-            self.abort(left)
+        self.abort([name for name, session in self._asked.items() if session() is None])
         return VllmSession(self, temperature, self._adapter(adapter) if adapter is not None else None)
 
     def _adapter(self, name: str) -> Any:
         """vLLM's name of an adapter as it is now; what has changed since is written and loaded under a new one."""
         from vllm.lora.request import LoRARequest
 
-        now = tuple((p.data_ptr(), p._version) for p in self.policy.adapter(name).values())
+        # Some optimizers do not count what they do to a tensor, and some hands do not call `student_changed`.
+        now = self.policy.updates[name], tuple((p.data_ptr(), p._version) for p in self.policy.adapter(name).values())
         then, request = self._loaded.get(name, (None, None))
         if then != now:
             if request is not None:
+                del self._loaded[name]
+                self.abort([n for n, session in self._asked.items() if (s := session()) is None or s.lora is request])
                 self.llm.remove_lora(request.lora_int_id)
                 shutil.rmtree(Path(request.lora_path).parent)
             number = next(self._serial)
-            folder = Path(self.folder.name, str(number))
+            folder = Path(self.adapters.name, str(number))
             self.policy.save_adapter(folder, name)
             request = LoRARequest(f"{name}-{number}", number, str(folder / name))
             self.llm.add_lora(request)
@@ -132,7 +145,14 @@ class VllmEngine:
         return self.policy.context_length
 
     def release(self, everything: bool = False) -> None:
-        """Nothing: vLLM keeps what it has."""
+        """vLLM keeps its memory. `everything`: whatever is unfinished is dropped, of a session that an error holds on to, too."""
+        if everything:
+            self.abort(list(self._asked))
+
+    def close(self) -> None:
+        self.abort(list(self._asked))
+        self.llm.engine_core.shutdown()
+        self.adapters.cleanup()
 
     def ask(self, session: VllmSession, name: str, ids: list[int], request: Request) -> None:
         """Begin a turn."""
@@ -151,7 +171,8 @@ class VllmEngine:
         """Drop unfinished requests."""
         for name in names:
             del self._asked[name]
-        self.llm.abort_request(list(names))
+        if names:
+            self.llm.abort_request(list(names))
 
     def step(self) -> None:
         """One step of everybody's rows; who has ended goes to its session."""
@@ -261,15 +282,15 @@ def noise_processor() -> type:
     return type("Noise", (Noise, LogitsProcessor), {})
 
 
-def _on_gpu(policy: Policy) -> bool:
-    return policy.device.type == "cuda"
+def _gpu_bytes(policy: Policy) -> int:
+    """Of the GPU's memory; 0 without one."""
+    return torch.cuda.get_device_properties(policy.device).total_memory if policy.device.type == "cuda" else 0
 
 
-def _free(policy: Policy) -> int:
-    torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info(policy.device)[0])
-
-
-def _first(e: Exception) -> str:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return lines[0] if lines else repr(e)
+def _told(e: Exception) -> str:
+    """What vLLM said, under the names that its settings have here."""
+    errors = getattr(e, "errors", None)  # pydantic's
+    text = "; ".join(str(x.get("msg")) for x in errors()) if callable(errors) else str(e)
+    for theirs, ours in (("max_model_len", "policy.context_length"), ("gpu_memory_utilization", "rollout.vllm_memory")):
+        text = text.replace(theirs, ours)
+    return " ".join(text.split())[:600] or repr(e)
