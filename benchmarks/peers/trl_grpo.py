@@ -11,8 +11,6 @@ the step's peak memory in GiB. Completions never end early. On a CPU the base is
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import tempfile
 import time
@@ -20,22 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRL_EXPERIMENTAL_SILENCE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "NCCL_SOCKET_IFNAME": "lo",
-}
-
-
-def say(**measured: Any) -> None:
-    print(json.dumps(measured), flush=True)
+from standalone import say, set_environment
 
 
 def make_prompts(tokenizer: Any, count: int, length: int) -> list[str]:
@@ -145,8 +128,7 @@ def main() -> None:
     a = parser.parse_args()
     if a.prompts * a.group % min(a.micro_batch, a.prompts * a.group):
         parser.error("--micro-batch does not divide the completions")
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    set_environment(TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
     random.seed(0)
     start = time.perf_counter()
     trainer = build(a)

@@ -14,22 +14,8 @@ import os
 import random
 import statistics
 import time
-from typing import Any
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "NCCL_SOCKET_IFNAME": "lo",
-}
-
-
-def say(**measured: Any) -> None:
-    print(json.dumps(measured), flush=True)
+from standalone import say, set_environment
 
 
 class Engine:
@@ -86,8 +72,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory that vLLM may take")
     a = parser.parse_args()
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    set_environment()
     start = time.perf_counter()
     engine = Engine(a)
     say(startup_s=round(time.perf_counter() - start, 1))

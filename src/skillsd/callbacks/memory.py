@@ -78,10 +78,11 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) 
         "weights": _gib(size.weights), "adapters": _gib(size.adapters), "optimizer": _gib(size.optimizer),
         "activations": f"{_gib(size.activations(d))} ({d.tokens} tokens)",
         "logits": f"{_gib(size.logits(d))} ({min(d.chunk, d.tokens)} tokens)",
-        "cache": f"{_gib(cache(fitting))} ({fitting} x {longest} tokens{'' if keep else ', given back before each update'})",
     }  # fmt: skip
     if held:  # the cache is in it
-        parts = {k: v for k, v in parts.items() if k != "cache"} | {"vLLM": _gib(held)}
+        parts["vLLM"] = _gib(held)
+    else:
+        parts["cache"] = f"{_gib(cache(fitting))} ({fitting} x {longest} tokens{'' if keep else ', given back before each update'})"
     text = ", ".join(f"{k} {v}" for k, v in parts.items())
     return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", Room(fitting, longest, keep, prefill)
 

@@ -75,7 +75,7 @@ class VllmEngine:
         log.warning("vLLM starts and loads the base a second time: this takes a minute or two.")
         try:
             self.llm = self._start(rows, memory, eager)
-        except (ImportError, OSError, ValueError, RuntimeError, AssertionError, NotImplementedError) as e:
+        except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as e:
             given = f"rollout.vllm_memory {memory}, policy.context_length {policy.context_length}"
             raise ConfigError(f"rollout.engine: vLLM does not start with {policy.settings.model} ({given}): {_told(e)}") from e
         self.adapters = tempfile.TemporaryDirectory(prefix="skillsd-adapters-")
@@ -154,8 +154,8 @@ class VllmEngine:
         self.llm.engine_core.shutdown()
         self.adapters.cleanup()
 
-    def ask(self, session: VllmSession, name: str, ids: list[int], request: Request) -> None:
-        """Begin a turn."""
+    def ask(self, session: VllmSession, ids: list[int], request: Request) -> str:
+        """Begin a turn; the name of its request."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -164,8 +164,10 @@ class VllmEngine:
             temperature=0.0, max_tokens=request.limit, stop_token_ids=list(self.policy.stop_ids), ignore_eos=True, logprobs=0,
             detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, extra_args={"skillsd": noise},
         )  # fmt: skip
+        name = str(next(self._serial))
         self._asked[name] = weakref.ref(session)
         self.llm.add_request(name, {"prompt_token_ids": ids}, params, lora_request=session.lora)
+        return name
 
     def abort(self, names: Sequence[str]) -> None:
         """Drop unfinished requests."""
@@ -202,9 +204,7 @@ class VllmSession(Session):
         for r in requests:
             ids = self.ids.setdefault(r.row, [])
             ids += r.new_ids
-            name = f"{next(self.engine._serial)}"
-            self.going[name] = r.row
-            self.engine.ask(self, name, list(ids), r)
+            self.going[self.engine.ask(self, list(ids), r)] = r.row
 
     def ended(self, name: str, output: Any) -> None:
         """vLLM has finished a request: its `CompletionOutput`."""
@@ -223,8 +223,7 @@ class VllmSession(Session):
 
     def forget(self, rows: Iterable[int]) -> None:
         gone = set(rows)
-        if left := [name for name, row in self.going.items() if row in gone]:
-            self.engine.abort(left)
+        self.engine.abort([name for name, row in self.going.items() if row in gone])
         self.going = {name: row for name, row in self.going.items() if row not in gone}
         self.done = [(row, c) for row, c in self.done if row not in gone]
         for row in gone:
@@ -265,12 +264,8 @@ class Noise:
         for t in sorted({noise["temperature"] for noise, _ in self.rows.values()}):
             mine = [(i, n["key"], n["position"] + len(y)) for i, (n, y) in self.rows.items() if n["temperature"] == t]
             index, keys, positions = torch.tensor(mine, dtype=torch.int64).to(logits.device, non_blocking=True).unbind(1)
-            everybody = len(mine) == len(logits)
             ids, logp = sample(logits[index], uniforms(keys, positions), t)
-            if everybody:
-                logits.fill_(-torch.inf)
-            else:
-                logits[index] = -torch.inf
+            logits[index] = -torch.inf
             logits[index, ids] = logp
         return logits
 
