@@ -3,8 +3,8 @@
     python benchmarks/continuous.py --size 0.6B --episodes 64 --group 8 --delay 0.05          # a GPU
     python benchmarks/continuous.py --size tiny --episodes 4 --group 2 --turns 2 4 --device cpu
 
-Busy is the time in which a kernel or a copy runs on the GPU, by a profiler in a second run of the same rollout, as a share of that run and
-of the first one, which has no profiler. On a CPU it is the time in the stepper's calls. The warm-up plays the episodes that start together.
+Busy is the share of the time in which a kernel or a copy runs on the GPU, by a profiler in windows of 40 steps in every 160, of a second
+run of the same rollout. On a CPU it is the time in the stepper's calls. The warm-up plays the episodes that start together.
 `lockstep` gives all rows of a turn together and waits for all environments, as an engine without slots must.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 import time
 from functools import partial
@@ -25,8 +26,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from skillsd.policy import LoraSettings, Policy, PolicySettings
-from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Row
-from skillsd.rollout.engine import InProcessSession
+from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Room, Row
+from skillsd.rollout.engine import CUDA_PREFILL, InProcessSession
 from skillsd.rollout.step import Stepper
 from skillsd.trajectory import Task
 
@@ -51,14 +52,22 @@ class Load(gymnasium.Env[str, str]):
 
 
 class Steps:
-    """Counts the stepper's calls, and the seconds in them."""
+    """Counts the stepper's calls and the seconds in them; with a window, profiles that many steps out of every four times as many."""
 
-    def __init__(self) -> None:
-        self.count, self.seconds = 0, 0.0
+    def __init__(self, window: int = 0) -> None:
+        self.window, self.count, self.seconds = window, 0, 0.0
+        self.busy = self.profiled = 0.0
+        self.profiler: Any = None
         Stepper.feed, Stepper.decode = (self.around(f) for f in STEPS)  # type: ignore[method-assign]
 
     def around(self, step: Any) -> Any:
         def timed(*args: Any) -> Any:
+            if self.window and self.count % (4 * self.window) == self.window:
+                self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA]).__enter__()
+                torch.cuda.synchronize()
+                self.began = time.perf_counter()
+            elif self.profiler and self.count % (4 * self.window) == 2 * self.window:
+                self.close()
             start = time.perf_counter()
             out = step(*args)
             self.seconds += time.perf_counter() - start
@@ -67,11 +76,20 @@ class Steps:
 
         return timed
 
+    def close(self) -> None:
+        """Ends a window. What the rollout does meanwhile is in no window."""
+        if self.profiler:
+            torch.cuda.synchronize()
+            self.profiled += time.perf_counter() - self.began
+            self.profiler.__exit__(None, None, None)
+            self.busy += busy(self.profiler)
+            self.profiler = None
+
 
 STEPS = Stepper.feed, Stepper.decode
 
 
-def busy(profiled: Any, wall: float) -> float:
+def busy(profiled: Any) -> float:
     """Seconds that the GPU worked: the union of its kernels and copies, those in CUDA graphs too."""
     events = (e for e in profiled.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA)
     spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events)
@@ -79,9 +97,6 @@ def busy(profiled: Any, wall: float) -> float:
     for a, b in spans:
         total += max(0, b - max(a, end))
         end = max(a, b, end)
-    covered = (end - spans[0][0]) / 1e9 if spans else 0.0
-    if covered < 0.9 * wall:
-        print(f"the profiler's {len(spans)} events cover {covered:.1f} of {wall:.1f} s: some may be lost", flush=True)
     return total / 1e9
 
 
@@ -101,6 +116,7 @@ def main() -> None:
     parser.add_argument("--turn-tokens", type=int, default=32)
     parser.add_argument("--words", type=int, default=60, help="of an observation; a prompt has four times as many")
     parser.add_argument("--delay", type=float, default=0.05, help="mean seconds of an environment's step, exponential")
+    parser.add_argument("--window", type=int, default=40, help="steps that are profiled, of every four times as many")
     parser.add_argument("--workers", type=int, default=32)
     parser.add_argument("--kinds", nargs="+", default=["continuous", "lockstep"])
     parser.add_argument("--device", default="cuda")
@@ -110,35 +126,35 @@ def main() -> None:
     policy = Policy(settings, a.device)
     gymnasium.register("bench/Load-v0", Load, disable_env_checker=True, order_enforce=False)
     print(f"Qwen3-{a.size}, {a.episodes} episodes of {a.turns[0]} to {a.turns[1]} turns, {a.rows} at a time, {a.delay * 1e3:.0f} ms a step")
-    print("| | seconds | sampled tok/s | steps | busy s | of the run | profiled s | busy of it |\n|---|" + "---:|" * 7, flush=True)
+    print("| | seconds | sampled tok/s | steps | measured s | busy |\n|---|" + "---:|" * 5, flush=True)
     rng = random.Random(0)
     rows = [Row(Task(str(i), options={"turns": rng.randint(*a.turns), "prompt": i // a.group})) for i in range(a.episodes)]
+    longest = 5 * a.words + a.turns[1] * (a.words + a.turn_tokens + 20)
     for name in a.kinds:
         engine = InProcessEngine(policy)
+        engine.room = Room(a.rows, longest, True, CUDA_PREFILL)  # as the memory plan gives where there is enough
         collector = Collector(
             "bench/Load-v0", dict(delay=a.delay, words=a.words), Chat(policy.tokenizer, policy.stop_ids), engine,
-            RolloutSettings(max_turn_tokens=a.turn_tokens, max_rows=a.rows, env_workers=a.workers, max_trajectory_tokens=30000), 40000,
+            RolloutSettings(max_turn_tokens=a.turn_tokens, max_rows=a.rows, env_workers=a.workers, max_trajectory_tokens=longest), longest,
         )  # fmt: skip
         if name == "lockstep":
             engine.open = partial(lockstep, engine.open)  # type: ignore[method-assign]
 
-        def collect(some: list[Row], collector: Collector = collector) -> tuple[float, int, Steps]:
-            steps, start = Steps(), time.perf_counter()
+        def collect(some: list[Row], window: int = 0, collector: Collector = collector) -> tuple[float, int, Steps]:
+            steps, start = Steps(window), time.perf_counter()
             played = collector.collect(some, seed=0, iteration=0)
-            return time.perf_counter() - start, sum(t.n_actions for t in played), steps
+            seconds = time.perf_counter() - start
+            steps.close()
+            return seconds, sum(t.n_actions for t in played), steps
 
-        collect(rows[: a.rows])
+        for _ in range(2):  # shapes are recorded when they are met again
+            print(f"{name}: warm-up of {collect(rows[: a.rows])[0]:.1f} s", file=sys.stderr, flush=True)
         wall, tokens, steps = collect(rows)
-        profiled, seconds = wall, steps.seconds
+        seconds, measured = steps.seconds, wall
         if policy.device.type == "cuda":
-            with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as p:
-                profiled = collect(rows)[0]
-            seconds = busy(p, profiled)
-        print(
-            f"| {name} | {wall:.1f} | {tokens / wall:.0f} | {steps.count} | {seconds:.1f} | {seconds / wall:.0%} | {profiled:.1f} "
-            f"| {seconds / profiled:.0%} |",
-            flush=True,
-        )
+            profiled = collect(rows, a.window)[2]
+            seconds, measured = profiled.busy, profiled.profiled
+        print(f"| {name} | {wall:.1f} | {tokens / wall:.0f} | {steps.count} | {measured:.1f} | {seconds / measured:.0%} |", flush=True)
         collector.close()
 
 

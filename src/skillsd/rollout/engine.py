@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skillsd.policy import Policy, fuse
 from skillsd.rollout.cache import Room
-from skillsd.rollout.step import HEAD, WIDTHS, Stepper, bucket
+from skillsd.rollout.step import HEAD, MOST_FED, WIDTHS, Stepper, bucket
 
 PREFILL, CUDA_PREFILL = 4096, 16384  # most tokens, padding included, of one forward over several rows: they stay in a CPU's cache
 ADMIT = 0.125  # rows wait until they are this share of all that decode: one forward for several
@@ -330,7 +330,7 @@ class InProcessSession(Session):
         width, parts = max(sizes), spans(sizes, self.prefill)
         if self.stepper.static and width <= WIDTHS[-1]:
             fixed = next(w for w in WIDTHS if w >= width)
-            if fixed * bucket(len(rows), 8) <= self.prefill:
+            if fixed * bucket(len(rows), 8) <= min(self.prefill, MOST_FED):
                 width, parts = fixed, [(0, len(rows))]
         longest = max(row.seen + n - row.shared for row, n in zip(rows, sizes, strict=True))
         result = self.stepper.feed(_packed([row.packed() for row in rows], width), parts, longest, self.temperature, self.adapter)

@@ -25,7 +25,8 @@ HEAD = 7
 """Columns of a packed step before its ids: start, number of ids, slot, how many keys lie in another slot, that slot (the cache's places:
 see `policy.kernels.reference.keys_of`), noise key, noise position."""
 START, COUNT, SLOT, KEY, POSITION = 0, 1, 2, 5, 6
-WIDTHS = (1, 8, 16, 32, 48, 64)  # new ids of a row; a longer prompt takes the dynamic path
+WIDTHS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # new ids of a row; a longer prompt takes the dynamic path
+MOST_FED = 4096  # tokens of a recorded forward, padding included: more keep a GPU busy for longer than launching them takes
 MOST_GRAPHS = 128
 SHARE = 4  # the kept cache may take this part of the device's memory, as 1 / SHARE
 
