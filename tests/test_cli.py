@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from skillsd import __version__, cli, conf_dir, errors
-from skillsd.callbacks.resume import _InPlace
+from skillsd.callbacks.resume import CheckpointFiles
 from skillsd.errors import ConfigError
 
 pytestmark = [
@@ -275,7 +275,7 @@ def full(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
 
-@pytest.mark.parametrize("where", ["skillsd.callbacks.log._append", "skillsd.callbacks.panel.os.replace", "torch.save"])
+@pytest.mark.parametrize("where", ["skillsd.callbacks.log.RunLog._append", "skillsd.durable.os.replace", "torch.save"])
 def test_a_full_disk(run, monkeypatch, where):
     with monkeypatch.context() as m:
         m.setattr(where, full)
@@ -290,7 +290,7 @@ def test_a_full_disk(run, monkeypatch, where):
 def test_a_full_disk_keeps_the_checkpoint(ended, monkeypatch):
     before = ended.files()
     with monkeypatch.context() as m:
-        m.setattr(_InPlace, "save_checkpoint", full)
+        m.setattr(CheckpointFiles, "save_checkpoint", full)
         assert "No space" in ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
     assert ended.files()["checkpoints/last.ckpt"] == before["checkpoints/last.ckpt"]
     assert ended("--ckpt_path", "last", "--trainer.max_epochs=2") == 0
@@ -302,7 +302,7 @@ def test_debugging_shows_the_traceback(run, monkeypatch):
     with pytest.raises(ConfigError, match="group_size"):
         run("--data.init_args.group_size=1")
     monkeypatch.delenv("SKILLSD_DEBUG")
-    monkeypatch.setattr("skillsd.callbacks.log._append", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    monkeypatch.setattr("skillsd.callbacks.log.RunLog._append", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"):  # nobody's bad input
         run()
 

@@ -8,7 +8,9 @@ import logging
 import os
 import select
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from contextlib import suppress
@@ -17,7 +19,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +27,7 @@ from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
+from skillsd.callbacks.resume import LAST, newest_good, read_checkpoint
 from skillsd.doctor import doctor
 from skillsd.errors import ConfigError, one_line, told, users_business
 from skillsd.pretrain import Cloning
@@ -40,7 +42,7 @@ RUN_FILES = (
     "metrics.csv",
     "trajectories.jsonl",
     "panel.json",
-    "panel.tmp",
+    "panel.json.tmp",
     "bank.sqlite",
     "bank.sqlite-wal",
     "bank.sqlite-shm",
@@ -108,10 +110,11 @@ class Trainer(L.Trainer):
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
-    path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
+    folder = Path(trainer.default_root_dir) / "checkpoints"
+    path = newest_good(folder) or folder / LAST if ckpt_path == "last" else Path(ckpt_path)
     if not path.is_file():
         raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     model.configure_model()
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
@@ -215,7 +218,7 @@ def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> No
     """
     # Checkpoints go first: one without its bank could not be continued.
     found = [folder / n for n in (*RUN_FOLDERS, *RUN_FILES) if (folder / n).exists()]
-    fresh = ckpt_path == "last" and not (folder / "checkpoints" / "last.ckpt").is_file()
+    fresh = ckpt_path == "last" and not any((folder / "checkpoints").glob("*.ckpt"))
     if not found or (ckpt_path is not None and not fresh and not overwrite):
         return
     if not overwrite and not fresh:
@@ -327,6 +330,8 @@ def main(args: ArgsType = None) -> int:
     if argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
         argv += ["-c", "sokoban"]
     quiet()
+    received: list[int] = []
+    before = _stop_on_sigterm(received)
     try:
         if argv[0] == "doctor":  # it needs no configuration
             doctor(argv[1:])
@@ -356,9 +361,31 @@ def main(args: ArgsType = None) -> int:
             raise
         print(f"error: {told(e)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 128 + (received or [signal.SIGINT])[0]
+    except SystemExit as e:  # what Lightning makes of an interruption
+        if isinstance(e.__context__, KeyboardInterrupt):
+            return 128 + (received or [signal.SIGINT])[0]
+        raise
     finally:
         gc.unfreeze()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop_on_sigterm(received: list[int]) -> Any:
+    """SIGTERM stops at once, as Ctrl-C does: Lightning alone would wait for the iteration's end. Returns the handler before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what is under way is being put in order
+        raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, stop)
 
 
 def _unread() -> bool:

@@ -13,9 +13,10 @@ class ConfigError(ValueError):
 
 
 def users_business(e: Exception) -> bool:
-    """Bad input, a full or read-only disk (what the bank reports has no number), or a file that is no checkpoint."""
+    """Bad input, a disk that is full, broken or read-only (what the bank reports has no number), or a file that is no checkpoint."""
     if isinstance(e, OSError):
-        return _no_checkpoint(e) or e.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
+        return _no_checkpoint(e) or e.errno in (None, *disk)
     return _no_checkpoint(e) or not isinstance(e, KeyError | RuntimeError)
 
 
@@ -30,7 +31,8 @@ def told(e: Exception) -> str:
     if _no_checkpoint(e):
         return "ckpt_path: the file is not a checkpoint of skillsd, or is damaged: name another, or leave it out."
     if isinstance(e, OSError) and e.errno is not None:
-        return f"{e.strerror}: {e.filename or 'the run folder'}: make room, or name another trainer.default_root_dir."
+        fix = "check the disk" if e.errno == errno.EIO else "make room"
+        return f"{e.strerror}: {e.filename or 'the run folder'}: {fix}, or name another trainer.default_root_dir."
     return one_line(str(e)) if isinstance(e, ArgumentError) else " ".join(str(e).split())
 
 

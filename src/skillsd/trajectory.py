@@ -8,9 +8,15 @@ made when sampling and used everywhere a loss, an entropy or a count is taken.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
+
+from skillsd.errors import ConfigError
+
+_CRC = ',"crc32":"'
 
 FinishReason = Literal["done", "length", "horizon", "failed"]
 
@@ -93,18 +99,48 @@ class Trajectory:
         return sum(self.action_mask)
 
     def to_json(self) -> str:
-        """One line of `trajectories.jsonl`."""
+        """One line of `trajectories.jsonl`. It ends with a CRC-32 of what is before it."""
         # Not asdict, which copies every id and log-prob one by one.
-        return json.dumps(vars(self) | {"turns": [vars(t) for t in self.turns]}, separators=(",", ":"))
+        text = json.dumps(vars(self) | {"turns": [vars(t) for t in self.turns]}, separators=(",", ":"))
+        return text[:-1] + _CRC + _crc(text)
 
     @classmethod
     def from_json(cls, line: str) -> Trajectory:
-        """The inverse of `to_json`."""
-        raw = json.loads(line)
-        raw["turns"] = tuple(Turn(**t) for t in raw["turns"])
-        for key in ("prompt_ids", "token_ids", "action_mask", "logprobs"):
-            raw[key] = tuple(raw[key])
-        return cls(**raw)
+        """The inverse of `to_json`; takes lines without a CRC-32 as well.
+
+        Raises:
+            ValueError: The line is no trajectory, or not what was written.
+        """
+        text, mark, crc = line.rstrip("\n").rpartition(_CRC)
+        if mark and crc != _crc(text + "}"):
+            raise ValueError("the line is not what was written: its checksum does not match")
+        try:
+            raw = json.loads(text + "}" if mark else line)
+            raw["turns"] = tuple(Turn(**t) for t in raw["turns"])
+            for key in ("prompt_ids", "token_ids", "action_mask", "logprobs"):
+                raw[key] = tuple(raw[key])
+            return cls(**raw)
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise ValueError(f"the line is no trajectory ({e})") from e
+
+
+def _crc(text: str) -> str:
+    """What ends a line that is `text` without it."""
+    return f'{crc32(text.encode(errors="replace")):08x}"}}'
+
+
+def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
+    """The trajectories of a `trajectories.jsonl`, one at a time.
+
+    Raises:
+        ConfigError: A line is damaged: which one. A run that was killed may leave a torn last line; resuming it cuts that off.
+    """
+    with Path(path).open("rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield Trajectory.from_json(line.decode(errors="replace"))
+            except ValueError as e:
+                raise ConfigError(f"{path}:{number}: {e}.") from e
 
 
 @dataclass(frozen=True)

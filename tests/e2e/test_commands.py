@@ -111,7 +111,7 @@ def test_the_run_folder(finished):
     assert sorted(p.name for p in finished.iterdir()) == [
         "adapter", "bank.sqlite", "checkpoints", "config.yaml", "metrics.csv", "panel.json", "tensorboard", "trajectories.jsonl"
     ]  # fmt: skip
-    assert [p.name for p in (finished / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["last.ckpt", "previous.ckpt"]
     assert sorted(p.name for p in (finished / "adapter" / "student").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     ]  # fmt: skip

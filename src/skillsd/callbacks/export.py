@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning as L
 
+from skillsd.durable import seal_folder, sync
+
 CARD = """---
 library_name: peft
 base_model: {base}
@@ -27,7 +29,7 @@ It never saw a skill in its prompt: use the plain task prompt. The base model's 
 
 
 def export_adapter(policy: Any, folder: Path, steps: int) -> Path:
-    """Write the student to `folder` (weights, configuration, model card); an older folder is replaced in one step."""
+    """Write the student to `folder` (weights, configuration, model card, checksums); an older folder is replaced in one step."""
     from skillsd import __version__
 
     temporary = folder.with_name(folder.name + ".tmp")
@@ -36,9 +38,11 @@ def export_adapter(policy: Any, folder: Path, steps: int) -> Path:
     lora = policy.settings.lora
     card = CARD.format(base=policy.settings.model, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__, steps=steps)
     (temporary / "student" / "README.md").write_text(card)
+    seal_folder(temporary / "student")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(temporary / "student", folder)
+    sync(folder.parent)
     shutil.rmtree(temporary)
     return folder
 

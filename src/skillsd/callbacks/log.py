@@ -8,22 +8,25 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import lightning as L
 
+from skillsd.durable import DamagedError, checksum, sync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
-METRICS_FILE, TRAJECTORIES_FILE = "metrics.csv", "trajectories.jsonl"
+FILES = METRICS_FILE, TRAJECTORIES_FILE = "metrics.csv", "trajectories.jsonl"
 COLUMNS = ("iteration", "epoch", *METRICS)
 
 
 class RunLog(L.Callback):
     """Appends a line an iteration to metrics.csv and a line a trajectory to trajectories.jsonl.
 
-    A checkpoint holds the length of both files; a resumed run cuts them back to it, so that nothing stands twice.
+    A checkpoint holds the length and the CRC-32 of both files; a resumed run cuts them back to it, so that nothing stands twice. One that
+    was moved away begins anew.
 
     Args:
         trajectories: Write trajectories.jsonl.
@@ -32,7 +35,7 @@ class RunLog(L.Callback):
     def __init__(self, trajectories: bool = True) -> None:
         super().__init__()
         self.trajectories = trajectories
-        self.lengths: dict[str, int] | None = None
+        self.seen: dict[str, tuple[int, int]] = {}  # length and CRC-32 of each file
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
@@ -42,14 +45,10 @@ class RunLog(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, TRAJECTORIES_FILE):
-            path, length = folder / name, (self.lengths or {}).get(name, 0)
-            if path.is_file() and path.stat().st_size > length:
-                with path.open("r+b") as f:
-                    f.truncate(length)
+        self.seen = {name: self._take_up(folder / name, *self.seen.get(name, (0, 0))) for name in FILES}
         metrics, header = folder / METRICS_FILE, ",".join(COLUMNS) + "\n"
         if not metrics.is_file() or not metrics.stat().st_size:
-            _append(metrics, header)
+            self._append(metrics, header)
         with metrics.open(encoding="utf-8") as f:
             if f.readline() != header:
                 raise ConfigError(f"trainer.default_root_dir: {metrics} has the columns of another version of skillsd: name a new folder.")
@@ -70,9 +69,9 @@ class RunLog(L.Callback):
         }
         text = StringIO()
         csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(row)
-        _append(folder / METRICS_FILE, text.getvalue())
+        self._append(folder / METRICS_FILE, text.getvalue())
         if self.trajectories:
-            _append(folder / TRAJECTORIES_FILE, "".join(t.to_json() + "\n" for g in groups for t in g.trajectories))
+            self._append(folder / TRAJECTORIES_FILE, "".join(t.to_json() + "\n" for g in groups for t in g.trajectories))
         if batch_idx == 0:
             self._show(trainer, groups[0].trajectories[0])
 
@@ -97,13 +96,38 @@ class RunLog(L.Callback):
                 add("episode", text, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        folder = Path(trainer.default_root_dir)
-        checkpoint["run_log"] = {n: (folder / n).stat().st_size if (folder / n).is_file() else 0 for n in (METRICS_FILE, TRAJECTORIES_FILE)}
+        for name, (length, _) in self.seen.items():
+            if length:
+                sync(Path(trainer.default_root_dir) / name)  # the checkpoint says that they are there
+        checkpoint["run_log"] = {name: {"bytes": length, "crc32": crc} for name, (length, crc) in self.seen.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.lengths = checkpoint.get("run_log")
+        self.seen = {name: (x["bytes"], x["crc32"]) for name, x in checkpoint.get("run_log", {}).items()}
 
+    def _take_up(self, path: Path, length: int, crc: int) -> tuple[int, int]:
+        """Cut a file back to what the checkpoint saw of it.
 
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as f:
-        f.write(text)
+        Raises:
+            DamagedError: It is not that.
+        """
+        if not path.is_file():
+            return 0, 0
+        if checksum(path, length) != crc or path.stat().st_size < length:
+            raise DamagedError(
+                f"{path} is damaged: its first {length} bytes are not what the checkpoint saw. Restore it, or move it away to go on "
+                "with a new one."
+            )
+        if path.stat().st_size > length:
+            with path.open("r+b") as f:
+                f.truncate(length)
+        return length, crc
+
+    def _append(self, path: Path, text: str) -> None:
+        length, crc = self.seen[path.name]
+        data = text.encode()
+        try:
+            with path.open("ab") as f:
+                f.write(data)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror or "", str(path)) from e
+        self.seen[path.name] = length + len(data), crc32(data, crc)

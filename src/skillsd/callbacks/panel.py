@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import comb
 from pathlib import Path
@@ -13,6 +12,7 @@ import lightning as L
 import torch
 from rich.progress import Progress
 
+from skillsd.durable import write
 from skillsd.errors import ConfigError
 from skillsd.statistics import bootstrap_mean, wilson_interval
 from skillsd.trajectory import Trajectory
@@ -221,18 +221,18 @@ def paired_difference(before: dict[str, Any], after: dict[str, Any], key: str = 
 def read_panel(folder: str | Path) -> dict[str, Any]:
     """panel.json of a run folder; empty if there is none."""
     path = Path(folder) / FILE
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except ValueError as e:
+        raise ConfigError(f"{path} is damaged ({e}): move it away; --ckpt_path last then plays what is still to come.") from e
 
 
 def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = ()) -> None:
-    """Add a part to panel.json and leave others out, by way of a temporary file."""
+    """Add a part to panel.json and leave others out."""
     path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {k: v for k, v in read_panel(folder).items() if k not in drop} | part
     if drop and content == read_panel(folder):
         return
     if "before" in content and "after" in content:
         content["difference"] = {k: list(paired_difference(content["before"], content["after"], k)) for k in ("success", "completion")}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    write(path, json.dumps(content, indent=1).encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from skillsd.durable import DamagedError, check_archive, seal, write
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint in the run folder: checkpoints/last.ckpt after every `every_n_train_steps` iterations and the last one.
 
-    `--ckpt_path last` continues from it, or starts fresh where there is none. Lightning calls it after all other callbacks.
+    The one before stays as previous.ckpt. `--ckpt_path last` continues from the newest that is not damaged, or starts fresh where there is
+    none. After an error, Ctrl-C or SIGTERM the last finished iteration is written, whatever `every_n_train_steps` is: until then it is kept
+    in memory. Lightning calls this callback after all others.
 
     Args:
         every_n_train_steps: Iterations between two checkpoints.
@@ -28,6 +34,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(
             every_n_train_steps=every_n_train_steps, save_last=save_last, save_top_k=save_top_k, enable_version_counter=False, **kwargs
         )
+        self._io = CheckpointFiles()
 
     def _place(self, trainer: L.Trainer) -> None:
         if self.dirpath is None:
@@ -35,13 +42,14 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         self._place(trainer)  # Lightning resolves `last` before it calls setup
-        return super()._find_last_checkpoints(trainer)
+        found = newest_good(Path(str(self.dirpath)))
+        return {str(found)} if found else set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._place(trainer)
+        trainer.strategy.checkpoint_io = self._io
         if stage == "fit":
             trainer.fit_loop.__class__ = _RunLoop
-            trainer.strategy.checkpoint_io = _InPlace()
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -49,9 +57,22 @@ class RunCheckpoint(ModelCheckpoint):
         every = self._every_n_train_steps
         if trainer.global_step >= trainer.estimated_stepping_batches or (every and trainer.global_step % every == 0):
             self._save(trainer)
+        elif self.save_last:
+            self._io.hold(trainer._checkpoint_connector.dump_checkpoint(False), Path(str(self.dirpath)) / LAST)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)  # where a callback stopped the run early
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the last finished iteration; after an interruption say how to go on."""
+        try:
+            self._io.flush()
+        except OSError as e:
+            print(f"the last iteration could not be saved ({e}); the checkpoint before it is in place.", file=sys.stderr)
+        if isinstance(exception, KeyboardInterrupt):
+            last = Path(str(self.dirpath)) / LAST
+            there = f"{last} holds the last finished iteration: go on with the same command and --ckpt_path last"
+            print(f"\nstopped; {there if last.is_file() else 'no iteration was finished'}.", file=sys.stderr, flush=True)
 
     def _save(self, trainer: L.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):  # among others: this step is saved already
@@ -77,13 +98,66 @@ class _RunLoop(_FitLoop):
             self.reset_restart_stage()  # it was the epoch's last batch: the next epoch begins anew, and is counted
 
 
-class _InPlace(TorchCheckpointIO):
-    """Writes beside the checkpoint, then renames. Lightning moves it from /tmp: if that is another disk, a kill cuts the copy short."""
+class CheckpointFiles(TorchCheckpointIO):
+    """Checkpoints with a checksum, written beside the old one and renamed. Reading runs no code of theirs (`weights_only`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unwritten: tuple[Path, memoryview] | None = None
+        self.good: set[Path] = set()  # written or read here: a damaged one does not replace the one before it
+
+    def hold(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Keep a checkpoint in memory, for `flush`."""
+        buffer = BytesIO()
+        torch.save(checkpoint, buffer)
+        self.unwritten = path, seal(buffer)
+
+    def flush(self) -> None:
+        """Write what is held, or was being written when an exception came."""
+        if self.unwritten is not None:
+            path, data = self.unwritten
+            write(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST and path in self.good else None)
+            self.unwritten = None
+            self.good.add(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path, buffer = Path(path), BytesIO()
-        torch.save(checkpoint, buffer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
+        self.hold(checkpoint, Path(path))
+        self.flush()
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        checkpoint = read_checkpoint(Path(path), map_location)
+        self.good.add(Path(path))
+        return checkpoint
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint that is whole.
+
+    Raises:
+        DamagedError: It is not what was written.
+        UnpicklingError: It holds more than tensors and plain data.
+    """
+    data = path.read_bytes()
+    check_archive(data, path)
+    return dict(torch.load(BytesIO(data), map_location, weights_only=True))
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder that is whole; None if there is none at all. Says which newer ones are not.
+
+    Raises:
+        DamagedError: There are some, and all are damaged.
+    """
+    damaged = []
+    for path in sorted(folder.glob("*.ckpt"), key=lambda p: (-p.stat().st_mtime_ns, p.name)):
+        try:
+            check_archive(path.read_bytes(), path)
+        except DamagedError as e:
+            damaged.append(str(e))
+            continue
+        if damaged:
+            print(f"{' '.join(damaged)} Going on from {path}.", file=sys.stderr, flush=True)
+        return path
+    if damaged:
+        raise DamagedError(f"ckpt_path: {' '.join(damaged)} There is no other: restore one, or start anew with --overwrite=true.")
+    return None

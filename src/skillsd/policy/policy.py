@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from skillsd.durable import check_folder
 from skillsd.errors import ConfigError
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import adapter_folder, load_base, load_tokenizer
@@ -226,6 +227,7 @@ class Policy(nn.Module):
         folder = adapter_folder(folder, self.settings.model)
         if not (Path(folder) / "adapter_config.json").is_file():
             raise ConfigError(f"policy.lora.init: {folder} is not a PEFT adapter folder (adapter_config.json is missing).")
+        check_folder(Path(folder))
         saved, lora = PeftConfig.from_pretrained(folder), self.settings.lora
         if getattr(saved, "r", None) is None:
             raise ConfigError(f"policy.lora.init: {folder} is not a LoRA adapter ({saved.peft_type}).")

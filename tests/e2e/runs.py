@@ -1,0 +1,310 @@
+"""Whole tiny runs in processes of their own, which can be killed or denied the disk at a given moment; what they leave, compared."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from skillsd.callbacks.resume import newest_good, read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 9  # 3 epochs of 8 tasks, 3 an iteration: the last one of an epoch is a partial one
+
+SERVER = """
+import ctypes, importlib, json, os, signal, sys
+from functools import wraps
+import torch
+torch.set_num_threads(1)
+from skillsd import cli
+for name in ("skillsd_sokoban", "skillsd.skills.callback", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard"):
+    importlib.import_module(name)
+
+def bomb(where, calls, after):
+    # SIGKILL in the n-th call of a function, before or after it has done its work.
+    module, _, name = where.partition(":")
+    *path, last = name.split(".")
+    owner = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    work, left = getattr(owner, last), [calls]
+    @wraps(work)
+    def fused(*args, **kwargs):
+        left[0] -= 1
+        result = work(*args, **kwargs) if left[0] or after else None
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, last, fused)
+
+for line in sys.stdin:
+    args, log, fuse, fault = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.argv = ["skillsd"]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        if fuse:
+            bomb(*fuse)
+        if fault:
+            library = ctypes.CDLL(None)
+            library.fault_arm(fault[0].encode(), fault[1], fault[2], fault[3])
+        code = 3
+        try:
+            code = cli.main(args)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stdout.flush()
+        if fault:
+            print("disk calls:", library.fault_count(), library.fault_hits(), flush=True)
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+Bomb = tuple[str, int, bool]
+"""Function, which of its calls in the process, and whether its work is done first."""
+Fault = tuple[str, int, int, int]
+"""Folder, which of the calls that change something in it fails (0: none), with what errno, and whether all after it fail too."""
+
+
+class Server:
+    """A process with everything imported that forks one for each command: an import takes longer than a run of this size.
+
+    Args:
+        preload: A shared library that stands in for functions of libc (`faults.c`).
+    """
+
+    def __init__(self, preload: Path | None = None) -> None:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'envs'}"}
+        if preload is not None:
+            env["LD_PRELOAD"] = str(preload)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
+
+    def start(self, args: list[str], log: Path, fuse: Bomb | None = None, fault: Fault | None = None) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([args, str(log), fuse, fault]) + "\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def wait(self) -> int:
+        return int(self._line())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+
+class Run:
+    """A run folder, its overlay, and what to do with it."""
+
+    def __init__(self, folder: Path, server: Server, overlay: Path) -> None:
+        self.folder, self.server, self.overlay, self.log = folder, server, overlay, folder.with_suffix(".log")
+
+    def args(self, *more: str) -> list[str]:
+        configs = [x for c in ("conf/sokoban.yaml", "conf/method/skillsd.yaml", str(self.overlay)) for x in ("-c", c)]
+        return ["fit", *configs, f"--trainer.default_root_dir={self.folder}", *more]
+
+    def fit(self, *more: str, code: int = 0) -> str:
+        self.server.start(self.args(*more), self.log)
+        found, text = self.server.wait(), self.log.read_text()
+        assert found == code, text[-5000:]
+        return text
+
+    def resume(self, *more: str, code: int = 0) -> str:
+        return self.fit("--ckpt_path", "last", *more, code=code)
+
+    def kill(self, where: str, calls: int, after: bool, *more: str) -> None:
+        """Go on until the bomb explodes."""
+        bomb = (where, calls, after)
+        self.server.start(self.args("--ckpt_path", "last", *more), self.log, bomb)
+        code = self.server.wait()
+        assert code == -signal.SIGKILL, f"{bomb} did not explode: {code}\n{self.log.read_text()[-5000:]}"
+
+    def fail(self, n: int, code: int, lasting: bool) -> tuple[int, str, int]:
+        """Go on while the n-th call that changes a file of the run, and perhaps all after it, fails with errno `code`.
+
+        Returns:
+            the exit status, what was printed, and how many such calls there were.
+        """
+        self.server.start(self.args("--ckpt_path", "last"), self.log, None, (str(self.folder), n, code, int(lasting)))
+        status, text = self.server.wait(), self.log.read_text()
+        counted = re.search(r"disk calls: (\d+) (\d+)", text)
+        assert counted, text[-3000:]
+        assert not n or int(counted[2]), f"there is no call {n}"
+        return status, text, int(counted[1])
+
+    def stop_when(self, ready: Callable[[], bool], number: int, delay: float = 0.0) -> tuple[int, float, str]:
+        """Go on and send a signal; the exit status, the seconds until the end, and what was printed."""
+        pid = self.server.start(self.args("--ckpt_path", "last"), self.log)
+        while not ready():
+            os.kill(pid, 0)
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.kill(pid, number)
+        started = time.monotonic()
+        status = self.server.wait()
+        return status, time.monotonic() - started, self.log.read_text()
+
+    def kill_when(self, ready: Callable[[], bool], delay: float) -> bool:
+        """Go on, and kill from outside `delay` seconds after `ready`. False if the run ended before."""
+        pid = self.server.start(self.args("--ckpt_path", "last"), self.log)
+        with suppress(ProcessLookupError):  # it has ended
+            while not ready():
+                os.kill(pid, 0)
+                time.sleep(0.002)
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        code = self.server.wait()
+        assert code in (0, -signal.SIGKILL), self.log.read_text()[-5000:]
+        return code != 0
+
+    def rows(self) -> list[dict[str, str]]:
+        path = self.folder / "metrics.csv"
+        return list(csv.DictReader(path.open())) if path.is_file() else []
+
+    def has_rows(self, n: int) -> bool:
+        return self.folder.is_dir() and len(self.rows()) >= n
+
+    def checkpoint(self) -> dict[str, Any]:
+        return dict(torch.load(self.folder / "checkpoints" / "last.ckpt", weights_only=True))
+
+    def record(self) -> dict[str, Any]:
+        """All that a run leaves, but for how long things took."""
+        db = sqlite3.connect(self.folder / "bank.sqlite")
+        tables = {t: db.execute(f"SELECT * FROM {t} ORDER BY 1").fetchall() for t in ("setting", "skill", "event")}
+        db.close()
+        checkpoint = self.checkpoint()
+        checkpoint["run_log"].pop("metrics.csv")
+        loop = checkpoint["loops"]["fit_loop"]
+        checkpoint["loops"] = {k: v for k, v in loop.items() if "val_loop" not in k}  # a resumed run counts its validations differently
+        return {
+            "metrics": [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in self.rows()],
+            "trajectories": (self.folder / "trajectories.jsonl").read_bytes(),
+            "panel": json.loads((self.folder / "panel.json").read_text()),
+            "adapter": (self.folder / "adapter" / "student" / "adapter_model.safetensors").read_bytes(),
+            "checkpoint": {k: v for k, v in checkpoint.items() if k != "callbacks"},
+            **tables,
+        }
+
+
+def build_faults(folder: Path) -> Path | None:
+    """The library that makes calls fail; None where there is no C compiler or no Linux."""
+    compiler, library = shutil.which("cc") or shutil.which("gcc"), folder / "faults.so"
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    source = ROOT / "tests" / "torture" / "faults.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+def check_refusal(status: int, text: str, folder: Path) -> None:
+    """A full or broken disk ended the run: one line, an exit code that is not 0, and the last good checkpoint can be loaded."""
+    lines = [x for x in text.splitlines() if x.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in text, f"{status}: {text[-3000:]}"
+    found = newest_good(folder / "checkpoints")
+    if found is not None:
+        read_checkpoint(found)
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the bit, and where not."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def overlay(
+    path: Path, bank: dict[str, Any], teacher: dict[str, Any], checkpoint: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None, panel: dict[str, Any] | None = None, actor: str = "student", **model: Any,
+) -> Path:  # fmt: skip
+    """Everything tiny; `bank`, `teacher`, `checkpoint` and `panel` are arguments of their callbacks."""
+    named: dict[str, dict[str, Any]] = {
+        "skillsd.callbacks.RunLog": {},
+        "skillsd.callbacks.Panel": panel or {},
+        "skillsd.callbacks.AdapterExport": {},
+        "skillsd.callbacks.RunCheckpoint": checkpoint or {},
+    }
+    env = {
+        "size": 6, "boxes": 1, "difficulties": {"short": {"lengths": [3, 6]}}, "splits": {"train": {"short": 8}, "test": {"short": 6}},
+        "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
+    }  # fmt: skip
+    model = {
+        "policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "init": None}},
+        "objective": {"distillation_weight": 0.05},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 2, "schedule": "cosine"},
+        "grad_norm_every": 2,
+        **model,
+    }
+    config = {
+        "trainer": {
+            "max_epochs": 3, "enable_progress_bar": False,
+            "callbacks": [{"class_path": k, "init_args": v} for k, v in named.items()],
+            **(trainer or {}),
+        },
+        "teacher": teacher,
+        "skills": bank,
+        "model": {"init_args": model},
+        "data": {"init_args": {"env_kwargs": env, "batch_tasks": 3, "group_size": 2, "actor": actor, "rollout": {"max_rows": 4}}},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+RULES: dict[str, Any] = {
+    "template": "{success_analysis} {mistake_analysis} : {golden_workflow}\n",
+    "summariser": {
+        "class_path": "skillsd.skills.RulesSummariser",
+        "init_args": {
+            "joiner": " ", "solved_success": "solved", "solved_mistakes": "none", "solved_workflow": "{workflow}",
+            "unsolved_success": "unsolved", "unsolved_mistakes": "avoid", "unsolved_workflow": "{workflow}",
+        },
+    },
+}  # fmt: skip
+BASE: dict[str, Any] = {"summariser": {"class_path": "skillsd.skills.BaseSummariser", "init_args": {"max_new_tokens": 6}}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rules": {"bank": RULES, "teacher": {"mode": "sync", "every": 1}},
+    "ema": {
+        "bank": RULES | {"refresh": "iteration", "capacity": 1, "booking": "gap"},
+        "teacher": {"mode": "ema", "rate": 0.3},
+        "checkpoint": {"every_n_train_steps": 2},
+    },
+    "base": {"bank": BASE, "trainer": {"limit_val_batches": 1.0}, "teacher": {"mode": "sync", "every": 2}},
+    "hindsight": {
+        "bank": RULES | {"context": {"class_path": "skillsd.skills.HindsightContext"}},
+        "teacher": {"mode": "sync", "every": 1},
+        "panel": {"every": 2},
+    },
+    "off_policy_dynamic": {"bank": RULES, "teacher": {"mode": "sync", "every": 1}, "actor": "teacher"},
+}
