@@ -14,7 +14,7 @@ export GOMP_SPINCOUNT ?= 0
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install fit test check lint build smollm2 appworld clean
+.PHONY: help install fit test check torture lint build smollm2 appworld clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(VENV)/.installed-dev  ## run the tests that are not slow
 check: lint  ## lint, import rules, types, citation, then all tests in JOBS processes, the slow ones and AppWorld's too
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+torture: $(VENV)/.installed-dev  ## what CI does in small for an hour or more: 200 kills, every write of a run failing, a long run
+	$(BIN)/python -m tests.torture $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## the checks that run no test: ruff, import rules, types, citation
 	$(BIN)/ruff check

@@ -8,9 +8,7 @@ import logging
 import os
 import select
 import shutil
-import signal
 import sys
-import threading
 import warnings
 from argparse import ArgumentError
 from contextlib import suppress
@@ -29,8 +27,10 @@ from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.callbacks.resume import LAST, newest_good, read_checkpoint
 from skillsd.doctor import doctor
+from skillsd.durable import write
 from skillsd.errors import ConfigError, one_line, told, users_business
 from skillsd.pretrain import Cloning
+from skillsd.process import guarded
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
@@ -298,7 +298,7 @@ class SaveRunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.started = True
-        self.parser.save(self.config, str(folder / "config.yaml"), skip_unset=False, overwrite=True, multifile=False)
+        write(folder / "config.yaml", self.parser.dump(self.config, skip_unset=False).encode())
 
 
 def quiet() -> None:
@@ -330,62 +330,50 @@ def main(args: ArgsType = None) -> int:
     if argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
         argv += ["-c", "sokoban"]
     quiet()
-    received: list[int] = []
-    before = _stop_on_sigterm(received)
-    try:
-        if argv[0] == "doctor":  # it needs no configuration
-            doctor(argv[1:])
-            return 0
-        if argv[0] == "study":
-            from skillsd.study import study  # late: pandas and matplotlib are slow to import
+    with guarded() as guard:
+        try:
+            code = _run(argv)
+            if guard.failed:
+                raise guard.failed[0]
+            return code
+        except BrokenPipeError:
+            if not _unread():
+                raise
+            return 1
+        except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
+            if os.environ.get("SKILLSD_DEBUG") == "1" or not users_business(e):
+                raise
+            print(f"error: {told(e)}", file=sys.stderr)
+            return 2
+        except (KeyboardInterrupt, SystemExit) as e:
+            if isinstance(e, SystemExit) and not isinstance(e.__context__, KeyboardInterrupt):
+                raise
+            return 128 + guard.signal  # Lightning makes an exit of an interruption
+        finally:
+            gc.unfreeze()
 
-            return study(resolve_configs(argv)[1:], _packaged)
-        CLI(
-            model_class=L.LightningModule,
-            datamodule_class=L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            trainer_class=Trainer,
-            seed_everything_default=0,
-            save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
-            args=resolve_configs(argv),
-        )
-    except BrokenPipeError:
-        if not _unread():
-            raise
-        return 1
-    except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
-        if os.environ.get("SKILLSD_DEBUG") == "1" or not users_business(e):
-            raise
-        print(f"error: {told(e)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
-        return 128 + (received or [signal.SIGINT])[0]
-    except SystemExit as e:  # what Lightning makes of an interruption
-        if isinstance(e.__context__, KeyboardInterrupt):
-            return 128 + (received or [signal.SIGINT])[0]
-        raise
-    finally:
-        gc.unfreeze()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+
+def _run(argv: list[str]) -> int:
+    if argv[0] == "doctor":  # it needs no configuration
+        doctor(argv[1:])
+        return 0
+    if argv[0] == "study":
+        from skillsd.study import study  # late: pandas and matplotlib are slow to import
+
+        return study(resolve_configs(argv)[1:], _packaged)
+    CLI(
+        model_class=L.LightningModule,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=Trainer,
+        seed_everything_default=0,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
+        args=resolve_configs(argv),
+    )
     return 0
-
-
-def _stop_on_sigterm(received: list[int]) -> Any:
-    """SIGTERM stops at once, as Ctrl-C does: Lightning alone would wait for the iteration's end. Returns the handler before."""
-    if threading.current_thread() is not threading.main_thread():
-        return None
-
-    def stop(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what is under way is being put in order
-        raise KeyboardInterrupt
-
-    return signal.signal(signal.SIGTERM, stop)
 
 
 def _unread() -> bool:

@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Server:
     """
 
     def __init__(self, preload: Path | None = None) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'envs'}"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'envs'}:{ROOT}"}
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)
         self.process = subprocess.Popen(
@@ -134,6 +134,13 @@ class Run:
 
     def resume(self, *more: str, code: int = 0) -> str:
         return self.fit("--ckpt_path", "last", *more, code=code)
+
+    def bombed(self, bomb: Bomb) -> bool:
+        """Go on; whether the bomb exploded before the run ended."""
+        self.server.start(self.args("--ckpt_path", "last"), self.log, bomb)
+        code = self.server.wait()
+        assert code in (0, -signal.SIGKILL), self.log.read_text()[-5000:]
+        return code != 0
 
     def kill(self, where: str, calls: int, after: bool, *more: str) -> None:
         """Go on until the bomb explodes."""
@@ -247,7 +254,8 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
 
 def overlay(
     path: Path, bank: dict[str, Any], teacher: dict[str, Any], checkpoint: dict[str, Any] | None = None,
-    trainer: dict[str, Any] | None = None, panel: dict[str, Any] | None = None, actor: str = "student", **model: Any,
+    trainer: dict[str, Any] | None = None, panel: dict[str, Any] | None = None, actor: str = "student",
+    callbacks: Sequence[dict[str, Any]] = (), data: dict[str, Any] | None = None, **model: Any,
 ) -> Path:  # fmt: skip
     """Everything tiny; `bank`, `teacher`, `checkpoint` and `panel` are arguments of their callbacks."""
     named: dict[str, dict[str, Any]] = {
@@ -270,13 +278,17 @@ def overlay(
     config = {
         "trainer": {
             "max_epochs": 3, "enable_progress_bar": False,
-            "callbacks": [{"class_path": k, "init_args": v} for k, v in named.items()],
+            "callbacks": [*callbacks, *({"class_path": k, "init_args": v} for k, v in named.items())],
             **(trainer or {}),
         },
         "teacher": teacher,
         "skills": bank,
         "model": {"init_args": model},
-        "data": {"init_args": {"env_kwargs": env, "batch_tasks": 3, "group_size": 2, "actor": actor, "rollout": {"max_rows": 4}}},
+        "data": {
+            "init_args": {
+                "env_kwargs": env, "batch_tasks": 3, "group_size": 2, "actor": actor, "rollout": {"max_rows": 4}, **(data or {}),
+            }
+        },
     }  # fmt: skip
     path.write_text(yaml.safe_dump(config))
     return path

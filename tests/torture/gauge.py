@@ -1,0 +1,44 @@
+"""What a process holds, written down as it trains: resident memory, open files, threads, seconds an iteration."""
+
+from __future__ import annotations
+
+import csv
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+COLUMNS = ("iteration", "resident_kib", "files", "threads", "seconds")
+
+
+class Gauge(L.Callback):
+    """Appends a line to gauge.csv in the run folder every `every` iterations. Linux alone.
+
+    Args:
+        every: Iterations between two lines; `seconds` is their mean.
+    """
+
+    def __init__(self, every: int = 20) -> None:
+        super().__init__()
+        self.every, self.last = every, time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.last = time.perf_counter()
+        with self._file(trainer).open("w", newline="") as f:
+            csv.writer(f).writerow(COLUMNS)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every:
+            return
+        now = time.perf_counter()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+        row = (trainer.global_step, resident, len(os.listdir("/proc/self/fd")), threading.active_count(), (now - self.last) / self.every)
+        with self._file(trainer).open("a", newline="") as f:
+            csv.writer(f).writerow(row)
+        self.last = time.perf_counter()
+
+    def _file(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "gauge.csv"
