@@ -83,7 +83,7 @@ def damaged(path, make_skill):
 def next_version(path, make_skill):
     filled(path, make_skill)
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
 
 
@@ -134,7 +134,7 @@ def test_a_full_disk_is_an_os_error_and_the_bank_goes_on(tmp_path, make_skill):
     path = tmp_path / "bank.sqlite"
     with SkillBank(path) as bank:
         bank.insert([make_skill("a")], 0)
-        bank._db.execute("PRAGMA max_page_count = 8")
+        bank._ledger._db.execute("PRAGMA max_page_count = 8")
         with pytest.raises(OSError, match=r"bank\.sqlite.*full"):
             bank.insert([make_skill("long " * 20_000)], 1)
         assert bank.position == 1 and len(bank) == 1
@@ -145,10 +145,10 @@ def test_a_second_writer_is_told(tmp_path, make_skill, monkeypatch):
     monkeypatch.setattr(bank_file, "LOCK_WAIT_S", 0.05)
     path = tmp_path / "bank.sqlite"
     with SkillBank(path) as bank, SkillBank(path) as other:
-        other._db.execute("BEGIN IMMEDIATE")
+        other._ledger._db.execute("BEGIN IMMEDIATE")
         with pytest.raises(OSError, match=r"bank\.sqlite.*locked"):
             bank.insert([make_skill("a")], 0)
-        other._db.execute("ROLLBACK")
+        other._ledger._db.execute("ROLLBACK")
         bank.insert([make_skill("a")], 0)
         with pytest.raises(OSError, match="another process has written"):
             other.insert([make_skill("b")], 0)
@@ -174,9 +174,9 @@ def test_a_killed_writer_leaves_whole_transactions(tmp_path, lines):
     child.wait()
     child.stdout.close()
     with SkillBank(path, capacity=3, drop="oldest") as bank:
-        assert bank.position >= told and bank.position == 5 + 8 * bank._ledger.iteration and len(bank) == 3
+        assert bank.position >= told and bank.position == 5 + 8 * bank._ledger.tally.iteration and len(bank) == 3
         bank.cut(lines, expect=told)
-        assert bank._ledger.iteration == lines - 1 and len(bank._ledger.skills) == 4 * lines
+        assert bank._ledger.tally.iteration == lines - 1 and bank._ledger.tally.skills == 4 * lines
 
 
 def test_the_bank_loads_neither_torch_nor_lightning():
