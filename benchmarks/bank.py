@@ -83,7 +83,11 @@ def fill(path: Path, capacity: int | None, sizes: list[int], tasks: int, batch: 
                 for skill in bank.skills(name):
                     bank.record_use(skill.skill_id or 0, iteration)
             used = [timed(lambda: bank.retrieve(name)) for name in names[:20] * 50]  # noqa: B023
-            out.put((size, (done - since) / spent, (done - since) / cpu, spread(found), spread(used), resident(), len(bank)))
+            print(
+                f"| {capacity} | {size:,} | {len(bank):,} | {(done - since) / spent:,.0f} | {(done - since) / cpu:,.0f} | {spread(found)} "
+                f"| {spread(used)} | {resident():.0f} |",
+                flush=True,
+            )
         singles = list(batches(1000, tasks, 1, seed=2))
         out.put(1000 / sum(timed(lambda: bank.insert(one, iteration)) for one in singles))  # noqa: B023
 
@@ -160,9 +164,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "bank.sqlite"
             alone(fill, path, capacity, a.sizes, a.tasks, a.batch, 0)
-            for _ in a.sizes:
-                size, rate, by_cpu, found, used, memory, held = out.get()
-                print(f"| {capacity} | {size:,} | {held:,} | {rate:,.0f} | {by_cpu:,.0f} | {found} | {used} | {memory:.0f} |", flush=True)
             single, mib = out.get(), path.stat().st_size / 2**20
             alone(opening, path, capacity, a.tasks)
             opened += [

@@ -4,6 +4,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,51 @@ def test_a_killed_writer_leaves_whole_transactions(tmp_path, lines):
 def test_the_bank_loads_neither_torch_nor_lightning():
     code = "import sys, skillsd.skills; assert not {'torch', 'lightning', 'openai'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(SRC)})
+
+
+def seen(bank):
+    return repr((bank.position, bank.stats(), [(t, bank.skills(t), bank.retrieve(t)) for t in bank.tasks()]))
+
+
+def test_readers_keep_what_they_saw(tmp_path, make_skill):
+    """One opened before there is a writer, others beside it; their numbers stay those of one moment, whatever is written or cut."""
+    path = tmp_path / "bank.sqlite"
+    filled(path, make_skill, 3)
+    readers = [SkillBank(path, read_only=True)]
+    told = [seen(readers[0])]
+    with SkillBank(path, capacity=3) as bank:
+        for i in range(1, 40):
+            bank.insert([make_skill(f"skill {i} {k} " * 99, f"t{k}", k / 8, i) for k in range(8)], i)
+            bank.record_use(i, i)
+            if i % 10 == 0:
+                readers.append(SkillBank(path, read_only=True))
+                told.append(seen(bank))
+            if i % 13 == 0:
+                bank.cut(i - 2)
+            bank._ledger._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            assert [seen(reader) for reader in readers] == told
+        last = seen(bank)
+    assert len(set(told)) == 4 and [seen(reader) for reader in readers] == told
+    for reader in readers:
+        reader.close()
+    with SkillBank(path, read_only=True) as view:
+        assert seen(view) == last
+    SkillBank(path).close()  # of what a reader has left, which must not write, a writer makes an end
+    assert [file.name for file in tmp_path.iterdir()] == ["bank.sqlite"]
+
+
+def test_memory_does_not_grow_with_the_bank(tmp_path, make_skill):
+    with SkillBank(tmp_path / "bank.sqlite", capacity=None) as bank:
+
+        def grow(iteration):
+            for k in range(20):
+                bank.insert([make_skill(f"{iteration} {k} {m} " * 40, f"t{m}") for m in range(32)], iteration)
+                bank.retrieve(f"t{k}")
+            return tracemalloc.get_traced_memory()[0]
+
+        tracemalloc.start()
+        try:
+            first, *_, last = [grow(iteration) for iteration in range(5)]
+        finally:
+            tracemalloc.stop()
+        assert len(bank) == 5 * 640 and last - first < 100_000  # their texts alone are 2.5 MB
