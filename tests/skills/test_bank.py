@@ -11,8 +11,14 @@ def texts(bank, task_id="t1"):
 
 def state(bank):
     """Everything that a bank can be asked."""
-    ids = range(1, len(bank._ledger.skills) + 1)
-    return (bank.position, bank.stats(), [bank.get(i) for i in ids], {t: bank.skills(t) for t in bank.tasks()}, bank._ledger.iteration)
+    ids = range(1, bank._ledger.tally.skills + 1)
+    return (
+        bank.position,
+        bank.stats(),
+        [bank.get(i) for i in ids],
+        {t: bank.skills(t) for t in bank.tasks()},
+        bank._ledger.tally.iteration,
+    )
 
 
 def test_insert_gives_ids_in_order_and_get_returns_them(make_skill):

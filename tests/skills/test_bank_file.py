@@ -4,6 +4,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def damaged(path, make_skill):
 def next_version(path, make_skill):
     filled(path, make_skill)
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
 
 
@@ -134,7 +135,7 @@ def test_a_full_disk_is_an_os_error_and_the_bank_goes_on(tmp_path, make_skill):
     path = tmp_path / "bank.sqlite"
     with SkillBank(path) as bank:
         bank.insert([make_skill("a")], 0)
-        bank._db.execute("PRAGMA max_page_count = 8")
+        bank._ledger._db.execute("PRAGMA max_page_count = 8")
         with pytest.raises(OSError, match=r"bank\.sqlite.*full"):
             bank.insert([make_skill("long " * 20_000)], 1)
         assert bank.position == 1 and len(bank) == 1
@@ -145,10 +146,10 @@ def test_a_second_writer_is_told(tmp_path, make_skill, monkeypatch):
     monkeypatch.setattr(bank_file, "LOCK_WAIT_S", 0.05)
     path = tmp_path / "bank.sqlite"
     with SkillBank(path) as bank, SkillBank(path) as other:
-        other._db.execute("BEGIN IMMEDIATE")
+        other._ledger._db.execute("BEGIN IMMEDIATE")
         with pytest.raises(OSError, match=r"bank\.sqlite.*locked"):
             bank.insert([make_skill("a")], 0)
-        other._db.execute("ROLLBACK")
+        other._ledger._db.execute("ROLLBACK")
         bank.insert([make_skill("a")], 0)
         with pytest.raises(OSError, match="another process has written"):
             other.insert([make_skill("b")], 0)
@@ -174,11 +175,59 @@ def test_a_killed_writer_leaves_whole_transactions(tmp_path, lines):
     child.wait()
     child.stdout.close()
     with SkillBank(path, capacity=3, drop="oldest") as bank:
-        assert bank.position >= told and bank.position == 5 + 8 * bank._ledger.iteration and len(bank) == 3
+        assert bank.position >= told and bank.position == 5 + 8 * bank._ledger.tally.iteration and len(bank) == 3
         bank.cut(lines, expect=told)
-        assert bank._ledger.iteration == lines - 1 and len(bank._ledger.skills) == 4 * lines
+        assert bank._ledger.tally.iteration == lines - 1 and bank._ledger.tally.skills == 4 * lines
 
 
 def test_the_bank_loads_neither_torch_nor_lightning():
     code = "import sys, skillsd.skills; assert not {'torch', 'lightning', 'openai'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(SRC)})
+
+
+def seen(bank):
+    return repr((bank.position, bank.stats(), [(t, bank.skills(t), bank.retrieve(t)) for t in bank.tasks()]))
+
+
+def test_readers_keep_what_they_saw(tmp_path, make_skill):
+    """One opened before there is a writer, others beside it; their numbers stay those of one moment, whatever is written or cut."""
+    path = tmp_path / "bank.sqlite"
+    filled(path, make_skill, 3)
+    readers = [SkillBank(path, read_only=True)]
+    told = [seen(readers[0])]
+    with SkillBank(path, capacity=3) as bank:
+        for i in range(1, 40):
+            bank.insert([make_skill(f"skill {i} {k} " * 99, f"t{k}", k / 8, i) for k in range(8)], i)
+            bank.record_use(i, i)
+            if i % 10 == 0:
+                readers.append(SkillBank(path, read_only=True))
+                told.append(seen(bank))
+            if i % 13 == 0:
+                bank.cut(i - 2)
+            bank._ledger._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            assert [seen(reader) for reader in readers] == told
+        last = seen(bank)
+    assert len(set(told)) == 4 and [seen(reader) for reader in readers] == told
+    for reader in readers:
+        reader.close()
+    with SkillBank(path, read_only=True) as view:
+        assert seen(view) == last
+    SkillBank(path).close()  # of what a reader has left, which must not write, a writer makes an end
+    assert [file.name for file in tmp_path.iterdir()] == ["bank.sqlite"]
+
+
+def test_memory_does_not_grow_with_the_bank(tmp_path, make_skill):
+    with SkillBank(tmp_path / "bank.sqlite", capacity=None) as bank:
+
+        def grow(iteration):
+            for k in range(20):
+                bank.insert([make_skill(f"{iteration} {k} {m} " * 40, f"t{m}") for m in range(32)], iteration)
+                bank.retrieve(f"t{k}")
+            return tracemalloc.get_traced_memory()[0]
+
+        tracemalloc.start()
+        try:
+            first, *_, last = [grow(iteration) for iteration in range(5)]
+        finally:
+            tracemalloc.stop()
+        assert len(bank) == 5 * 640 and last - first < 100_000  # their texts alone are 2.5 MB

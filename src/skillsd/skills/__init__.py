@@ -11,10 +11,10 @@ from skillsd.skills.context import (
     ShuffledContext,
     SiblingContext,
 )
-from skillsd.skills.ledger import Booking, Drop
 from skillsd.skills.retrieval import select, ucb_score
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
 from skillsd.skills.summarisers import BaseSummariser, Finished, OpenAISummariser, RulesSummariser, Summariser
+from skillsd.skills.tables import Booking, Drop
 
 __all__ = [
     "FIELDS",

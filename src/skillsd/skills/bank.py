@@ -1,23 +1,25 @@
-"""The skill bank: an append-only log of events in SQLite, the state derived from it in memory.
+"""The skill bank: a log of events in SQLite, and beside it the state that they come to.
 
-The log holds every insert, merge, use and drop with its iteration. State is a function of the log, so rewinding (`cut`) is forgetting
-its tail: dropped skills come back, ids are given again, sums are summed again in the same order.
+The log holds every insert, merge, use and drop with its iteration. State is a function of the log, so rewinding (`cut`) is undoing its
+tail: dropped skills come back, ids are given again, sums are to the bit what they were. Memory does not grow with the bank: what is asked
+for is read from the file, and every row is checked against its CRC when it is read.
 """
 
 from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
 from skillsd.skills import bank_file
-from skillsd.skills.ledger import Booking, Drop, Event, Ledger
+from skillsd.skills.ledger import Elsewhere
 from skillsd.skills.retrieval import SQRT2, Untried, select
 from skillsd.skills.skill import Skill
+from skillsd.skills.tables import Booking, Damaged, Drop, State
 
 
 class SkillBank:
@@ -30,11 +32,13 @@ class SkillBank:
             `oldest`: lowest id.
         booking: What a skill's mean reward is. `source`: reward of the trajectory it was made from. `next_visit`: mean over its uses of
             `reward`, until the first use the source's reward. `gap`: mean over its uses of `gap`, until the first use 0.
-        read_only: Open an existing bank to look at it, also while a run writes to it: a snapshot, with the booking stored in it.
+        read_only: Open an existing bank to look at it, also while a run writes to it: a snapshot, with the booking stored in it. Close it
+            when done: as long as it is open, what a run writes stays in the `-wal` file beside the bank.
 
     Raises:
-        ValueError: A setting is out of range, the file is not a usable bank (it is left as it is), or it was booked differently.
-        OSError: The file cannot be opened, is locked or the disk is full.
+        ValueError: A setting is out of range, the file is not a usable bank (it is left as it is), or it was booked differently. Any method
+            raises it that meets a row which is damaged or missing.
+        OSError: The file cannot be opened or read, is locked or the disk is full.
     """
 
     def __init__(
@@ -55,17 +59,8 @@ class SkillBank:
         self.path = None if path is None else Path(path)
         self.capacity = capacity
         self.drop = drop
-        self._db = bank_file.connect(self.path, booking, read_only)
-        try:
-            self._ledger = self._load()
-            if not read_only and self._ledger.booking != booking:
-                raise ValueError(
-                    f"{self.path}: its mean rewards are booked as {self._ledger.booking!r}, not {booking!r}: "
-                    f"set booking to {self._ledger.booking!r} or choose another path"
-                )
-        except BaseException:
-            self._db.close()
-            raise
+        self._read_only = read_only
+        self._ledger = bank_file.connect(self.path, booking, read_only)
 
     # Reading
 
@@ -77,36 +72,43 @@ class SkillBank:
     @property
     def position(self) -> int:
         """Number of events so far. Put it in a checkpoint and give it to `cut` as `expect`."""
-        return self._ledger.seq
+        return self._ledger.tally.seq
 
     def __len__(self) -> int:
-        return len(self._ledger.skills) - self._ledger.dropped
+        return self._ledger.tally.live
 
     def tasks(self) -> list[str]:
         """Ids of the tasks that have a skill, sorted."""
-        return self._ledger.tasks()
+        with self._told():
+            return self._ledger.tasks()
 
     def skills(self, task_id: str) -> list[Skill]:
         """The task's skills by id; empty if it has none."""
-        return self._ledger.live(task_id)
+        with self._told():
+            return [self._ledger.skill(skill_id) for skill_id in sorted(state.skill_id for state in self._ledger.live(task_id))]
 
     def get(self, skill_id: int) -> Skill:
         """A skill by id, also one that was dropped since. Raises KeyError if there never was one."""
-        return self._ledger.skills[skill_id]
+        if not 1 <= skill_id <= self._ledger.tally.skills:
+            raise KeyError(skill_id)
+        with self._told():
+            return self._ledger.skill(skill_id)
 
     def retrieve(self, task_id: str, c: float = SQRT2, untried: Untried = "first") -> Skill | None:
         """The skill to use next (`retrieval.select`), or None if the task has none. Does not count as a use."""
-        return select(self.skills(task_id), c, untried)
+        with self._told():
+            state = select(self._ledger.live(task_id), c, untried)
+            return None if state is None else self._ledger.skill(state.skill_id)
 
     def stats(self) -> dict[str, float]:
         """Numbers to log: skills held (`size`), tasks that have one (`tasks`), `mean_uses` of those held, `merged` and `dropped` so far."""
-        live = [skill for task_id in self.tasks() for skill in self.skills(task_id)]
+        tally = self._ledger.tally
         return {
-            "size": float(len(live)),
-            "tasks": float(len(self.tasks())),
-            "mean_uses": sum(skill.uses for skill in live) / len(live) if live else 0.0,
-            "merged": float(self._ledger.merged),
-            "dropped": float(self._ledger.dropped),
+            "size": float(tally.live),
+            "tasks": float(tally.tasks),
+            "mean_uses": tally.uses / tally.live if tally.live else 0.0,
+            "merged": float(tally.merged),
+            "dropped": float(tally.dropped),
         }
 
     # Writing
@@ -131,33 +133,13 @@ class SkillBank:
             _finite(source_reward=skill.source_reward, source_completion=skill.source_completion)
         self._check_iteration(iteration)
         ids: list[int] = []
-        events: list[Event] = []
-        new: list[Skill] = []
-
-        def log(event: Event, skill: Skill | None = None) -> None:
-            self._ledger.apply(event, skill)
-            events.append(event)
-
-        for skill in skills:
-            known = self._ledger.duplicate(skill)
-            if known is not None:
-                log(Event(self._ledger.seq + 1, iteration, "merge", known))
-                ids.append(known)
-                continue
-            skill_id = len(self._ledger.skills) + 1
-            # Adding 0.0 turns -0.0 into 0.0, as SQLite does.
-            clean = replace(
-                skill,
-                skill_id=skill_id,
-                source_reward=float(skill.source_reward) + 0.0,
-                source_completion=float(skill.source_completion) + 0.0,
-            )
-            log(Event(self._ledger.seq + 1, iteration, "insert", skill_id), clean)
-            new.append(clean)
-            ids.append(skill_id)
-            while (victim := self._surplus(skill.task_id)) is not None:
-                log(Event(self._ledger.seq + 1, iteration, "drop", victim))
-        self._write(events, new)
+        with self._writing(bool(skills)):
+            for skill in skills:
+                known = self._ledger.duplicate(skill)
+                ids.append(self._ledger.tally.skills + 1 if known is None else known.skill_id)
+                self._ledger.append("insert" if known is None else "merge", iteration, known or skill)
+                while (victim := self._surplus(skill.task_id)) is not None:
+                    self._ledger.append("drop", iteration, victim)
         return ids
 
     def record_use(self, skill_id: int, iteration: int, *, reward: float | None = None, gap: float | None = None) -> None:
@@ -171,20 +153,20 @@ class SkillBank:
 
         Raises:
             KeyError: No such skill.
-            ValueError: The value that booking needs is missing, a value is not finite, or `iteration` lies before the last event.
+            ValueError: The value that booking needs is missing, a value or the sum of all is not finite, or `iteration` lies before the
+                last event.
             OSError: It could not be written; the bank is as before.
         """
-        if skill_id not in self._ledger.skills:
+        if not 1 <= skill_id <= self._ledger.tally.skills:
             raise KeyError(f"no skill {skill_id} in the bank")
         needed = {"source": 0.0, "next_visit": reward, "gap": gap}[self.booking]
         if needed is None:
             raise ValueError(f"booking {self.booking!r} needs {'reward' if self.booking == 'next_visit' else 'gap'}=")
         self._check_iteration(iteration)
         _finite(reward=reward, gap=gap)
-        values = [None if value is None else float(value) + 0.0 for value in (reward, gap)]
-        event = Event(self._ledger.seq + 1, iteration, "use", skill_id, *values)
-        self._ledger.apply(event)
-        self._write([event], [])
+        reward, gap = (None if value is None else float(value) + 0.0 for value in (reward, gap))  # -0.0 becomes 0.0, as in SQLite
+        with self._writing():
+            self._ledger.append("use", iteration, self._ledger.state(skill_id), reward, gap)
 
     def cut(self, iteration: int, expect: int | None = None) -> int:
         """Rewinds to the state in which `iteration` is about to begin: events of that iteration and later are forgotten, for good.
@@ -200,24 +182,22 @@ class SkillBank:
             ValueError: The remaining log has not `expect` events: the bank and the checkpoint do not belong together. Nothing is changed.
             OSError: It could not be written; the bank is as before.
         """
-        try:
-            keep = self._db.execute("SELECT count(*) FROM event WHERE iteration < ?", (iteration,)).fetchone()[0]
-        except sqlite3.Error as error:
-            raise bank_file.translated(error, self.path) from error
+        with self._told():
+            keep = self._ledger.length_before(iteration)
         if expect is not None and keep != expect:
             raise ValueError(
                 f"{self.path or 'the in-memory bank'} has {keep} events before iteration {iteration}, the checkpoint saw {expect}: "
                 "this bank does not belong to this checkpoint; put the run's own bank in place"
             )
         forgotten = self.position - keep
-        if forgotten:
-            self._transaction(lambda: bank_file.truncate(self._db, keep))
-            self._ledger = self._load()
+        with self._writing(forgotten > 0):
+            for _ in range(forgotten):
+                self._ledger.undo()
         return forgotten
 
     def close(self) -> None:
         """Closes the file. May be called twice."""
-        self._db.close()
+        self._ledger.close()
 
     def __enter__(self) -> SkillBank:
         return self
@@ -227,44 +207,41 @@ class SkillBank:
 
     # Inside
 
-    def _surplus(self, task_id: str) -> int | None:
-        live = self.skills(task_id)
-        if self.capacity is None or len(live) <= self.capacity:
+    def _surplus(self, task_id: str) -> State | None:
+        if self.capacity is None or self._ledger.n_live(task_id) <= self.capacity:
             return None
-        if self.drop == "oldest":
-            return live[0].skill_id
-        return min(live, key=lambda skill: (skill.mean_reward, skill.skill_id)).skill_id
+        live = self._ledger.live(task_id)
+        return min(live, key=lambda state: (0.0 if self.drop == "oldest" else state.mean_reward, state.skill_id))
 
     def _check_iteration(self, iteration: int) -> None:
-        if iteration < self._ledger.iteration:
-            raise ValueError(
-                f"iteration {iteration} lies before the bank's last event ({self._ledger.iteration}): call cut({iteration}) when resuming"
-            )
+        last = self._ledger.tally.iteration
+        if iteration < last:
+            raise ValueError(f"iteration {iteration} lies before the bank's last event ({last}): call cut({iteration}) when resuming")
 
-    def _write(self, events: list[Event], new: list[Skill]) -> None:
-        if events:
-            self._transaction(lambda: bank_file.append(self._db, events, new))
+    @contextmanager
+    def _writing(self, anything: bool = True) -> Iterator[None]:
+        if not anything:
+            yield
+            return
+        if self._read_only:
+            raise OSError(f"{self.path}: the bank was opened read-only")
+        with self._told(), self._ledger.transaction():
+            yield
 
-    def _transaction(self, work: Callable[[], None]) -> None:
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors in the bank's own words."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            work()
-            self._db.execute("COMMIT")
-        except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            self._ledger = self._load()  # the events were applied in memory before they were written
-            if isinstance(error, sqlite3.Error):
-                raise bank_file.translated(error, self.path) from error
-            raise
-
-    def _load(self) -> Ledger:
-        try:
-            return Ledger.replay(*bank_file.read(self._db))
+            yield
+        except Elsewhere as error:
+            raise bank_file.overtaken(self.path) from error
         except sqlite3.Error as error:
             raise bank_file.translated(error, self.path) from error
-        except ValueError as error:
-            raise bank_file.refused(self.path or Path(":memory:"), f"its log does not add up ({error})") from error
+        except Damaged as error:
+            with suppress(sqlite3.Error, Damaged):
+                if not self._read_only and self._ledger.overtaken():  # what was read is of two moments
+                    raise bank_file.overtaken(self.path) from error
+            raise bank_file.refused(self.path or Path(":memory:"), f"the file is damaged ({error})") from error
 
 
 def _finite(**values: float | None) -> None:

@@ -1,36 +1,31 @@
-"""The bank's SQLite file: made whole or not at all, checked before it is opened for writing, never repaired or overwritten."""
+"""The bank's SQLite file: made whole or not at all, checked before it is opened for writing, never repaired or overwritten.
+
+A file of an earlier version is its log: opened for writing, it is replayed into the present tables in one transaction; opened read-only,
+the same is done to a copy in memory.
+"""
 
 from __future__ import annotations
 
 import os
 import sqlite3
 import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import cast, get_args
 
-from skillsd.skills.ledger import Booking, Event
+from skillsd.skills.ledger import Ledger
 from skillsd.skills.skill import FIELDS, Skill
+from skillsd.skills.tables import SCHEMA, TALLY, Booking, Damaged, Event
 
 APPLICATION_ID = 0x534B5344  # "SKSD"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LOCK_WAIT_S = 10.0
+WHOLE_CHECK_BYTES = 2**25
+"""Up to this size a file is checked as a whole when it is opened, which takes a tenth of a second; every row is checked when it is read."""
 
-_SKILL_COLUMNS = ("skill_id", "task_id", *FIELDS, "source_iteration", "source_member", "source_reward", "source_completion")
-_EVENT_COLUMNS = ("seq", "iteration", "kind", "skill_id", "reward", "gap")
-_SCHEMA = f"""
-CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE skill (
-    skill_id INTEGER PRIMARY KEY, task_id TEXT NOT NULL,
-    success_analysis TEXT NOT NULL, mistake_analysis TEXT NOT NULL, golden_workflow TEXT NOT NULL,
-    source_iteration INTEGER NOT NULL, source_member INTEGER NOT NULL, source_reward REAL NOT NULL, source_completion REAL NOT NULL);
-CREATE TABLE event (
-    seq INTEGER PRIMARY KEY, iteration INTEGER NOT NULL, kind TEXT NOT NULL, skill_id INTEGER NOT NULL, reward REAL, gap REAL);
-CREATE INDEX event_iteration ON event (iteration);
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
 _TRANSIENT = {5, 6, 8, 10, 13, 14}  # busy, locked, read-only, input/output, full, cannot open: the world's fault, not the file's
-_CONSTRAINT = 19
 
 
 def refused(path: Path, why: str) -> ValueError:
@@ -40,27 +35,32 @@ def refused(path: Path, why: str) -> ValueError:
 
 def translated(error: sqlite3.Error, path: Path | None) -> Exception:
     """An OSError for what the disk or another process did, a ValueError for what is wrong with the file."""
-    code = getattr(error, "sqlite_errorcode", 10) & 0xFF
     where = path or Path(":memory:")
+    if "Could not decode" in str(error):  # of Python's making, without a code
+        return refused(where, f"the file is damaged ({' '.join(str(error).split())})")
+    code = getattr(error, "sqlite_errorcode", 10) & 0xFF
     if code in _TRANSIENT:
         return OSError(f"{where}: {error}. Free the disk, or end the other process that holds the bank, and resume")
-    if code == _CONSTRAINT:
-        return OSError(f"{where}: another process has written to the bank since it was opened. One run, one bank: choose another path")
     return refused(where, f"SQLite cannot read it as a skill bank ({error})")
 
 
-def connect(path: Path | None, booking: Booking, read_only: bool) -> sqlite3.Connection:
-    """Opens the bank, making it if there is none. The caller finds `booking` stored in a new file only.
+def overtaken(path: Path | None) -> OSError:
+    """The error for a bank with two writers."""
+    return OSError(f"{path}: another process has written to the bank since it was opened. One run, one bank: choose another path")
+
+
+def connect(path: Path | None, booking: Booking, read_only: bool) -> Ledger:
+    """Opens the bank, making it if there is none; brings a file of an earlier version to the present one.
 
     Raises:
-        ValueError: The file is not a bank, is damaged or has another schema version.
+        ValueError: The file is not a bank, is damaged, has a later schema version, or is opened for writing with another booking.
         FileNotFoundError: `read_only` and no file.
         OSError: The file cannot be opened or is locked.
     """
     if path is None:
         db = sqlite3.connect(":memory:", isolation_level=None)
         _fill(db, booking)
-        return db
+        return Ledger(db, booking)
     if not path.exists():
         if read_only:
             raise FileNotFoundError(f"{path}: no skill bank here")
@@ -69,57 +69,129 @@ def connect(path: Path | None, booking: Booking, read_only: bool) -> sqlite3.Con
     try:
         reader = _reader(path)
         try:
-            if (problem := reader.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise refused(path, f"the file is damaged ({' '.join(problem.split())})")
+            ledger = _checked(reader, path)
+            if read_only:
+                return ledger
         except BaseException:
             reader.close()
             raise
-        if read_only:
-            return reader
-        reader.close()
+        ledger.close()
+        if ledger.booking != booking:
+            raise ValueError(
+                f"{path}: its mean rewards are booked as {ledger.booking!r}, not {booking!r}: "
+                f"set booking to {ledger.booking!r} or choose another path"
+            )
         db = sqlite3.connect(path, timeout=LOCK_WAIT_S, isolation_level=None)
-        db.execute("PRAGMA synchronous = NORMAL")  # with WAL: a killed process loses nothing, a power cut at most the last commits
-        return db
+        try:
+            db.execute("PRAGMA synchronous = NORMAL")  # with WAL: a killed process loses nothing, a power cut at most the last commits
+            if _version(db) < SCHEMA_VERSION:
+                _migrate(db)
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return Ledger(db, booking)
+        except BaseException:
+            db.close()
+            raise
     except sqlite3.Error as error:
         raise translated(error, path) from error
+    except Damaged as error:
+        raise refused(path, f"the file is damaged ({error})") from error
 
 
-def read(db: sqlite3.Connection) -> tuple[Booking, list[Event], dict[int, Skill]]:
-    """The stored booking, the log in order and the skills by id. Lets sqlite3.Error and ValueError through."""
-    db.execute("BEGIN")  # one snapshot for all three
+def _checked(reader: sqlite3.Connection, path: Path) -> Ledger:
+    """The bank as `reader` sees it from now on; of an earlier version, a copy in memory."""
+    reader.execute("BEGIN")  # what it sees is settled by its first look
+    version = _version(reader)
+    _check_version(version, path)
+    whole = path.stat().st_size <= WHOLE_CHECK_BYTES
+    if whole and (problem := reader.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise Damaged(" ".join(problem.split()))
+    if version < SCHEMA_VERSION:
+        with closing(reader):
+            copy = sqlite3.connect(":memory:", isolation_level=None)
+            reader.backup(copy)
+        _migrate(copy)
+        reader = copy
+    if not set(SCHEMA) <= {row[0] for row in reader.execute("SELECT sql FROM sqlite_master")}:
+        raise Damaged("its tables are not those of a skill bank")
+    ledger = Ledger(reader, _booking(reader))
+    ledger.verify(every_row_counted=whole)
+    return ledger
+
+
+# Earlier versions: how to read their log
+
+Logged = tuple[Event, Skill | None]
+
+
+def _log_1(db: sqlite3.Connection) -> Iterator[Logged]:
+    """Version 1 held the log and the texts alone."""
+    columns = "seq, kind, iteration, skill_id, reward, gap, task_id, source_iteration, source_member, source_reward, source_completion"
+    for seq, kind, iteration, skill_id, reward, gap, task_id, at, member, source_reward, completion, *texts in db.execute(
+        f"SELECT {columns}, {', '.join(FIELDS)} FROM old_event LEFT JOIN old_skill USING (skill_id) ORDER BY seq"
+    ):
+        skill = None
+        if kind == "insert" and task_id is not None:
+            skill = Skill(
+                **dict(zip(FIELDS, texts, strict=True)), task_id=task_id, source_iteration=at, source_member=member,
+                source_reward=source_reward, source_completion=completion
+            )  # fmt: skip
+        yield Event(kind, seq, iteration, skill_id, reward, gap), skill
+
+
+_LOGS: dict[int, Callable[[sqlite3.Connection], Iterator[Logged]]] = {1: _log_1}
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """Replays the log of an earlier version into the present tables, in one transaction. Raises Damaged if the log does not add up."""
+    db.execute("BEGIN IMMEDIATE")
     try:
-        row = db.execute("SELECT value FROM setting WHERE name = 'booking'").fetchone()
-        if row is None or row[0] not in get_args(Booking):
-            raise ValueError("the booking setting is missing or unknown")
-        events = [Event(*values) for values in db.execute(f"SELECT {', '.join(_EVENT_COLUMNS)} FROM event ORDER BY seq")]
-        skills = {
-            values[0]: Skill(**dict(zip(_SKILL_COLUMNS, values, strict=True)))
-            for values in db.execute(f"SELECT {', '.join(_SKILL_COLUMNS)} FROM skill")
-        }
+        log, booking = _LOGS[_version(db)], _booking(db)
+        old = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for name in old:
+            db.execute(f"ALTER TABLE {name} RENAME TO old_{name}")
+        _make_tables(db, booking)
+        ledger = Ledger(db, booking)
+        for event, skill in log(db):
+            if event.seq != ledger.tally.seq + 1:
+                raise Damaged(f"event {event.seq} cannot follow event {ledger.tally.seq}")
+            if event.kind == "insert" and (skill is None or event.skill_id != ledger.tally.skills + 1):
+                raise Damaged(f"event {event.seq} inserts skill {event.skill_id}, which is missing or out of order")
+            ledger.append(event.kind, event.iteration, skill or ledger.state(event.skill_id), event.reward, event.gap)
+        ledger.settle()
+        for name in old:
+            db.execute(f"DROP TABLE old_{name}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"its log does not add up: {error}") from error
     finally:
-        db.execute("ROLLBACK")
-    return cast(Booking, row[0]), events, skills
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
-def append(db: sqlite3.Connection, events: list[Event], skills: list[Skill]) -> None:
-    """Writes events and the skills they insert, inside the caller's transaction."""
-    db.executemany(_insert("skill", _SKILL_COLUMNS), [[getattr(skill, name) for name in _SKILL_COLUMNS] for skill in skills])
-    db.executemany(_insert("event", _EVENT_COLUMNS), [[getattr(event, name) for name in _EVENT_COLUMNS] for event in events])
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
-def truncate(db: sqlite3.Connection, last_seq: int) -> None:
-    """Removes the events after `last_seq` and the skills they inserted, inside the caller's transaction."""
-    db.execute("DELETE FROM skill WHERE skill_id IN (SELECT skill_id FROM event WHERE kind = 'insert' AND seq > ?)", (last_seq,))
-    db.execute("DELETE FROM event WHERE seq > ?", (last_seq,))
-
-
-def _insert(table: str, columns: tuple[str, ...]) -> str:
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+def _booking(db: sqlite3.Connection) -> Booking:
+    row = db.execute("SELECT value FROM setting WHERE name = 'booking'").fetchone()
+    if row is None or row[0] not in get_args(Booking):
+        raise Damaged("the booking setting is missing or unknown")
+    return cast(Booking, row[0])
 
 
 def _fill(db: sqlite3.Connection, booking: Booking) -> None:
-    db.executescript(_SCHEMA)
+    _make_tables(db, booking)
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _make_tables(db: sqlite3.Connection, booking: Booking) -> None:
+    for statement in SCHEMA:
+        db.execute(statement)
     db.execute("INSERT INTO setting VALUES ('booking', ?)", (booking,))
+    nothing = (1, *[0] * 9)
+    db.execute(TALLY.insert, (*nothing, TALLY.crc(nothing)))
 
 
 def _sidecar(path: Path, suffix: str) -> Path:
@@ -157,8 +229,7 @@ def _check_header(path: Path) -> None:
     version, application = struct.unpack(">I", head[60:64])[0], struct.unpack(">I", head[68:72])[0]
     if application != APPLICATION_ID:
         raise refused(path, "an SQLite file, but not a skill bank")
-    if version != SCHEMA_VERSION:
-        raise refused(path, f"a skill bank of schema version {version}, and this release reads version {SCHEMA_VERSION}")
+    _check_version(version, path)
     size = path.stat().st_size
     if not _pending(path) and size < pages * (65536 if page_size == 1 else page_size):  # with a WAL, pages may be still to come
         raise refused(path, f"truncated: {size} bytes where {pages} pages of {page_size} are expected")
@@ -169,7 +240,29 @@ def _pending(path: Path) -> bool:
     return wal.exists() and wal.stat().st_size > 0
 
 
+def _check_version(version: int, path: Path) -> None:
+    if version != SCHEMA_VERSION and version not in _LOGS:
+        raise refused(path, f"a skill bank of schema version {version}, and this release reads versions 1 to {SCHEMA_VERSION}")
+
+
 def _reader(path: Path) -> sqlite3.Connection:
-    # immutable: no sidecar file is made, so that a bank on a read-only disk can be read.
-    mode = "mode=ro" if _sidecar(path, "-wal").exists() else "mode=ro&immutable=1"
-    return sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=LOCK_WAIT_S, isolation_level=None)
+    """A connection that writes nothing, and that a writer who comes later does not pull the rug from under."""
+    wal = _sidecar(path, "-wal")
+    for patience in (0.01, 0.1, 0.0):
+        if wal.exists():
+            mode = "mode=ro"  # not rw: the last to close would write what a killed run has left there into the file
+        elif os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
+            mode = "mode=rw"  # only this makes the sidecar files in which a reader is known to a writer, and unmakes them
+        else:
+            mode = "mode=ro&immutable=1"  # a read-only disk
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=LOCK_WAIT_S, isolation_level=None)
+        try:
+            db.execute("PRAGMA query_only = ON")
+            db.execute("SELECT count(*) FROM sqlite_master")
+            return db
+        except sqlite3.OperationalError as error:
+            db.close()
+            if not patience or error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CANTOPEN:
+                raise
+            time.sleep(patience)  # a writer has just closed, and taken its sidecar files along
+    raise AssertionError("unreachable")

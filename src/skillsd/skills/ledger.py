@@ -1,129 +1,265 @@
-"""The bank's state, derived from its events one by one. No file, no policy: the same events give the same state, to the bit."""
+"""The bank's log and the state that follows from it, kept side by side in SQLite; in memory there is the tally alone.
+
+An event changes the state of one skill, and is undone from itself and the state after it: a use keeps the total before it. So a cut costs
+as much as what is cut off, and leaves to the bit what was there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+import sqlite3
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, replace
+from hashlib import blake2b
+from math import isfinite
 
 from skillsd.skills.skill import Skill
-
-Booking = Literal["source", "next_visit", "gap"]
-Drop = Literal["worst", "oldest"]
-Kind = Literal["insert", "merge", "use", "drop"]
+from skillsd.skills.tables import EVENT, SKILL, STATE, TALLY, TASK, Booking, Damaged, Event, Kind, State, Tally
 
 
-@dataclass(frozen=True)
-class Event:
-    """One line of the bank's log.
-
-    Args:
-        seq: Position in the log, from 1 without holes.
-        iteration: Iteration during which it happened; never decreases along the log.
-        kind: `insert` a new skill, `merge` a duplicate into one, `use` it, `drop` it.
-        skill_id: The skill.
-        reward: Of a use: mean reward of the group, if given.
-        gap: Of a use: outcome-aligned gap, if given.
-    """
-
-    seq: int
-    iteration: int
-    kind: Kind
-    skill_id: int
-    reward: float | None = None
-    gap: float | None = None
+class Elsewhere(Exception):
+    """Another connection has written."""
 
 
 class Ledger:
-    """State after a prefix of the log.
+    """Log and state on one connection. What is written belongs between `with ledger.transaction():` and its end.
 
     Args:
+        db: A connection that begins transactions only when told to, to a database with `SCHEMA`.
         booking: What `Skill.mean_reward` means, see `SkillBank`.
+
+    Raises:
+        Damaged: also by any method that reads: the rows are not those that were written.
     """
 
-    def __init__(self, booking: Booking) -> None:
-        self.booking = booking
-        self.skills: dict[int, Skill] = {}
-        """Every skill ever inserted, by id; dropped ones too."""
-        self.seq = 0
-        self.iteration = 0
-        self.merged = 0
-        self.dropped = 0
-        self._totals: dict[int, float] = {}
-        self._tasks: dict[str, dict[int, None]] = {}
-        self._by_text: dict[tuple[str, str, str, str], int] = {}
+    def __init__(self, db: sqlite3.Connection, booking: Booking) -> None:
+        self._db, self.booking = db, booking
+        self.tally = self._stored()
+        self._touched: dict[str, list[int]] = {}  # task -> live and crc_sum, in the transaction under way
+        self._tasks: list[str] | None = None
 
-    @classmethod
-    def replay(cls, booking: Booking, events: Iterable[Event], skills: Mapping[int, Skill]) -> Ledger:
-        """State after `events`, whose inserts take their texts from `skills`.
+    # Reading
 
-        Raises:
-            ValueError: The log has a hole, goes back in time or names an unknown skill.
-        """
-        ledger = cls(booking)
-        for event in events:
-            ledger.apply(event, skills.get(event.skill_id))
-        return ledger
-
-    def live(self, task_id: str) -> list[Skill]:
-        """The task's skills that are not dropped, by id."""
-        return [self.skills[i] for i in self._tasks.get(task_id, ())]
+    def verify(self, every_row_counted: bool) -> None:
+        """Looks whether all tasks are there and the log and the skills end where they should, or have as many rows as they should."""
+        held = self.tasks()
+        for table, key, n in (("event", "seq", self.tally.seq), ("skill", "skill_id", self.tally.skills)):
+            found = self._db.execute(f"SELECT max({key}) FROM {table}").fetchone()[0] or 0
+            if found == n and every_row_counted:
+                found = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            if found != n:
+                raise Damaged(f"its table {table!r} holds {found} rows where {n} were written")
+        if every_row_counted:
+            found = self._db.execute("SELECT count(*), coalesce(sum(dropped = 0), 0) FROM state").fetchone()
+            if found != (self.tally.skills, self.tally.live):
+                raise Damaged(f"its table 'state' holds {found[0]} rows where {self.tally.skills} were written")
+        assert len(held) == self.tally.tasks
 
     def tasks(self) -> list[str]:
         """Ids of the tasks that have a skill, sorted."""
-        return sorted(self._tasks)
+        if self._tasks is None:
+            rows = self._db.execute(f"{TASK.select} ORDER BY task_id").fetchall()
+            self._tasks = [TASK.checked(row)[0] for row in rows]
+            if len(rows) != self.tally.tasks or sum(row[-1] for row in rows) != self.tally.crc_sum:
+                raise Damaged("rows of its table 'task' are missing or doubled")
+        return list(self._tasks)
 
-    def duplicate(self, skill: Skill) -> int | None:
-        """Id of the live skill of the same task with the same texts, if any."""
-        return self._by_text.get((skill.task_id, *skill.texts))
+    def n_live(self, task_id: str) -> int:
+        """How many skills the task has."""
+        return (self._touched.get(task_id) or self._task(task_id))[0]
 
-    def apply(self, event: Event, skill: Skill | None = None) -> None:
-        """Takes the next event; an insert comes with its `skill`."""
-        if event.seq != self.seq + 1 or event.iteration < self.iteration:
-            raise ValueError(f"event {event.seq} of iteration {event.iteration} cannot follow event {self.seq} of {self.iteration}")
-        if event.kind == "insert":
-            if skill is None or event.skill_id != len(self.skills) + 1:
-                raise ValueError(f"event {event.seq} inserts skill {event.skill_id}, which is missing or out of order")
-            self._insert(event.skill_id, skill)
-        elif event.skill_id not in self.skills:
-            raise ValueError(f"event {event.seq} names skill {event.skill_id}, which was never inserted")
-        elif event.kind == "merge":
-            old = self.skills[event.skill_id]
-            self.skills[event.skill_id] = replace(old, sources=old.sources + 1)
-            self.merged += 1
-        elif event.kind == "use":
-            self._use(event)
-        elif event.kind == "drop":
-            self._drop(self.skills[event.skill_id])
+    def live(self, task_id: str) -> list[State]:
+        """How the task's skills that are not dropped stand, in no particular order."""
+        n, crc_sum = self._touched.get(task_id) or self._task(task_id)
+        rows = self._db.execute(f"{STATE.select} WHERE task_id = ? AND dropped = 0", (task_id,)).fetchall()
+        states = list(map(State._make, STATE.all_checked(rows, task_id)))
+        if len(rows) != n or sum(row[-1] for row in rows) != crc_sum:
+            raise Damaged(f"rows of its table 'state' are missing or doubled (task {task_id!r})")
+        return states
+
+    def skill(self, skill_id: int) -> Skill:
+        """A skill as it stands, also one that was dropped."""
+        skill, state = self._both(skill_id)
+        return replace(skill, uses=state.uses, mean_reward=state.mean_reward, sources=state.sources)
+
+    def state(self, skill_id: int) -> State:
+        """How a skill stands. Raises ValueError if there never was one."""
+        if not 1 <= skill_id <= self.tally.skills:
+            raise ValueError(f"skill {skill_id} was never inserted")
+        return self._both(skill_id)[1]
+
+    def duplicate(self, skill: Skill) -> State | None:
+        """The live skill of the same task with the same texts, if any."""
+        rows = self._db.execute(f"{STATE.select} WHERE task_id = ? AND dropped = 0 AND digest = ?", (skill.task_id, _digest(skill)))
+        same = [State._make(STATE.checked(row)) for row in rows.fetchall()]
+        return next((state for state in same if self._source(state.skill_id).texts == skill.texts), None)
+
+    def length_before(self, iteration: int) -> int:
+        """Number of events of earlier iterations."""
+        return bisect_left(range(1, self.tally.seq + 1), iteration, key=lambda seq: self._event(seq).iteration)
+
+    def overtaken(self) -> bool:
+        """Whether another connection has written since this one last read or wrote the tally."""
+        return self._stored() != self.tally
+
+    def close(self) -> None:
+        """Closes the connection. May be called twice."""
+        self._db.close()
+
+    # Writing
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of what is done inside, or nothing. Raises Elsewhere if another connection has written."""
+        before = replace(self.tally)
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            if self.overtaken():
+                raise Elsewhere
+            yield
+            self.settle()
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self.tally, self._tasks = before, None
+            raise
+        finally:
+            self._touched = {}
+
+    def append(self, kind: Kind, iteration: int, what: Skill | State, reward: float | None = None, gap: float | None = None) -> None:
+        """One more event: of an insert the skill, whose texts and source alone count, of the others how the skill stands before it.
+
+        Raises:
+            ValueError: It cannot follow what is there.
+        """
+        tally, total = self.tally, None
+        if iteration < tally.iteration:
+            raise ValueError(f"an event of iteration {iteration} cannot follow one of {tally.iteration}")
+        if isinstance(what, Skill):
+            if kind != "insert":
+                raise ValueError(f"an event is of unknown kind {kind!r}")
+            state = self._insert(what)
+        elif kind == "merge":
+            state = what._replace(sources=what.sources + 1)
+            tally.merged += 1
+        elif kind == "use":
+            state, total = self._used(what, reward, gap), what.total
+        elif kind == "drop" and not what.dropped:
+            state = what._replace(dropped=1)
+            tally.dropped += 1
         else:
-            raise ValueError(f"event {event.seq} is of unknown kind {event.kind!r}")
-        self.seq, self.iteration = event.seq, event.iteration
+            raise ValueError(f"skill {what.skill_id} is dropped twice, or an event is of unknown kind {kind!r}")
+        self._put(None if isinstance(what, Skill) else what, state)
+        tally.seq, tally.iteration = tally.seq + 1, iteration
+        event = Event(kind, tally.seq, iteration, state.skill_id, reward, gap, total)
+        self._db.execute(EVENT.insert, (*event, EVENT.crc(event)))
 
-    def _insert(self, skill_id: int, skill: Skill) -> None:
-        # A gap in nats says nothing on a reward's scale: under "gap" an untried skill starts at 0, elsewhere at its source's reward.
-        mean = 0.0 if self.booking == "gap" else skill.source_reward
-        self.skills[skill_id] = replace(skill, skill_id=skill_id, uses=0, sources=1, mean_reward=mean)
-        self._totals[skill_id] = 0.0
-        self._tasks.setdefault(skill.task_id, {})[skill_id] = None
-        self._by_text[(skill.task_id, *skill.texts)] = skill_id
+    def undo(self) -> None:
+        """Forgets the last event."""
+        tally = self.tally
+        event = self._event(tally.seq)
+        state = self._both(event.skill_id)[1]
+        if event.kind == "insert":
+            self._put(state, None)
+            self._db.execute(SKILL.delete, (event.skill_id,))
+            tally.skills -= 1
+        elif event.kind == "merge":
+            self._put(state, state._replace(sources=state.sources - 1))
+            tally.merged -= 1
+        elif event.kind == "use":
+            uses, total = state.uses - 1, event.total_before or 0.0
+            self._put(state, state._replace(uses=uses, total=total, mean_reward=self._mean(state.source_reward, uses, total)))
+        else:
+            self._put(state, state._replace(dropped=0))
+            tally.dropped -= 1
+        self._db.execute(EVENT.delete, (event.seq,))
+        tally.seq -= 1
+        tally.iteration = self._event(tally.seq).iteration if tally.seq else 0
 
-    def _use(self, event: Event) -> None:
-        skill = self.skills[event.skill_id]
-        uses, mean = skill.uses + 1, skill.mean_reward
+    def settle(self) -> None:
+        """Writes the sums: what a transaction ends with."""
+        for task_id, (live, crc_sum) in self._touched.items():
+            was, now = (task_id, *self._task(task_id)), (task_id, live, crc_sum)
+            if was[1]:
+                self.tally.crc_sum -= TASK.crc(was)
+            if live:
+                self.tally.crc_sum += TASK.crc(now)
+                self._db.execute(TASK.replace, (*now, TASK.crc(now)))
+            else:
+                self._db.execute(TASK.delete, (task_id,))
+            if bool(live) != bool(was[1]):
+                self.tally.tasks += 1 if live else -1
+                self._tasks = None
+        row = (1, *astuple(self.tally))
+        self._db.execute(TALLY.replace, (*row, TALLY.crc(row)))
+
+    # Inside
+
+    def _insert(self, skill: Skill) -> State:
+        skill_id, iteration = self.tally.skills + 1, int(skill.source_iteration)
+        reward, completion = float(skill.source_reward) + 0.0, float(skill.source_completion) + 0.0  # -0.0 becomes 0.0, as in SQLite
+        row = (skill.task_id, *skill.texts, skill_id, iteration, int(skill.source_member), reward, completion)
+        self._db.execute(SKILL.insert, (*row, SKILL.crc(row)))
+        self.tally.skills += 1
+        return State(skill.task_id, 0, _digest(skill), skill_id, iteration, reward, 0, 0.0, self._mean(reward, 0, 0.0), 1)
+
+    def _used(self, state: State, reward: float | None, gap: float | None) -> State:
+        uses, total = state.uses + 1, state.total
         if self.booking != "source":
-            value = event.reward if self.booking == "next_visit" else event.gap
+            value = reward if self.booking == "next_visit" else gap
             if value is None:
-                raise ValueError(f"event {event.seq} lacks the value that booking {self.booking!r} needs")
-            self._totals[event.skill_id] += value
-            mean = self._totals[event.skill_id] / uses
-        self.skills[event.skill_id] = replace(skill, uses=uses, mean_reward=mean)
+                raise ValueError(f"a use of skill {state.skill_id} lacks the value that booking {self.booking!r} needs")
+            total += value
+            if not isfinite(total):
+                raise ValueError(f"what was booked for skill {state.skill_id} must add up to a finite number, got {total}")
+        return state._replace(uses=uses, total=total, mean_reward=self._mean(state.source_reward, uses, total))
 
-    def _drop(self, skill: Skill) -> None:
-        ids = self._tasks.get(skill.task_id, {})
-        if skill.skill_id not in ids:
-            raise ValueError(f"skill {skill.skill_id} is dropped twice")
-        del ids[skill.skill_id]
-        if not ids:
-            del self._tasks[skill.task_id]
-        del self._by_text[(skill.task_id, *skill.texts)]
-        self.dropped += 1
+    def _mean(self, source_reward: float, uses: int, total: float) -> float:
+        if self.booking == "source":
+            return source_reward
+        # A gap in nats says nothing on a reward's scale: under "gap" an untried skill starts at 0, elsewhere at its source's reward.
+        return total / uses if uses else 0.0 if self.booking == "gap" else source_reward
+
+    def _put(self, old: State | None, new: State | None) -> None:
+        for state, sign in ((old, -1), (new, 1)):
+            if state is not None and not state.dropped:
+                if state.task_id not in self._touched:
+                    self._touched[state.task_id] = [*self._task(state.task_id)]
+                task = self._touched[state.task_id]
+                task[0] += sign
+                task[1] += sign * STATE.crc(state)
+                self.tally.live += sign
+                self.tally.uses += sign * state.uses
+        if old is not None and (new is None or new[:4] != old[:4]):
+            self._db.execute(STATE.delete, old[:4])
+        if new is not None:
+            self._db.execute(STATE.replace, (*new, STATE.crc(new)))
+
+    def _stored(self) -> Tally:
+        return Tally(*TALLY.checked(self._db.execute(TALLY.select).fetchone())[1:])
+
+    def _task(self, task_id: str) -> tuple[int, int]:
+        row = self._db.execute(f"{TASK.select} WHERE task_id = ?", (task_id,)).fetchone()
+        return (0, 0) if row is None else TASK.checked(row)[1:]
+
+    def _event(self, seq: int) -> Event:
+        return Event._make(EVENT.checked(self._db.execute(f"{EVENT.select} WHERE seq = ?", (seq,)).fetchone()))
+
+    def _source(self, skill_id: int) -> Skill:
+        task_id, *texts, _, iteration, member, reward, completion = SKILL.checked(
+            self._db.execute(f"{SKILL.select} WHERE skill_id = ?", (skill_id,)).fetchone()
+        )
+        success, mistakes, workflow = texts
+        return Skill(success, mistakes, workflow, task_id, skill_id, iteration, member, reward, completion)
+
+    def _both(self, skill_id: int) -> tuple[Skill, State]:
+        skill = self._source(skill_id)
+        at = (skill.task_id, _digest(skill), skill_id)
+        rows = self._db.execute(f"{STATE.select} WHERE task_id = ? AND dropped IN (0, 1) AND digest = ? AND skill_id = ?", at).fetchall()
+        return skill, State._make(STATE.checked(rows[0] if len(rows) == 1 else None))
+
+
+def _digest(skill: Skill) -> int:
+    return int.from_bytes(blake2b("\0".join(skill.texts).encode(), digest_size=8).digest(), "little", signed=True)

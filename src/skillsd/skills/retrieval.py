@@ -12,12 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
-
-from skillsd.skills.skill import Skill
+from typing import Literal, Protocol, TypeVar
 
 SQRT2 = math.sqrt(2.0)
 Untried = Literal["first", "prior"]
+
+
+class Scored(Protocol):
+    """What is chosen by: a skill has it, and the bank's row of one."""
+
+    @property
+    def skill_id(self) -> int | None: ...
+    @property
+    def source_iteration(self) -> int: ...
+    @property
+    def source_reward(self) -> float: ...
+    @property
+    def uses(self) -> int: ...
+    @property
+    def mean_reward(self) -> float: ...
+
+
+S = TypeVar("S", bound=Scored)
 
 
 def ucb_score(mean_reward: float, n_uses: int, total_uses: int, c: float = SQRT2) -> float:
@@ -37,7 +53,7 @@ def ucb_score(mean_reward: float, n_uses: int, total_uses: int, c: float = SQRT2
     return mean_reward + c * math.sqrt(math.log(total_uses) / n_uses)
 
 
-def select(skills: Sequence[Skill], c: float = SQRT2, untried: Untried = "first") -> Skill | None:
+def select(skills: Sequence[S], c: float = SQRT2, untried: Untried = "first") -> S | None:
     """The skill to use next, or None if there is none. The order of `skills` does not matter as long as each has its id.
 
     Args:
@@ -50,10 +66,15 @@ def select(skills: Sequence[Skill], c: float = SQRT2, untried: Untried = "first"
         return None
     unused = [skill for skill in skills if skill.uses == 0]
     if unused and untried == "first":
-        return min(unused, key=lambda skill: (-skill.source_reward, *_newest(skill)))
+        return _best(unused, [skill.source_reward for skill in unused])
     total = sum(max(1, skill.uses) for skill in skills)
-    return min(skills, key=lambda skill: (-ucb_score(skill.mean_reward, max(1, skill.uses), total, c), *_newest(skill)))
+    return _best(skills, [ucb_score(skill.mean_reward, max(1, skill.uses), total, c) for skill in skills])
 
 
-def _newest(skill: Skill) -> tuple[int, int]:
+def _best(skills: Sequence[S], scores: Sequence[float]) -> S:
+    highest = max(scores)
+    return min((skill for skill, score in zip(skills, scores, strict=True) if score == highest), key=_newest)
+
+
+def _newest(skill: Scored) -> tuple[int, int]:
     return (-skill.source_iteration, skill.skill_id or 0)
