@@ -36,8 +36,8 @@ from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Methods x seeds and a report: skillsd study. What is installed: skillsd doctor. "
-    "Which classes a key takes: skillsd config"
+    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Classes by key: skillsd config"
 )
 RUN_FILES = (
     "config.yaml",
