@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play, study, doctor."""
+"""The command line: fit, validate, export, play, study, config, doctor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import sys
+import traceback
 import warnings
 from argparse import ArgumentError
 from contextlib import suppress
@@ -17,6 +18,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils import logging as transformers_logging
 
@@ -26,16 +28,18 @@ from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.callbacks.resume import LAST, newest_good, read_checkpoint
+from skillsd.class_paths import config
 from skillsd.doctor import doctor
 from skillsd.durable import write
-from skillsd.errors import ConfigError, one_line, told, users_business
+from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Methods x seeds and a report: skillsd study. What is installed: skillsd doctor"
+    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Classes by key: skillsd config"
 )
 RUN_FILES = (
     "config.yaml",
@@ -51,6 +55,9 @@ RUN_FILES = (
 RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
 KEYWORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for `ckpt_path` beside a path."""
+CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
+"""Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
+any function a file names."""
 
 
 class Trainer(L.Trainer):
@@ -140,8 +147,21 @@ class CLI(LightningCLI):
         parser.add_argument("--overwrite", type=bool, default=False, help="fit: discard an earlier run in the run folder")
         parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
 
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a damaged checkpoint at once. Lightning would also take the class paths and settings that it holds."""
+        given = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if given and Path(given).is_file():
+            read_checkpoint(Path(given))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        safe = {"weights_only": True} if subcommand in ("fit", "validate") else {}  # null is false for a checkpoint at a URL
+        return {**super()._prepare_subcommand_kwargs(subcommand), **safe}
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        refuse_secrets(_flat(config.as_dict(), lists=True))
+        if config.get("weights_only") is False:
+            raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")
         given = config.get("ckpt_path")
         if given is not None and given not in KEYWORDS and "://" not in given and not Path(given).exists():
             raise ConfigError(f"ckpt_path: no checkpoint at {given}: name one, `last`, or leave it out.")
@@ -193,16 +213,35 @@ class CLI(LightningCLI):
         print_report(Path(self.trainer.default_root_dir))
 
 
+def refuse_secrets(config: dict[str, Any]) -> None:
+    """The configuration goes into the run folder, so it may name an environment variable that holds a key, and not hold the key.
+
+    Raises:
+        ConfigError: a value holds that of an environment variable which is a secret by its name, or which an `api_key_env` names.
+    """
+    for key, value in config.items():
+        if key.endswith(".api_key_env") and isinstance(value, str):
+            hold_secret(value, os.environ.get(value, ""))
+    for secret, name in secrets().items():
+        if found := [key for key, value in config.items() if isinstance(value, str) and secret in value]:
+            raise ConfigError(
+                f"{found[0]} holds the value of the environment variable {name}, which would be written to the run folder: "
+                "leave it out, or give the variable's name where a key asks for one (api_key_env)."
+            )
+
+
 def _run_seed(seed: Any) -> int:
     return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(config: dict[str, Any], prefix: str = "", lists: bool = False) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
+        if lists and isinstance(value, list):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
-            out |= _flat(value, f"{name}.")
+            out |= _flat(value, f"{name}.", lists)
         elif isinstance(value, int | float | bool | str):
             out[name] = value
     return out
@@ -320,6 +359,11 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=f"(?s).*{text}")
 
 
+def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """The interpreter's hook: a traceback holds no secrets."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def main(args: ArgsType = None) -> int:
     """Run a command. Bad input prints one line and returns 2; SKILLSD_DEBUG=1 shows the traceback instead."""
     argv = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
@@ -330,6 +374,8 @@ def main(args: ArgsType = None) -> int:
     if argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
         argv += ["-c", "sokoban"]
     quiet()
+    sys.excepthook = _show_error
+    set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False)
     with guarded() as guard:
         try:
             code = _run(argv)
@@ -343,7 +389,7 @@ def main(args: ArgsType = None) -> int:
         except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
             if os.environ.get("SKILLSD_DEBUG") == "1" or not users_business(e):
                 raise
-            print(f"error: {told(e)}", file=sys.stderr)
+            print(f"error: {redacted(told(e))}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, SystemExit) as e:
             if isinstance(e, SystemExit) and not isinstance(e.__context__, KeyboardInterrupt):
@@ -354,6 +400,9 @@ def main(args: ArgsType = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[0] == "config":  # it imports nothing that a file names
+        config(resolve_configs(argv)[1:])
+        return 0
     if argv[0] == "doctor":  # it needs no configuration
         doctor(argv[1:])
         return 0

@@ -1,11 +1,17 @@
-"""Bad input: the error of the house, and the one line that the command line makes of any error that is the user's business."""
+"""Bad input: the error of the house, the one line that the command line makes of any error that is the user's business, and what no
+line may hold: a secret."""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 from argparse import ArgumentError
 from pickle import UnpicklingError
+
+_SECRET_NAME = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_PIECE = 8  # characters of a secret in a row that are one too many
+_held: dict[str, str] = {}
 
 
 class ConfigError(ValueError):
@@ -68,3 +74,34 @@ def _key(message: str) -> str:
     if len(path) > 1 and path[0] in ("data", "model"):
         path.insert(1, "init_args")
     return ".".join(path)
+
+
+def hold_secret(name: str, value: str) -> None:
+    """Note the value of the environment variable `name`, whatever it is called, as one that `redacted` takes out. Short ones are words."""
+    if len(value) >= 6:
+        _held[value] = name
+
+
+def secrets() -> dict[str, str]:
+    """Value -> name: what `hold_secret` noted, and the environment variables whose name ends in KEY, TOKEN, SECRET or PASSWORD."""
+    named = {value: name for name, value in os.environ.items() if len(value) >= 12 and _SECRET_NAME.search(name)}
+    return named | _held
+
+
+def redacted(text: str) -> str:
+    """`text` without secrets and without pieces of 8 characters or more of them: error texts echo keys, whole or cut."""
+    for value, name in secrets().items():
+        size = min(_PIECE, len(value))
+        hits = {value[at : at + size] for at in range(len(value) - size + 1)}
+        out, at, kept = [], 0, 0
+        while at <= len(text) - size:
+            if text[at : at + size] not in hits:
+                at += 1
+                continue
+            end = at + 1
+            while text[end : end + size] in hits:
+                end += 1
+            out += [text[kept:at], f"[{name}]"]
+            at = kept = end + size - 1
+        text = "".join([*out, text[kept:]])
+    return text

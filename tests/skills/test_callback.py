@@ -79,7 +79,7 @@ def test_hindsight_waits_for_this_iteration_s_summaries(groups):
     """What was ready from before goes to the bank, and to nobody's teacher; this iteration's go there at its end, once."""
     callback = make(HindsightContext())
     queue: Any = callback.summariser
-    queue.submit(0, [t for g in groups(0) for t in g])  # from before a change of the context, say
+    callback.checked.submit(0, [t for g in groups(0) for t in g])  # from before a change of the context, say
     queue.ready = 1
     assert callback.texts(groups(1)) == [["t1.0.1", "t1.1.1"], ["t2.0.1", "t2.1.1"]]
     assert workflows(callback, "t1") == ["t1.0.0", "t1.1.0"]

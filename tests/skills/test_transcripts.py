@@ -146,7 +146,8 @@ def test_braces_and_fields_in_a_transcript_are_text(form):
 
     base.bind(generate)
     (skill,) = base.summarise([trajectory])
-    assert all(content.count(TRAPS) == 4 for content in asked)
+    shown = TRAPS.replace("</conversation>", "[/conversation>")  # it does not end the record
+    assert all(content.count(shown) == 4 for content in asked)
     assert skill.texts == (("s", "m", "w") if form == "json" else (TRAPS,) * 3)
     assert skill.render().count(TRAPS) == (0 if form == "json" else 3)
 

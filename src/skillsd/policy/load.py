@@ -34,7 +34,7 @@ def model_folder(name: str) -> str:
     """Where the model called `name` lies: a folder, or `name` itself for the hub.
 
     Raises:
-        ConfigError: a packaged model that is not installed, or a folder without weights.
+        ConfigError: a packaged model that is not installed, a folder without weights, or with weights in a pickle.
     """
     if name == "nano":
         if not (PACKAGED / "weights" / "nano" / "config.json").is_file():
@@ -46,7 +46,12 @@ def model_folder(name: str) -> str:
         return str(cached_folder())
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() or not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
+            raise ConfigError(
+                f"policy.model: the folder {name} has its weights in a pickle (pytorch_model.bin), which could run code: convert them to "
+                "safetensors with save_pretrained."
+            )
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise ConfigError(
                 f"policy.model: the folder {name} holds no model (config.json, *.safetensors): name one made by save_pretrained."
             )
@@ -65,8 +70,10 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
         # transformers would make up an empty one
         raise ConfigError(f"policy.model: the folder {settings.model} holds no tokenizer: save it there with save_pretrained.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
+        if "trust_remote_code" in str(e):
+            raise _own_code(settings.model) from e
         raise _not_found(settings.model, "tokenizer", e) from e
     if settings.chat_template is not None:
         packaged = PACKAGED / "templates" / f"{settings.chat_template}.jinja"
@@ -103,7 +110,7 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
         dtype = torch.bfloat16  # on a CPU the fastest compute type of nf4, and fp32 the slowest of all
     else:
         dtype = "auto" if device.type == "cuda" else torch.float32
-    kwargs: dict[str, object] = {"dtype": dtype, "device_map": {"": device}}
+    kwargs: dict[str, object] = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": False, "use_safetensors": True}
     if settings.attention is not None:
         kwargs["attn_implementation"] = settings.attention
     if nf4:
@@ -114,6 +121,10 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
         model = AutoModelForCausalLM.from_pretrained(model_folder(settings.model), **kwargs)
     except OSError as e:
         raise _not_found(settings.model, "model", e) from e
+    except ValueError as e:
+        if "trust_remote_code" in str(e):
+            raise _own_code(settings.model) from e
+        raise
     for module in model.modules():
         # With it, an eval-mode forward re-packs the weights in place and later gradients are silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -125,6 +136,10 @@ def _untrained(device: torch.device) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Qwen3ForCausalLM(build_config(len(build_tokenizer()))).to(device).eval().requires_grad_(False)
+
+
+def _own_code(name: str) -> ConfigError:
+    return ConfigError(f"policy.model: {name} brings Python code of its own (auto_map), which is never run: name another model.")
 
 
 def _not_found(name: str, what: str, error: Exception) -> ConfigError:

@@ -227,6 +227,8 @@ class Policy(nn.Module):
         folder = adapter_folder(folder, self.settings.model)
         if not (Path(folder) / "adapter_config.json").is_file():
             raise ConfigError(f"policy.lora.init: {folder} is not a PEFT adapter folder (adapter_config.json is missing).")
+        if not (Path(folder) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle, or ask the hub
+            raise ConfigError(f"policy.lora.init: {folder} has no adapter_model.safetensors: save the adapter with PEFT's save_pretrained.")
         check_folder(Path(folder))
         saved, lora = PeftConfig.from_pretrained(folder), self.settings.lora
         if getattr(saved, "r", None) is None:

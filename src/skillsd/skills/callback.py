@@ -14,8 +14,9 @@ import lightning as L
 from skillsd.errors import ConfigError
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import BankContext, GroundTruthContext, GroupContext, NoContext, PrivilegedContext
+from skillsd.skills.plain import control_texts, plain
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
-from skillsd.skills.summarisers import BaseSummariser, Finished, RulesSummariser, Summariser
+from skillsd.skills.summarisers import BaseSummariser, CheckedSummariser, Finished, RulesSummariser, Summariser
 from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
@@ -32,7 +33,8 @@ class SkillBankCallback(L.Callback):
     """Summarises trajectories into skills, keeps them in a bank, and gives each task's teacher its prompt.
 
     The summaries of iteration i enter the bank, in (task, member) order, at the first iteration boundary at which they are
-    ready; with `rules` and `base` that is always the next one.
+    ready; with `rules` and `base` that is always the next one. What a summariser returns is data: see CheckedSummariser. In a prompt
+    the texts of skills and attempts never hold control tokens: see `plain`.
 
     Args:
         summariser: Makes skills. Default: RulesSummariser.
@@ -64,6 +66,8 @@ class SkillBankCallback(L.Callback):
     ) -> None:
         super().__init__()
         self.summariser: Summariser = summariser or RulesSummariser()
+        self.checked = CheckedSummariser(self.summariser)
+        self.control: tuple[str, ...] = ()  # how the tokenizer's control tokens are written
         self.context: PrivilegedContext = context or BankContext()
         self.bank_settings: dict[str, Any] = {"capacity": capacity, "drop": drop, "booking": booking}
         self.min_reward = -math.inf if min_reward is None else min_reward
@@ -83,6 +87,8 @@ class SkillBankCallback(L.Callback):
         self._state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        model: Any = pl_module
+        self.control = control_texts(model.policy.tokenizer)
         if self.bank is None:  # opened late: input that is refused before leaves no file behind
             path = Path(trainer.default_root_dir) / FILE
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,16 +101,16 @@ class SkillBankCallback(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.bank is not None:
-            self.summariser.close()
+            self.checked.close()
             self.bank.close()
             self.bank = None
 
     def bind(self, generate: Callable[..., list[str]], solve: Callable[[str, Summariser], Skill | None]) -> None:
         """Give a summariser that needs one the base model's voice, and a context that needs it the environment's own solutions."""
         if isinstance(self.summariser, BaseSummariser):
-            self.summariser.bind(generate)
+            self.summariser.bind(lambda asked, *rest: generate([[self._plain(m) for m in messages] for messages in asked], *rest))
         if isinstance(self.context, GroundTruthContext):
-            self.context.bind(lambda task_id: solve(task_id, self.summariser))
+            self.context.bind(lambda task_id: solve(task_id, self.checked))
 
     # -- what the stream asks for ------------------------------------------------------------------------------------------
 
@@ -129,7 +135,7 @@ class SkillBankCallback(L.Callback):
         assert self.bank is not None
         skill_id = self.prompts.get(task_id)
         if skill_id is not None:
-            return skill_id, self.bank.get(skill_id).render(self.template)
+            return skill_id, self._text(self.bank.get(skill_id))
         if isinstance(self.context, BankContext) and self.bank.skills(task_id):
             raise RuntimeError(f"task {task_id} has {len(self.bank.skills(task_id))} skills, and its teacher got none")
         return None, ""
@@ -143,8 +149,8 @@ class SkillBankCallback(L.Callback):
             started = time.perf_counter()
             self._insert(groups[0][0].iteration)  # what is ready from before stays apart
             self._submit(groups)
-            self.summariser.drain()
-            self._hindsight = self.summariser.collect()
+            self.checked.drain()
+            self._hindsight = self.checked.collect()
             skills = {(s.task_id, s.source_member): s for done in self._hindsight for s in done.skills}
             self.summary_s += time.perf_counter() - started
         return [[self._text(x) for x in self.context.choose(g, [skills.get((t.task_id, t.member)) for t in g])] for g in groups]
@@ -152,8 +158,12 @@ class SkillBankCallback(L.Callback):
     def _text(self, told: Skill | Trajectory | None) -> str:
         if isinstance(told, Trajectory):
             actions = " ".join(turn.action for turn in told.turns)
-            return self.transcript_template.format(transcript=conversation(told), actions=actions)
-        return told.render(self.template) if told is not None else ""
+            texts = {"transcript": conversation(told), "actions": actions}
+            return self.transcript_template.format(**{k: plain(text, self.control) for k, text in texts.items()})
+        return told.with_texts(plain(t, self.control) for t in told.texts).render(self.template) if told is not None else ""
+
+    def _plain(self, message: dict[str, str]) -> dict[str, str]:
+        return {**message, "content": plain(message["content"], self.control)}
 
     # -- what an iteration leaves ------------------------------------------------------------------------------------------
 
@@ -169,7 +179,7 @@ class SkillBankCallback(L.Callback):
         if self._hindsight is None and not isinstance(self.context, NoContext):
             self._submit([g.trajectories for g in groups], self.min_reward)  # what would not enter costs no summary
         if trainer.should_stop or trainer.global_step >= trainer.estimated_stepping_batches:
-            self.summariser.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
+            self.checked.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
         self._insert(iteration)
         self.summary_s += time.perf_counter() - started
         metrics: Any = pl_module.metrics
@@ -179,11 +189,11 @@ class SkillBankCallback(L.Callback):
 
     def _submit(self, groups: Sequence[Sequence[Trajectory]], least: float = -math.inf) -> None:
         rows = [t for g in groups for t in g if t.turns and not t.failure and t.reward >= least]
-        self.summariser.submit(groups[0][0].iteration, rows)
+        self.checked.submit(groups[0][0].iteration, rows)
 
     def _insert(self, iteration: int) -> None:
         assert self.bank is not None
-        finished, self._hindsight = [*(self._hindsight or []), *self.summariser.collect()], None
+        finished, self._hindsight = [*(self._hindsight or []), *self.checked.collect()], None
         for done in finished:
             self.failed += done.n_failed
             self.bank.insert([s for s in done.skills if s.source_reward >= self.min_reward], iteration)

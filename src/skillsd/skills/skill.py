@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +12,13 @@ from skillsd.trajectory import Trajectory
 
 FIELDS = ("success_analysis", "mistake_analysis", "golden_workflow")
 """The three texts of a skill, in order."""
+
+MAX_CHARS = 24_000
+"""Longest text that enters a bank, in characters: no more than a summariser is shown of the conversation."""
+MAX_ANSWER_CHARS = 64_000
+"""Longest answer of a language model that is read at all, thoughts and prose around the object included."""
+MAX_ANSWER_FIELD_CHARS = 4_000
+"""Longest text that a language model may write; about 500 are asked for."""
 
 SKILL_TEMPLATE = """\
 # Notes from an earlier attempt at this task
@@ -69,6 +78,26 @@ class Skill:
             except UnicodeEncodeError as error:
                 raise ValueError(f"{name} holds a lone surrogate and cannot be stored as UTF-8") from error
 
+    def admitted(self, most: int = MAX_CHARS) -> Skill:
+        """As it may enter a bank. The texts are data: they are bounded, not read.
+
+        Control characters become spaces, but for line breaks and tabs. Nothing is cut: half an advice may say its opposite.
+
+        Args:
+            most: Longest text, in characters.
+
+        Raises:
+            ValueError: A text is longer, or nothing of it is left.
+        """
+        for name in FIELDS:
+            if len(getattr(self, name)) > most:
+                raise ValueError(f"{name} has {len(getattr(self, name))} characters, more than {most}")
+        return self.with_texts(_CONTROL.sub(" ", text) for text in self.texts)
+
+    def with_texts(self, texts: Iterable[str]) -> Skill:
+        """The same skill with other texts, in the order of `FIELDS`."""
+        return replace(self, **dict(zip(FIELDS, texts, strict=True)))  # type: ignore[arg-type]
+
     @property
     def texts(self) -> tuple[str, str, str]:
         """The three texts, in the order of `FIELDS`."""
@@ -107,8 +136,11 @@ class Skill:
         """Reads a language model's answer: one JSON object with exactly the three fields, a code fence and prose around it allowed.
 
         Raises:
-            ValueError: There is no such object, more than one, or a field is missing, surplus, repeated, blank or no string.
+            ValueError: The answer or a field is too long, there is no such object, more than one, or a field is missing, surplus,
+                repeated, blank or no string.
         """
+        if len(text) > MAX_ANSWER_CHARS:
+            raise ValueError(f"an answer of {len(text)} characters is not read: at most {MAX_ANSWER_CHARS}")
         objects = _objects(text)
         if len(objects) != 1:
             raise ValueError(f"expected one JSON object, found {len(objects)} in {_excerpt(text)}")
@@ -127,7 +159,10 @@ class Skill:
             raise ValueError(f"expected exactly the fields {', '.join(FIELDS)}; {'; '.join(wrong)}")
         values = {name: value.strip() if isinstance(value, str) else value for name, value in pairs}
         success, mistakes, workflow = (values[name] for name in FIELDS)
-        return cls(success, mistakes, workflow)
+        return cls(success, mistakes, workflow).admitted(MAX_ANSWER_FIELD_CHARS)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # the last two ranges turn text around
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -138,12 +173,15 @@ def _objects(text: str) -> list[_Pairs]:
     # strict=False: models put raw line breaks into strings.
     decoder = json.JSONDecoder(object_pairs_hook=_Pairs, strict=False)
     found: list[_Pairs] = []
-    at = text.find("{")
+    at, spare = text.find("{"), 8 * MAX_ANSWER_CHARS  # characters that may be read in vain, or nested braces would cost their square
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError
             end = at + 1  # a brace in the prose
+            spare -= getattr(error, "pos", len(text)) - at
+            if spare < 0:
+                return []
         else:
             if any(name in FIELDS for name, _ in value):  # not one that the prose quotes
                 found.append(value)

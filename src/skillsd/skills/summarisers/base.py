@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from skillsd.skills.skill import FIELDS, Skill
+from skillsd.skills.skill import FIELDS, MAX_ANSWER_FIELD_CHARS, Skill
 from skillsd.skills.summarisers.prompt import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
 from skillsd.skills.summarisers.protocol import Synchronous
 from skillsd.trajectory import Trajectory
@@ -70,7 +70,7 @@ class BaseSummariser(Synchronous):
         self._generate = generate
 
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
-        """One skill per trajectory; None where the answer was not the JSON asked for, or the answer for a field was blank.
+        """One skill per trajectory; None where the answer was not the JSON asked for, or that for a field blank or too long.
 
         Raises:
             RuntimeError: No generator is bound, or it returned another number of answers.
@@ -104,7 +104,7 @@ class BaseSummariser(Synchronous):
             if not self.questions:
                 return Skill.parse(answers[0]).of(trajectory)
             success, mistakes, workflow = (answer.strip() for answer in answers)
-            return Skill(success, mistakes, workflow).of(trajectory)
+            return Skill(success, mistakes, workflow).admitted(MAX_ANSWER_FIELD_CHARS).of(trajectory)
         except ValueError as error:
             log.info("no skill from %s, member %d: %s", trajectory.task_id, trajectory.member, error)
             return None

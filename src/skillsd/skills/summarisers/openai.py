@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from skillsd.errors import hold_secret, redacted
 from skillsd.skills.skill import Skill
 from skillsd.skills.summarisers.prompt import SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
 from skillsd.skills.summarisers.protocol import Finished, finished, in_order
@@ -20,6 +22,9 @@ from skillsd.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.02
+_MOST_BYTES = 1 << 20
+"""Longest body of a response, in bytes: a skill has some hundred."""
+_KEY_NAME = re.compile(r"(?:^|[_-])(?:auth\w*|api-?key|key|token|secret|password|cookie)$", re.IGNORECASE)
 
 
 @dataclass
@@ -39,7 +44,8 @@ class OpenAISummariser:
 
     Connection errors, time-outs, status 408, 409, 429 and 5xx, and answers that are not the JSON asked for are tried again; other
     statuses (a wrong key, an unknown model) fail at once. Where the server says Retry-After, the next try waits as long as it asks, at most
-    `timeout_s`. A trajectory that takes longer than all its tries and waits together may is given up.
+    `timeout_s`. A trajectory that takes longer than all its tries and waits together may is given up. The key is held in memory and sent
+    to the endpoint, and nowhere else: what the server says is stripped of it before it is logged or stored.
 
     Args:
         model: The endpoint's name of the model.
@@ -56,7 +62,7 @@ class OpenAISummariser:
 
     Raises:
         ImportError: The `openai` package is not installed.
-        ValueError: A setting is out of range, the template cannot be filled, or there is no key for the default endpoint.
+        ValueError: A setting is out of range or holds a key, the template cannot be filled, or there is no key for the default endpoint.
     """
 
     asynchronous: bool = True
@@ -78,6 +84,7 @@ class OpenAISummariser:
         if max_workers < 1 or timeout_s <= 0 or retries < 0 or backoff_s < 0:
             raise ValueError("max_workers must be >= 1, timeout_s > 0, retries and backoff_s >= 0")
         check_prompt(template, max_chars)
+        _without_keys(api_key_env, base_url, request or {})
         try:
             import openai
         except ImportError as error:
@@ -85,8 +92,10 @@ class OpenAISummariser:
         key = os.environ.get(api_key_env, "")
         if not key and base_url is None:
             raise ValueError(f"no API key: set the environment variable {api_key_env}, or give base_url for a server that needs none")
+        hold_secret(api_key_env, key)
         self._openai = openai
-        self._client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=timeout_s, max_retries=0)
+        http = openai.DefaultHttpxClient(event_hooks={"response": [_bound]}, headers={"Accept-Encoding": "identity"})
+        self._client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=timeout_s, max_retries=0, http_client=http)
         self.model = model
         self.timeout_s = timeout_s
         self.retries = retries
@@ -180,7 +189,8 @@ class OpenAISummariser:
             try:
                 messages = analyst_messages(job.trajectory, self.template, self.system, self.max_chars)
                 answer = self._client.chat.completions.create(model=self.model, messages=messages, **self.request)
-                return Skill.parse(answer.choices[0].message.content or "").of(job.trajectory), ""
+                skill = Skill.parse(answer.choices[0].message.content or "")
+                return skill.with_texts(map(redacted, skill.texts)).of(job.trajectory), ""
             except self._openai.APIStatusError as failure:
                 error = f"status {failure.status_code}: {failure.message}"
                 if failure.status_code < 500 and failure.status_code not in (408, 409, 429):
@@ -191,14 +201,15 @@ class OpenAISummariser:
         return None, error
 
     def _finish(self, job: _Job, skill: Skill | None, error: str) -> bool:
+        error = redacted(error)[:500]
         with self._lock:
             if job.done:
                 return False
             job.skill, job.done = skill, True
             if skill is None:
-                self.last_error = error[:500]
+                self.last_error = error
         if skill is None and error != "closed":
-            log.warning("no skill from %s, member %d: %s", job.trajectory.task_id, job.trajectory.member, error[:500])
+            log.warning("no skill from %s, member %d: %s", job.trajectory.task_id, job.trajectory.member, error)
         return True
 
     def _over(self, job: _Job) -> bool:
@@ -211,6 +222,47 @@ class OpenAISummariser:
     def _wait(self, jobs: Sequence[_Job]) -> None:
         while not all(self._over(job) for job in jobs):
             time.sleep(_POLL_S)
+
+
+def _without_keys(api_key_env: str, base_url: str | None, request: Mapping[str, Any]) -> None:
+    """Raises ValueError where a setting looks as if it held a key: settings are written to the run folder. Its text is not repeated."""
+    there = "a key in the configuration would be written to the run folder: put it into the environment variable that api_key_env names"
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api_key_env):
+        raise ValueError("api_key_env is the name of an environment variable, not a key: letters, digits and _ only")
+    if base_url is not None and re.search(r"//[^/]*@|[?&#]", base_url):
+        raise ValueError(f"base_url holds a user or a query: {there}")
+    for part, settings in (("", request), *((k, v) for k, v in request.items() if isinstance(v, Mapping))):
+        for name in settings:
+            if name != "prompt_cache_key" and _KEY_NAME.search(str(name)):
+                raise ValueError(f"request{'.' * bool(part)}{part}: {name} looks like a key, and {there}")
+
+
+def _bound(response: Any) -> None:
+    """A hook of the HTTP client: no body is read beyond `_MOST_BYTES`, and none is unpacked, which could make it a thousand times longer.
+
+    Raises:
+        ValueError: the body is compressed; on reading, it is too long. The client makes a connection error of it.
+    """
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise ValueError("the response is compressed, which was not asked for")
+    kind: Any = type(response.stream)  # the client's name differs between versions of the package
+
+    class Bounded(kind):
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            left = _MOST_BYTES
+            for chunk in self.stream:
+                left -= len(chunk)
+                if left < 0:
+                    raise ValueError(f"the response has more than {_MOST_BYTES} bytes")
+                yield chunk
+
+        def close(self) -> None:
+            self.stream.close()
+
+    response.stream = Bounded(response.stream)
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:

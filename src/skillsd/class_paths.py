@@ -1,0 +1,144 @@
+"""`skillsd config`: the keys that take a class, the base class each must be a subclass of, and what there is to choose from.
+
+A class path names code that the user chooses to run: its module is imported, and the class is refused, before it is called, unless it is a
+subclass of the key's base (of a Protocol: has its methods). So read what `skillsd config -c FILE` says of a file that came from
+elsewhere: it imports nothing. What jsonargparse refuses by itself (os, subprocess, pickle, ...) is not even imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+
+from skillsd.errors import ConfigError
+
+_OBJECTIVE = "model.init_args.objective"
+_SIGNALS = tuple(f"skillsd.objective.{name}" for name in ("NaiveK3", "OPID", "RLSD", "SDAR", "SDPG", "SDPO", "SkillSD", "UCOB"))
+_SUMMARISERS = ("RulesSummariser", "BaseSummariser", "OpenAISummariser")
+_CONTEXTS = ("BankContext", "NoContext", "ShuffledContext", "HindsightContext", "SiblingContext", "GroundTruthContext")
+_CALLBACKS = ("AdapterExport", "EnvStepBudget", "Panel", "RunCheckpoint", "RunLog")
+
+
+class Key(NamedTuple):
+    """A key that takes a class: the base classes (any of them), and the class paths that come with skillsd."""
+
+    name: str
+    bases: tuple[str, ...]
+    shipped: tuple[str, ...] = ()
+
+
+KEYS = (
+    Key("model", ("lightning.pytorch.LightningModule",), ("skillsd.module.SkillSD", "skillsd.pretrain.Cloning")),
+    Key(f"{_OBJECTIVE}.loss", ("skillsd.objective.Signal",), _SIGNALS),
+    Key(f"{_OBJECTIVE}.advantage", ("skillsd.objective.Signal",), _SIGNALS),
+    Key(f"{_OBJECTIVE}.multiplier", ("skillsd.objective.Signal",), _SIGNALS),
+    Key(
+        f"{_OBJECTIVE}.gate",
+        ("skillsd.objective.Gate",),
+        tuple(f"skillsd.objective.{name}" for name in ("OutcomeGate", "PositiveGate", "SigmoidGate", "TraceGate")),
+    ),
+    Key("data", ("lightning.pytorch.LightningDataModule",), ("skillsd.data.RolloutData", "skillsd.pretrain.DemonstrationData")),
+    Key("skills.summariser", ("skillsd.skills.Summariser",), tuple(f"skillsd.skills.{name}" for name in _SUMMARISERS)),
+    Key("skills.context", ("skillsd.skills.PrivilegedContext",), tuple(f"skillsd.skills.{name}" for name in _CONTEXTS)),
+    Key("trainer.callbacks", ("lightning.pytorch.Callback",), tuple(f"skillsd.callbacks.{name}" for name in _CALLBACKS)),
+    Key("trainer.logger", ("lightning.pytorch.loggers.Logger",)),
+    Key("trainer.accelerator", ("lightning.pytorch.accelerators.Accelerator",)),
+    Key("trainer.strategy", ("lightning.pytorch.strategies.Strategy",)),
+    Key("trainer.profiler", ("lightning.pytorch.profilers.Profiler",)),
+    Key(
+        "trainer.plugins",
+        (
+            "lightning.pytorch.plugins.Precision",
+            "lightning.fabric.plugins.ClusterEnvironment",
+            "lightning.fabric.plugins.CheckpointIO",
+            "lightning.pytorch.plugins.LayerSync",
+        ),
+    ),
+)
+ENVIRONMENT = "data.init_args.env"
+"""Names no class, but a module too: `module:Id-v0`."""
+KNOWN = ("skillsd", "lightning")
+"""What comes from elsewhere is marked."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def config(args: Sequence[str]) -> None:
+    """Print the table. Nothing that a file names is imported.
+
+    Args:
+        args: What follows `skillsd config`.
+
+    Raises:
+        ConfigError: unknown arguments, or a file that is no configuration.
+    """
+    about = "Show which classes each key takes. The resolved configuration: skillsd fit -c FILE --print_config"
+    parser = _Parser(prog="skillsd config", description=about)
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="show what the file selects; several: overlays")
+    files = parser.parse_args(args).config
+    chosen: dict[str, Any] = {}
+    for name in files:
+        _overlay(chosen, _read(name))
+    found = dict(selected(chosen))
+    keys = {key.name: key for key in KEYS}
+    rows = [("KEY", "BASE CLASS: IT OR A SUBCLASS; OF A PROTOCOL, ITS METHODS", "IN THESE FILES" if files else "COMES WITH SKILLSD")]
+    for name in [*keys, *(name for name in found if name not in keys)]:
+        key = keys.get(name, Key(name, ("gymnasium.Env, as module:Id" if name == ENVIRONMENT else "the parameter's type",)))
+        paths = [f"{path}{_mark(path)}" for path in found.get(name, ())] if files else key.shipped
+        rows += zip_longest([name], key.bases, paths or ["-"], fillvalue="")
+    widths = [max(len(row[at]) for row in rows) for at in (0, 1)]
+    for row in rows:
+        print(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip())
+    print("\nThe resolved configuration: skillsd fit -c FILE --print_config")
+
+
+def _mark(path: str) -> str:
+    package = path.replace(":", ".").split(".")[0]
+    foreign = package != path and package not in KNOWN and not package.startswith("skillsd_")
+    return "  <- neither skillsd's nor Lightning's: a run imports it" if foreign else ""
+
+
+def selected(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """The class paths of a configuration by key, wherever they stand."""
+    takes = {key.name for key in KEYS} | {ENVIRONMENT}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        items = value if isinstance(value, list) else [value]
+        paths = [str(item["class_path"]) for item in items if isinstance(item, Mapping) and "class_path" in item]
+        paths += [item for item in items if isinstance(item, str) and name in takes]
+        if paths:
+            yield name, paths
+        for at, item in enumerate(items):
+            if isinstance(item, Mapping):
+                yield from selected(item, f"{name}[{at}]." if isinstance(value, list) else f"{name}.")
+
+
+def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    for key, value in above.items():
+        other = below.get(key)
+        if isinstance(value, Mapping) and isinstance(other, dict):
+            if value.get("class_path", other.get("class_path")) != other.get("class_path"):
+                other = below[key] = {}  # another class has other arguments
+            _overlay(other, value)
+        else:
+            below[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _read(name: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"-c {name}: there is no such file that can be read: check the path.") from e
+    except (yaml.YAMLError, RecursionError) as e:
+        raise ConfigError(f"-c {name}: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict):
+        raise ConfigError(f"-c {name}: a configuration is a mapping of keys to values.")
+    return content
