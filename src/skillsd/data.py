@@ -238,7 +238,7 @@ class RolloutData(L.LightningDataModule):
         """
         chat, texts, engine = self.collector.chat, [""] * len(conversations), self.collector.engine
         context = min(self.policy.context_length, engine.most_tokens())
-        prompts = [chat.encode(chat.render(c)) for c in conversations]
+        prompts = [chat.conversation_ids(c) for c in conversations]
         todo = [i for i, p in enumerate(prompts) if len(p) < context]
         longest = max((len(prompts[i]) for i in todo), default=0) + max_new_tokens
         most = min(self.rollout.max_rows, engine.most_rows(min(context, longest)))
