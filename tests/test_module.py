@@ -870,7 +870,8 @@ def test_a_checkpoint_holds_both_adapters_only(make_policy, step, tmp_path):
     assert sorted(state) == sorted(names) and all("lora_" in k for k in state)
     assert all(torch.equal(state[f"student.{k}"], p) for k, p in policy.adapter("student").items())
     assert all(torch.equal(state[f"teacher.{k}"], p) for k, p in policy.adapter("teacher").items())
-    assert checkpoint["skillsd"] == {"base": policy.base_name, "teacher_is_student": False}
+    counters = {"skipped": 0, "skipped_in_a_row": 0}
+    assert checkpoint["skillsd"] == {"base": policy.base_name, "teacher_is_student": False, **counters}
 
     def module(other: Policy) -> SkillSD:
         made = SkillSD(other.settings)

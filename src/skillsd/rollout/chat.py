@@ -1,9 +1,11 @@
 """Conversations as append-only token ids.
 
 A chat template is used twice only: for the first prompt, and for what stands between an answer and the next one. Nothing
-that was sampled is ever decoded and encoded again. A special token's name in what is said (`<|im_end|>` in an observation) is text like any
-other: control tokens come from the template and the policy alone. That is right only for a template whose rendering of a conversation begins
+that was sampled is ever decoded and encoded again. That is right only for a template whose rendering of a conversation begins
 with its rendering of every shorter one; `Chat` refuses another at start-up.
+
+A special token's name in what is said (`<|im_end|>` in an observation) is text like any other: control tokens come from the
+template and the policy alone.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class Chat:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode_many(self, texts: Sequence[Text]) -> list[list[int]]:
-        """`encode` of each, or of its pieces; those not met lately go through the tokenizer together. The lists are shared: they are not to be changed."""
+        """`encode` of each, or of its pieces; those not met lately go through the tokenizer together. The lists are not to be changed."""
         if new := [t for t in dict.fromkeys(texts) if t not in self._known]:
             whole = [t for t in new if isinstance(t, str)]
             got: dict[Text, list[int]] = {t: list(chain(*map(self.encode, t))) for t in new if isinstance(t, tuple)}
