@@ -94,7 +94,7 @@ def _parts(call: str, answer: Any, n: int) -> tuple[Any, ...]:
 
 
 def _info(info: Any) -> Mapping[str, Any]:
-    if not isinstance(info, Mapping):
+    if type(info) is not dict and not isinstance(info, Mapping):
         raise Misbehaved("observation", f"info is a {type(info).__name__}, not a dict")
     return info
 
@@ -113,6 +113,8 @@ def _text(what: str, text: Any, most: int) -> str:
 
 
 def _number(what: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    if type(value) is float and math.isfinite(value) and least <= value <= most:  # as nearly always
+        return value
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, bool | int | float):

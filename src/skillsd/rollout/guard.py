@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -62,6 +63,7 @@ def _hung(seconds: float) -> Failure:
 
 class Alarm:
     """Calls in the main thread, broken off after so many seconds by a signal: no thread, so that calls of microseconds stay that fast.
+    The signal comes ten times in that time and looks whether a call has begun too long ago.
 
     A context manager: inside it SIGALRM is its own. Sleeps, locks, sockets and Python code are broken off; what stays in C without looking
     at signals is not, nor is anything on Windows or outside the main thread: use `rollout.env_workers` there.
@@ -74,16 +76,18 @@ class Alarm:
         self.seconds = seconds
         self._before: Any = None
         self._set = False
+        self._since = math.inf  # when the call under way began
 
     def __enter__(self) -> Alarm:
         self._set = self.seconds > 0 and hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
         if self._set:
             self._before = signal.signal(signal.SIGALRM, self._ring)
+            self._arm(self.seconds / 10)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._set:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._arm(0.0)
             signal.signal(signal.SIGALRM, self._before or signal.SIG_DFL)
             self._set = False
 
@@ -92,18 +96,24 @@ class Alarm:
         if not self._set:
             return attempt(call)
         try:
-            signal.setitimer(signal.ITIMER_REAL, self.seconds, 1.0)  # again each second: code may catch whatever is raised into it
+            self._since = time.monotonic()
             try:
                 return attempt(call)
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                self._since = math.inf
         except _Hung:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._since = math.inf
+            self._arm(self.seconds / 10)
             return _hung(self.seconds)
 
+    def _ring(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._since >= self.seconds:
+            self._arm(min(1.0, self.seconds / 10))  # and again: code may catch whatever is raised into it
+            raise _Hung
+
     @staticmethod
-    def _ring(number: int, frame: FrameType | None) -> None:
-        raise _Hung
+    def _arm(every: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, every, every)
 
 
 class Call(Future[Any]):
