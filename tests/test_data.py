@@ -161,6 +161,54 @@ def test_failed_episodes_are_told_once_an_iteration(join, caplog):
     assert [t.failure for g in batches[0] for t in g.trajectories] == ["", "out of memory", "", "", "killed", ""]  # they stay there
 
 
+def test_prompts_come_from_a_member_that_was_played(join):
+    """The first one may have failed in its reset, where there is neither a prompt nor an observation."""
+    stream = join(batch_tasks=1, group_size=3).train_dataloader()
+    (want,) = next(iter(stream))
+    stream.position = 0
+    collect = stream.data.collector.collect
+    empty: dict[str, Any] = {"instruction": "", "prompt_ids": (), "token_ids": (), "action_mask": (), "logprobs": (), "turns": ()}
+
+    def lose(n: int) -> Callable[..., list[Trajectory]]:
+        def play(rows: list[Row], **settings: Any) -> list[Trajectory]:
+            played = collect(rows, **settings)
+            return [replace(t, **empty, finish_reason="failed", failure="raised: x") if t.member < n else t for t in played]
+
+        return play
+
+    stream.data.rollout.max_failed = 1.0
+    for n in (1, 2, 3):
+        stream.position, stream.data.collector.collect = 0, lose(n)
+        (group,) = next(iter(stream))
+        assert group.trajectories[n:] == want.trajectories[n:] == group.counted
+        assert n == 3 or (group.student_prompts, group.teacher_prompts) == (want.student_prompts, want.teacher_prompts)
+
+
+def test_too_many_failed_episodes(join):
+    """The share is of one iteration's episodes; the message counts by kind."""
+    stream = join(batch_tasks=2, group_size=2).train_dataloader()
+    data = stream.data
+    data.trainer.checkpoint_callback, data.trainer.default_root_dir = None, "/nowhere"
+    collect, kinds = data.collector.collect, ["hung: no answer", "raised: OSError: gone", "raised: again"]
+
+    def fail(rows: list[Row], **settings: Any) -> list[Trajectory]:
+        played = collect(rows, **settings)
+        return [replace(t, finish_reason="failed", failure=k) for t, k in zip(played, kinds, strict=False)] + played[len(kinds) :]
+
+    data.collector.collect = fail
+    data.rollout.max_failed = 0.75
+    next(iter(stream))
+    data.rollout.max_failed, stream.position = 0.5, 0
+    with pytest.raises(ConfigError) as told:
+        next(iter(stream))
+    first = stream.order(0)[0].task_id
+    assert str(told.value) == (
+        f"rollout.max_failed is 0.5, and in iteration 0 3 of 4 episodes failed (1 hung, first on task {first}: hung: no answer; "
+        f"2 raised, first on task {first}: raised: OSError: gone). There is no checkpoint yet: mend the environment and resume, "
+        "or set a larger share."
+    )
+
+
 def test_the_panel_is_the_same_each_time(join):
     data = join(panel_attempts=2, panel_seeds=[0, 7], panel_temperature=1.0, stage="validate")
     first, second = ([t for b in data.val_dataloader() for t in b] for _ in range(2))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skillsd.callbacks import TeacherSync
 from skillsd.errors import ConfigError
-from skillsd.module import METRICS, OptimizerSettings, SkillSD
+from skillsd.module import METRICS, OptimizerSettings, SkillSD, _return_gap
 from skillsd.objective import OPID, RLSD, SDPG, SDPO, UCOB, Objective, OutcomeGate, PositiveGate, SigmoidGate
 from skillsd.policy import Policy, Scores, TokenSequence
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup, Turn
@@ -763,6 +763,60 @@ def test_trajectories_without_tokens(make_policy, step):
     assert set(m) == set(METRICS) and not any(math.isinf(v) for v in m.values())
 
 
+def without(g: TrajectoryGroup, *members: int) -> TrajectoryGroup:
+    left = [k for k in range(len(g.trajectories)) if k not in members]
+    return replace(
+        g, trajectories=tuple(g.trajectories[k] for k in left), student_prompts=tuple(g.student_prompts[k] for k in left),
+        teacher_prompts=tuple(g.teacher_prompts[k] for k in left),
+    )  # fmt: skip
+
+
+def lose(g: TrajectoryGroup, *members: int, kind: str = "raised") -> TrajectoryGroup:
+    def lost(t: Trajectory) -> Trajectory:
+        return replace(t, reward=0.0, completion=0.0, success=False, finish_reason="failed", failure=f"{kind}: x")
+
+    return replace(g, trajectories=tuple(lost(t) if k in members else t for k, t in enumerate(g.trajectories)))
+
+
+def test_failed_episodes_are_in_no_statistic(make_policy, step):
+    """The update and what is logged are those of a batch without them; of a group with one left the advantage is 0."""
+    policy = make_policy()
+    first, second = make_groups(policy, ((1.0, 0.0, 0.5, 0.25), (0.0, 1.0, 1.0)))
+    lost = step(policy, [lose(first, 0, 3), second], micro_batch_tokens=60)
+    clean = step(policy, [without(first, 0, 3), second])
+    close(lost.grads[0], clean.grads[0])
+    torch.testing.assert_close(lost.gaps[0], clean.gaps[0], atol=1e-5, rtol=1e-5)
+    assert {s.token_ids for s in (*lost.asked[0], *lost.trained[0])}.isdisjoint(first.trajectories[k].token_ids for k in (0, 3))
+    m, want = lost.metrics[0], clean.metrics[0]
+    for key in METRICS:
+        if not math.isnan(want[key]) and not key.startswith(("time/", "memory/", "rollout/")):
+            assert m[key] == pytest.approx(want[key], abs=1e-5), key
+    assert m["rollout/failed"] == pytest.approx(2 / 7) and m["rollout/failed_raised"] == 2 and m["rollout/failed_hung"] == 0
+    assert m["rollout/env_steps"] == 7  # they were played
+
+    grpo = Objective(distillation_weight=0.0)
+    single = step(policy, [lose(first, 0, 1, 3)], objective=grpo)
+    assert flat(single.grads[0]).eq(0).all() and single.metrics[0]["reward/mean"] == 0.5
+
+    before = [p.clone() for p in policy.student_parameters()]
+    none = step(
+        policy, [lose(first, 0, 1, 2, 3), lose(second, 0, 1, 2, kind="hung")], optimizer=OptimizerSettings(lr=1.0, weight_decay=0.5)
+    )
+    assert flat(policy.student_parameters()).equal(flat(before)) and none.asked == none.trained == [[]]
+    assert none.metrics[0]["rollout/failed"] == 1 and none.metrics[0]["rollout/failed_hung"] == 3
+
+
+def test_returns_are_compared_without_failed_episodes(make_policy):
+    """UCOB's gap between the two views."""
+    policy = make_policy()
+    (g,) = make_groups(policy, ((1.0, 0.0, 0.5, 0.25),), (3,))
+    acted = [g.student_prompts[0]] * 2 + [g.teacher_prompts[0]] * 2
+    g = replace(g, trajectories=tuple(replace(t, prompt_ids=p) for t, p in zip(g.trajectories, acted, strict=True)))
+    assert _return_gap(g, 0) == pytest.approx(0.375 - 0.5)
+    assert _return_gap(lose(g, 1, 2), 0) == pytest.approx(0.25 - 1.0)
+    assert math.isnan(_return_gap(lose(g, 2, 3), 0))
+
+
 def test_groups_of_one(make_policy, step):
     """Without a policy loss there is nothing to compare with; with it the error names the key."""
     policy = make_policy()
@@ -870,7 +924,8 @@ def test_a_checkpoint_holds_both_adapters_only(make_policy, step, tmp_path):
     assert sorted(state) == sorted(names) and all("lora_" in k for k in state)
     assert all(torch.equal(state[f"student.{k}"], p) for k, p in policy.adapter("student").items())
     assert all(torch.equal(state[f"teacher.{k}"], p) for k, p in policy.adapter("teacher").items())
-    assert checkpoint["skillsd"] == {"base": policy.base_name, "teacher_is_student": False}
+    counters = {"skipped": 0, "skipped_in_a_row": 0}
+    assert checkpoint["skillsd"] == {"base": policy.base_name, "teacher_is_student": False, **counters}
 
     def module(other: Policy) -> SkillSD:
         made = SkillSD(other.settings)

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -18,6 +19,7 @@ import lightning as L
 import torch
 
 from skillsd.errors import ConfigError
+from skillsd.module import last_checkpoint
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
 from skillsd.rollout import (
@@ -238,7 +240,7 @@ class RolloutData(L.LightningDataModule):
         """
         chat, texts, engine = self.collector.chat, [""] * len(conversations), self.collector.engine
         context = min(self.policy.context_length, engine.most_tokens())
-        prompts = [chat.encode(chat.render(c)) for c in conversations]
+        prompts = [chat.conversation_ids(c) for c in conversations]
         todo = [i for i, p in enumerate(prompts) if len(p) < context]
         longest = max((len(prompts[i]) for i in todo), default=0) + max_new_tokens
         most = min(self.rollout.max_rows, engine.most_rows(min(context, longest)))
@@ -324,8 +326,10 @@ class GroupStream:
                 played[i] = t
         d.collector.engine.release()
         d.rollout_s = time.perf_counter() - started
-        if failed := [t for t in played if t.finish_reason == "failed"]:
+        if failed := [t for t in played if t.failed]:
             log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)
+        if len(failed) > d.rollout.max_failed * len(played):
+            raise ConfigError(self._summary(iteration, failed, len(played)))
         groups = [played[i * d.group_size : (i + 1) * d.group_size] for i in range(len(tasks))]
         after = d.bank.texts(groups) if d.bank is not None else None
         return [
@@ -333,9 +337,19 @@ class GroupStream:
             for i, (t, g, (skill_id, text)) in enumerate(zip(tasks, groups, skills, strict=True))
         ]
 
+    def _summary(self, iteration: int, failed: Sequence[Trajectory], episodes: int) -> str:
+        kinds = Counter(t.failure_kind for t in failed)
+        first = {t.failure_kind: t for t in reversed(failed)}
+        told = "; ".join(f"{n} {k}, first on task {first[k].task_id}: {first[k].failure[:200]}" for k, n in kinds.items())
+        return (
+            f"rollout.max_failed is {self.data.rollout.max_failed:g}, and in iteration {iteration} {len(failed)} of {episodes} episodes "
+            f"failed ({told}). {last_checkpoint(self.data.trainer)}: mend the environment and resume, or set a larger share."
+        )
+
     def _group(self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str]) -> TrajectoryGroup:
         """Texts: what each member's teacher is told."""
-        d, seen = self.data, played[0]
+        d = self.data
+        seen = next((t for t in played if t.turns), None) or next((t for t in played if t.prompt_ids), played[0])  # some may have failed
 
         @cache
         def prompt(text: str) -> tuple[int, ...]:

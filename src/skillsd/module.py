@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -22,7 +23,7 @@ from torch import Tensor
 from skillsd.errors import ConfigError
 from skillsd.objective import Objective, group_advantages
 from skillsd.policy import Policy, PolicySettings, Scores, TokenSequence, micro_batches
-from skillsd.trajectory import Trajectory, TrajectoryGroup
+from skillsd.trajectory import FAILURES, Trajectory, TrajectoryGroup
 
 try:
     import resource
@@ -36,11 +37,16 @@ METRICS = (
     "teacher/skill_share", "teacher/dropped_rows", "teacher/gap_mean", "teacher/gap_std", "teacher/health", "teacher/k3",
     "policy/entropy", "policy/clip_fraction", "policy/logp_drift", "policy/logp_drift_max", "grad_norm/total", "grad_norm/policy",
     "grad_norm/distillation", "teacher/weight", "teacher/shift", "optimizer/lr", "rollout/env_steps", "rollout/tokens",
-    "rollout/action_tokens", "rollout/turns", "rollout/finish_length", "rollout/failed", "learner/tokens", "skills/bank", "skills/failed",
+    "rollout/action_tokens", "rollout/turns", "rollout/finish_length", "rollout/failed", *(f"rollout/failed_{k}" for k in FAILURES),
+    "policy/skipped_steps", "learner/tokens", "skills/bank", "skills/failed",
     "memory/peak_gib", "memory/micro_batch_tokens", "time/rollout_s", "time/teacher_s", "time/update_s", "time/summary_s",
     "time/rollout_tokens_per_s", "time/learner_tokens_per_s",
 )  # fmt: skip
-"""Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ and memory/ differ in a re-run."""
+"""Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ and memory/ differ in a re-run.
+
+Failed episodes (`rollout/failed`, a share; by kind, counts) are in those under rollout/ alone. `policy/skipped_steps` counts the run's."""
+SKIPS = 3
+"""So many updates in a row that are not finite stop the run."""
 
 
 @dataclass
@@ -97,6 +103,7 @@ class SkillSD(L.LightningModule):
         self.policy: Policy = None  # type: ignore[assignment]
         self.metrics: dict[str, float] = {}
         self.teacher_s = 0.0  # seconds of teacher scoring in this iteration
+        self.skipped = self.skipped_in_a_row = 0  # updates whose loss or gradient was not finite
         self._teacher_is_student: bool | None = None  # of the checkpoint being loaded
 
     def configure_model(self) -> None:
@@ -135,10 +142,11 @@ class SkillSD(L.LightningModule):
             return self._accumulate(batch, advantage, n, weight, teacher_rows, temperature, params if apart else [])
 
         done = self._within_memory(update, batch)
-        norm = self._step(optimizer, params)
+        norm = self._step(optimizer, params, done)
         self._record(batch, done, n, weight, teacher_rows, norm, params, time.perf_counter() - started)
         sizes = [len(g.trajectories) for g in groups]
-        return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), done.gaps.split(sizes), strict=True)])}
+        gaps = done.gaps.nan_to_num(0.0, 0.0, 0.0)  # of an update that was skipped
+        return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), gaps.split(sizes), strict=True)])}
 
     def on_train_batch_end(self, *args: Any) -> None:
         """The rollout can use the gradient's memory."""
@@ -212,10 +220,15 @@ class SkillSD(L.LightningModule):
         return out
 
     def _advantages(self, groups: Sequence[TrajectoryGroup]) -> Tensor:
-        """[B * G], float32. Without a policy loss a group may have one member and no baseline."""
+        """[B * G], float32; 0 for failed episodes. Without a policy loss a group may have one member and no baseline."""
+        out = [torch.zeros(len(g.trajectories)) for g in groups]
         if self.objective.policy_weight == 0 and any(len(g.trajectories) < 2 for g in groups):
-            return torch.zeros(sum(len(g.trajectories) for g in groups))
-        return torch.cat([group_advantages(torch.tensor([[t.reward for t in g.trajectories]]))[0] for g in groups])
+            return torch.cat(out)
+        for g, advantage in zip(groups, out, strict=True):
+            if len(g.counted) > 1 or len(g.counted) == len(g.trajectories):  # a single one that is left has nothing to compare with
+                left = torch.tensor([not t.failed for t in g.trajectories])
+                advantage[left] = group_advantages(torch.tensor([[t.reward for t in g.counted]]))[0]
+        return torch.cat(out)
 
     def _teacher_rows(self, batch: _Batch, weight: float) -> set[int]:
         """Rows that need a teacher. A prompt that does not fit is left out whole and counted."""
@@ -257,15 +270,36 @@ class SkillSD(L.LightningModule):
             torch.cuda.synchronize()  # or the seconds of one part would be booked on the next
         return time.perf_counter()
 
-    def _step(self, optimizer: Any, params: Sequence[torch.nn.Parameter]) -> float:
+    def _step(self, optimizer: Any, params: Sequence[torch.nn.Parameter], done: _Update) -> float:
+        """One update; the gradient's norm. If that or the loss is not finite, nothing changes but the schedule and the counters.
+
+        Raises:
+            ConfigError: that was the third time in a row.
+        """
         clip = self.optim.gradient_clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip)) if any(p.grad is not None for p in params) else 0.0
         self._clip_scale = min(1.0, clip / (norm + 1e-6))
+        if math.isfinite(norm) and math.isfinite(done.sums["policy"]) and math.isfinite(done.sums["distillation"]):
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(norm, done)
+            optimizer.zero_grad()  # without gradients AdamW touches nothing; the step still counts, so that the run ends where it would
         optimizer.step()
         self.policy.student_changed()
         self.lr = optimizer.param_groups[0]["lr"]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         return norm
+
+    def _skip(self, norm: float, done: _Update) -> None:
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        done.distillation_grad = []
+        what = f"loss {done.sums['policy'] + done.sums['distillation']:g}, gradient norm {norm:g}"
+        if self.skipped_in_a_row >= SKIPS:
+            raise ConfigError(
+                f"model.init_args.optimizer: {SKIPS} updates in a row were not finite (the last: {what}) and left the policy as it was. "
+                f"{last_checkpoint(self.trainer)}: set a smaller lr or gradient_clip_norm, or policy.dtype to float32."
+            )
+        log.warning("iteration %d: the update is skipped, it is not finite: %s", self.global_step, what)
 
     # -- what is logged ---------------------------------------------------------------------------------------------------
 
@@ -274,6 +308,7 @@ class SkillSD(L.LightningModule):
         params: Sequence[torch.nn.Parameter], seconds: float,
     ) -> None:  # fmt: skip
         rows, sums = batch.rows, done.sums
+        counted, failed = [t for t in rows if not t.failed], [t.failure_kind for t in rows if t.failed]
         taught = max(1, sum(rows[i].n_actions for i in teacher_rows))
         scored = sum(len(batch.student[i]) for i in batch.kept) + sum(len(batch.teacher[i]) for i in teacher_rows)
         gap = sums["gap"] / taught
@@ -281,10 +316,10 @@ class SkillSD(L.LightningModule):
         m |= {
             "loss/policy": sums["policy"] / n, "loss/distillation": sums["distillation"] / n,
             "loss/total": (sums["policy"] + sums["distillation"]) / n,
-            "reward/mean": _mean(t.reward for t in rows), "reward/success": _mean(t.success for t in rows),
-            "reward/completion": _mean(t.completion for t in rows),
-            "reward/zero_variance": _mean(batch.zero_variance),
-            "teacher/skill_share": _mean(batch.told),
+            "reward/mean": _mean(t.reward for t in counted), "reward/success": _mean(t.success for t in counted),
+            "reward/completion": _mean(t.completion for t in counted),
+            "reward/zero_variance": _mean(z for z in batch.zero_variance if z is not None),
+            "teacher/skill_share": _mean(x for x, t in zip(batch.told, rows, strict=True) if not t.failed),
             "teacher/dropped_rows": float(self.dropped_rows), "teacher/gap_mean": gap,
             "teacher/gap_std": math.sqrt(max(0.0, sums["gap_sq"] / taught - gap * gap)),
             "teacher/health": sums["teacher_health"] / taught, "teacher/k3": sums["k3"] / taught,
@@ -296,7 +331,8 @@ class SkillSD(L.LightningModule):
             "rollout/tokens": float(sum(len(t.prompt_ids) + len(t.token_ids) for t in rows)),
             "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": _mean(len(t.turns) for t in rows),
             "rollout/finish_length": _mean(t.finish_reason == "length" for t in rows),
-            "rollout/failed": _mean(t.finish_reason == "failed" for t in rows),
+            "rollout/failed": _mean(t.failed for t in rows), **{f"rollout/failed_{k}": float(failed.count(k)) for k in FAILURES},
+            "policy/skipped_steps": float(self.skipped),
             "learner/tokens": float(scored), "memory/peak_gib": peak_gib(self.policy.device),
             "memory/micro_batch_tokens": float(self.micro_batch_tokens),
             "time/teacher_s": self.teacher_s, "time/update_s": seconds - self.teacher_s,
@@ -329,11 +365,15 @@ class SkillSD(L.LightningModule):
             self.policy.teacher_is_student = self._teacher_is_student
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["skillsd"] = {"base": self.policy.base_name, "teacher_is_student": self.policy.teacher_is_student}
+        checkpoint["skillsd"] = {
+            "base": self.policy.base_name, "teacher_is_student": self.policy.teacher_is_student,
+            "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+        }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("skillsd", {})
         saved, self._teacher_is_student = state.get("base"), state.get("teacher_is_student")
+        self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
         if saved != self.policy.base_name:
             raise ConfigError(
                 f"ckpt_path: the checkpoint belongs to the base model [{saved}], this run has [{self.policy.base_name}]: "
@@ -365,9 +405,9 @@ class _Batch:
         student, teacher: What each scores, by row.
         told: Whether the row's teacher sees something that its student does not.
         by_teacher: Rows that the teacher sampled, bool [rows].
-        zero_variance: Of each group, whether its members all got the same reward.
+        zero_variance: Of each group, whether its members all got the same reward; failed ones have none. None if all failed.
         return_gap: See `objective.signal.Tokens`, [rows].
-        kept: Rows that train: with an action, and not in a group that the filter leaves out.
+        kept: Rows that train: with an action, not failed, and not in a group that the filter leaves out.
     """
 
     def __init__(self, groups: Sequence[TrajectoryGroup], drop_zero_variance: bool) -> None:
@@ -378,15 +418,15 @@ class _Batch:
         self.told = [g.told(k) for g, k, _ in members]
         self.by_teacher = torch.tensor([g.by_teacher for g, _, _ in members])
         self.return_gap = torch.tensor([_return_gap(g, k) for g, k, _ in members])
-        self.zero_variance = [len({t.reward for t in g.trajectories}) == 1 for g in groups]
+        self.zero_variance = [len({t.reward for t in g.counted}) == 1 if g.counted else None for g in groups]
         flat = [drop_zero_variance and z for g, z in zip(groups, self.zero_variance, strict=True) for _ in g.trajectories]
-        self.kept = [i for i, t in enumerate(self.rows) if t.n_actions and not flat[i]]
+        self.kept = [i for i, t in enumerate(self.rows) if t.n_actions and not t.failed and not flat[i]]
 
 
 def _return_gap(g: TrajectoryGroup, member: int) -> float:
     """Mean reward of those who acted under the teacher's prompt minus that of those who acted under the student's."""
-    other = [t.reward for t in g.trajectories if t.prompt_ids == g.teacher_prompts[member]]
-    own = [t.reward for t in g.trajectories if t.prompt_ids == g.student_prompts[member]]
+    other = [t.reward for t in g.counted if t.prompt_ids == g.teacher_prompts[member]]
+    own = [t.reward for t in g.counted if t.prompt_ids == g.student_prompts[member]]
     return _mean(other) - _mean(own) if other and own and g.told(member) else math.nan
 
 
@@ -396,6 +436,13 @@ def _padded(rows: Sequence[Trajectory], device: torch.device) -> tuple[Tensor, T
     mask = [[*t.action_mask, *[False] * (width - len(t.action_mask))] for t in rows]
     logp = [[*t.logprobs, *[0.0] * (width - len(t.logprobs))] for t in rows]
     return torch.tensor(mask, device=device), torch.tensor(logp, device=device)
+
+
+def last_checkpoint(trainer: Any) -> str:
+    """Where a run that stops can be taken up, in words."""
+    saver = trainer.checkpoint_callback
+    path = Path((saver and saver.dirpath) or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
+    return f"The last good checkpoint is {path} (--ckpt_path last)" if path.is_file() else "There is no checkpoint yet"
 
 
 def peak_gib(device: torch.device) -> float:

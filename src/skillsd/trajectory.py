@@ -19,6 +19,9 @@ from skillsd.errors import ConfigError
 _CRC = ',"crc32":"'
 
 FinishReason = Literal["done", "length", "horizon", "failed"]
+FAILURES = ("raised", "hung", "observation", "reward", "model", "environment")
+"""Why episodes fail: a call of the environment raised, or did not come back; what it said is no text that tokens can hold, or has too many
+characters; a reward or completion is no finite number; the model's log-probs are none; or the environment itself says so."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ class Turn:
 class Trajectory:
     """One finished episode, enough to re-score any of it.
 
-    An episode that the environment gave up (`failed`) has reward 0, completion 0 and no success, whatever was reached before. For now it
-    stays in its group's statistics with that reward.
+    An episode that could not be carried on (`failed`) has reward 0, completion 0 and no success, whatever was reached before. It is in no
+    statistic of training: its group's mean and standard deviation are those of the others, its own advantage is 0, and none of its tokens
+    is in a loss or in N. A group with fewer than two others has advantage 0 throughout. A panel counts it as not solved.
 
     Args:
         iteration: Optimizer step at which it was sampled (0-based).
@@ -71,9 +75,9 @@ class Trajectory:
         completion: Share of the task that was completed, 0..1.
         success: Whether the task was solved.
         finish_reason: `done` (the environment ended it), `horizon` (turn limit), `length` (token limit or end of context)
-            or `failed` (the environment could not go on).
+            or `failed`.
         skill_id: The skill that conditions the teacher's rows of this trajectory; None without one.
-        failure: Why it failed, in the environment's words; "" otherwise.
+        failure: Why it failed: one of FAILURES, a colon and more in one line; "" otherwise.
     """
 
     iteration: int
@@ -92,6 +96,17 @@ class Trajectory:
     finish_reason: FinishReason
     skill_id: int | None = None
     failure: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is left out of every statistic of training."""
+        return self.finish_reason == "failed"
+
+    @property
+    def failure_kind(self) -> str:
+        """One of FAILURES; "" if it has not failed."""
+        kind = self.failure.partition(":")[0]
+        return kind if kind in FAILURES else "environment" if self.failed else ""  # of an older record: in the environment's words
 
     @property
     def n_actions(self) -> int:
@@ -164,6 +179,11 @@ class TrajectoryGroup:
     skill_id: int | None = None
     temperature: float = 1.0
     by_teacher: bool = False
+
+    @property
+    def counted(self) -> tuple[Trajectory, ...]:
+        """Those that have not failed."""
+        return tuple(t for t in self.trajectories if not t.failed)
 
     def told(self, member: int) -> bool:
         """Whether the member's teacher sees something that its student does not."""

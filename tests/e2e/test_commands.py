@@ -468,7 +468,7 @@ def test_play_an_agent_of_the_environment(tell, tmp_path, hosted):
 @pytest.mark.parametrize("flags", [["--policy", "model"], ["--policy", "pusher"], ["--skill"]])
 def test_play_an_episode_that_fails(tell, tmp_path, hosted, flags):
     told = tell("play", tmp_path / "none", hosted, "--data.init_args.env_kwargs.lost_at=2", *flags)
-    assert told.splitlines()[-1] == "--- failed (the host is gone): success False, completion 0.00, reward 0.00, 2 turns"
+    assert told.splitlines()[-1] == "--- failed (environment: the host is gone): success False, completion 0.00, reward 0.00, 2 turns"
     assert Hosted.alive == 0
 
 

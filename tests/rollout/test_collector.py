@@ -1,6 +1,7 @@
 """The collector on the real Sokoban environment, and its limits on an environment of ten turns."""
 
 import json
+import math
 import random
 import signal
 import threading
@@ -93,7 +94,10 @@ def ten_turns():
 
 @pytest.mark.parametrize(
     ("final", "finish", "reward", "failure"),
-    [({"completion": 0.75, "success": False}, "length", 0.75, ""), ({"failed": "gone", "completion": 0.75}, "failed", 0.0, "gone")],
+    [
+        ({"completion": 0.75, "success": False}, "length", 0.75, ""),
+        ({"failed": "gone", "completion": 0.75}, "failed", 0.0, "environment: gone"),
+    ],
 )
 def test_an_environment_scores_an_episode_that_ends_early(ten_turns, monkeypatch, final, finish, reward, failure):
     """One that scores at the end only is asked to when the tokens run out."""
@@ -373,7 +377,7 @@ def test_others_decode_while_an_environment_thinks(waiting):
 
 
 def test_the_next_rollout_waits_for_environments_that_still_answer(waiting):
-    """After an error; otherwise one would be reset under the thread that is in it."""
+    """After an interruption; otherwise one would be reset under the thread that is in it."""
     inside = []
 
     def pause(name: str, turn: int) -> float:
@@ -385,11 +389,11 @@ def test_the_next_rollout_waits_for_environments_that_still_answer(waiting):
 
     def error(name: str, turn: int) -> None:
         if name == "broken":
-            raise OSError("no answer")
+            raise SystemExit("no answer")
 
     collector = waiting({"pause": pause, "error": error}, env_workers=2)
     collector.engine = Continuous(collector.engine.answer, collector.engine.stop)
-    with pytest.raises(OSError):
+    with pytest.raises(SystemExit):
         play(collector, "slow:2", "broken:2")
     began = list(inside)
     assert [len(t.turns) for t in play(collector, "up:2", "down:2")] == [2, 2]
@@ -397,17 +401,17 @@ def test_the_next_rollout_waits_for_environments_that_still_answer(waiting):
 
 
 @pytest.mark.parametrize("workers", [0, 4])
-def test_an_error_in_an_environment_surfaces(waiting, workers):
-    """The first in the order of the rows, after every call has ended; then the collector can play on."""
+def test_an_interruption_in_an_environment_surfaces(waiting, workers):
+    """The first in the order of the rows, after every call has ended; then the collector can play on. An error does not (test_hostile)."""
     broken = {"up", "left"}
 
     def error(name: str, turn: int) -> None:
         if name in broken and turn == 2:
-            raise OSError(f"no answer from {name}")
+            raise SystemExit(f"no answer from {name}")
 
     slow_first = {"pause": lambda name, turn: 0.05 * (name in ("up", "right")), "error": error}
     collector = waiting(slow_first, env_workers=workers)
-    with pytest.raises(OSError, match="no answer from up"):
+    with pytest.raises(SystemExit, match="no answer from up"):
         play(collector, "down:3", "up:3", "left:3", "right:3")
     assert sorted(env.unwrapped.steps for env in collector.envs) == ([1, 1, 2, 2] if not workers else [2] * 4)
     broken.clear()
@@ -417,7 +421,7 @@ def test_an_error_in_an_environment_surfaces(waiting, workers):
 def test_a_failed_episode_counts_for_nothing(waiting):
     """Whatever its last info says; its turns, tokens and reason are kept."""
     t, other = play(waiting(), "up:3:the world is gone", "down:1")
-    assert (t.finish_reason, t.failure, t.reward, t.completion, t.success) == ("failed", "the world is gone", 0.0, 0.0, False)
+    assert (t.finish_reason, t.failure, t.reward, t.completion, t.success) == ("failed", "environment: the world is gone", 0.0, 0.0, False)
     assert len(t.turns) == 3 and t.n_actions == 6 and len(t.token_ids) == len(t.action_mask)
     assert (other.finish_reason, other.failure, other.reward, other.success) == ("done", "", 0.25, True)
     assert Trajectory.from_json(t.to_json()) == t
@@ -495,5 +499,6 @@ def test_an_environment_that_is_not_installed_says_so_in_one_line(error):
 def test_bad_settings(key):
     with pytest.raises(ConfigError, match=rf"rollout\.{key} is 0"):
         RolloutSettings(**{key: 0})
-    with pytest.raises(ConfigError, match=r"rollout\.env_workers is -1"):
-        RolloutSettings(env_workers=-1)
+    for bad in ({"env_workers": -1}, {"env_timeout": -1}, {"env_timeout": math.nan}, {"max_failed": 1.5}, {"max_observation_chars": 0}):
+        with pytest.raises(ConfigError, match=rf"rollout\.{next(iter(bad))} is {next(iter(bad.values()))}"):
+            RolloutSettings(**bad)

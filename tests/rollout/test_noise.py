@@ -89,3 +89,19 @@ def test_two_levels_draw_what_one_does():
     u = torch.rand(1000, 1, generator=g, dtype=torch.float64)
     cdf = p.double().cumsum(-1)
     assert torch.equal(_inverse_cdf(p, u), torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(-1))
+
+
+@pytest.mark.parametrize("vocabulary", [64, 9000])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_distribution_are_told_by_their_log_prob(vocabulary, temperature, bad):
+    """And disturb no other row."""
+    logits = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0))
+    u = torch.tensor([0.1, 0.0, 1 - 2.0**-53, 0.9], dtype=torch.float64)
+    want = sample(logits, u, temperature)
+    logits[1] = bad
+    logits[2, vocabulary // 2 if bad != -torch.inf else slice(None)] = bad
+    ids, logp = sample(logits, u, temperature)
+    assert logp.isfinite().tolist() == [True, False, False, True] and ((ids >= 0) & (ids < vocabulary)).all()
+    for got, was in zip((ids, logp), want, strict=True):
+        assert torch.equal(got[[0, 3]], was[[0, 3]])

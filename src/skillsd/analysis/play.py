@@ -10,6 +10,7 @@ from typing import Any
 
 from skillsd.errors import ConfigError
 from skillsd.rollout import Row, demonstrate, make_env
+from skillsd.rollout.guard import visible
 from skillsd.skills import BankContext, SkillBank
 from skillsd.trajectory import Task, Turn
 
@@ -27,7 +28,7 @@ def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: 
         data.teardown("validate")
     _print_head(task, t.instruction)
     if text:
-        print(f"--- skill\n{text.rstrip()}")
+        print(visible(f"--- skill\n{text.rstrip()}"))
     for number, turn in enumerate(t.turns, 1):
         _print_turn(number, turn)
     _print_end(t.finish_reason, t.success, t.completion, t.reward, len(t.turns), t.failure)
@@ -58,7 +59,7 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
             turns, reward = turns + 1, reward + float(gained)
             _print_turn(turns, Turn(seen, action, float(gained)))
             if terminated or truncated:
-                failure = str(info.get("failed") or "")
+                failure = f"environment: {info['failed']}" if info.get("failed") else ""
                 finish = "failed" if failure else "done" if terminated else "horizon"
     success, completion = bool(info.get("success", False)), float(info.get("completion", 0.0))
     if failure:  # it counts as nothing done, as in training
@@ -137,15 +138,15 @@ def skill_text(trainer: Any, data: Any, task: Any) -> str:
 
 
 def _print_head(task: Task, instruction: str) -> None:
-    print(f"task {task.task_id} {task.difficulty}")
+    print(visible(f"task {task.task_id} {task.difficulty}"))
     if instruction:
-        print(instruction)
+        print(visible(instruction))
 
 
 def _print_turn(number: int, turn: Turn) -> None:
-    print(f"--- turn {number}\n{turn.observation}\n> {turn.action}", flush=True)
+    print(visible(f"--- turn {number}\n{turn.observation}\n> {turn.action}"), flush=True)  # no escape sequence reaches the terminal
 
 
 def _print_end(finish: str, success: bool, completion: float, reward: float, turns: int, failure: str) -> None:
-    reason = f" ({' '.join(failure.split())})" if failure else ""
+    reason = f" ({visible(' '.join(failure.split()))})" if failure else ""
     print(f"--- {finish}{reason}: success {success}, completion {completion:.2f}, reward {reward:.2f}, {turns} turns")

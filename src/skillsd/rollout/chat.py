@@ -3,12 +3,17 @@
 A chat template is used twice only: for the first prompt, and for what stands between an answer and the next one. Nothing
 that was sampled is ever decoded and encoded again. That is right only for a template whose rendering of a conversation begins
 with its rendering of every shorter one; `Chat` refuses another at start-up.
+
+A special token's name in what is said (`<|im_end|>` in an observation) is text like any other: control tokens come from the
+template and the policy alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from skillsd.errors import ConfigError
 
 Message = Mapping[str, str]
+Text = str | tuple[str, ...]
+"""What is to be encoded. Of several pieces each is encoded by itself: they part a special token's name after its first character."""
 _ANSWER, _MARK = "ANSWER", "OBSERVATION-PROBE"
 # What a template might do something to: strip, escape, read as markup or as a thought, leave out.
 _PROBES = (
@@ -39,11 +46,15 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
         self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids)
+        control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        control |= {str(t) for t in (*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))}
+        names = "|".join(re.escape(t) for t in sorted(control) if len(t) > 1)
+        self._control, self._begins = re.compile(names or "(?!)"), re.compile(f"(?s)(?={names or '(?!)'})(.)")
         self.system_role = self._takes_system()
         self._around: tuple[str, str] | None = None
         self._check()
         self._around = self._verbatim()
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[Text, list[int]] = {}
         self._kept = 0
         self._first = lru_cache(maxsize=256)(self._first_text)
         self._read = lru_cache(maxsize=1024)(self._decode)
@@ -60,10 +71,12 @@ class Chat:
         """Ids of rendered text; special tokens are those the text names."""
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each; those not met lately go through the tokenizer together. The lists are shared: they are not to be changed."""
+    def encode_many(self, texts: Sequence[Text]) -> list[list[int]]:
+        """`encode` of each, or of its pieces; those not met lately go through the tokenizer together. The lists are not to be changed."""
         if new := [t for t in dict.fromkeys(texts) if t not in self._known]:
-            got = dict(zip(new, self.tokenizer(new, add_special_tokens=False).input_ids, strict=True))
+            whole = [t for t in new if isinstance(t, str)]
+            got: dict[Text, list[int]] = {t: list(chain(*map(self.encode, t))) for t in new if isinstance(t, tuple)}
+            got |= zip(whole, self.tokenizer(whole, add_special_tokens=False).input_ids if whole else [], strict=True)
             out = [got[t] if t in got else self._known[t] for t in texts]
             if self._kept > _KEPT:
                 self._known, self._kept = {}, 0
@@ -82,10 +95,30 @@ class Chat:
         """
         return list(self.encode_many([self._first(instruction, observation, skill)])[0])
 
-    def _first_text(self, instruction: str, observation: str, skill: str) -> str:
-        first = [{"role": "system", "content": skill + instruction}] if instruction else []
-        content = observation if instruction else skill + observation
-        return self.render([*first, {"role": "user", "content": content}])
+    def _first_text(self, instruction: str, observation: str, skill: str) -> Text:
+        if not instruction:
+            return self._guarded(lambda said: self.render([{"role": "user", "content": said}]), skill + observation)
+        return self._guarded(
+            lambda rules, said: self.render([{"role": "system", "content": rules}, {"role": "user", "content": said}]),
+            skill + instruction, observation,
+        )  # fmt: skip
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a whole conversation, up to where the next answer begins."""
+
+        def render(*said: str) -> str:
+            return self.render([{**m, "content": c} for m, c in zip(messages, said, strict=True)])
+
+        return list(self.encode_many([self._guarded(render, *(m["content"] for m in messages))])[0])
+
+    def _guarded(self, render: Callable[..., str], *contents: str) -> Text:
+        """Render texts so that no special token is read in them."""
+        if not any(map(self._control.search, contents)):
+            return render(*contents)
+        mark = "\ue000"
+        while any(mark in c for c in contents):
+            mark += "\ue000"
+        return tuple(render(*(self._begins.sub(lambda m: m[1] + mark, c) for c in contents)).split(mark))
 
     def prompt_ids_many(self, firsts: Sequence[tuple[str, str, str]]) -> list[list[int]]:
         """`prompt_ids` of each (instruction, observation, skill). Not to be changed."""
@@ -112,7 +145,10 @@ class Chat:
     def _decode(self, ids: tuple[int, ...]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _tail_text(self, observation: str) -> str:
+    def _tail_text(self, observation: str) -> Text:
+        return self._guarded(self._tail, observation)
+
+    def _tail(self, observation: str) -> str:
         if self._around is not None:
             return self._around[0] + observation + self._around[1]
         return self._rendered_tail(observation)
@@ -149,7 +185,7 @@ class Chat:
         text = self.render(messages)
         for answer, observation in (("one", "second"), ("<think>\nhm\n</think>\n\ntwo", "third"), ("three", "fourth")):
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": observation}]
-            text += answer + self._tail_text(observation)
+            text += answer + self._tail(observation)
             if text != self.render(messages):
                 raise self._refusal()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +16,12 @@ import gymnasium
 import torch
 
 from skillsd.errors import ConfigError
+from skillsd.rollout import answers
+from skillsd.rollout.answers import NOTHING, End, Env
 from skillsd.rollout.cache import CacheFull
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.engine import Completion, Engine, Request
+from skillsd.rollout.guard import Alarm, Failure, Threads, attempt
 from skillsd.rollout.noise import stream_key
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
 
@@ -40,6 +44,13 @@ class RolloutSettings:
     """Trajectories in progress at one time; the next one starts as soon as one ends."""
     env_workers: int = 0
     """Threads that reset and step environments at the same time; 0: one after another, best for environments that take microseconds."""
+    env_timeout: float = 600.0
+    """Seconds after which a call of an environment counts as hung and its episode as failed; 0 waits for ever. Without `env_workers` a
+    signal breaks the call off, which C code that looks at no signals does not notice; with them its thread is left behind."""
+    max_observation_chars: int = 1_000_000
+    """Characters of an observation beyond which it is not read and its episode counts as failed."""
+    max_failed: float = 0.5
+    """Share of a training iteration's episodes that may fail; beyond it the run stops and says why they did."""
     cuda_graphs: bool = True
     """On a GPU, decode with CUDA graphs (small models become much faster; several runs can share the GPU); elsewhere of no effect."""
     engine: Literal["default", "vllm"] = "default"
@@ -50,7 +61,7 @@ class RolloutSettings:
     """On a GPU, decode a bfloat16 base, in nf4 or not, with kernels of our own in Triton; the log says why where they can't be used."""
 
     def __post_init__(self) -> None:
-        for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows"):
+        for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows", "max_observation_chars"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
         if self.engine not in ("default", "vllm"):
@@ -59,6 +70,10 @@ class RolloutSettings:
             raise ConfigError(f"rollout.vllm_memory is {self.vllm_memory}: give a share of the GPU's memory, above 0 and below 1.")
         if self.env_workers < 0:
             raise ConfigError(f"rollout.env_workers is {self.env_workers}: give 0 (no threads) or more.")
+        if not 0 <= self.env_timeout < math.inf:
+            raise ConfigError(f"rollout.env_timeout is {self.env_timeout}: give seconds, or 0 for no limit.")
+        if not 0 <= self.max_failed <= 1:
+            raise ConfigError(f"rollout.max_failed is {self.max_failed}: give a share of the episodes, from 0 to 1 (never stops).")
         if self.temperature <= 0:
             raise ConfigError(f"rollout.temperature is {self.temperature}: give a value above 0 (training samples, evaluation is greedy).")
 
@@ -72,7 +87,7 @@ class Row:
     skill: str = ""
 
 
-def make_env(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[str, str]:
+def make_env(env_id: str, kwargs: Mapping[str, Any]) -> Env:
     """`gymnasium.make` with a one-line error. `module:Id-v0` imports the module that registers the id."""
     try:
         return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
@@ -87,33 +102,29 @@ class _Episode:
 
     index: int
     row: Row
-    env: gymnasium.Env[str, str]
+    env: Env
     key: int
     instruction: str = ""
     observation: str = ""
     prompt_ids: list[int] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)  # the last one
     new_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     action_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     reward: float = 0.0
+    end: End = NOTHING
     finish: FinishReason | None = None
+    failure: Failure | None = None
 
-    def check_failed(self) -> None:
-        """If the environment calls the episode failed, nothing else that it says counts."""
-        if self.info.get("failed"):
-            self.finish, self.reward, self.info = "failed", 0.0, {"failed": str(self.info["failed"])}
-
-
-def _score(e: _Episode) -> dict[str, Any]:
-    info: dict[str, Any] = getattr(e.env.unwrapped, "finish", lambda: e.info)()
-    return info
+    def fail(self, failure: Failure) -> None:
+        """Nothing else that it came to counts."""
+        self.finish, self.failure, self.reward, self.end = "failed", failure, 0.0, NOTHING
 
 
 class _Job(NamedTuple):
-    """A call of an environment, perhaps in a thread: reset, step, or the score of an episode that is cut (finish)."""
+    """A call of an environment, perhaps in a thread: reset, step, or the score of an episode that is cut (finish). See `answers`."""
 
     kind: str
     episode: _Episode
@@ -125,10 +136,11 @@ class _Job(NamedTuple):
 class Collector:
     """Plays episodes of one environment with one policy.
 
-    Environments are made when first needed and kept until `close`. With `settings.env_workers` they are waited for in threads, each
-    environment in one at a time. Where the engine takes rows at any time, the others go on decoding meanwhile: which rows share a forward
-    then depends on who is ready first, and with it the rounding of logits, which now and then decides a draw. Where it does not,
-    everybody waits for everybody, and the trajectories are those without threads to the bit.
+    Environments are made when first needed and kept until `close`; one that raised, hung or answered nonsense is thrown away, its episode
+    ends as failed, and the run goes on. With `settings.env_workers` they are waited for in threads, each in one at a time.
+    Where the engine takes rows at any time, the others go on decoding meanwhile: which rows share a forward then depends on who is ready
+    first, and with it the rounding of logits, which now and then decides a draw. Where it does not, everybody waits for everybody, and the
+    trajectories are those without threads to the bit.
 
     Args:
         env_id: Gymnasium id, `module:Id-v0`.
@@ -145,9 +157,10 @@ class Collector:
         self.make = lambda: make_env(env_id, env_kwargs)
         self.chat, self.engine, self.settings, self.context_length = chat, engine, settings, context_length
         self.most_rows = settings.max_rows
-        self.envs: list[gymnasium.Env[str, str]] = []
-        self.threads: ThreadPoolExecutor | None = None
-        self.unanswered: list[Future[Any]] = []
+        self.envs: list[Env] = []
+        self.threads: Threads | None = None
+        self.alarm = Alarm(settings.env_timeout)
+        self.unanswered: list[_Job] = []
 
     def collect(
         self, rows: Sequence[Row], *, seed: int, iteration: int, temperature: float | None = None, adapter: str | None = "student",
@@ -168,7 +181,8 @@ class Collector:
         fresh = False
         while True:
             try:
-                return self._collect(rows, seed, iteration, temperature, adapter, progress)
+                with self.alarm:
+                    return self._collect(rows, seed, iteration, temperature, adapter, progress)
             except CacheFull as e:
                 sure, why = min(self.engine.most_rows(longest), self.most_rows), str(e)
                 if fresh and sure == self.most_rows:
@@ -185,10 +199,10 @@ class Collector:
         self, rows: Sequence[Row], seed: int, iteration: int, temperature: float, adapter: str | None,
         progress: Callable[[int], object] | None,
     ) -> list[Trajectory]:  # fmt: skip
-        futures.wait(self.unanswered)  # an environment is in one thread at a time
+        self._settle()
         session = self.engine.open(temperature, adapter)
         waiting = iter(enumerate(rows))
-        free = self._pool(min(len(rows), self.most_rows))
+        free: list[Env | None] = [*self._pool(min(len(rows), self.most_rows))]
         playing: dict[int, _Episode] = {}
         jobs: list[_Job] = []
         done: dict[int, Trajectory] = {}
@@ -198,7 +212,7 @@ class Collector:
                 while True:
                     while free and (item := next(waiting, None)) is not None:
                         key = stream_key(seed, "rollout", iteration, item[1].task.task_id, item[1].member)
-                        jobs.append(self._reset(_Episode(*item, free.pop(), key)))
+                        jobs.append(self._reset(_Episode(*item, self._new() if (env := free.pop()) is None else env, key)))
                     arrived = self._arrived(jobs, everybody=not session.continuous, wait=not (ready or session.busy))
                     if not arrived:
                         break
@@ -207,7 +221,7 @@ class Collector:
                             ready.append(e)
                             continue
                         done[e.index] = self._finish(e, seed, iteration)
-                        free.append(e.env)
+                        free.append(e.env if e.env in self.envs else None)
                         if playing.pop(e.index, None):
                             session.forget([e.index])
                 if progress is not None:
@@ -221,7 +235,7 @@ class Collector:
                 actions = [self.chat.action_text(c.token_ids) for _, c in said]
                 jobs += [self._step(playing[index], c, action) for (index, c), action in zip(said, actions, strict=True)]
         finally:
-            self.unanswered = [j.answer for j in jobs if not j.answer.cancel()]  # after an error
+            self.unanswered = [j for j in jobs if not j.answer.cancel()]  # after an error
 
     def close(self) -> None:
         """Close the environments, all of them even if one raises, and end the threads. The next `collect` makes new ones."""
@@ -229,35 +243,72 @@ class Collector:
         self.envs, self.threads, self.unanswered = [], None, []
         with ExitStack() as stack:
             for env in envs:
-                stack.callback(env.close)
+                stack.callback(self._close, env)
             if threads is not None:  # comes first: after an interruption a step may still be running
-                stack.callback(threads.shutdown, cancel_futures=True)
+                stack.callback(threads.close)
+
+    def _close(self, env: Env) -> None:
+        errors: list[Exception] = []
+
+        def close() -> None:
+            try:
+                env.close()
+            except Exception as e:
+                errors.append(e)
+
+        with self.alarm as alarm:
+            if alarm(close) is not None:
+                log.warning("an environment did not close in %g s and is left as it is.", self.settings.env_timeout)
+        if errors:
+            raise errors[0]
+
+    def _settle(self) -> None:
+        """After an error: an environment is in one thread at a time, and what has failed meanwhile is not used again."""
+        jobs, self.unanswered = self.unanswered, []
+        if self.threads is not None:
+            self.threads.wait([j.answer for j in jobs])
+        for j in jobs:
+            if j.answer.exception() is not None or isinstance(j.answer.result(), Failure):
+                self._discard(j.episode.env)
+
+    def _new(self) -> Env:
+        self.envs.append(self.make())
+        return self.envs[-1]
+
+    def _discard(self, env: Env) -> None:
+        """Not used again. Closing it is a thread's business: it may hang, or raise, and nobody waits for it."""
+        if env in self.envs:
+            self.envs.remove(env)
+            threading.Thread(target=attempt, args=(env.close,), name="closing", daemon=True).start()
 
     def _call(self, kind: str, e: _Episode, call: Callable[[], Any], *said: Any) -> _Job:
         if self.settings.env_workers:
-            self.threads = self.threads or ThreadPoolExecutor(self.settings.env_workers, "environment")
+            self.threads = self.threads or Threads(self.settings.env_workers, self.settings.env_timeout)
             return _Job(kind, e, self.threads.submit(call), *said)
         answer: Future[Any] = Future()
-        answer.set_result(call())
+        answer.set_result(self.alarm(call))
         return _Job(kind, e, answer, *said)
 
     def _reset(self, e: _Episode) -> _Job:
-        # Always the same seed: a task is the same in every run and for every member of its group.
-        return self._call("reset", e, lambda: e.env.reset(seed=0, options={**e.row.task.options, "task_id": e.row.task.task_id}))
+        return self._call("reset", e, partial(answers.reset, e.env, e.row.task, self.settings.max_observation_chars))
 
     def _step(self, e: _Episode, completion: Completion, action: str) -> _Job:
-        return self._call("step", e, lambda: e.env.step(action), completion, action)
+        if not math.isfinite(sum(completion.logprobs)):  # of logits that are nan: what was drawn from them is no answer
+            answer: Future[Any] = Future()
+            answer.set_result(Failure("model", "a sampled token's log-prob is not finite"))
+            return _Job("step", e, answer)
+        return self._call("step", e, partial(answers.step, e.env, action, self.settings.max_observation_chars), completion, action)
 
     def _arrived(self, jobs: list[_Job], everybody: bool, wait: bool) -> list[_Job]:
-        """Take the jobs that are done out of the list, in the order of the rows; of several errors the first is raised.
+        """Take the jobs that are done out of the list, in the order of the rows; of several interruptions the first is raised.
 
         Args:
             jobs: All.
             everybody: Wait for all of them.
             wait: Wait for one at least.
         """
-        if jobs and (everybody or wait):
-            futures.wait([j.answer for j in jobs], return_when=futures.ALL_COMPLETED if everybody else futures.FIRST_COMPLETED)
+        if jobs and (everybody or wait) and self.threads is not None:
+            self.threads.wait([j.answer for j in jobs], everybody)
         done = [j.answer.done() for j in jobs]
         arrived = sorted((j for j, over in zip(jobs, done, strict=True) if over), key=lambda j: j.episode.index)
         jobs[:] = [j for j, over in zip(jobs, done, strict=True) if not over]
@@ -265,39 +316,46 @@ class Collector:
             j.answer.result()
         return arrived
 
-    def _pool(self, n: int) -> list[gymnasium.Env[str, str]]:
+    def _pool(self, n: int) -> list[Env]:
         while len(self.envs) < n:
-            self.envs.append(self.make())
+            self._new()
         return self.envs[:n]
 
     def _take(self, arrived: Sequence[_Job], jobs: list[_Job]) -> list[_Episode]:
         """What environments have answered. Episodes that are ready for their next turn, or finished; those to be scored become jobs."""
-        began = [j.episode for j in arrived if j.kind == "reset"]
+        began: list[_Episode] = []
+        going: list[tuple[_Episode, bool]] = []
         for j in arrived:
-            if j.kind == "reset":
-                j.episode.observation, j.episode.info = j.answer.result()
-                j.episode.instruction = str(j.episode.info.get("instruction", ""))
+            e, answer = j.episode, j.answer.result()
+            if j.kind == "step" and j.completion.token_ids:
+                e.token_ids += j.completion.token_ids
+                e.action_mask += [True] * len(j.completion.token_ids)
+                e.logprobs += j.completion.logprobs
+                e.turns.append(Turn(e.observation, j.action, 0.0 if isinstance(answer, Failure) else answer.reward))
+            if isinstance(answer, Failure):
+                e.fail(answer)
+                if answer.kind not in ("environment", "model"):
+                    self._discard(e.env)
+            elif j.kind == "reset":
+                e.observation, e.instruction, e.info = answer
+                began.append(e)
+            elif j.kind == "step":
+                e.observation, reward, e.finish, e.end, e.info = answer
+                e.reward += reward
+                if e.finish is None:
+                    going.append((e, j.completion.stopped))
+            else:
+                e.finish, e.end = "length", answer
+                e.reward += e.end.completion
         prompts = self.chat.prompt_ids_many([(e.instruction, e.observation, e.row.skill) for e in began])
         for e, prompt in zip(began, prompts, strict=True):
             e.prompt_ids = e.new_ids = prompt
             if len(e.prompt_ids) > self.settings.max_prompt_tokens or self._room(e) < 1:
-                e.finish = "length"
-        stepped = [j for j in arrived if j.kind == "step"]
-        going: list[tuple[_Episode, bool]] = []
-        for j in stepped:
-            e, c = j.episode, j.completion
-            e.token_ids += c.token_ids
-            e.action_mask += [True] * len(c.token_ids)
-            e.logprobs += c.logprobs
-            observation, reward, terminated, truncated, e.info = j.answer.result()
-            e.turns.append(Turn(e.observation, j.action, float(reward)))
-            e.reward += float(reward)
-            e.observation = observation
-            if terminated or truncated:
-                e.finish = "done" if terminated else "horizon"
-                e.check_failed()
-            else:
-                going.append((e, c.stopped))
+                e.finish, stands = "length", attempt(partial(answers.end, e.info))
+                if isinstance(stands, Failure):
+                    e.fail(stands)
+                else:
+                    e.end = stands
         tails = self.chat.turn_ids_many([e.observation for e, _ in going], [stopped for _, stopped in going])
         cut = []
         for (e, _), tail in zip(going, tails, strict=True):
@@ -309,13 +367,7 @@ class Collector:
             e.action_mask += [False] * len(e.new_ids)
             e.logprobs += [0.0] * len(e.new_ids)
         for e in cut:  # the environment would have paid its completion at the end
-            jobs.append(self._call("finish", e, partial(_score, e)))
-        for j in arrived:
-            if j.kind == "finish":
-                e = j.episode
-                e.finish, e.info = "length", j.answer.result()
-                e.reward += float(e.info.get("completion", 0.0))
-                e.check_failed()
+            jobs.append(self._call("finish", e, partial(answers.score, e.env, e.info)))
         return [j.episode for j in arrived if j.episode not in cut]
 
     def _room(self, e: _Episode) -> int:
@@ -328,7 +380,6 @@ class Collector:
         return Trajectory(
             iteration=iteration, task_id=e.row.task.task_id, member=e.row.member, seed=seed, instruction=e.instruction,
             prompt_ids=tuple(e.prompt_ids), token_ids=tuple(e.token_ids), action_mask=tuple(e.action_mask), logprobs=tuple(e.logprobs),
-            turns=tuple(e.turns), reward=e.reward, completion=float(e.info.get("completion", 0.0)),
-            success=bool(e.info.get("success", False)), finish_reason=e.finish,
-            failure=e.info["failed"] if e.finish == "failed" else "",
+            turns=tuple(e.turns), reward=e.reward, completion=e.end.completion, success=e.end.success, finish_reason=e.finish,
+            failure=e.failure.text() if e.failure is not None else "",
         )  # fmt: skip

@@ -43,7 +43,8 @@ def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tenso
         temperature: > 0 samples from softmax(logits / temperature); 0 takes the argmax.
 
     Returns:
-        token ids int64 [B]; log-probs float32 [B] in nats under the distribution sampled from (at 0: under temperature 1).
+        token ids int64 [B]; log-probs float32 [B] in nats under the distribution sampled from (at 0: under temperature 1). Of a row whose
+        logits are no distribution (a nan, +inf, all -inf) the log-prob is nan and the id any of the vocabulary.
     """
     logits = logits.float()
     logp = torch.log_softmax(logits / temperature if temperature not in (0.0, 1.0) else logits, -1)

@@ -1,0 +1,208 @@
+"""Calls of environments, which may raise, hang or answer nonsense: each ends in an answer or in a `Failure`, and the run goes on."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any, NamedTuple
+
+MOST_SAID = 500  # characters of a failure's text
+
+
+class Failure(NamedTuple):
+    """Why an episode has failed: one of `trajectory.FAILURES`, and the rest in words."""
+
+    kind: str
+    what: str
+
+    def text(self) -> str:
+        """One line for the record."""
+        text = visible(f"{self.kind}: {' '.join(self.what[: 4 * MOST_SAID].split())}")
+        return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID - 3]}..."
+
+
+class Misbehaved(Exception):
+    """An answer that breaks the contract; takes a `Failure`'s fields."""
+
+
+class _Hung(BaseException):
+    """Raised into a call that takes too long; no Exception, which an environment might catch."""
+
+
+def visible(text: str) -> str:
+    """Text that a terminal may be given: all but printable characters, line ends and tabs is escaped (\\x1b, \\ud800)."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What the call answers, or a `Failure`. KeyboardInterrupt and SystemExit are not the environment's to raise: they end the run."""
+    try:
+        return call()
+    except Misbehaved as e:
+        return Failure(*e.args)
+    except Exception as e:
+        try:
+            return Failure("raised", f"{type(e).__name__}: {e}")
+        except Exception:  # an error that cannot even say what it is
+            return Failure("raised", type(e).__name__)
+
+
+def _hung(seconds: float) -> Failure:
+    return Failure("hung", f"no answer in {seconds:g} s (rollout.env_timeout)")
+
+
+class Alarm:
+    """Calls in the main thread, broken off after so many seconds by a signal: no thread, so that calls of microseconds stay that fast.
+    The signal comes ten times in that time and looks whether a call has begun too long ago.
+
+    A context manager: inside it SIGALRM is its own. Sleeps, locks, sockets and Python code are broken off; what stays in C without looking
+    at signals is not, nor is anything on Windows or outside the main thread: use `rollout.env_workers` there.
+
+    Args:
+        seconds: Time limit of a call; 0 for none.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._before: Any = None
+        self._set = False
+        self._since = math.inf  # when the call under way began
+
+    def __enter__(self) -> Alarm:
+        self._set = self.seconds > 0 and hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+        if self._set:
+            self._before = signal.signal(signal.SIGALRM, self._ring)
+            self._arm(self.seconds / 10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._set:
+            self._arm(0.0)
+            signal.signal(signal.SIGALRM, self._before or signal.SIG_DFL)
+            self._set = False
+
+    def __call__(self, call: Callable[[], Any]) -> Any:
+        """As `attempt`."""
+        if not self._set:
+            return attempt(call)
+        try:
+            self._since = time.monotonic()
+            try:
+                return attempt(call)
+            finally:
+                self._since = math.inf
+        except _Hung:
+            self._since = math.inf
+            self._arm(self.seconds / 10)
+            return _hung(self.seconds)
+
+    def _ring(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._since >= self.seconds:
+            self._arm(min(1.0, self.seconds / 10))  # and again: code may catch whatever is raised into it
+            raise _Hung
+
+    @staticmethod
+    def _arm(every: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, every, every)
+
+
+class Call(Future[Any]):
+    """A call in a thread, queued or running since `began` (monotonic seconds)."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__()
+        self.work, self.began = work, 0.0
+
+
+class Threads:
+    """A few daemon threads for calls. One that does not come back is left behind and another takes its place.
+
+    Args:
+        n: How many.
+        seconds: Time limit of a call, from when it begins; 0 for none.
+    """
+
+    def __init__(self, n: int, seconds: float) -> None:
+        self.seconds = seconds
+        self.queue: SimpleQueue[Call | None] = SimpleQueue()
+        self.running: dict[threading.Thread, Call | None] = {}
+        for _ in range(n):
+            self._start()
+
+    def submit(self, work: Callable[[], Any]) -> Call:
+        """Queue a call; its result is what `attempt` gives."""
+        call = Call(work)
+        self.queue.put(call)
+        return call
+
+    def wait(self, calls: Sequence[Future[Any]], everybody: bool = True) -> None:
+        """Until one call is over, or all; those that run for too long end as hung."""
+        when = futures.ALL_COMPLETED if everybody else futures.FIRST_COMPLETED
+        while True:
+            over, rest = futures.wait(calls, self._give_up(calls), when)
+            if not rest or (over and not everybody):
+                return
+
+    def close(self) -> None:
+        """Drop what has not begun, wait for what has (within the limit), and end the threads."""
+        with suppress(Empty):
+            while True:
+                if (call := self.queue.get_nowait()) is not None:
+                    call.cancel()
+        self.wait([c for c in self.running.values() if c is not None])
+        threads = list(self.running)
+        for _ in threads:
+            self.queue.put(None)
+        for thread in threads:
+            thread.join()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name="environment", daemon=True)  # one that hangs does not keep the process
+        self.running[thread] = None
+        thread.start()
+
+    def _work(self) -> None:
+        me = threading.current_thread()
+        while (call := self.queue.get()) is not None:
+            if not call.set_running_or_notify_cancel():
+                continue
+            self.running[me], call.began = call, time.monotonic()
+            answer: Any = None
+            error: BaseException | None = None
+            try:
+                answer = attempt(call.work)
+            except BaseException as e:
+                error = e
+            try:
+                call.set_exception(error) if error is not None else call.set_result(answer)
+            except InvalidStateError:
+                return  # given up; another has this one's place
+            self.running[me] = None
+
+    def _give_up(self, calls: Sequence[Future[Any]]) -> float | None:
+        """Of these calls; then the seconds until it may be another's turn."""
+        if not self.seconds:
+            return None
+        now, left = time.monotonic(), self.seconds
+        for call in calls:
+            if call.done() or not isinstance(call, Call) or not call.began:
+                continue
+            if (rest := call.began + self.seconds - now) > 0:
+                left = min(left, rest)
+                continue
+            with suppress(InvalidStateError):  # it has answered just now
+                call.set_result(_hung(self.seconds))
+                for thread in [t for t, c in list(self.running.items()) if c is call]:
+                    del self.running[thread]
+                self._start()
+        return left
