@@ -3,10 +3,14 @@
 A chat template is used twice only: for the first prompt, and for what stands between an answer and the next one. Nothing
 that was sampled is ever decoded and encoded again. That is right only for a template whose rendering of a conversation begins
 with its rendering of every shorter one; `Chat` refuses another at start-up.
+
+What a message says is text: the name of a special token in it gets a space behind its first character (`plain`), so that neither an
+environment nor a skill can end a turn or open one. Control ids come from the template and from sampling alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -39,6 +43,8 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
         self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids)
+        names = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
+        self._special = re.compile("|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name)))) or r"(?!)")
         self.system_role = self._takes_system()
         self._around: tuple[str, str] | None = None
         self._check()
@@ -50,11 +56,15 @@ class Chat:
 
     def render(self, messages: Sequence[Message], generation: bool = True) -> str:
         """The text of a conversation. Where the template refuses a system role, its text heads the first user message."""
-        turns = [dict(m) for m in messages]
+        turns = [{"role": m["role"], "content": self.plain(m["content"])} for m in messages]
         if turns[0]["role"] == "system" and not self.system_role:
             turns[1]["content"] = f"{turns[0]['content']}\n\n{turns[1]['content']}"
             turns = turns[1:]
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
+
+    def plain(self, text: str) -> str:
+        """`text` without the names of special tokens (`<|im_end|>` becomes `< |im_end|>`) and without lone surrogates."""
+        return self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text.encode("utf-8", "replace").decode())
 
     def encode(self, text: str) -> list[int]:
         """Ids of rendered text; special tokens are those the text names."""
@@ -114,7 +124,7 @@ class Chat:
 
     def _tail_text(self, observation: str) -> str:
         if self._around is not None:
-            return self._around[0] + observation + self._around[1]
+            return self._around[0] + self.plain(observation) + self._around[1]
         return self._rendered_tail(observation)
 
     def _rendered_tail(self, observation: str) -> str:
@@ -131,7 +141,7 @@ class Chat:
         if not found or _MARK in after:
             return None
         try:
-            same = all(self._rendered_tail(p) == before + p + after for p in _PROBES)
+            same = all(self._rendered_tail(p) == before + self.plain(p) + after for p in _PROBES)
         except (TemplateError, ValueError):
             return None
         return (before, after) if same else None
