@@ -99,12 +99,19 @@ class Trajectory:
 
     @classmethod
     def from_json(cls, line: str) -> Trajectory:
-        """The inverse of `to_json`."""
-        raw = json.loads(line)
-        raw["turns"] = tuple(Turn(**t) for t in raw["turns"])
-        for key in ("prompt_ids", "token_ids", "action_mask", "logprobs"):
-            raw[key] = tuple(raw[key])
-        return cls(**raw)
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: The line is not the JSON of a trajectory; what its fields hold is not checked.
+        """
+        try:
+            raw = json.loads(line)
+            raw["turns"] = tuple(Turn(**t) for t in raw["turns"])
+            for key in ("prompt_ids", "token_ids", "action_mask", "logprobs"):
+                raw[key] = tuple(raw[key])
+            return cls(**raw)
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise ValueError(f"not a line of trajectories.jsonl ({type(e).__name__}: {e}): {line[:80]!r}") from e
 
 
 @dataclass(frozen=True)

@@ -219,9 +219,16 @@ def paired_difference(before: dict[str, Any], after: dict[str, Any], key: str = 
 
 
 def read_panel(folder: str | Path) -> dict[str, Any]:
-    """panel.json of a run folder; empty if there is none."""
+    """panel.json of a run folder; empty if there is none.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
     path = Path(folder) / FILE
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ConfigError(f"trainer.default_root_dir: {path} is damaged ({e}): delete it, or name another folder.") from e
 
 
 def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = ()) -> None:
