@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
@@ -136,6 +137,14 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(SkillBankCallback, "skills")
         parser.add_argument("--overwrite", type=bool, default=False, help="fit: discard an earlier run in the run folder")
         parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Read files and flags; bytes, interpolations and circles that no reader takes give one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except (UnicodeDecodeError, OmegaConfBaseException, RecursionError) as e:
+            why = " ".join(str(e).split())
+            raise ConfigError(f"config: it cannot be read ({why}): write UTF-8, no ${{...}} but to a key that exists, no circles.") from e
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
