@@ -1,5 +1,7 @@
 """Damaged files of a run are told in one line that names them."""
 
+from argparse import ArgumentError
+
 import pytest
 
 from skillsd.callbacks.log import COLUMNS
@@ -22,6 +24,14 @@ def test_metrics_that_are_no_numbers(tmp_path, column):
     (tmp_path / "metrics.csv").write_text(",".join(COLUMNS) + "\n" + ",".join(row.values()) + "\n")
     with pytest.raises(ConfigError, match=r"folder: .*metrics\.csv holds what is no number"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["set", "controls", "methods", "configs", "workers"])
+def test_a_study_file_with_an_empty_key(tmp_path, key):
+    study = "configs: [sokoban]\nmethods: {grpo: []}\n".replace(f"{key}:", f"# {key}:")
+    (tmp_path / "study.yaml").write_text(f"{study}{key}:\n")
+    with pytest.raises((ConfigError, ArgumentError), match=key):
+        read_settings(["-c", str(tmp_path / "study.yaml")])
 
 
 def test_a_study_file_of_other_bytes(tmp_path):

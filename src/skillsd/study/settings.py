@@ -98,6 +98,8 @@ def read_settings(args: Sequence[str]) -> StudySettings:
     except UnicodeDecodeError as e:
         raise ConfigError(f"config: the study file is no UTF-8 text ({e}): write it as UTF-8.") from e
     settings = {f.name: given[f.name] for f in fields(StudySettings)}
+    if empty := [name for name, value in settings.items() if value is None and name != "time_limit"]:
+        raise ConfigError(f"{', '.join(empty)}: null is no value: give one, or leave the key out.")
     return StudySettings(**settings | {"set": settings["set"] | more})
 
 
