@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skillsd.objective import SDAR, OutcomeGate, SigmoidGate, Tokens, group_advantages
+from skillsd.objective import SDAR, Objective, OutcomeGate, SigmoidGate, Signal, Tokens, group_advantages
 
 
 def tokens(gap: float) -> Tokens:
@@ -25,3 +25,14 @@ def test_one_token_is_an_opinion(gap, opinion):
 
 def test_the_smallest_group():
     assert group_advantages(torch.tensor([[0.0, 1.0], [2.0, 2.0]])).tolist() == [pytest.approx([-(0.5**0.5), 0.5**0.5]), [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("method", ["loss", "advantage", "multiplier"])
+def test_a_signal_says_what_it_lacks(method):
+    with pytest.raises(TypeError, match=f"SDAR has no {method}" if method != "loss" else "Signal has no loss"):
+        getattr(Signal() if method == "loss" else SDAR(), method)(tokens(0.0))
+
+
+def test_an_unknown_group_filter():
+    with pytest.raises(ValueError, match=r"objective\.group_filter is all: give none or zero_variance"):
+        Objective(group_filter="all")
