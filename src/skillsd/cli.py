@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
@@ -156,6 +157,14 @@ class CLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         safe = {"weights_only": True} if subcommand in ("fit", "validate") else {}  # null is false for a checkpoint at a URL
         return {**super()._prepare_subcommand_kwargs(subcommand), **safe}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Read files and flags; bytes, interpolations and circles that no reader takes give one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except (UnicodeDecodeError, OmegaConfBaseException, RecursionError) as e:
+            why = " ".join(str(e).split())
+            raise ConfigError(f"config: it cannot be read ({why}): write UTF-8, no ${{...}} but to a key that exists, no circles.") from e
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

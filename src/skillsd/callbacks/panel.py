@@ -219,11 +219,15 @@ def paired_difference(before: dict[str, Any], after: dict[str, Any], key: str = 
 
 
 def read_panel(folder: str | Path) -> dict[str, Any]:
-    """panel.json of a run folder; empty if there is none."""
+    """panel.json of a run folder; empty if there is none.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
     path = Path(folder) / FILE
     try:
         return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-    except ValueError as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise ConfigError(f"{path} is damaged ({e}): move it away; --ckpt_path last then plays what is still to come.") from e
 
 

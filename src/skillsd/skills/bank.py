@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
+from skillsd.durable import sync
 from skillsd.skills import bank_file
 from skillsd.skills.ledger import Elsewhere
 from skillsd.skills.retrieval import SQRT2, Untried, select
@@ -194,6 +195,13 @@ class SkillBank:
             for _ in range(forgotten):
                 self._ledger.undo()
         return forgotten
+
+    def sync(self) -> None:
+        """Flushes what was written to the disk, as a power cut would lose the last of it. Raises OSError."""
+        if self.path is not None:
+            for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
+                if path.exists():
+                    sync(path)
 
     def close(self) -> None:
         """Closes the file. May be called twice."""

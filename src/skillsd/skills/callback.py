@@ -14,7 +14,6 @@ import lightning as L
 from skillsd.errors import ConfigError
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import BankContext, GroundTruthContext, GroupContext, NoContext, PrivilegedContext
-from skillsd.skills.plain import control_texts, plain
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
 from skillsd.skills.summarisers import BaseSummariser, CheckedSummariser, Finished, RulesSummariser, Summariser
 from skillsd.skills.summarisers.transcript import conversation
@@ -33,8 +32,7 @@ class SkillBankCallback(L.Callback):
     """Summarises trajectories into skills, keeps them in a bank, and gives each task's teacher its prompt.
 
     The summaries of iteration i enter the bank, in (task, member) order, at the first iteration boundary at which they are
-    ready; with `rules` and `base` that is always the next one. What a summariser returns is data: see CheckedSummariser. In a prompt
-    the texts of skills and attempts never hold control tokens: see `plain`.
+    ready; with `rules` and `base` that is always the next one. What a summariser returns is data: see CheckedSummariser.
 
     Args:
         summariser: Makes skills. Default: RulesSummariser.
@@ -67,7 +65,6 @@ class SkillBankCallback(L.Callback):
         super().__init__()
         self.summariser: Summariser = summariser or RulesSummariser()
         self.checked = CheckedSummariser(self.summariser)
-        self.control: tuple[str, ...] = ()  # how the tokenizer's control tokens are written
         self.context: PrivilegedContext = context or BankContext()
         self.bank_settings: dict[str, Any] = {"capacity": capacity, "drop": drop, "booking": booking}
         self.min_reward = -math.inf if min_reward is None else min_reward
@@ -87,8 +84,6 @@ class SkillBankCallback(L.Callback):
         self._state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        model: Any = pl_module
-        self.control = control_texts(model.policy.tokenizer)
         if self.bank is None:  # opened late: input that is refused before leaves no file behind
             path = Path(trainer.default_root_dir) / FILE
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +103,7 @@ class SkillBankCallback(L.Callback):
     def bind(self, generate: Callable[..., list[str]], solve: Callable[[str, Summariser], Skill | None]) -> None:
         """Give a summariser that needs one the base model's voice, and a context that needs it the environment's own solutions."""
         if isinstance(self.summariser, BaseSummariser):
-            self.summariser.bind(lambda asked, *rest: generate([[self._plain(m) for m in messages] for messages in asked], *rest))
+            self.summariser.bind(generate)
         if isinstance(self.context, GroundTruthContext):
             self.context.bind(lambda task_id: solve(task_id, self.checked))
 
@@ -158,12 +153,8 @@ class SkillBankCallback(L.Callback):
     def _text(self, told: Skill | Trajectory | None) -> str:
         if isinstance(told, Trajectory):
             actions = " ".join(turn.action for turn in told.turns)
-            texts = {"transcript": conversation(told), "actions": actions}
-            return self.transcript_template.format(**{k: plain(text, self.control) for k, text in texts.items()})
-        return told.with_texts(plain(t, self.control) for t in told.texts).render(self.template) if told is not None else ""
-
-    def _plain(self, message: dict[str, str]) -> dict[str, str]:
-        return {**message, "content": plain(message["content"], self.control)}
+            return self.transcript_template.format(transcript=conversation(told), actions=actions)
+        return told.render(self.template) if told is not None else ""
 
     # -- what an iteration leaves ------------------------------------------------------------------------------------------
 
@@ -172,8 +163,8 @@ class SkillBankCallback(L.Callback):
         groups: Sequence[TrajectoryGroup] = batch
         iteration = groups[0].trajectories[0].iteration
         for g, gap in zip(groups, outputs["group_gap"].tolist(), strict=True):
-            if g.skill_id is not None:
-                reward = sum(t.reward for t in g.trajectories) / len(g.trajectories)
+            if g.skill_id is not None and g.counted:  # a use of which nothing is known is none
+                reward = sum(t.reward for t in g.counted) / len(g.counted)
                 self.bank.record_use(g.skill_id, iteration, reward=reward, gap=gap)
         started = time.perf_counter()
         if self._hindsight is None and not isinstance(self.context, NoContext):
@@ -202,6 +193,7 @@ class SkillBankCallback(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert self.bank is not None
+        self.bank.sync()  # the checkpoint says how far it is
         checkpoint["skill_bank"] = {
             "iteration": trainer.global_step, "position": self.bank.position, "prompts": dict(self.prompts), "failed": self.failed,
         }  # fmt: skip

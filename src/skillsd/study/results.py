@@ -49,7 +49,8 @@ def read_metrics(folder: Path) -> pd.DataFrame:
     """metrics.csv with every column that a study reads; what was not measured is NaN.
 
     Raises:
-        ConfigError: there is none, a column that every version wrote is missing, or the iterations are not 0, 1, 2, ...
+        ConfigError: there is none, a column that every version wrote is missing, the iterations are not 0, 1, 2, ..., or a value is no
+            number.
     """
     path = folder / METRICS_FILE
     fix = f"delete the folder {folder}, and the cell is run again."
@@ -61,7 +62,10 @@ def read_metrics(folder: Path) -> pd.DataFrame:
         raise ConfigError(f"folder: {path} has no column {', '.join(lacking)}: {fix}")
     if metrics["iteration"].tolist() != list(range(len(metrics))):
         raise ConfigError(f"folder: the iterations of {path} are not 0, 1, 2, ...: {fix}")
-    return metrics.reindex(columns=[*REQUIRED, *OPTIONAL.values(), *HEALTH.values(), *GRADIENTS, "teacher/k3"]).astype(float)
+    try:
+        return metrics.reindex(columns=[*REQUIRED, *OPTIONAL.values(), *HEALTH.values(), *GRADIENTS, "teacher/k3"]).astype(float)
+    except ValueError as e:
+        raise ConfigError(f"folder: {path} holds what is no number ({e}): {fix}") from e
 
 
 def read_cell(cell: Cell) -> Finished:

@@ -93,8 +93,13 @@ def read_settings(args: Sequence[str]) -> StudySettings:
     parser.add_argument("-c", "--config", action="config", help="study file, e.g. study/sokoban-nano")
     parser.add_class_arguments(StudySettings)
     rest, more = _set_flags(args)
-    given = parser.parse_args(rest)
+    try:
+        given = parser.parse_args(rest)
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"config: the study file is no UTF-8 text ({e}): write it as UTF-8.") from e
     settings = {f.name: given[f.name] for f in fields(StudySettings)}
+    if empty := [name for name, value in settings.items() if value is None and name != "time_limit"]:
+        raise ConfigError(f"{', '.join(empty)}: null is no value: give one, or leave the key out.")
     return StudySettings(**settings | {"set": settings["set"] | more})
 
 

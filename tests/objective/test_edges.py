@@ -1,0 +1,38 @@
+"""Settings and groups at the edge of what is allowed."""
+
+import pytest
+import torch
+
+from skillsd.objective import SDAR, Objective, OutcomeGate, SigmoidGate, Signal, Tokens, group_advantages
+
+
+def tokens(gap: float) -> Tokens:
+    """One trajectory of one token, solved."""
+    x = torch.tensor([-1.0], dtype=torch.float64)
+    return Tokens(x, x, x, x + gap, x, torch.tensor([True]), x, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_the_least_settings(value):
+    assert SigmoidGate(value).beta == SDAR(value).beta == OutcomeGate(value).indifference == value
+    assert SigmoidGate(0.0)(tokens(2.0)).item() == 0.5
+
+
+@pytest.mark.parametrize(("gap", "opinion"), [(0.06, 1.0), (0.04, 0.0), (-0.06, -1.0)])
+def test_one_token_is_an_opinion(gap, opinion):
+    assert OutcomeGate()(tokens(gap)).item() == opinion
+
+
+def test_the_smallest_group():
+    assert group_advantages(torch.tensor([[0.0, 1.0], [2.0, 2.0]])).tolist() == [pytest.approx([-(0.5**0.5), 0.5**0.5]), [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("method", ["loss", "advantage", "multiplier"])
+def test_a_signal_says_what_it_lacks(method):
+    with pytest.raises(TypeError, match=f"SDAR has no {method}" if method != "loss" else "Signal has no loss"):
+        getattr(Signal() if method == "loss" else SDAR(), method)(tokens(0.0))
+
+
+def test_an_unknown_group_filter():
+    with pytest.raises(ValueError, match=r"objective\.group_filter is all: give none or zero_variance"):
+        Objective(group_filter="all")

@@ -1,0 +1,104 @@
+"""Any YAML over an experiment: it is taken, or refused in one line that names a key; never a traceback."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.properties.profile import examples
+
+import skillsd.cli
+from skillsd import conf_dir
+from skillsd.rollout import RolloutSettings
+
+CONF: dict[str, Any] = yaml.safe_load((conf_dir() / "sokoban.yaml").read_text())
+
+
+def _paths(node: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(node, dict):
+        return []
+    return [path for key, value in node.items() for path in ((*at, key), *_paths(value, (*at, key)))]
+
+
+PATHS = _paths(CONF) + [("data", "init_args", "rollout", key) for key in RolloutSettings.__dataclass_fields__]
+ODD = ["", "nosuch", "init_args", "class_path", "0", "é"]
+CLASSES = ["os.system", "nosuch.X", "skillsd.objective.SDPG", "skillsd.objective.Gate", "skillsd.skills.NoContext", 1, None, ""]
+SCALARS = [None, True, 0, 1, -1, 1.5, float("nan"), float("inf"), 10**30, "x", "", "null", "1e400", "é\x00", "-", "${x}", "${..}", "a.b"]
+OBJECTS = st.fixed_dictionaries({"class_path": st.sampled_from(CLASSES), "init_args": st.sampled_from([{}, {"a": 1}, 3])})
+KEYS = st.sampled_from([*ODD, "lengths", "min_reward"])
+VALUES = st.recursive(
+    st.sampled_from(SCALARS) | OBJECTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=4,
+)
+ENTRIES = st.lists(st.tuples(st.sampled_from(PATHS), st.none() | st.sampled_from(ODD), VALUES), min_size=1, max_size=2)
+
+
+def overlay(entries: list[tuple[tuple[str, ...], str | None, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for path, further, value in entries:
+        node = made
+        for key in (path if further is None else (*path, further))[:-1]:
+            inner = node.setdefault(key, {})
+            node[key] = node = inner if isinstance(inner, dict) else {}
+        node[path[-1] if further is None else further] = value
+    return made
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Text of an overlay -> exit code and what was said; everything is built, nothing is run."""
+
+    class Built(skillsd.cli.CLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    monkeypatch.setattr(skillsd.cli, "CLI", Built)
+    monkeypatch.chdir(tmp_path)
+
+    def call(text: str | bytes) -> tuple[int, str]:
+        file = tmp_path / "overlay.yaml"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        capsys.readouterr()
+        code = skillsd.cli.main(["fit", "-c", "sokoban", "-c", str(file), f"--trainer.default_root_dir={tmp_path / 'run'}"])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def check(code: int, said: str) -> None:
+    assert code in (0, 2)
+    if code == 2:
+        assert re.fullmatch(r"error: .+\n", said), said
+
+
+@pytest.mark.filterwarnings("ignore")
+@examples(8)
+@given(ENTRIES)
+def test_any_value_under_any_key(run, entries):
+    check(*run(yaml.safe_dump(overlay(entries), allow_unicode=True)))
+
+
+TOKENS = ["\n", ": ", "- ", " ", "\t", *"trainer model data : { } [ ] &a *a | ' # !!python/name:os.system ${ ? % <<".split(" ")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@examples(8)
+@given(st.lists(st.sampled_from(TOKENS) | st.text(max_size=3), max_size=10).map("".join))
+def test_any_text(run, text):
+    check(*run(text))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "text", [b"\xff", b"trainer: {max_epochs: ${", b"skills: {template: '${'}", b"a: &x [*x]", b"- 1", b"3", b"? [1]\n: 2"]
+)
+def test_no_configuration(run, text):
+    code, said = run(text)
+    check(code, said)
+    assert code == 2

@@ -1,0 +1,252 @@
+"""Mutation run: change one thing in the source at a time, and see whether a test notices.
+
+    python tests/torture/mutate.py objective skills --skip bank.py,bank_file.py,ledger.py [--files gates.py] [--sample 100 --seed 0]
+
+Each mutant is run in a fork of one process that has torch and the rest imported, on tests/<folder> with -x. A mutant that no test
+notices is a survivor; survivors.txt lists those that are equivalent to the source, each with its reason. Exit code 1 if another survives.
+Changes: comparisons, arithmetic, `not`, `and`, conditions, numbers and booleans, texts, returned values, statements left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.abc
+import importlib.util
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+SURVIVORS = Path(__file__).with_name("survivors.txt")
+OTHERS: dict[type, tuple[type, ...]] = {  # operator -> what it becomes
+    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt), ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,), ast.Add: (ast.Sub,),
+    ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,), ast.FloorDiv: (ast.Mult,), ast.Mod: (ast.Mult,),
+    ast.Pow: (ast.Mult,), ast.BitAnd: (ast.BitOr,), ast.BitOr: (ast.BitAnd,), ast.And: (ast.Or,), ast.Or: (ast.And,),
+}  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    """One change: where, and the statement's line before and after."""
+
+    file: str
+    line: int
+    scope: str
+    change: str
+    source: str
+
+    @property
+    def key(self) -> str:
+        """Its name in survivors.txt: it does not move with the lines above."""
+        return f"{self.file} | {self.scope} | {self.change}"
+
+
+def variants(node: ast.AST) -> Iterator[ast.AST]:
+    """Other nodes in the place of `node`."""
+    if isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            for other in OTHERS.get(type(op), ()):
+                new = deepcopy(node)
+                new.ops[i] = other()
+                yield new
+    elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp):
+        for other in OTHERS.get(type(node.op), ()):
+            new = deepcopy(node)
+            new.op = other()
+            yield new
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+        yield deepcopy(node.operand)
+    elif isinstance(node, ast.Constant):
+        value: Any = node.value
+        if isinstance(value, bool):
+            yield ast.Constant(not value)
+        elif isinstance(value, int | float):
+            yield ast.Constant(value + 1)
+        elif isinstance(value, str):
+            yield ast.Constant("XX" + value)
+    negated = isinstance(node, ast.If | ast.IfExp | ast.While) and isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not)
+    if isinstance(node, ast.If | ast.IfExp | ast.While) and not negated:
+        new = deepcopy(node)
+        new.test = ast.UnaryOp(ast.Not(), node.test)
+        yield new
+    elif isinstance(node, ast.Return) and not (node.value is None or isinstance(node.value, ast.Constant)):
+        yield ast.Return(ast.Constant(None))
+    elif isinstance(node, ast.Break | ast.Continue):
+        yield ast.Continue() if isinstance(node, ast.Break) else ast.Break()
+    documents = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    stores = isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name | ast.Tuple)
+    if (isinstance(node, ast.Expr) and not documents) or isinstance(node, ast.Raise | ast.AugAssign | ast.Assert) or stores:
+        yield ast.Pass()
+
+
+def mutants(path: Path) -> Iterator[Mutant]:
+    """Every change to a file, in the order of the source."""
+    source = path.read_text()
+    tree = ast.parse(source)
+    name = path.relative_to(ROOT / "src" / "skillsd").as_posix()
+
+    def walk(node: ast.AST, scope: str, statement: ast.AST) -> Iterator[Mutant]:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            scope = f"{scope}.{node.name}".lstrip(".")
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns", "decorator_list", "bases", "keywords") and not isinstance(node, ast.Call):
+                continue
+            for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if not isinstance(child, ast.AST) or _quiet(child):
+                    continue
+                inner = child if isinstance(child, ast.stmt) else statement
+                for other in variants(child):
+                    before = _shown(inner)
+                    _put(node, field, index, other)
+                    after = _shown(other if child is inner else inner)
+                    yield Mutant(name, child.lineno, scope, f"{before} -> {after}", ast.unparse(ast.fix_missing_locations(tree)))  # type: ignore[attr-defined]
+                    _put(node, field, index, child)
+                yield from walk(child, scope, inner)
+
+    yield from walk(tree, "", tree)
+
+
+def _quiet(node: ast.AST) -> bool:
+    """What is not changed: documentation, what an error says, the list of exports, imports, log messages."""
+    if isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr):
+        return True
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return True
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("__all__", "log"):
+        return True
+    called = node.func if isinstance(node, ast.Call) else None
+    return isinstance(called, ast.Name) and called.id.endswith("Error") and called.id != "RecursionError"
+
+
+def _shown(node: ast.AST) -> str:
+    """A statement as one line, without its body and decorators."""
+    if isinstance(getattr(node, "body", None), list):
+        node = deepcopy(node)
+        node.body, node.orelse, node.decorator_list = [ast.Pass()], [], []  # type: ignore[attr-defined]
+    lines = ast.unparse(ast.fix_missing_locations(node)).splitlines()
+    return (lines[0] if isinstance(getattr(node, "body", None), list) else "\\n".join(lines)).strip()
+
+
+def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
+    if index is None:
+        setattr(parent, field, node)
+    else:
+        getattr(parent, field)[index] = node
+
+
+class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a changed source."""
+
+    def __init__(self, name: str, path: Path, source: str) -> None:
+        self.name, self.path, self.source = name, path, source
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != self.name:
+            return None
+        found = importlib.util.spec_from_file_location(fullname, self.path, loader=self)  # type: ignore[arg-type]
+        if found is not None and self.path.name == "__init__.py":
+            found.submodule_search_locations = [str(self.path.parent)]
+        return found
+
+    def exec_module(self, module: Any) -> None:
+        exec(compile(self.source, str(self.path), "exec"), module.__dict__)
+
+
+def run(mutant: Mutant | None, tests: list[str], limit: float) -> str:
+    """Run the tests in a fork: `killed`, `survived` or `timeout`."""
+    if not (pid := os.fork()):
+        os.setsid()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        if mutant is not None:
+            path = ROOT / "src" / "skillsd" / mutant.file
+            name = "skillsd." + mutant.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+            sys.meta_path.insert(0, _Changed(name, path, mutant.source))
+        code = 1
+        with suppress(BaseException):
+            import pytest
+
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]))
+        os._exit(bool(code))
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return "killed" if status else "survived"
+        time.sleep(0.02)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "timeout"
+
+
+def known() -> dict[str, str]:
+    """survivors.txt: key -> reason."""
+    lines = SURVIVORS.read_text().splitlines() if SURVIVORS.is_file() else []
+    return {k: why for k, _, why in (line.partition("  # ") for line in lines if line and not line.startswith("#"))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", nargs="+", help="under src/skillsd, or a file there; its tests are those under tests/ of that name")
+    parser.add_argument("--skip", default="", help="names of files, with commas between")
+    parser.add_argument("--files", default="", help="only these names")
+    parser.add_argument("--tests", nargs="*", help="instead of tests/<folder>")
+    parser.add_argument("--sample", type=int, help="a random part: this many mutants")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further mutant after this")
+    parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    excused, skip, only = known(), args.skip.split(","), args.files.split(",") if args.files else None
+    count, new, used, began = {"killed": 0, "survived": 0, "timeout": 0, "not run": 0}, [], set(), time.monotonic()
+    for folder in args.folders:
+        path = ROOT / "src" / "skillsd" / folder
+        files = [
+            f for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path]) if f.name not in skip and (not only or f.name in only)
+        ]
+        todo = [m for f in files for m in mutants(f)]
+        if args.sample is not None and args.sample < len(todo):
+            todo = sorted(random.Random(args.seed).sample(todo, args.sample))
+        if args.list:
+            print(*(f"{m.file}:{m.line} {m.scope}: {m.change}" for m in todo), sep="\n")
+            continue
+        tests = args.tests or [f"tests/{folder}"]
+        sys.path[:0] = [str(ROOT / "src"), str(ROOT / "envs"), str(ROOT)]
+        for name in ("gymnasium", "hypothesis", "pytest", "openai", "lightning", "skillsd.policy"):  # none of them is changed here
+            with suppress(ImportError):
+                __import__(name)
+        for name in ("AutoModelForCausalLM", "LlamaConfig", "Qwen2Config", "Qwen3Config", "Gemma2Config", "MistralConfig"):
+            getattr(sys.modules["transformers"], name)
+        start = time.monotonic()
+        if run(None, tests, 1200) != "survived":
+            print(f"{folder}: the tests fail on the source as it is")
+            return 2
+        limit = 5 * (time.monotonic() - start) + 10
+        for m in todo:
+            if time.monotonic() - began > 60 * args.minutes:
+                count["not run"] += 1
+                continue
+            result = run(m, tests, limit)
+            count[result] += 1
+            if result != "killed":
+                why = excused.get(m.key)
+                used.add(m.key)
+                print(f"{result}: {m.file}:{m.line} {m.scope}: {m.change}" + (f"  # {why}" if why else ""), flush=True)
+                if result == "survived" and not why:
+                    new.append(m.key)
+        print(f"{folder}: {len(todo)} mutants, {count} so far, {time.monotonic() - began:.0f} s", flush=True)
+    for key in new:
+        print(f"new survivor: {key}")
+    return int(bool(new))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
