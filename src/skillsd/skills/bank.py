@@ -86,7 +86,7 @@ class SkillBank:
     def skills(self, task_id: str) -> list[Skill]:
         """The task's skills by id; empty if it has none."""
         with self._told():
-            return [self._ledger.skill(skill_id) for skill_id in sorted(state.skill_id for state in self._ledger.live(task_id))]
+            return [self._ledger.skill_of(state) for state in sorted(self._ledger.live(task_id), key=lambda state: state.skill_id)]
 
     def get(self, skill_id: int) -> Skill:
         """A skill by id, also one that was dropped since. Raises KeyError if there never was one."""
@@ -99,7 +99,7 @@ class SkillBank:
         """The skill to use next (`retrieval.select`), or None if the task has none. Does not count as a use."""
         with self._told():
             state = select(self._ledger.live(task_id), c, untried)
-            return None if state is None else self._ledger.skill(state.skill_id)
+            return None if state is None else self._ledger.skill_of(state)
 
     def stats(self) -> dict[str, float]:
         """Numbers to log: skills held (`size`), tasks that have one (`tasks`), `mean_uses` of those held, `merged` and `dropped` so far."""

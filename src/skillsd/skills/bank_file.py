@@ -23,7 +23,7 @@ APPLICATION_ID = 0x534B5344  # "SKSD"
 SCHEMA_VERSION = 2
 LOCK_WAIT_S = 10.0
 WHOLE_CHECK_BYTES = 2**25
-"""Up to this size a file is checked as a whole when it is opened, which takes a tenth of a second; every row is checked when it is read."""
+"""Up to this size a file is checked as a whole when it is opened; of any size, every row is checked when it is read."""
 
 _TRANSIENT = {5, 6, 8, 10, 13, 14}  # busy, locked, read-only, input/output, full, cannot open: the world's fault, not the file's
 

@@ -1,4 +1,5 @@
-"""The bank's log and the state that follows from it, kept side by side in SQLite; in memory there is the tally alone.
+"""The bank's log and the state that follows from it, kept side by side in SQLite; in memory there is the tally, the names of the
+tasks and what was read last of a few.
 
 An event changes the state of one skill, and is undone from itself and the state after it: a use keeps the total before it. So a cut costs
 as much as what is cut off, and leaves to the bit what was there.
@@ -16,6 +17,9 @@ from math import isfinite
 
 from skillsd.skills.skill import Skill
 from skillsd.skills.tables import EVENT, SKILL, STATE, TALLY, TASK, Booking, Damaged, Event, Kind, State, Tally
+
+_HOT_TASKS, _HOT_ROWS = 512, 32
+"""Of so many tasks with at most so many skills what was read last is kept (4 MB): prompts may be chosen for all at each iteration."""
 
 
 class Elsewhere(Exception):
@@ -38,6 +42,7 @@ class Ledger:
         self.tally = self._stored()
         self._touched: dict[str, list[int]] = {}  # task -> live and crc_sum, in the transaction under way
         self._tasks: list[str] | None = None
+        self._hot: dict[str, list[State]] = {}
 
     # Reading
 
@@ -71,17 +76,26 @@ class Ledger:
 
     def live(self, task_id: str) -> list[State]:
         """How the task's skills that are not dropped stand, in no particular order."""
+        if task_id in self._hot and task_id not in self._touched:
+            return self._hot[task_id]
         n, crc_sum = self._touched.get(task_id) or self._task(task_id)
         rows = self._db.execute(f"{STATE.select} WHERE task_id = ? AND dropped = 0", (task_id,)).fetchall()
         states = list(map(State._make, STATE.all_checked(rows, task_id)))
         if len(rows) != n or sum(row[-1] for row in rows) != crc_sum:
             raise Damaged(f"rows of its table 'state' are missing or doubled (task {task_id!r})")
+        if n <= _HOT_ROWS and task_id not in self._touched:
+            if len(self._hot) >= _HOT_TASKS:
+                self._hot.clear()
+            self._hot[task_id] = states
         return states
 
     def skill(self, skill_id: int) -> Skill:
         """A skill as it stands, also one that was dropped."""
-        skill, state = self._both(skill_id)
-        return replace(skill, uses=state.uses, mean_reward=state.mean_reward, sources=state.sources)
+        return self._as_it_stands(*self._both(skill_id))
+
+    def skill_of(self, state: State) -> Skill:
+        """The skill that stands so."""
+        return self._as_it_stands(self._source(state.skill_id), state)
 
     def state(self, skill_id: int) -> State:
         """How a skill stands. Raises ValueError if there never was one."""
@@ -120,6 +134,8 @@ class Ledger:
             yield
             self.settle()
             self._db.execute("COMMIT")
+            for task_id in self._touched:
+                self._hot.pop(task_id, None)
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -236,6 +252,9 @@ class Ledger:
             self._db.execute(STATE.delete, old[:4])
         if new is not None:
             self._db.execute(STATE.replace, (*new, STATE.crc(new)))
+
+    def _as_it_stands(self, skill: Skill, state: State) -> Skill:
+        return replace(skill, uses=state.uses, mean_reward=state.mean_reward, sources=state.sources)
 
     def _stored(self) -> Tally:
         return Tally(*TALLY.checked(self._db.execute(TALLY.select).fetchone())[1:])
