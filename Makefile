@@ -32,7 +32,7 @@ check: lint  ## lint, import rules, types, citation, then all tests in JOBS proc
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-torture: $(VENV)/.installed-dev  ## what CI does in small for an hour or more: 200 kills, every write of a run failing, a long run
+torture: $(VENV)/.installed-dev  ## what CI does in small for hours: kills, a failing disk, a long run, properties, a fuzz, mutants
 	$(BIN)/python -m tests.torture $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## the checks that run no test: ruff, import rules, types, citation

@@ -415,7 +415,7 @@ def _read_tasks(path: Path, split: str, key: str) -> list[Task]:
             task = Task(
                 str(raw.pop("task_id")), str(raw.pop("split")), str(raw.pop("difficulty", "")), raw, str(raw.pop("scenario", None) or "")
             )  # fmt: skip
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
             raise ConfigError(f"data.init_args.tasks_file: {path}:{number} needs a JSON object with task_id and split ({e}).") from e
         if task.split != split:
             continue

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import random
 
 import pytest
@@ -98,6 +99,21 @@ def test_eager_equals_sdpa(make_policy):
 def test_cache_grows(make_policy):
     policy = make_policy()
     assert_scored_alike(policy, "student", play(policy, rows=5, longest_prompt=600), 1e-5)
+
+
+def test_nan_does_not_stay_in_a_slot(make_policy):
+    """The next row there is seen together with a longer one, so that what lies behind its own tokens is masked and not cut off."""
+    policy = make_policy()
+    session, fresh = (InProcessEngine(policy).open(1.0) for _ in range(2))
+    session.turn([Request(0, [7, 8, 9], 1, 0, 6), Request(1, [9, 8, 7, 6, 5, 4, 3], 2, 0, 6)])
+    for store in session.stepper.cache.values:
+        store[session.rows[0].slot] = float("nan")
+    (broken,) = session.turn([Request(0, [5], 1, 7, 1)])
+    assert math.isnan(sum(broken.logprobs))
+    session.forget([0])
+    _, c = session.turn([Request(1, [4], 2, 7, 2), Request(2, [7, 8], 3, 0, 2)])
+    (alone,) = fresh.turn([Request(2, [7, 8], 3, 0, 2)])
+    assert c.token_ids == alone.token_ids and c.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
 
 
 def test_temperature_is_recorded(make_policy):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import csv
 import errno
+import os
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.e2e.runs import RULES, VARIANTS, Run, Server, assert_equal, build_faults, check_refusal, overlay
+from tests.e2e.runs import ROOT, RULES, VARIANTS, Run, Server, assert_equal, build_faults, check_refusal, overlay
 
 MOMENTS = {
     "rollout": "skillsd.rollout.engine:InProcessSession.step",
@@ -140,7 +142,28 @@ def long(a: argparse.Namespace, folder: Path) -> list[Row]:
     ]
 
 
-PARTS = {"kills": kills, "disk": disk, "long": long}
+def _command(what: str, *args: str, note: str = "", **env: str) -> list[Row]:
+    """A script that says itself what it found; 1 is lost if its exit code is not 0."""
+    code = subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, check=False).returncode
+    return [Row(what, 1, int(code != 0), note)]
+
+
+def properties(a: argparse.Namespace, folder: Path) -> list[Row]:
+    """tests/properties with a hundred times as many examples."""
+    return _command("properties", "-m", "pytest", "-q", "tests/properties", note="100 times the examples", SKILLSD_PROPERTIES="torture")
+
+
+def fuzz(a: argparse.Namespace, folder: Path) -> list[Row]:
+    """A coverage-guided fuzz of what reads text and bytes."""
+    return _command("fuzz", "tests/torture/fuzz.py", f"--minutes={a.minutes}", f"--seed={a.seed}", note=f"{a.minutes} minutes")
+
+
+def mutants(a: argparse.Namespace, folder: Path) -> list[Row]:
+    """Changes to objective/ and skills/ that their tests must notice."""
+    return _command("mutants", "tests/torture/mutate.py", "objective", "skills")
+
+
+PARTS = {"kills": kills, "disk": disk, "long": long, "properties": properties, "fuzz": fuzz, "mutants": mutants}
 
 
 def main() -> int:
@@ -149,6 +172,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--stride", type=int, default=1, help="of the disk's calls, every so many")
     parser.add_argument("--iterations", type=int, default=2000, help="of the long run")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of fuzzing")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     rows: list[Row] = []

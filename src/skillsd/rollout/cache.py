@@ -190,6 +190,11 @@ class SlotCache(Cache):
                     t = t[:, :, :length]
                     t.index_copy_(0, i, t.index_select(0, j))
 
+    def wipe(self, slots: Sequence[int]) -> None:
+        """Zeros in these slots."""
+        for store in (*self.keys, *self.values):
+            store[torch.tensor(slots, device=store.device)] = 0
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Longest row, in tokens."""
         return self.width

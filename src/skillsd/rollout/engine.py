@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import weakref
 from abc import ABC, abstractmethod
@@ -255,11 +256,15 @@ class InProcessSession(Session):
         gone = [self.rows.pop(n) for n in rows if n in self.rows]
         for row in gone:
             row.turns = -1
+            over = []
             if row.prompt is not None:
                 row.prompt.users -= 1
                 if not row.prompt.users:
+                    over = [row.prompt.slot]
                     heappush(self.free, row.prompt.slot)
                     self.prompts = {k: p for k, p in self.prompts.items() if p.users}
+            if not math.isfinite(sum(row.logprobs)):  # nan would reach the slot's next row: a weight of 0 times nan is nan
+                self.stepper.cache.wipe([row.slot, *over])
             if self.continuous:
                 heappush(self.free, row.slot)
 
