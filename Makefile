@@ -14,7 +14,7 @@ export GOMP_SPINCOUNT ?= 0
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install fit test check torture lint build smollm2 appworld clean
+.PHONY: help install fit test check torture lint audit build smollm2 appworld clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ fit: $(VENV)/.installed  ## train on Sokoban and print the table; again: continu
 test: $(VENV)/.installed-dev  ## run the tests that are not slow
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-check: lint  ## lint, import rules, types, citation, then all tests in JOBS processes, the slow ones and AppWorld's too
+check: lint audit  ## lint, import rules, types, citation, then all tests in JOBS processes, the slow ones and AppWorld's too
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
@@ -41,6 +41,9 @@ lint: $(VENV)/.installed-dev  ## the checks that run no test: ruff, import rules
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+audit: $(VENV)/.installed-dev  ## known vulnerabilities in the pinned set, where an index answers
+	PYTHON=$(BIN)/python .ci/audit
 
 build: $(VENV)/.installed-dev  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build
