@@ -302,7 +302,7 @@ def test_debugging_shows_the_traceback(run, monkeypatch):
     with pytest.raises(ConfigError, match="group_size"):
         run("--data.init_args.group_size=1")
     monkeypatch.delenv("SKILLSD_DEBUG")
-    monkeypatch.setattr("skillsd.callbacks.log.RunLog._append", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    monkeypatch.setattr("skillsd.callbacks.log.RunLog._append", lambda *_: (_ for _ in ()).throw(OSError(errno.EBADF, "broken")))
     with pytest.raises(OSError, match="broken"):  # nobody's bad input
         run()
 

@@ -131,11 +131,12 @@ class Trajectory:
             raise ValueError("the line is not what was written: its checksum does not match")
         try:
             raw = json.loads(text + "}" if mark else line)
+            raw.pop("crc32", None)  # another program has written the line anew, with other spaces
             raw["turns"] = tuple(Turn(**t) for t in raw["turns"])
             for key in ("prompt_ids", "token_ids", "action_mask", "logprobs"):
                 raw[key] = tuple(raw[key])
             return cls(**raw)
-        except (ValueError, TypeError, KeyError, RecursionError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ValueError(f"the line is no trajectory ({e})") from e
 
 

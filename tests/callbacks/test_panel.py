@@ -140,7 +140,7 @@ def test_the_file_is_completed_and_replaced_whole(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             write_panel(folder, {"validate": after})
     with monkeypatch.context() as m:
-        m.setattr(Path, "write_text", full)
+        m.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             write_panel(folder, {"validate": after})
     assert (folder / "panel.json").read_bytes() == stood

@@ -84,7 +84,7 @@ def test_the_exported_student_loads(make_policy, tmp_path, architecture):
     folder = tmp_path / "adapter" / "student"
     for _ in range(2):  # the second replaces the first
         AdapterExport().on_train_end(SimpleNamespace(default_root_dir=str(tmp_path), global_step=7), SimpleNamespace(policy=policy))
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"]
     assert [p.name for p in folder.parent.iterdir()] == ["student"]
     card = (folder / "README.md").read_text()
     assert f"base_model: {policy.settings.model}" in card and "7 iterations" in card and "rank 4, alpha 8" in card

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
 ]
 KEYS = """iteration task_id member seed instruction prompt_ids token_ids action_mask logprobs turns reward completion success finish_reason
-skill_id failure""".split()
+skill_id failure crc32""".split()
 TINY: dict[str, Any] = {
     "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
     "model": {
@@ -113,7 +113,7 @@ def test_the_run_folder(finished):
     ]  # fmt: skip
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["last.ckpt", "previous.ckpt"]
     assert sorted(p.name for p in (finished / "adapter" / "student").iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors"
+        "README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"
     ]  # fmt: skip
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["trainer"]["default_root_dir"] == str(finished) and config["seed_everything"] == 0

@@ -151,5 +151,5 @@ def test_the_record_is_what_the_engine_saw(episodes, answers, limits, context):
         ended = steps[len(t.turns) - 1][1] if 0 < len(t.turns) < len(steps) else "done"
         if t.finish_reason != "length":
             assert t.finish_reason == ended and t.success == (ended == "done")
-            assert (t.reward, t.failure) == (0.5 if ended == "done" else 0.0, "gone" if ended == "failed" else "")
+            assert (t.reward, t.failure) == (0.5 if ended == "done" else 0.0, "environment: gone" if ended == "failed" else "")
     assert all(1 <= used <= limit <= limits["max_turn_tokens"] for limit, used in engine.limits)

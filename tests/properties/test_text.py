@@ -39,8 +39,8 @@ PIECES = [
     ",",
 ]
 NOISE = st.lists(st.sampled_from([*PIECES, *FIELDS]) | st.text(st.characters(), max_size=6), max_size=12).map("".join)
-SAID = st.text(min_size=1, max_size=30).filter(str.strip)
-"""Of a skill."""
+SAID = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs")), min_size=1, max_size=30).filter(str.strip)
+"""Of a skill, which has no control characters."""
 SKILLS = st.builds(Skill, *[SAID.map(str.strip)] * 3)
 NUMBERS = st.floats(allow_nan=False)
 
@@ -152,13 +152,13 @@ def test_trajectories_come_back(t, data):
     assert Trajectory.from_json(line) == t
     assert t.n_actions == t.action_mask.count(True)
     cut = data.draw(st.integers(0, len(line) - 1))
-    with pytest.raises(ValueError, match=r"not a line of trajectories\.jsonl"):
+    with pytest.raises(ValueError, match="the line is no"):
         Trajectory.from_json(line[:cut])
 
 
 @pytest.mark.parametrize("line", ["", "0", "null", "[]", "{}", '{"turns": 1}', '{"turns": [1]}', "[" * 100_000])
 def test_no_trajectory(line):
-    with pytest.raises(ValueError, match=r"not a line of trajectories\.jsonl"):
+    with pytest.raises(ValueError, match="the line is no"):
         Trajectory.from_json(line)
 
 

@@ -383,7 +383,7 @@ def test_the_next_rollout_waits_for_environments_that_still_answer(waiting):
     def pause(name: str, turn: int) -> float:
         if name == "slow" and turn == 1:
             inside.append(name)
-            time.sleep(0.5)
+            time.sleep(2.0)
             inside.remove(name)
         return 0.0
 

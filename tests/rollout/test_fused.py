@@ -154,12 +154,12 @@ def test_static_shapes_do_not_depend_on_the_length(make_policy, always):
     stepper = Stepper(policy, static=True, fused=Fused(policy.base))
     session = InProcessEngine(policy).open(1.0)
     session.stepper = stepper
-    stepper.plan(2, 250)
-    for turn, n in enumerate((20, 60, 100, 30)):  # up to 218 tokens, one prompt too long for a static shape
+    stepper.plan(2, 500)
+    for turn, n in enumerate((20, 60, 300, 30)):  # up to 418 tokens, one prompt too long for a static shape
         session.turn([Request(i, [6 + i] * n, i, 100 * turn, 2) for i in range(2)])
-    assert stepper.cache.capacity == 256
+    assert stepper.cache.capacity == 512
     assert stepper.met == {
-        (kind, "student", 1.0, 8, shape, 256) for kind, shape in [("decode", ()), *(("feed", (7 + w,)) for w in (32, 64))]
+        (kind, "student", 1.0, 8, shape, 512) for kind, shape in [("decode", ()), *(("feed", (7 + w,)) for w in (32, 64))]
     }
 
 

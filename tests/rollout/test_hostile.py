@@ -391,13 +391,13 @@ def nan_in(monkeypatch: pytest.MonkeyPatch, *iterations: int) -> None:
 def test_updates_that_are_not_finite_are_skipped(fit, tmp_path, monkeypatch, mode):
     """Parameters, optimizer and teacher stay as they were; the schedule and the loop go on; the count is in the checkpoint."""
     saved: list[dict[str, Any]] = []
-    save = resume._InPlace.save_checkpoint
+    save = resume.CheckpointFiles.save_checkpoint
 
     def keep(self: Any, state: dict[str, Any], path: Any, **options: Any) -> None:
         save(self, state, path, **options)
         saved.append(torch.load(path, weights_only=True))
 
-    monkeypatch.setattr(resume._InPlace, "save_checkpoint", keep)
+    monkeypatch.setattr(resume.CheckpointFiles, "save_checkpoint", keep)
     nan_in(monkeypatch, 1, 3)
     code, _ = fit(["fine", "good", "well", "nice"], f"--teacher.mode={mode}")
     assert code == 0

@@ -228,7 +228,7 @@ def read_panel(folder: str | Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (ValueError, TypeError, RecursionError) as e:
-        raise ConfigError(f"{path} is damaged ({e}): move it away; --ckpt_path last then plays what is still to come.") from e
+        raise ConfigError(f"trainer.default_root_dir: {path} is damaged ({e}): move it away, or name another folder.") from e
 
 
 def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = ()) -> None:

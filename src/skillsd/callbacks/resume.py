@@ -138,7 +138,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         UnpicklingError: It holds more than tensors and plain data.
     """
     data = path.read_bytes()
-    check_archive(data, path)
+    try:
+        check_archive(data, path)
+    except DamagedError as e:
+        raise DamagedError(f"ckpt_path: {e} Name another, or `last` for the newest of the run folder that is whole.") from e
     return dict(torch.load(BytesIO(data), map_location, weights_only=True))
 
 
