@@ -26,11 +26,11 @@ fit: $(VENV)/.installed  ## train on Sokoban and print the table; again: continu
 	$(BIN)/skillsd fit -c conf/sokoban.yaml --ckpt_path last $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not torture" $(PYTEST_ARGS)
 
 check: lint audit  ## lint, import rules, types, citation, then all tests in JOBS processes, the slow ones and AppWorld's too
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not torture" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 torture: $(VENV)/.installed-dev  ## what CI does in small for hours: kills, a failing disk, a long run, properties, a fuzz, mutants
 	$(BIN)/python -m tests.torture $(ARGS)

@@ -227,7 +227,7 @@ TAKES += ["trainer.plugins", "trainer.accelerator", "trainer.callbacks"]
 
 
 @pytest.mark.slow  # 14 keys
-@pytest.mark.parametrize(("key", "path"), zip(TAKES, cycle(["evil_paths.Thing", "subprocess.Popen", "evil_paths.f", "os.system"])))
+@pytest.mark.parametrize(("key", "path"), [*zip(TAKES, cycle(["evil_paths.Thing", "subprocess.Popen", "evil_paths.f", "os.system"]))])
 def test_a_class_that_is_no_subclass_is_refused_and_not_called(run, tmp_path, monkeypatch, key, path):
     (tmp_path / "evil_paths.py").write_text(EVIL)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -182,7 +182,7 @@ def test_equal_adapters_that_are_not_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.torture] if v not in ("ema", "base") else []) for v in VARIANTS])
 def test_kills(servers: tuple[Server, Server], tmp_path: Path, variant: str) -> None:
     """Killed at every kind of moment, one after the other, in one run; in the other variants at a few. `make torture` does more."""
     file = overlay(tmp_path / "overlay.yaml", **VARIANTS[variant])
@@ -216,7 +216,7 @@ def test_random_moments(servers: tuple[Server, Server], tmp_path: Path) -> None:
     assert_equal(killed.record(), whole.record())
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_every_checkpoint(servers: tuple[Server, Server], tmp_path: Path) -> None:
     """A finished run, continued from each of its checkpoints, ends as it did; so does one that is stopped after every iteration."""
     constant = {"optimizer": {"lr": 2e-3, "schedule": "constant"}}  # a cosine's length is the run's, which max_steps changes

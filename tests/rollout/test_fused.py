@@ -31,7 +31,7 @@ def always(monkeypatch):
     monkeypatch.setattr("skillsd.rollout.engine.fuse", lambda policy: Fused(policy.base))
 
 
-SLOW = [pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2", "mistral")]
+SLOW = [pytest.param(a, marks=pytest.mark.torture) for a in ("qwen2", "mistral")]
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", *SLOW])

@@ -153,6 +153,11 @@ def properties(a: argparse.Namespace, folder: Path) -> list[Row]:
     return _command("properties", "-m", "pytest", "-q", "tests/properties", note="100 times the examples", SKILLSD_PROPERTIES="torture")
 
 
+def longer(a: argparse.Namespace, folder: Path) -> list[Row]:
+    """The tests that `make check` leaves out."""
+    return _command("marked tests", "-m", "pytest", "-q", "-m", "torture")
+
+
 def fuzz(a: argparse.Namespace, folder: Path) -> list[Row]:
     """A coverage-guided fuzz of what reads text and bytes."""
     return _command("fuzz", "tests/torture/fuzz.py", f"--minutes={a.minutes}", f"--seed={a.seed}", note=f"{a.minutes} minutes")
@@ -163,7 +168,7 @@ def mutants(a: argparse.Namespace, folder: Path) -> list[Row]:
     return _command("mutants", "tests/torture/mutate.py", "objective", "skills")
 
 
-PARTS = {"kills": kills, "disk": disk, "long": long, "properties": properties, "fuzz": fuzz, "mutants": mutants}
+PARTS = {"kills": kills, "disk": disk, "long": long, "tests": longer, "properties": properties, "fuzz": fuzz, "mutants": mutants}
 
 
 def main() -> int:
