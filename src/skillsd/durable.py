@@ -6,6 +6,8 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from io import BytesIO
 from pathlib import Path
@@ -35,7 +37,7 @@ def write(path: Path, data: bytes | memoryview, keep: Path | None = None) -> Non
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
+    with named(path):
         with temporary.open("wb") as f:
             f.write(data)
             f.flush()
@@ -44,6 +46,13 @@ def write(path: Path, data: bytes | memoryview, keep: Path | None = None) -> Non
             _keep(path, keep)
         os.replace(temporary, path)
         sync(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError from inside names this file; that of a write names none."""
+    try:
+        yield
     except OSError as e:
         raise OSError(e.errno, e.strerror or "", str(path)) from e
 

@@ -92,6 +92,7 @@ class Server:
     """
 
     def __init__(self, preload: Path | None = None) -> None:
+        self.preload = preload
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'envs'}:{ROOT}"}
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)
@@ -135,19 +136,20 @@ class Run:
     def resume(self, *more: str, code: int = 0) -> str:
         return self.fit("--ckpt_path", "last", *more, code=code)
 
-    def bombed(self, bomb: Bomb) -> bool:
+    def bombed(self, bomb: Bomb, *more: str) -> bool:
         """Go on; whether the bomb exploded before the run ended."""
-        self.server.start(self.args("--ckpt_path", "last"), self.log, bomb)
-        code = self.server.wait()
-        assert code in (0, -signal.SIGKILL), self.log.read_text()[-5000:]
-        return code != 0
+        self.server.start(self.args("--ckpt_path", "last", *more), self.log, bomb)
+        return self._killed()
 
     def kill(self, where: str, calls: int, after: bool, *more: str) -> None:
         """Go on until the bomb explodes."""
         bomb = (where, calls, after)
-        self.server.start(self.args("--ckpt_path", "last", *more), self.log, bomb)
+        assert self.bombed(bomb, *more), f"{bomb} did not explode\n{self.log.read_text()[-5000:]}"
+
+    def _killed(self) -> bool:
         code = self.server.wait()
-        assert code == -signal.SIGKILL, f"{bomb} did not explode: {code}\n{self.log.read_text()[-5000:]}"
+        assert code in (0, -signal.SIGKILL), f"{code}\n{self.log.read_text()[-5000:]}"
+        return code != 0
 
     def fail(self, n: int, code: int, lasting: bool) -> tuple[int, str, int]:
         """Go on while the n-th call that changes a file of the run, and perhaps all after it, fails with errno `code`.
@@ -161,6 +163,19 @@ class Run:
         assert counted, text[-3000:]
         assert not n or int(counted[2]), f"there is no call {n}"
         return status, text, int(counted[1])
+
+    def survives(self, n: int, code: int, lasting: bool, record: dict[str, Any]) -> None:
+        """A run from the start that meets such a disk (`fail`): one line, an exit code that is not 0, the last checkpoint whole; then it
+        goes on and leaves `record`."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        status, text, _ = self.fail(n, code, lasting)
+        lines = [x for x in text.splitlines() if x.startswith("error: ")]
+        assert status == 2 and len(lines) == 1 and "Traceback" not in text, f"{status}: {text[-3000:]}"
+        found = newest_good(self.folder / "checkpoints")
+        if found is not None:
+            read_checkpoint(found)
+        self.resume()
+        assert_equal(self.record(), record, f"call {n}")
 
     def stop_when(self, ready: Callable[[], bool], number: int, delay: float = 0.0) -> tuple[int, float, str]:
         """Go on and send a signal; the exit status, the seconds until the end, and what was printed."""
@@ -183,9 +198,7 @@ class Run:
                 time.sleep(0.002)
             time.sleep(delay)
             os.kill(pid, signal.SIGKILL)
-        code = self.server.wait()
-        assert code in (0, -signal.SIGKILL), self.log.read_text()[-5000:]
-        return code != 0
+        return self._killed()
 
     def rows(self) -> list[dict[str, str]]:
         path = self.folder / "metrics.csv"
@@ -200,7 +213,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """All that a run leaves, but for how long things took."""
         db = sqlite3.connect(self.folder / "bank.sqlite")
-        tables = {t: db.execute(f"SELECT * FROM {t} ORDER BY 1").fetchall() for t in ("setting", "skill", "event")}
+        tables = {t: sorted(db.execute(f"SELECT * FROM {t}")) for t in ("setting", "skill", "event", "state", "task", "tally")}
         db.close()
         checkpoint = self.checkpoint()
         checkpoint["run_log"].pop("metrics.csv")
@@ -224,15 +237,6 @@ def build_faults(folder: Path) -> Path | None:
     source = ROOT / "tests" / "torture" / "faults.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
     return library
-
-
-def check_refusal(status: int, text: str, folder: Path) -> None:
-    """A full or broken disk ended the run: one line, an exit code that is not 0, and the last good checkpoint can be loaded."""
-    lines = [x for x in text.splitlines() if x.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and "Traceback" not in text, f"{status}: {text[-3000:]}"
-    found = newest_good(folder / "checkpoints")
-    if found is not None:
-        read_checkpoint(found)
 
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:

@@ -10,9 +10,10 @@ import gymnasium
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.properties.profile import examples
+from tests.rollout.test_collector import Scripted
 
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, Collector, Completion, Request, RolloutSettings, Row, Session
+from skillsd.rollout import Chat, Collector, Completion, Request, RolloutSettings, Row
 from skillsd.trajectory import Task
 
 SAID = st.lists(st.sampled_from(["up", "wall", "<|end|>", "<|assistant|>", "#", "\x00", "é"]) | st.text(max_size=4), max_size=8).map(
@@ -39,34 +40,19 @@ class Whatever(gymnasium.Env):
         return said, 0.5 if end == "done" else 0.0, end in ("done", "failed"), end == "horizon", info
 
 
-class Fed(Session):
+class Fed(Scripted):
     """Answers as drawn, cut at the limit; keeps all that each row was fed and gave, in order."""
 
     continuous = False
 
     def __init__(self, answers: Sequence[Sequence[int]], stop: int) -> None:
-        self.answers, self.stop, self.given, self.n = answers, stop, [], 0
+        super().__init__([], stop)
+        self.answers, self.n = answers, 0
         self.context: dict[int, list[int]] = {}
         self.first: dict[int, int] = {}
         self.sampled: dict[int, list[bool]] = {}
         self.logprobs: dict[int, list[float]] = {}
         self.limits: list[tuple[int, int]] = []
-
-    def open(self, temperature: float, adapter: str | None = "student") -> Fed:
-        return self
-
-    def most_rows(self, tokens: int) -> int:
-        return 1000
-
-    def most_tokens(self) -> int:
-        return 10_000
-
-    def release(self, everything: bool = False) -> None:
-        pass
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.given)
 
     def submit(self, requests: Sequence[Request]) -> None:
         for r in requests:

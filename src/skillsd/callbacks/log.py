@@ -12,7 +12,7 @@ from zlib import crc32
 
 import lightning as L
 
-from skillsd.durable import DamagedError, checksum, sync
+from skillsd.durable import DamagedError, checksum, named, sync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS
 from skillsd.skills.callback import SkillBankCallback
@@ -125,9 +125,6 @@ class RunLog(L.Callback):
     def _append(self, path: Path, text: str) -> None:
         length, crc = self.seen[path.name]
         data = text.encode()
-        try:
-            with path.open("ab") as f:
-                f.write(data)
-        except OSError as e:
-            raise OSError(e.errno, e.strerror or "", str(path)) from e
+        with named(path), path.open("ab") as f:
+            f.write(data)
         self.seen[path.name] = length + len(data), crc32(data, crc)
