@@ -51,29 +51,33 @@ def bomb(where, calls, after):
         return result
     setattr(owner, last, fused)
 
+def command(args, log, fuse, fault):
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    sys.argv = ["skillsd"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    if fuse:
+        bomb(*fuse)
+    if fault:
+        library = ctypes.CDLL(None)
+        library.fault_arm(fault[0].encode(), fault[1], fault[2], fault[3])
+    code = 3
+    try:
+        code = cli.main(args)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    sys.stdout.flush()
+    if fault:
+        print("disk calls:", library.fault_count(), library.fault_hits(), flush=True)
+    os._exit(code)
+
+if sys.argv[1:]:
+    command(*json.loads(sys.argv[1]))
 for line in sys.stdin:
-    args, log, fuse, fault = json.loads(line)
     pid = os.fork()
     if not pid:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
-        sys.argv = ["skillsd"]
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-        if fuse:
-            bomb(*fuse)
-        if fault:
-            library = ctypes.CDLL(None)
-            library.fault_arm(fault[0].encode(), fault[1], fault[2], fault[3])
-        code = 3
-        try:
-            code = cli.main(args)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        sys.stdout.flush()
-        if fault:
-            print("disk calls:", library.fault_count(), library.fault_hits(), flush=True)
-        os._exit(code)
+        command(*json.loads(line))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -93,20 +97,18 @@ class Server:
 
     def __init__(self, preload: Path | None = None) -> None:
         self.preload = preload
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'envs'}:{ROOT}"}
-        if preload is not None:
-            env["LD_PRELOAD"] = str(preload)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
-        )
+        more = {"CUDA_VISIBLE_DEVICES": ""}  # on a CPU numbers are equal to the bit
+        self.process = self._python(more if preload is None else more | {"LD_PRELOAD": str(preload)})
 
     def start(self, args: list[str], log: Path, fuse: Bomb | None = None, fault: Fault | None = None) -> int:
+        """Begin a command; its pid."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([args, str(log), fuse, fault]) + "\n")
         self.process.stdin.flush()
         return int(self._line())
 
     def wait(self) -> int:
+        """Its exit status."""
         return int(self._line())
 
     def close(self) -> None:
@@ -115,6 +117,30 @@ class Server:
     def _line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
+
+    def _python(self, env: dict[str, str], *args: str) -> subprocess.Popen[str]:
+        path = ":".join(filter(None, (*(str(ROOT / x) for x in ("src", "envs", "")), os.environ.get("PYTHONPATH"))))
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | env
+        return subprocess.Popen(
+            [sys.executable, "-c", SERVER, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
+
+
+class Fresh(Server):
+    """The same on a GPU, with a new process for each command: CUDA does not survive a fork."""
+
+    def __init__(self) -> None:
+        self.preload = None
+
+    def start(self, args: list[str], log: Path, fuse: Bomb | None = None, fault: Fault | None = None) -> int:
+        self.process = self._python({}, json.dumps([args, str(log), fuse, fault]))
+        return self.process.pid
+
+    def wait(self) -> int:
+        return self.process.wait()
+
+    def close(self) -> None:
+        pass
 
 
 class Run:

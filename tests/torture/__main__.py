@@ -18,12 +18,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from itertools import cycle
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from itertools import count, islice, takewhile
 from pathlib import Path
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 
-from tests.e2e.runs import ROOT, RULES, VARIANTS, Run, Server, assert_equal, build_faults, overlay
+import torch
+from tests.conftest import SHAPE, WIDE
+from tests.e2e.runs import ROOT, RULES, VARIANTS, Fresh, Run, Server, assert_equal, build_faults, overlay
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from skillsd.policy.nano import build_tokenizer
 
 MOMENTS = {
     "rollout": "skillsd.rollout.engine:InProcessSession.step",
@@ -48,42 +56,95 @@ class Row(NamedTuple):
     note: str = ""
 
 
+T, R = TypeVar("T"), TypeVar("R")
+
+
+def spread(jobs: int, work: Callable[[Server, T], R], todo: Iterable[T], make: Callable[[], Server] = Server) -> Iterator[R]:
+    """`work` on each of `todo`, which may be endless, in `jobs` threads with a server each; what is done first comes first."""
+    free, rest, running = SimpleQueue[Server](), iter(todo), set[Future[R]]()
+    servers = [make() for _ in range(jobs)]
+
+    def job(what: T) -> R:
+        server = free.get()
+        try:
+            return work(server, what)
+        finally:
+            free.put(server)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for server in servers:
+            free.put(server)
+        try:
+            while running := running | {pool.submit(job, x) for x in islice(rest, jobs - len(running))}:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            wait(running)
+            for server in servers:
+                server.close()
+
+
 def kills(a: argparse.Namespace, folder: Path) -> list[Row]:
     """SIGKILL, half of them at a random moment and half in a named call: every run must end as the one that was left alone."""
-    draw, servers, rows = random.Random(a.seed), (Server(), Server()), Counter[str]()
-    lost = Counter[str]()
-    for round_, variant in enumerate(cycle(("rules", "ema", "base"))):
-        if rows.total() >= a.kills:
-            break
-        whole, killed = (
-            Run(folder / f"{n}-{variant}", s, folder / f"{variant}.yaml") for n, s in zip(("whole", "killed"), servers, strict=True)
-        )
-        if not whole.folder.exists():
-            overlay(whole.overlay, **VARIANTS[variant])
-            started = time.monotonic()
-            whole.fit()
-            seconds = time.monotonic() - started
-        shutil.rmtree(killed.folder, ignore_errors=True)
-        tried = []
-        for _ in range(5):
-            kind = draw.choice(["any moment", *MOMENTS]) if draw.random() < 0.5 else "any moment"
-            if kind == "any moment":
-                done = killed.kill_when(lambda: True, draw.uniform(0, seconds))
-            else:
-                done = killed.bombed((MOMENTS[kind], draw.randint(1, 6), draw.random() < 0.5))
-            tried += [kind] * done
+    return killing("SIGKILL", a, folder, {name: VARIANTS[name] for name in ("rules", "ema", "base")})
+
+
+def gpu(a: argparse.Namespace, folder: Path) -> list[Row]:
+    """The same on a GPU, equal to the bit too: nano, and a Qwen3 of random weights in nf4 with the kernels and CUDA graphs."""
+    if not torch.cuda.is_available():
+        return [Row("SIGKILL on a GPU", 0, 0, "left out: no GPU")]
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=len(tokenizer), **SHAPE | WIDE)).save_pretrained(folder / "qwen3")
+    tokenizer.save_pretrained(folder / "qwen3")
+    nf4 = {"model": str(folder / "qwen3"), "quantise": "nf4", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "init": None}}
+    return killing(torch.cuda.get_device_name(), a, folder, {"ema": VARIANTS["ema"], "nf4": VARIANTS["ema"] | {"policy": nf4}}, Fresh)
+
+
+def killing(
+    what: str, a: argparse.Namespace, folder: Path, variants: dict[str, dict[str, Any]], make: Callable[[], Server] = Server
+) -> list[Row]:
+    """Kills, until there are enough, runs of each of the variants in turn."""
+    names, took = list(variants), dict[str, float]()
+
+    def whole(server: Server, variant: str) -> Run:
+        run = Run(folder / f"whole-{variant}", server, overlay(folder / f"{variant}.yaml", **variants[variant]))
+        started = time.monotonic()
+        run.fit()
+        took[variant] = time.monotonic() - started
+        return run
+
+    records = {run.overlay.stem: run.record() for run in spread(a.jobs, whole, names, make)}
+
+    def killed(server: Server, number: int) -> tuple[list[str], str]:
+        draw, variant, tried = random.Random(f"{a.seed} {number}"), names[number % len(names)], list[str]()
+        run = Run(folder / f"killed-{number}", server, folder / f"{variant}.yaml")
         try:
-            killed.resume()
-            assert_equal(killed.record(), whole.record())
+            for _ in range(5):
+                kind = draw.choice(["any moment", *MOMENTS]) if draw.random() < 0.5 else "any moment"
+                if kind == "any moment":
+                    done = run.kill_when(lambda: True, draw.uniform(0, took[variant]))
+                else:
+                    done = run.bombed((MOMENTS[kind], draw.randint(1, 6), draw.random() < 0.5))
+                tried += [kind] * done
+            run.resume()
+            assert_equal(run.record(), records[variant])
         except AssertionError as e:
-            print(f"round {round_}, {variant}, killed in {tried}: {e}", flush=True)
-            lost.update(tried[-1:])
+            return tried, f"run {number}, {variant}, killed in {tried}: {e}"
+        shutil.rmtree(run.folder)
+        return tried, ""
+
+    rows, lost = Counter[str](), Counter[str]()
+    numbers = takewhile(lambda _: rows.total() < a.kills, count())
+    for tried, problem in spread(a.jobs, killed, numbers, make):
         rows.update(tried)
+        if problem:
+            print(f"\n{problem}", flush=True)
+            lost.update(tried[-1:])
         print(f"\r{rows.total()} kills, {lost.total()} runs that differ", end="", flush=True)
     print()
-    for server in servers:
-        server.close()
-    return [Row(f"SIGKILL: {k}", n, lost[k]) for k, n in sorted(rows.items())]
+    return [Row(f"{what}: {k}", n, lost[k]) for k, n in sorted(rows.items())]
 
 
 def disk(a: argparse.Namespace, folder: Path) -> list[Row]:
@@ -91,29 +152,37 @@ def disk(a: argparse.Namespace, folder: Path) -> list[Row]:
     library = build_faults(folder)
     if library is None:
         return [Row("disk", 0, 0, "left out: no C compiler")]
-    server, rows = Server(library), []
     file = overlay(folder / "disk.yaml", RULES, {"mode": "sync", "every": 1}, trainer={"max_epochs": 1})
-    whole, run = (Run(folder / n, server, file) for n in ("disk-whole", "disk"))
+    server = Server(library)
+    whole, counted = (Run(folder / n, server, file) for n in ("disk-whole", "disk-counted"))
     whole.fit()
-    calls = run.fail(0, 0, False)[2]
-    for code, lasting in ((errno.ENOSPC, True), (errno.EIO, False)):
-        lost = 0
-        name = f"{errno.errorcode[code]} {'from call n on' if lasting else 'in call n'}"
-        for n in range(1, calls + 1, a.stride):
-            try:
-                run.survives(n, code, lasting, whole.record())
-            except AssertionError as e:
-                lost += 1
-                print(f"{name}, n = {n}: {e}", flush=True)
-            print(f"\r{name}: {n} of {calls}, {lost} lost", end="", flush=True)
-        print()
-        rows.append(Row(name, len(range(1, calls + 1, a.stride)), lost))
+    calls, record, rows = counted.fail(0, 0, False)[2], whole.record(), []
     server.close()
+    for code, lasting in ((errno.ENOSPC, True), (errno.EIO, False)):
+        name = f"{errno.errorcode[code]} {'from call n on' if lasting else 'in call n'}"
+        tried = lost = 0
+
+        def failing(server: Server, n: int, code: int = code, lasting: bool = lasting) -> str:
+            run = Run(folder / f"disk-{n}", server, file)
+            try:
+                run.survives(n, code, lasting, record)
+            except AssertionError as e:
+                return f"n = {n}: {e}"
+            shutil.rmtree(run.folder)
+            return ""
+
+        for problem in spread(a.jobs, failing, range(1, calls + 1, a.stride), partial(Server, library)):
+            tried, lost = tried + 1, lost + bool(problem)
+            if problem:
+                print(f"\n{name}, {problem}", flush=True)
+            print(f"\r{name}: {tried} of {len(range(1, calls + 1, a.stride))}, {lost} lost", end="", flush=True)
+        print()
+        rows.append(Row(name, tried, lost))
     return rows
 
 
 def long(a: argparse.Namespace, folder: Path) -> list[Row]:
-    """A run of many short iterations: memory, open files, threads and the time of an iteration stay what they are."""
+    """A run of many short iterations: memory, open files, threads and the CPU time of an iteration stay what they are."""
     server = Server()
     gauge = {"class_path": "tests.torture.gauge.Gauge", "init_args": {"every": max(1, a.iterations // 100)}}
     file = overlay(
@@ -132,7 +201,7 @@ def long(a: argparse.Namespace, folder: Path) -> list[Row]:
         return of([x[key] for x in late]) / of([x[key] for x in early]) - 1
 
     return [
-        Row("long run: resident memory", a.iterations, int(grown("resident_kib", max) > 0.02), f"{grown('resident_kib', max):+.1%}"),
+        Row("long run: resident memory", a.iterations, int(grown("resident_kib") > 0.02), f"{grown('resident_kib'):+.1%}"),
         Row("long run: open files", a.iterations, int(grown("files", max) > 0), f"{grown('files', max):+.0%}"),
         Row("long run: threads", a.iterations, int(grown("threads", max) > 0), f"{grown('threads', max):+.0%}"),
         Row("long run: time an iteration", a.iterations, int(grown("seconds") > 0.1), f"{grown('seconds'):+.1%}"),
@@ -162,10 +231,21 @@ def fuzz(a: argparse.Namespace, folder: Path) -> list[Row]:
 
 def mutants(a: argparse.Namespace, folder: Path) -> list[Row]:
     """Changes to objective/ and skills/ that their tests must notice."""
-    return _command("mutants", "tests/torture/mutate.py", "objective", "skills")
+    return _command("mutants", "tests/torture/mutate.py", "objective", "skills", f"--jobs={a.jobs}")
 
 
-PARTS = {"kills": kills, "disk": disk, "long": long, "tests": longer, "properties": properties, "fuzz": fuzz, "mutants": mutants}
+PARTS = {
+    "kills": kills, "gpu": gpu, "disk": disk, "long": long, "tests": longer, "properties": properties, "fuzz": fuzz, "mutants": mutants,
+}  # fmt: skip
+    "kills": kills,
+    "gpu": gpu,
+    "disk": disk,
+    "long": long,
+    "tests": longer,
+    "properties": properties,
+    "fuzz": fuzz,
+    "mutants": mutants,
+}
 
 
 def main() -> int:
@@ -175,6 +255,7 @@ def main() -> int:
     parser.add_argument("--stride", type=int, default=1, help="of the disk's calls, every so many")
     parser.add_argument("--iterations", type=int, default=2000, help="of the long run")
     parser.add_argument("--minutes", type=float, default=10.0, help="of fuzzing")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="kills, disks, mutants beside each other")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""What a process holds, written down as it trains: resident memory, open files, threads, seconds an iteration."""
+"""What a process holds, written down as it trains: resident memory, open files, threads, CPU seconds an iteration."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ class Gauge(L.Callback):
     """Appends a line to gauge.csv in the run folder every `every` iterations. Linux alone.
 
     Args:
-        every: Iterations between two lines; `seconds` is their mean.
+        every: Iterations between two lines; `seconds` is their mean, of all the process's threads.
     """
 
     def __init__(self, every: int = 20) -> None:
         super().__init__()
-        self.every, self.last = every, time.perf_counter()
+        self.every, self.last = every, time.process_time()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.last = time.perf_counter()
+        self.last = time.process_time()
         with self._file(trainer).open("w", newline="") as f:
             csv.writer(f).writerow(COLUMNS)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every:
             return
-        now = time.perf_counter()
+        now = time.process_time()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
         row = (trainer.global_step, resident, len(os.listdir("/proc/self/fd")), threading.active_count(), (now - self.last) / self.every)
         with self._file(trainer).open("a", newline="") as f:
             csv.writer(f).writerow(row)
-        self.last = time.perf_counter()
+        self.last = time.process_time()
 
     def _file(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "gauge.csv"

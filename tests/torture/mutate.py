@@ -18,9 +18,10 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from copy import deepcopy
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             new.op = other()
             yield new
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
-        yield deepcopy(node.operand)
+        if ast.unparse(node) != "-1":  # the last dimension: of a matrix it is 1 too; -2 is tried
+            yield deepcopy(node.operand)
     elif isinstance(node, ast.Constant):
         value: Any = node.value
         if isinstance(value, bool):
@@ -160,31 +162,44 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, str(self.path), "exec"), module.__dict__)
 
 
-def run(mutant: Mutant | None, tests: list[str], limit: float) -> str:
-    """Run the tests in a fork: `killed`, `survived` or `timeout`."""
-    if not (pid := os.fork()):
-        os.setsid()
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
-        if mutant is not None:
-            path = ROOT / "src" / "skillsd" / mutant.file
-            name = "skillsd." + mutant.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-            sys.meta_path.insert(0, _Changed(name, path, mutant.source))
-        code = 1
-        with suppress(BaseException):
-            import pytest
+def start(mutant: Mutant | None, tests: list[str]) -> int:
+    """Run the tests in a fork, whose pid this is."""
+    if pid := os.fork():
+        return pid
+    os.setsid()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2)
+    if mutant is not None:
+        path = ROOT / "src" / "skillsd" / mutant.file
+        tests = [str(f) for test in tests for f in sorted(Path(test).glob(f"test_{path.stem}*.py"))] + tests  # these will notice first
+        name = "skillsd." + mutant.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        sys.meta_path.insert(0, _Changed(name, path, mutant.source))
+    code = 1
+    with suppress(BaseException):
+        import pytest
 
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]))
-        os._exit(bool(code))
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return "killed" if status else "survived"
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not torture", *tests]))
+    os._exit(bool(code))
+
+
+def run(todo: Iterable[Mutant | None], tests: list[str], limit: float, jobs: int) -> Iterator[tuple[Mutant | None, str]]:
+    """Run the tests on each, `jobs` beside each other: `killed`, `survived` or, after `limit` seconds, `timeout`; as they end."""
+    rest, running = iter(todo), dict[int, tuple[Mutant | None, float]]()
+    while True:
+        for mutant in islice(rest, jobs - len(running)):
+            running[start(mutant, tests)] = mutant, time.monotonic() + limit
+        if not running:
+            return
         time.sleep(0.02)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "timeout"
+        for pid, (mutant, end) in list(running.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done and time.monotonic() < end:
+                continue
+            if not done:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            del running[pid]
+            yield mutant, "timeout" if not done else "killed" if status else "survived"
 
 
 def known() -> dict[str, str]:
@@ -202,6 +217,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="a random part: this many mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further mutant after this")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants beside each other")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -225,16 +241,14 @@ def main() -> int:
                 __import__(name)
         for name in ("AutoModelForCausalLM", "LlamaConfig", "Qwen2Config", "Qwen3Config", "Gemma2Config", "MistralConfig"):
             getattr(sys.modules["transformers"], name)
-        start = time.monotonic()
-        if run(None, tests, 1200) != "survived":
+        since = time.monotonic()
+        if [result for _, result in run([None], tests, 1200, 1)] != ["survived"]:
             print(f"{folder}: the tests fail on the source as it is")
             return 2
-        limit = 5 * (time.monotonic() - start) + 10
-        for m in todo:
-            if time.monotonic() - began > 60 * args.minutes:
-                count["not run"] += 1
-                continue
-            result = run(m, tests, limit)
+        limit = 5 * (time.monotonic() - since) + 10
+        ran = 0
+        for m, result in run(takewhile(lambda _: time.monotonic() - began < 60 * args.minutes, todo), tests, limit, args.jobs):
+            ran += 1
             count[result] += 1
             if result != "killed":
                 why = excused.get(m.key)
@@ -242,6 +256,7 @@ def main() -> int:
                 print(f"{result}: {m.file}:{m.line} {m.scope}: {m.change}" + (f"  # {why}" if why else ""), flush=True)
                 if result == "survived" and not why:
                     new.append(m.key)
+        count["not run"] += len(todo) - ran
         print(f"{folder}: {len(todo)} mutants, {count} so far, {time.monotonic() - began:.0f} s", flush=True)
     for key in new:
         print(f"new survivor: {key}")
