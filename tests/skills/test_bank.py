@@ -1,8 +1,9 @@
 import random
+import struct
 
 import pytest
 
-from skillsd.skills import Skill, SkillBank
+from skillsd.skills import Skill, SkillBank, ledger
 
 
 def texts(bank, task_id="t1"):
@@ -152,3 +153,75 @@ def test_cut_equals_replay_also_across_reopening(tmp_path, make_skill, seed):
         assert state(bank) == state(short)
         play(bank, make_skill, seed, cut, end)
         assert state(bank) == state(whole)
+
+
+def rows(bank):
+    """All that the file holds."""
+    return {table: sorted(bank._ledger._db.execute(f"SELECT * FROM {table}")) for table in ("skill", "event", "state", "task", "tally")}
+
+
+def test_one_call_sees_what_it_did(make_skill):
+    bank = SkillBank(capacity=1, drop="oldest")
+    # b drops a, so the second a is new and drops b; the third is its duplicate.
+    assert bank.insert([make_skill(text) for text in "abaa"], 0) == [1, 2, 3, 3]
+    assert [skill.skill_id for skill in bank.skills("t1")] == [3] and bank.get(3).sources == 2
+    assert bank.stats() == {"size": 1, "tasks": 1, "mean_uses": 0, "merged": 1, "dropped": 2} and bank.position == 6
+    bank = SkillBank(capacity=1, drop="worst")
+    # b is dropped at once, and once more; a is merged into meanwhile.
+    assert bank.insert([make_skill(text, reward=reward) for text, reward in (("a", 0.5), ("b", 0.1), ("a", 0.9), ("b", 0.1))], 0) == [
+        1,
+        2,
+        1,
+        3,
+    ]
+    assert texts(bank) == ["a"] and bank.get(1).sources == 2 and bank.get(2).sources == bank.get(3).sources == 1
+
+
+@pytest.mark.parametrize("hot_rows", [0, 3, 32])
+@pytest.mark.parametrize("waiting", [1, 5, 1024])
+@pytest.mark.parametrize("capacity", [1, 4, None])
+def test_many_in_one_call_are_as_many_calls(tmp_path, make_skill, monkeypatch, capacity, waiting, hot_rows):
+    """To the last row of the file, and so is what a cut leaves, whether rows wait for each other and how many a task has."""
+    rng, settings = random.Random(capacity), {"capacity": capacity, "booking": "next_visit"}
+    one, many = SkillBank(tmp_path / "one.sqlite", **settings), SkillBank(tmp_path / "many.sqlite", **settings)
+    kept = []
+    for iteration in range(8):
+        new = [make_skill(rng.choice("abcdefgh"), rng.choice(["t1", "t2"]), rng.random(), iteration) for _ in range(20)]
+        used, reward = rng.randint(1, one._ledger.tally.skills) if iteration else None, rng.random()
+        for bank in (one, many):
+            if used is not None:
+                bank.record_use(used, iteration, reward=reward)
+        ids = [one.insert([skill], iteration)[0] for skill in new]
+        with monkeypatch.context() as patched:
+            patched.setattr(ledger, "_MOST_WAITING", waiting)
+            patched.setattr(ledger, "_HOT_ROWS", hot_rows)
+            assert many.insert(new, iteration) == ids
+        assert rows(many) == rows(one) and state(many) == state(one)
+        kept.append(rows(one))
+    assert one.stats()["merged"] > 9 and (capacity is None or one.stats()["dropped"] > 9)
+    monkeypatch.setattr(ledger, "_MOST_WAITING", waiting)
+    for iteration in (5, 2):
+        many.cut(iteration)
+        assert rows(many) == kept[iteration - 1]
+
+
+@pytest.mark.parametrize("waiting", [1, 3, 1024])
+def test_an_error_in_the_middle_of_a_call_leaves_no_trace(make_skill, monkeypatch, waiting):
+    monkeypatch.setattr(ledger, "_MOST_WAITING", waiting)
+    bank = SkillBank(capacity=2)
+    bank.insert([make_skill(text, task_id, 0.5) for text in "abc" for task_id in ("t1", "t2")], 0)
+    before, held = rows(bank), state(bank)
+    new = [make_skill(text, task_id, 0.9, 1) for text in "adea" for task_id in ("t1", "t3", "t2")]
+    for late in (make_skill("f", "\ud800"), make_skill("f", iteration=2**63)):  # SQLite refuses the task, the row the number
+        with pytest.raises((UnicodeEncodeError, struct.error)):
+            bank.insert([*new, late], 1)
+        assert (rows(bank), state(bank)) == (before, held)
+    with pytest.raises(RuntimeError), bank._ledger.transaction():
+        bank._ledger.append("use", 1, bank._ledger.live("t1")[0])
+        bank._ledger.settle()
+        assert {skill.uses for skill in bank.skills("t1")} == {0, 1}
+        raise RuntimeError
+    assert (rows(bank), state(bank)) == (before, held)
+    other = SkillBank(capacity=2)
+    other.insert([make_skill(text, task_id, 0.5) for text in "abc" for task_id in ("t1", "t2")], 0)
+    assert bank.insert(new, 1) == other.insert(new, 1) and rows(bank) == rows(other)

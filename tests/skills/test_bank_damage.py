@@ -3,6 +3,7 @@
 import random
 import shutil
 import sqlite3
+from dataclasses import replace
 
 import pytest
 
@@ -91,6 +92,9 @@ def test_flipped_bytes_are_named_or_change_nothing(tmp_path, whole, monkeypatch,
         ("UPDATE skill SET golden_workflow = 'another' WHERE skill_id = 3", "get"),
         ("UPDATE skill SET source_iteration = 1.5 WHERE skill_id = 3", "get"),
         ("UPDATE state SET uses = 7 WHERE task_id = 't2'", "skills"),
+        ("UPDATE state SET uses = 7 WHERE task_id = 't2'", "insert"),
+        ("DELETE FROM state WHERE rowid_ = 2", "insert"),
+        ("UPDATE task SET live = live - 1 WHERE task_id = 't2'", "open"),
         ("UPDATE tally SET live = live - 1", "open"),
         ("DELETE FROM tally", "open"),
         ("UPDATE setting SET value = 'x'", "open"),
@@ -112,7 +116,10 @@ def test_a_changed_row_of_a_large_bank_is_named_when_it_is_read(tmp_path, whole,
             SkillBank(path, read_only=True)
         return
     with SkillBank(path, capacity=4, booking="gap") as bank:
-        for name, call in (("skills", lambda: bank.skills("t2")), ("get", lambda: bank.get(3)), ("cut", lambda: bank.cut(0))):
+        for name, call in (
+            ("skills", lambda: bank.skills("t2")), ("get", lambda: bank.get(3)), ("cut", lambda: bank.cut(0)),
+            ("insert", lambda: bank.insert([replace(bank.skills("t1")[0], task_id="t2")], 20)),
+        ):  # fmt: skip
             if name == read:
                 position, size = bank.position, len(bank)
                 with named:

@@ -131,6 +131,14 @@ def test_a_left_over_wal_is_not_played_into_a_new_bank(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["bank.sqlite-wal"]
 
 
+def test_a_new_bank_is_flushed_into_its_folder(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "new" / "bank.sqlite", []
+    monkeypatch.setattr(bank_file, "sync", lambda folder: flushed.append((folder, path.exists())))
+    for _ in range(2):
+        SkillBank(path).close()
+    assert flushed == [(tmp_path / "new", True)]
+
+
 def test_a_full_disk_is_an_os_error_and_the_bank_goes_on(tmp_path, make_skill):
     path = tmp_path / "bank.sqlite"
     with SkillBank(path) as bank:
@@ -228,6 +236,9 @@ def test_memory_does_not_grow_with_the_bank(tmp_path, make_skill):
         tracemalloc.start()
         try:
             first, *_, last = [grow(iteration) for iteration in range(5)]
+            assert len(bank) == 5 * 640 and last - first < 100_000  # their texts alone are 2.5 MB
+            tracemalloc.reset_peak()
+            assert bank.cut(1) == 4 * 640
+            assert tracemalloc.get_traced_memory()[1] - last < 800_000  # 1.2 MB if all of it waited for the end
         finally:
             tracemalloc.stop()
-        assert len(bank) == 5 * 640 and last - first < 100_000  # their texts alone are 2.5 MB

@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import cast, get_args
 
+from skillsd.durable import sync
 from skillsd.skills.ledger import Ledger
 from skillsd.skills.skill import FIELDS, Skill
 from skillsd.skills.tables import SCHEMA, TALLY, Booking, Damaged, Event
@@ -217,6 +218,7 @@ def _create(path: Path, booking: Booking) -> None:
     except sqlite3.Error as error:
         raise translated(error, path) from error
     os.replace(new, path)
+    sync(path.parent)
 
 
 def _check_header(path: Path) -> None:

@@ -80,20 +80,23 @@ class ShuffledContext:
         Raises:
             ValueError: `task_id` is not among `all_task_ids`.
         """
-        if task_id not in all_task_ids:
+        circle, places = _circle(tuple(all_task_ids), seed, epoch)
+        if task_id not in places:
             raise ValueError(f"task {task_id!r} is not among the {len(all_task_ids)} tasks to shuffle")
-        with_skill = set(bank.tasks())
+        with_skill, at = set(bank.tasks()), places[task_id]
         if task_id not in with_skill:
             return None
-        circle = [other for other in _circle(frozenset(all_task_ids), seed, epoch) if other in with_skill]
-        lender = circle[(circle.index(task_id) + 1) % len(circle)]
-        return None if lender == task_id else bank.retrieve(lender, self.c, self.untried)
+        others = (circle[at + i - len(circle)] for i in range(1, len(circle)))
+        lender = next((other for other in others if other in with_skill), None)
+        return None if lender is None else bank.retrieve(lender, self.c, self.untried)
 
 
 @lru_cache(maxsize=4)
-def _circle(task_ids: frozenset[str], seed: int, epoch: int) -> tuple[str, ...]:
+def _circle(task_ids: tuple[str, ...], seed: int, epoch: int) -> tuple[list[str], dict[str, int]]:
+    """The circle, and where on it each task is."""
     # A hash, not random.shuffle: the same on every version and whatever the order of the ids.
-    return tuple(sorted(task_ids, key=lambda task_id: hashlib.sha256(f"{seed}:{epoch}:{task_id}".encode()).digest()))
+    circle = sorted(set(task_ids), key=lambda task_id: hashlib.sha256(f"{seed}:{epoch}:{task_id}".encode()).digest())
+    return circle, {task_id: at for at, task_id in enumerate(circle)}
 
 
 class GroupContext(ABC):

@@ -3,6 +3,9 @@ tasks and what was read last of a few.
 
 An event changes the state of one skill, and is undone from itself and the state after it: a use keeps the total before it. So a cut costs
 as much as what is cut off, and leaves to the bit what was there.
+
+What a transaction writes waits in memory for its end, or until a thousand events have come together: a task's rows are read once, and a
+state that changes twice is written once. Whatever is asked meanwhile is told as it will be.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import sqlite3
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, field, replace
 from hashlib import blake2b
 from math import isfinite
 
@@ -20,10 +23,22 @@ from skillsd.skills.tables import EVENT, SKILL, STATE, TALLY, TASK, Booking, Dam
 
 _HOT_TASKS, _HOT_ROWS = 512, 32
 """Of so many tasks with at most so many skills what was read last is kept (4 MB): prompts may be chosen for all at each iteration."""
+_MOST_WAITING = 1024
+"""Events; so a long cut and the log of an earlier version need no more memory than a short one."""
 
 
 class Elsewhere(Exception):
     """Another connection has written."""
+
+
+@dataclass
+class _Open:
+    """A task in the transaction under way."""
+
+    live: int
+    stored: tuple[int, int]  # live and crc_sum in the file
+    states: dict[int, State] | None  # the live ones by id, if they were read
+    changed: dict[int, tuple[State | None, State | None]] = field(default_factory=dict)  # by id, in the file and now
 
 
 class Ledger:
@@ -40,7 +55,8 @@ class Ledger:
     def __init__(self, db: sqlite3.Connection, booking: Booking) -> None:
         self._db, self.booking = db, booking
         self.tally = self._stored()
-        self._touched: dict[str, list[int]] = {}  # task -> live and crc_sum, in the transaction under way
+        self._open: dict[str, _Open] = {}
+        self._waiting: dict[str, list[tuple[object, ...]]] = {SKILL.insert: [], EVENT.insert: []}  # rows to write, by statement
         self._tasks: list[str] | None = None
         self._hot: dict[str, list[State]] = {}
 
@@ -72,18 +88,24 @@ class Ledger:
 
     def n_live(self, task_id: str) -> int:
         """How many skills the task has."""
-        return (self._touched.get(task_id) or self._task(task_id))[0]
+        return self._open[task_id].live if task_id in self._open else self._task(task_id)[0]
 
     def live(self, task_id: str) -> list[State]:
         """How the task's skills that are not dropped stand, in no particular order."""
-        if task_id in self._hot and task_id not in self._touched:
+        task = self._open.get(task_id)
+        if task is None and task_id in self._hot:
             return self._hot[task_id]
-        n, crc_sum = self._touched.get(task_id) or self._task(task_id)
+        if task is not None and task.states is not None:
+            return list(task.states.values())
+        n, crc_sum = task.stored if task is not None else self._task(task_id)
         rows = self._db.execute(f"{STATE.select} WHERE task_id = ? AND dropped = 0", (task_id,)).fetchall()
         states = list(map(State._make, STATE.all_checked(rows, task_id)))
         if len(rows) != n or sum(row[-1] for row in rows) != crc_sum:
             raise Damaged(f"rows of its table 'state' are missing or doubled (task {task_id!r})")
-        if n <= _HOT_ROWS and task_id not in self._touched:
+        if task is not None:
+            states = _as_changed(states, task)
+            task.states = {state.skill_id: state for state in states}
+        elif n <= _HOT_ROWS:
             if len(self._hot) >= _HOT_TASKS:
                 self._hot.clear()
             self._hot[task_id] = states
@@ -104,9 +126,14 @@ class Ledger:
         return self._both(skill_id)[1]
 
     def duplicate(self, skill: Skill) -> State | None:
-        """The live skill of the same task with the same texts, if any."""
-        rows = self._db.execute(f"{STATE.select} WHERE task_id = ? AND dropped = 0 AND digest = ?", (skill.task_id, _digest(skill)))
-        same = [State._make(STATE.checked(row)) for row in rows.fetchall()]
+        """The live skill of the same task with the same texts, if any; asked within a transaction, before it is inserted or merged."""
+        task, digest = self._opened(skill.task_id), _digest(skill)
+        if task.live <= _HOT_ROWS:
+            states = self.live(skill.task_id)
+        else:
+            rows = self._db.execute(f"{STATE.select} WHERE task_id = ? AND dropped = 0 AND digest = ?", (skill.task_id, digest)).fetchall()
+            states = _as_changed([State._make(STATE.checked(row)) for row in rows], task)
+        same = (state for state in states if state.digest == digest)
         return next((state for state in same if self._source(state.skill_id).texts == skill.texts), None)
 
     def length_before(self, iteration: int) -> int:
@@ -134,15 +161,15 @@ class Ledger:
             yield
             self.settle()
             self._db.execute("COMMIT")
-            for task_id in self._touched:
-                self._hot.pop(task_id, None)
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self.tally, self._tasks = before, None
+            self._open.clear()
+            self._hot.clear()
+            for rows in self._waiting.values():
+                rows.clear()
             raise
-        finally:
-            self._touched = {}
 
     def append(self, kind: Kind, iteration: int, what: Skill | State, reward: float | None = None, gap: float | None = None) -> None:
         """One more event: of an insert the skill, whose texts and source alone count, of the others how the skill stands before it.
@@ -170,7 +197,7 @@ class Ledger:
         self._put(None if isinstance(what, Skill) else what, state)
         tally.seq, tally.iteration = tally.seq + 1, iteration
         event = Event(kind, tally.seq, iteration, state.skill_id, reward, gap, total)
-        self._db.execute(EVENT.insert, (*event, EVENT.crc(event)))
+        self._waiting[EVENT.insert].append((*event, EVENT.crc(event)))
 
     def undo(self) -> None:
         """Forgets the last event."""
@@ -195,21 +222,35 @@ class Ledger:
         tally.iteration = self._event(tally.seq).iteration if tally.seq else 0
 
     def settle(self) -> None:
-        """Writes the sums: what a transaction ends with."""
-        for task_id, (live, crc_sum) in self._touched.items():
-            was, now = (task_id, *self._task(task_id)), (task_id, live, crc_sum)
-            if was[1]:
-                self.tally.crc_sum -= TASK.crc(was)
+        """Writes what waits, and the sums: what a transaction ends with."""
+        self._flush()
+        gone, states = [], []
+        for task_id, task in self._open.items():
+            live, crc_sum = task.stored
             if live:
-                self.tally.crc_sum += TASK.crc(now)
-                self._db.execute(TASK.replace, (*now, TASK.crc(now)))
+                self.tally.crc_sum -= TASK.crc((task_id, *task.stored))
+            for stored, now in task.changed.values():
+                if stored is not None:
+                    crc_sum -= 0 if stored.dropped else STATE.crc(stored)
+                    if now is None or now[:4] != stored[:4]:
+                        gone.append(stored[:4])
+                if now is not None:
+                    states.append((*now, STATE.crc(now)))
+                    crc_sum += 0 if now.dropped else states[-1][-1]
+            if task.live:
+                row = (task_id, task.live, crc_sum)
+                self.tally.crc_sum += TASK.crc(row)
+                self._db.execute(TASK.replace, (*row, TASK.crc(row)))
             else:
                 self._db.execute(TASK.delete, (task_id,))
-            if bool(live) != bool(was[1]):
-                self.tally.tasks += 1 if live else -1
+            if bool(task.live) != bool(live):
+                self.tally.tasks += 1 if task.live else -1
                 self._tasks = None
-        row = (1, *astuple(self.tally))
-        self._db.execute(TALLY.replace, (*row, TALLY.crc(row)))
+        self._db.executemany(STATE.delete, gone)
+        self._db.executemany(STATE.replace, states)
+        self._open.clear()
+        tally = (1, *astuple(self.tally))
+        self._db.execute(TALLY.replace, (*tally, TALLY.crc(tally)))
 
     # Inside
 
@@ -217,7 +258,7 @@ class Ledger:
         skill_id, iteration = self.tally.skills + 1, int(skill.source_iteration)
         reward, completion = float(skill.source_reward) + 0.0, float(skill.source_completion) + 0.0  # -0.0 becomes 0.0, as in SQLite
         row = (skill.task_id, *skill.texts, skill_id, iteration, int(skill.source_member), reward, completion)
-        self._db.execute(SKILL.insert, (*row, SKILL.crc(row)))
+        self._waiting[SKILL.insert].append((*row, SKILL.crc(row)))
         self.tally.skills += 1
         return State(skill.task_id, 0, _digest(skill), skill_id, iteration, reward, 0, 0.0, self._mean(reward, 0, 0.0), 1)
 
@@ -238,20 +279,34 @@ class Ledger:
         # A gap in nats says nothing on a reward's scale: under "gap" an untried skill starts at 0, elsewhere at its source's reward.
         return total / uses if uses else 0.0 if self.booking == "gap" else source_reward
 
+    def _opened(self, task_id: str) -> _Open:
+        if task_id not in self._open:
+            stored, states = self._task(task_id), self._hot.pop(task_id, None)
+            self._open[task_id] = _Open(stored[0], stored, None if states is None else {state.skill_id: state for state in states})
+        return self._open[task_id]
+
     def _put(self, old: State | None, new: State | None) -> None:
+        either = new or old
+        assert either is not None
+        task, skill_id = self._opened(either.task_id), either.skill_id
+        task.changed[skill_id] = (task.changed[skill_id][0] if skill_id in task.changed else old, new)
         for state, sign in ((old, -1), (new, 1)):
             if state is not None and not state.dropped:
-                if state.task_id not in self._touched:
-                    self._touched[state.task_id] = [*self._task(state.task_id)]
-                task = self._touched[state.task_id]
-                task[0] += sign
-                task[1] += sign * STATE.crc(state)
+                task.live += sign
                 self.tally.live += sign
                 self.tally.uses += sign * state.uses
-        if old is not None and (new is None or new[:4] != old[:4]):
-            self._db.execute(STATE.delete, old[:4])
-        if new is not None:
-            self._db.execute(STATE.replace, (*new, STATE.crc(new)))
+        if task.states is not None:
+            task.states.pop(skill_id, None)
+            if new is not None and not new.dropped:
+                task.states[skill_id] = new
+        if self.tally.seq % _MOST_WAITING == 0:
+            self.settle()
+
+    def _flush(self) -> None:
+        for statement, rows in self._waiting.items():
+            if rows:
+                self._db.executemany(statement, rows)
+                rows.clear()
 
     def _as_it_stands(self, skill: Skill, state: State) -> Skill:
         return replace(skill, uses=state.uses, mean_reward=state.mean_reward, sources=state.sources)
@@ -264,9 +319,11 @@ class Ledger:
         return (0, 0) if row is None else TASK.checked(row)[1:]
 
     def _event(self, seq: int) -> Event:
+        self._flush()
         return Event._make(EVENT.checked(self._db.execute(f"{EVENT.select} WHERE seq = ?", (seq,)).fetchone()))
 
     def _source(self, skill_id: int) -> Skill:
+        self._flush()
         task_id, *texts, _, iteration, member, reward, completion = SKILL.checked(
             self._db.execute(f"{SKILL.select} WHERE skill_id = ?", (skill_id,)).fetchone()
         )
@@ -275,6 +332,9 @@ class Ledger:
 
     def _both(self, skill_id: int) -> tuple[Skill, State]:
         skill = self._source(skill_id)
+        task = self._open.get(skill.task_id)
+        if task is not None and (now := task.changed.get(skill_id, (None, None))[1]) is not None:
+            return skill, now
         at = (skill.task_id, _digest(skill), skill_id)
         rows = self._db.execute(f"{STATE.select} WHERE task_id = ? AND dropped IN (0, 1) AND digest = ? AND skill_id = ?", at).fetchall()
         return skill, State._make(STATE.checked(rows[0] if len(rows) == 1 else None))
@@ -282,3 +342,9 @@ class Ledger:
 
 def _digest(skill: Skill) -> int:
     return int.from_bytes(blake2b("\0".join(skill.texts).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _as_changed(stored: list[State], task: _Open) -> list[State]:
+    """Of a task's live states those that are so still, and those that have become so."""
+    now = [state for _, state in task.changed.values() if state is not None and not state.dropped]
+    return [state for state in stored if state.skill_id not in task.changed] + now
