@@ -155,6 +155,20 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such file": (["-c", "nosuch.yaml"], r"nosuch\.yaml"),
     "no YAML": (["-c", "broken.yaml"], "parsing"),
     "no number": (["--data.init_args.group_size=many"], r"data\.init_args\.group_size: Expected a <class 'int'>"),
+    "null for a number": (
+        ["--model.init_args.optimizer.warmup_steps", "null"],
+        r"model\.init_args\.optimizer\.warmup_steps is null and takes none: give its value, of type int",
+    ),
+    "null for a dataclass": (["--model.init_args.policy.lora=null"], r"model\.init_args\.policy\.lora is null .*LoraSettings"),
+    "null for a choice": (["--model.init_args.optimizer.schedule=null"], r"optimizer\.schedule is null .*one of constant, cosine"),
+    "a class that cannot be built": (
+        ["--trainer.callbacks+={class_path: skillsd.callbacks.RunCheckpoint, init_args: {every_n_train_steps: -2}}"],
+        r"trainer\.callbacks: .*-2",
+    ),
+    "no text under a class": (["--skills.summariser.init_args.joiner=[]"], r"skills\.summariser\.init_args\.joiner: Expected a"),
+    "no class path": (["-c", "class.yaml"], r"model\.init_args\.objective\.gate: its class_path is no text"),
+    "null byte": (["-c", "null.yaml"], "trainer: its value cannot be read: embedded null byte"),
+    "no devices": (["--trainer.devices=[]"], r"trainer: .*devices=\[\]"),
     "no number in a file": (["-c", "wrong.yaml"], r"data\.init_args\.rollout\.max_rows: Expected a <class 'int'>"),
     "no such choice": (["--model.init_args.optimizer.schedule=linear"], r"model\.init_args\.optimizer\.schedule: .*'cosine'"),
     "no number of epochs": (["--trainer.max_epochs=x"], r"trainer\.max_epochs: Expected"),
@@ -176,6 +190,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "rewriting.jinja").write_text(REWRITING)
     (tmp_path / "broken.yaml").write_text("data: [\n")
+    (tmp_path / "class.yaml").write_text("model: {init_args: {objective: {gate: {class_path: {a: 1}}}}}\n")
+    (tmp_path / "null.yaml").write_text('trainer: "\\0"\n')
     (tmp_path / "wrong.yaml").write_text("data: {init_args: {rollout: {max_rows: x}}}\n")
     before = sorted(tmp_path.rglob("*"))
     line = run.refuses(*flags)
