@@ -102,6 +102,8 @@ BAD: dict[str, tuple[list[str], str]] = {
         r"model\.init_args\.objective\.distillation_weight is -0\.1: give 0 or more",
     ),
     "negative learning rate": (["--model.init_args.optimizer.lr=-1"], r"model\.init_args\.optimizer: lr"),
+    "a learning rate beyond float32": (["--model.init_args.optimizer.lr=1e39"], r"model\.init_args\.optimizer: lr .*at most 1e\+30"),
+    "a learning rate that is no number": (["--model.init_args.optimizer.lr=.nan"], r"model\.init_args\.optimizer: lr.*0 or more"),
     "two signals": (
         ["-c", "method/opid", "-c", "method/rlsd"],
         r"model\.init_args\.objective: advantage and multiplier are both set\. One signal in two places counts the same evidence twice, "
