@@ -58,6 +58,9 @@ def one_line(message: str) -> str:
     key = _key(message)
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
     lines = ["its class_path is no text" if line.startswith("unhashable type") else line for line in lines]
+    lines = [re.sub(r"^Group '(.+)' does not accept option '(.+)'", r"no key \1.\2 is known", line) for line in lines]
+    if key in _CLASSES:
+        lines = [line.replace("no key ", f"no key {key}.init_args.") for line in lines]
     said = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
     head = f"{key}: " if key else ""
     if not said:  # a short error stands on the key's own line
