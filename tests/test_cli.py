@@ -102,6 +102,8 @@ BAD: dict[str, tuple[list[str], str]] = {
         r"model\.init_args\.objective\.distillation_weight is -0\.1: give 0 or more",
     ),
     "negative learning rate": (["--model.init_args.optimizer.lr=-1"], r"model\.init_args\.optimizer: lr"),
+    "a learning rate beyond float32": (["--model.init_args.optimizer.lr=1e39"], r"model\.init_args\.optimizer: lr .*at most 1e\+30"),
+    "a learning rate that is no number": (["--model.init_args.optimizer.lr=.nan"], r"model\.init_args\.optimizer: lr.*0 or more"),
     "two signals": (
         ["-c", "method/opid", "-c", "method/rlsd"],
         r"model\.init_args\.objective: advantage and multiplier are both set\. One signal in two places counts the same evidence twice, "
@@ -155,6 +157,20 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such file": (["-c", "nosuch.yaml"], r"nosuch\.yaml"),
     "no YAML": (["-c", "broken.yaml"], "parsing"),
     "no number": (["--data.init_args.group_size=many"], r"data\.init_args\.group_size: Expected a <class 'int'>"),
+    "null for a number": (
+        ["--model.init_args.optimizer.warmup_steps", "null"],
+        r"model\.init_args\.optimizer\.warmup_steps is null and takes none: give its value, of type int",
+    ),
+    "null for a dataclass": (["--model.init_args.policy.lora=null"], r"model\.init_args\.policy\.lora is null .*LoraSettings"),
+    "null for a choice": (["--model.init_args.optimizer.schedule=null"], r"optimizer\.schedule is null .*one of constant, cosine"),
+    "a class that cannot be built": (
+        ["--trainer.callbacks+={class_path: skillsd.callbacks.RunCheckpoint, init_args: {every_n_train_steps: -2}}"],
+        r"trainer\.callbacks: .*-2",
+    ),
+    "no text under a class": (["--skills.summariser.init_args.joiner=[]"], r"skills\.summariser\.init_args\.joiner: Expected a"),
+    "no class path": (["-c", "class.yaml"], r"model\.init_args\.objective\.gate: its class_path is no text"),
+    "null byte": (["-c", "null.yaml"], "trainer: its value cannot be read: embedded null byte"),
+    "no devices": (["--trainer.devices=[]"], r"trainer: .*devices=\[\]"),
     "no number in a file": (["-c", "wrong.yaml"], r"data\.init_args\.rollout\.max_rows: Expected a <class 'int'>"),
     "no such choice": (["--model.init_args.optimizer.schedule=linear"], r"model\.init_args\.optimizer\.schedule: .*'cosine'"),
     "no number of epochs": (["--trainer.max_epochs=x"], r"trainer\.max_epochs: Expected"),
@@ -176,6 +192,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "rewriting.jinja").write_text(REWRITING)
     (tmp_path / "broken.yaml").write_text("data: [\n")
+    (tmp_path / "class.yaml").write_text("model: {init_args: {objective: {gate: {class_path: {a: 1}}}}}\n")
+    (tmp_path / "null.yaml").write_text('trainer: "\\0"\n')
     (tmp_path / "wrong.yaml").write_text("data: {init_args: {rollout: {max_rows: x}}}\n")
     before = sorted(tmp_path.rglob("*"))
     line = run.refuses(*flags)
@@ -335,3 +353,5 @@ def test_messages_of_the_parser():
     assert errors.one_line(nested).startswith("data.init_args.rollout.max_rows: Expected a <class 'int'>. Got value: x")
     assert errors.one_line('Parser key "a.b": must be larger') == '"a.b": must be larger'
     assert errors.one_line("key: do this\n") == "key: do this"
+    group = "Parser key \"model\":\n  Errors:\n    - Group 'policy' does not accept option 'lora.x'"
+    assert errors.one_line(group).startswith("model: no key model.init_args.policy.lora.x is known")

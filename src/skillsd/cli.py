@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
@@ -33,6 +34,7 @@ from skillsd.class_paths import config
 from skillsd.doctor import doctor
 from skillsd.durable import write
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
+from skillsd.keys import reading, refuse_nulls, refusing
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
 from skillsd.skills.callback import SkillBankCallback
@@ -56,6 +58,14 @@ RUN_FILES = (
 RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
 KEYWORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for `ckpt_path` beside a path."""
+TYPES = {
+    "trainer": L.Trainer,
+    "model": L.LightningModule,
+    "data": L.LightningDataModule,
+    "teacher": TeacherSync,
+    "skills": SkillBankCallback,
+}
+"""The classes behind the keys at the top of a configuration."""
 CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
 """Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
 any function a file names."""
@@ -162,13 +172,18 @@ class CLI(LightningCLI):
         """Read files and flags; bytes, interpolations and circles that no reader takes give one line."""
         try:
             super().parse_arguments(parser, args)
-        except (UnicodeDecodeError, OmegaConfBaseException, RecursionError) as e:
+        except ConfigError:
+            raise
+        except (ValueError, OmegaConfBaseException, RecursionError) as e:
             why = " ".join(str(e).split())
+            if (key := reading(e)) and not isinstance(e, UnicodeDecodeError | OmegaConfBaseException):
+                raise ConfigError(f"{key}: its value cannot be read: {why}") from e
             raise ConfigError(f"config: it cannot be read ({why}): write UTF-8, no ${{...}} but to a key that exists, no circles.") from e
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         refuse_secrets(_flat(config.as_dict(), lists=True))
+        refuse_nulls(config.as_dict(), TYPES)
         if config.get("weights_only") is False:
             raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")
         given = config.get("ckpt_path")
@@ -183,8 +198,9 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except ConfigError:
             raise
-        except (ValueError, TypeError) as e:
-            raise ConfigError(one_line(str(e))) from e
+        except (ValueError, TypeError, MisconfigurationException) as e:
+            key = refusing(e, self.config[self.subcommand].as_dict()) or "trainer"
+            raise ConfigError(f"{key}: " * (not _ours(e)) + one_line(str(e))) from e
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # `teacher` and `skills` come first: what is logged and saved at an iteration's end includes theirs.
@@ -220,6 +236,11 @@ class CLI(LightningCLI):
 
     def after_validate(self) -> None:
         print_report(Path(self.trainer.default_root_dir))
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether an error of the house, which names its key, is at the bottom of this one."""
+    return isinstance(error, ConfigError) or (error.__cause__ is not None and _ours(error.__cause__))
 
 
 def refuse_secrets(config: dict[str, Any]) -> None:

@@ -33,8 +33,10 @@ from skillsd.rollout import (
     RolloutSettings,
     Row,
     VllmEngine,
+    ask,
     demonstrate,
     make_env,
+    tasks_of,
 )
 from skillsd.rollout.noise import stream_key
 from skillsd.skills import BankContext, ShuffledContext, Skill, Summariser
@@ -160,7 +162,9 @@ class RolloutData(L.LightningDataModule):
         env: Any
         with closing(make_env(self.env_id, self.env_kwargs)) as env:
             try:
-                tasks = env.unwrapped.tasks(split)
+                tasks = ask(env, f"tasks({split!r})", lambda: tasks_of(env, split), (ValueError, KeyError, FileNotFoundError))
+            except ConfigError:
+                raise
             except (ValueError, KeyError, FileNotFoundError) as e:
                 raise ConfigError(f"data.init_args.{key}: {e}") from e
         listed = [Task(t["task_id"], split, str(t.get("difficulty") or ""), scenario=str(t.get("scenario") or "")) for t in tasks]

@@ -11,6 +11,8 @@ from pickle import UnpicklingError
 
 _SECRET_NAME = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _PIECE = 8  # characters of a secret in a row that are one too many
+_CLASSES = ("data", "model", "logger", "strategy", "profiler", "summariser", "context", "loss", "advantage", "multiplier", "gate")
+"""Keys that take a class path: the parser's errors leave out the `init_args` under them."""
 _held: dict[str, str] = {}
 
 
@@ -55,6 +57,10 @@ def one_line(message: str) -> str:
     )
     key = _key(message)
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
+    lines = ["its class_path is no text" if line.startswith("unhashable type") else line for line in lines]
+    lines = [re.sub(r"^Group '(.+)' does not accept option '(.+)'", r"no key \1.\2 is known", line) for line in lines]
+    if key in _CLASSES:
+        lines = [line.replace("no key ", f"no key {key}.init_args.") for line in lines]
     said = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
     head = f"{key}: " if key else ""
     if not said:  # a short error stands on the key's own line
@@ -71,9 +77,8 @@ def _key(message: str) -> str:
         found = re.search(r'Parser key "([^"]+)"', line)
         if found and found.start() > depth:
             path, depth = [*path, found[1]], found.start()
-    if len(path) > 1 and path[0] in ("data", "model"):
-        path.insert(1, "init_args")
-    return ".".join(path)
+    under = [f"{name}.init_args" if name.split(".")[-1] in _CLASSES else name for name in path[:-1]]
+    return ".".join([*under, *path[-1:]])
 
 
 def hold_secret(name: str, value: str) -> None:

@@ -45,6 +45,8 @@ METRICS = (
 """Every scalar an iteration logs, in the order of metrics.csv. Only those under time/ and memory/ differ in a re-run.
 
 Failed episodes (`rollout/failed`, a share; by kind, counts) are in those under rollout/ alone. `policy/skipped_steps` counts the run's."""
+MOST = 1e30
+"""Of a learning rate and a weight decay: AdamW refuses a factor beyond float32 in the middle of a run."""
 SKIPS = 3
 """So many updates in a row that are not finite stop the run."""
 
@@ -67,8 +69,10 @@ class OptimizerSettings:
     """Largest gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.weight_decay < 0 or self.warmup_steps < 0 or self.gradient_clip_norm < 0:
+        if not all(x >= 0 for x in (self.lr, self.weight_decay, self.warmup_steps, self.gradient_clip_norm)):  # nan is neither
             raise ConfigError("model.init_args.optimizer: lr, weight_decay, warmup_steps and gradient_clip_norm must be 0 or more.")
+        if max(self.lr, self.weight_decay) > MOST:
+            raise ConfigError(f"model.init_args.optimizer: lr and weight_decay must be at most {MOST:g}: AdamW computes in float32.")
         if self.schedule_steps is not None and self.schedule_steps < 1:
             raise ConfigError(f"model.init_args.optimizer.schedule_steps is {self.schedule_steps}: give at least 1 iteration, or null.")
 
@@ -274,7 +278,7 @@ class SkillSD(L.LightningModule):
         """One update; the gradient's norm. If that or the loss is not finite, nothing changes but the schedule and the counters.
 
         Raises:
-            ConfigError: that was the third time in a row.
+            ConfigError: that was the third time in a row, or the update was finite and the weights no longer are.
         """
         clip = self.optim.gradient_clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip)) if any(p.grad is not None for p in params) else 0.0
@@ -285,6 +289,12 @@ class SkillSD(L.LightningModule):
             self._skip(norm, done)
             optimizer.zero_grad()  # without gradients AdamW touches nothing; the step still counts, so that the run ends where it would
         optimizer.step()
+        # A wait for the device, once an iteration: the checkpoint that follows copies the weights to the host anyway.
+        if not torch.nn.utils.get_total_norm([p.detach() for p in params], math.inf).isfinite():
+            raise ConfigError(
+                f"model.init_args.optimizer: the weights are not finite after an update of loss {_loss(done):g}, gradient norm {norm:g}, "
+                f"lr {optimizer.param_groups[0]['lr']:g}; it is not saved. {last_checkpoint(self.trainer)}: set a smaller lr."
+            )
         self.policy.student_changed()
         self.lr = optimizer.param_groups[0]["lr"]
         self.lr_schedulers().step()  # type: ignore[union-attr]
@@ -293,7 +303,7 @@ class SkillSD(L.LightningModule):
     def _skip(self, norm: float, done: _Update) -> None:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         done.distillation_grad = []
-        what = f"loss {done.sums['policy'] + done.sums['distillation']:g}, gradient norm {norm:g}"
+        what = f"loss {_loss(done):g}, gradient norm {norm:g}"
         if self.skipped_in_a_row >= SKIPS:
             raise ConfigError(
                 f"model.init_args.optimizer: {SKIPS} updates in a row were not finite (the last: {what}) and left the policy as it was. "
@@ -436,6 +446,10 @@ def _padded(rows: Sequence[Trajectory], device: torch.device) -> tuple[Tensor, T
     mask = [[*t.action_mask, *[False] * (width - len(t.action_mask))] for t in rows]
     logp = [[*t.logprobs, *[0.0] * (width - len(t.logprobs))] for t in rows]
     return torch.tensor(mask, device=device), torch.tensor(logp, device=device)
+
+
+def _loss(done: _Update) -> float:
+    return done.sums["policy"] + done.sums["distillation"]
 
 
 def last_checkpoint(trainer: Any) -> str:

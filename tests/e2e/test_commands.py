@@ -518,7 +518,9 @@ def test_a_solution_that_fails(tmp_path, capsys, hosted, monkeypatch):
 
     monkeypatch.setattr(Hosted, "solution", fails)
     assert command("play", tmp_path / "none", hosted, "--policy", "oracle") == 2
-    assert capsys.readouterr().err == "error: policy is oracle: the environment's solution() fails: too large\n" and Hosted.alive == 0
+    told = capsys.readouterr().err
+    assert told.startswith("error: data.init_args.env: ") and told.count("\n") == 1 and Hosted.alive == 0
+    assert told.endswith(": solution() failed (raised: RuntimeError: too large): mend the environment.\n")
 
 
 def test_a_reader_that_stops_reading():

@@ -24,6 +24,7 @@ from tests.rollout.test_collector import Scripted
 
 from skillsd import cli
 from skillsd.callbacks import resume
+from skillsd.module import SkillSD
 from skillsd.objective import Objective
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row, guard
@@ -424,3 +425,30 @@ def test_three_in_a_row_stop_the_run(fit, tmp_path, monkeypatch):
     monkeypatch.undo()
     code, _ = fit(["fine", "good", "well", "nice"], "--ckpt_path=last")
     assert code == 0 and [r["policy/skipped_steps"] for r in table(folder)] == ["0.0", "1.0", "2.0", "2.0"]
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_weights_that_overflow_are_not_saved(fit, tmp_path, monkeypatch, when):
+    """The gradient is finite, the step is beyond float32: the run stops, and goes on from the iteration before."""
+    step = SkillSD._step
+
+    def enormous(self: Any, optimizer: Any, params: Any, done: Any) -> float:
+        if self.global_step == when:
+            optimizer.param_groups[0] |= {"lr": 1e20, "weight_decay": 1e25}
+        return step(self, optimizer, params, done)
+
+    monkeypatch.setattr(SkillSD, "_step", enormous)
+    code, said = fit(["fine", "good", "well", "nice"])
+    folder = tmp_path / "run"
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("error: model.init_args.optimizer: the weights are not finite after") and "lr 1e+20" in line
+    if when == 0:
+        assert "There is no checkpoint yet" in line and not list(folder.rglob("*.ckpt"))
+        return
+    assert f"checkpoint is {folder / 'checkpoints' / 'last.ckpt'}" in line
+    state = checkpoint(folder)
+    assert state["global_step"] == when == len(table(folder))
+    assert all(v.isfinite().all() for v in state["state_dict"].values())
+    monkeypatch.undo()
+    code, _ = fit(["fine", "good", "well", "nice"], "--ckpt_path=last")
+    assert code == 0 and checkpoint(folder)["global_step"] == 4

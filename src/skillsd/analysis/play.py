@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from skillsd.errors import ConfigError
-from skillsd.rollout import Row, demonstrate, make_env
+from skillsd.rollout import Row, ask, demonstrate, make_env, plan_of
 from skillsd.rollout.guard import visible
 from skillsd.skills import BankContext, SkillBank
 from skillsd.trajectory import Task, Turn
@@ -43,19 +44,17 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
     with closing(make_env(data.env_id, data.env_kwargs)) as env:
         act = actor(env.unwrapped, policy)
         task = pick(data, data._tasks(data.panel_split, "panel_split"), level, task_id)
-        try:
-            observation, info = env.reset(seed=0, options={**task.options, "task_id": task.task_id})
-        except (ValueError, KeyError, TypeError, RuntimeError) as e:
-            raise ConfigError(f"task {task.task_id}: {e}") from e
+        options = {**task.options, "task_id": task.task_id}
+        observation, info = ask(env, f"reset() to task {task.task_id}", lambda: _parts(env.reset(seed=0, options=options), 2))
         _print_head(task, str(info.get("instruction", "")))
         turns, reward, finish, failure = 0, 0.0, "", ""
         while not finish:
-            action = act(observation)
+            action = ask(env, f"the policy {policy}", partial(act, observation), (ConfigError,))
             if action is None:
                 finish = "no solution from here"
                 break
             seen = observation
-            observation, gained, terminated, truncated, info = env.step(action)
+            observation, gained, terminated, truncated, info = ask(env, "step()", partial(_step, env, action))
             turns, reward = turns + 1, reward + float(gained)
             _print_turn(turns, Turn(seen, action, float(gained)))
             if terminated or truncated:
@@ -92,11 +91,19 @@ def actor(env: Any, policy: str) -> Callable[[str], str | None]:
 
 def _next_of_plan(env: Any) -> str | None:
     """Asked anew each turn, so that it follows whatever happened."""
-    try:
-        plan = env.solution()
-    except (RuntimeError, ValueError, OSError) as e:
-        raise ConfigError(f"policy is oracle: the environment's solution() fails: {e}") from e
-    return str(plan[0]) if plan else None
+    return next(iter(plan_of(env)), None)
+
+
+def _step(env: Any, action: str) -> tuple[Any, ...]:
+    return _parts(env.step(action), 5)
+
+
+def _parts(answer: Any, n: int) -> tuple[Any, ...]:
+    if not isinstance(answer, tuple) or len(answer) != n or not isinstance(answer[0], str) or not isinstance(answer[-1], Mapping):
+        raise TypeError(f"a tuple of {n}, of an observation as str to an info as dict, is wanted, not {answer!r:.80}")
+    if n == 5:
+        float(answer[1])
+    return answer
 
 
 def pick(data: Any, panel: Sequence[Task], level: int | None, task_id: str | None) -> Task:

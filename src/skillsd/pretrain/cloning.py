@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy, PolicySettings
 from skillsd.pretrain.demonstrations import Demonstrations, DemonstrationSettings, collate
-from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Row, make_env
+from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Row, ask, make_env, tasks_of
 from skillsd.skills import RulesSummariser
 from skillsd.statistics import wilson_interval
 from skillsd.trajectory import Task
@@ -152,7 +152,8 @@ class DemonstrationData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[tuple[str, list[Row]]]:
         shown = self._set()
         shown.env = make_env(self.env_id, self.panel_env_kwargs)
-        tasks = [Task(t["task_id"], t["split"], t.get("difficulty", "")) for t in shown.env.unwrapped.tasks(self.panel_split)]
+        listed = ask(shown.env, f"tasks({self.panel_split!r})", lambda: tasks_of(shown.env, self.panel_split))
+        tasks = [Task(t["task_id"], self.panel_split, t.get("difficulty", "")) for t in listed]
         skills = [shown.skill(t, 0.0, random.Random(0)) for t in tasks]
         ways = {"plain": [""] * len(tasks), "own": skills, "shuffled": skills[1:] + skills[:1]}
         batches = [(name, [Row(t, 0, s) for t, s in zip(tasks, texts, strict=True)]) for name, texts in ways.items()]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skillsd.errors import ConfigError
-from skillsd.rollout import Chat, demonstrate, make_env
+from skillsd.rollout import Chat, ask, demonstrate, make_env
 from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Task, Turn
 
@@ -69,12 +69,21 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
                 raise ConfigError(f"env {self.env_id} offers no solution() and stream(): demonstrations need a solver.")
         seed = int.from_bytes(blake2b(f"{self.seed}/{s.split}/{index}".encode(), digest_size=8).digest(), "little")
         rng = random.Random(seed)
-        task = Task(**{"options": (raw := self.env.unwrapped.stream(s.split, index)), "task_id": raw["task_id"]})
+        task = Task(**{"options": (raw := self.stream(index)), "task_id": raw["task_id"]})
         skill = ""
         if rng.random() < s.skill_share:
             skill = self.skill(task, s.noisy_skill_noise if rng.random() < s.noisy_skill_share else 0.0, rng)
         turns, labels, instruction, _ = demonstrate(self.env, task, s.noise, rng)
         return self.encode(turns[: s.max_turns], labels, instruction, skill)
+
+    def stream(self, index: int) -> dict[str, Any]:
+        """Task `index` of the environment's stream."""
+
+        def call() -> dict[str, Any]:
+            raw = dict(self.env.unwrapped.stream(self.settings.split, index))
+            return raw | {"task_id": raw["task_id"]}
+
+        return ask(self.env, f"stream({self.settings.split!r}, {index})", call)
 
     def skill(self, task: Task, noise: float, rng: random.Random) -> str:
         """The text in front of the prompt: the rules' summary of one play."""

@@ -1,5 +1,6 @@
 """From tasks to trajectories: conversation format, sampling noise, engines and the collector."""
 
+from skillsd.rollout.ask import ask, plan_of, tasks_of
 from skillsd.rollout.cache import CacheFull, Room
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.collector import Collector, RolloutSettings, Row, make_env
@@ -20,6 +21,9 @@ __all__ = [
     "Row",
     "Session",
     "VllmEngine",
+    "ask",
     "demonstrate",
     "make_env",
+    "plan_of",
+    "tasks_of",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium
 
+from skillsd.rollout.ask import ask, plan_of
 from skillsd.trajectory import Task, Turn
 
 
@@ -21,16 +22,32 @@ def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: ran
 
     Returns:
         turns (observation, executed action, reward), the label of each turn, the instruction, and whether the task was solved.
+
+    Raises:
+        ConfigError: a call of the environment fails.
     """
     base: Any = env.unwrapped
-    observation, info = env.reset(options={**task.options, "task_id": task.task_id})
-    instruction = str(info.get("instruction", ""))
+
+    def reset() -> tuple[str, str, bool]:
+        observation, info = env.reset(options={**task.options, "task_id": task.task_id})
+        return _text(observation), str(info.get("instruction", "")), bool(info.get("success", False))
+
+    def step() -> tuple[str, float, bool, bool]:
+        observation, reward, terminated, truncated, info = env.step(action)
+        return _text(observation), float(reward), bool(terminated or truncated), bool(info.get("success", False))
+
+    observation, instruction, success = ask(env, "reset()", reset)
     turns, labels, over = [], [], False
-    while not over and (plan := base.solution()):
+    while not over and (plan := plan_of(env)):
         action = base.actions[int(rng.random() * len(base.actions))] if rng.random() < noise else plan[0]
         seen = observation
-        observation, reward, terminated, truncated, info = env.step(action)
-        turns.append(Turn(seen, action, float(reward)))
+        observation, reward, over, success = ask(env, "step()", step)
+        turns.append(Turn(seen, action, reward))
         labels.append(plan[0])
-        over = terminated or truncated
-    return turns, labels, instruction, bool(info["success"])
+    return turns, labels, instruction, success
+
+
+def _text(observation: Any) -> str:
+    if not isinstance(observation, str):
+        raise TypeError(f"the observation is a {type(observation).__name__}, not a str")
+    return observation

@@ -48,13 +48,18 @@ def attempt(call: Callable[[], Any]) -> Any:
     """What the call answers, or a `Failure`. KeyboardInterrupt and SystemExit are not the environment's to raise: they end the run."""
     try:
         return call()
-    except Misbehaved as e:
-        return Failure(*e.args)
     except Exception as e:
-        try:
-            return Failure("raised", f"{type(e).__name__}: {e}")
-        except Exception:  # an error that cannot even say what it is
-            return Failure("raised", type(e).__name__)
+        return failure(e)
+
+
+def failure(error: Exception) -> Failure:
+    """What a call that raised this comes to."""
+    if isinstance(error, Misbehaved):
+        return Failure(*error.args)
+    try:
+        return Failure("raised", f"{type(error).__name__}: {error}")
+    except Exception:  # an error that cannot even say what it is
+        return Failure("raised", type(error).__name__)
 
 
 def _hung(seconds: float) -> Failure:

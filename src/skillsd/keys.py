@@ -1,0 +1,102 @@
+"""Which key of a configuration is wrong, where the parser does not say it."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping
+from pkgutil import resolve_name
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from skillsd.errors import ConfigError
+
+
+def refuse_nulls(config: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """jsonargparse takes a null for "not given", whatever the key's type; the class would get it, and fail now or in the middle of a run.
+
+    Args:
+        config: Of a subcommand, nested; its class paths have been imported.
+        types: The classes behind its keys at the top.
+
+    Raises:
+        ConfigError: a null for a parameter whose type takes none.
+    """
+    for name, kind in types.items():
+        for key, hint in _nulls(config.get(name), kind, name):
+            raise ConfigError(f"{key} is null and takes none: give {_named(hint)}, or leave it out.")
+
+
+def _nulls(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if value is None and _refuses_none(hint):
+        yield key, hint
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _nulls(item, Any, f"{key}[{i}]")
+    elif isinstance(value, Mapping):
+        try:
+            kind = resolve_name(value["class_path"]) if "class_path" in value else _plain(hint)
+            hints = get_type_hints(kind.__init__)
+            defaults = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
+        except (AttributeError, ImportError, KeyError, NameError, TypeError, ValueError):
+            return  # no class, or one whose types cannot be read
+        if "class_path" in value:
+            value, key = value.get("init_args") or {}, f"{key}.init_args"
+        for name, inner in value.items():
+            if name in hints and not (inner is None and defaults.get(name) is None):
+                yield from _nulls(inner, hints[name], f"{key}.{name}")
+
+
+def _plain(hint: Any) -> Any:
+    """The class whose parameters stand under a key without a class path; of `X | None` it is X."""
+    return next((x for x in (hint, *get_args(hint)) if inspect.isclass(x) and x is not NoneType and get_origin(x) is None), None)
+
+
+def _refuses_none(hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return all(map(_refuses_none, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return None not in get_args(hint)
+    return inspect.isclass(get_origin(hint) or hint) and hint not in (NoneType, object, Any)
+
+
+def _named(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return f"its value, of type {hint.__name__ if inspect.isclass(hint) and get_origin(hint) is None else hint}"
+
+
+def reading(error: BaseException) -> str:
+    """The key whose value jsonargparse could not read; "" if its frames do not say it."""
+    return _dests(error, {"_check_value_key": "action"})[-1]
+
+
+def refusing(error: BaseException, config: Mapping[str, Any]) -> str:
+    """The key whose class refused its arguments; "" if jsonargparse's frames do not say it. Its text never does.
+
+    Args:
+        error: What came out of jsonargparse's `instantiate`.
+        config: Of a subcommand, nested.
+    """
+    named: list[str] = []
+    node: Any = config
+    for name in ".".join(_dests(error, {"instantiate_classes": "self", "group_instantiate_class": "group"})[1:]).split("."):
+        if isinstance(node, Mapping) and "class_path" in node:
+            named.append("init_args")
+            node = node.get("init_args") or {}
+        named.append(name)
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return ".".join(named)
+
+
+def _dests(error: BaseException, holders: Mapping[str, str]) -> list[str]:
+    """Keys that jsonargparse was at when it raised, from the outermost, after a "". `holders`: function -> its local with the key."""
+    found = [""]
+    at: BaseException | None = error
+    while at is not None:
+        for frame, _ in traceback.walk_tb(at.__traceback__):
+            if frame.f_globals.get("__name__", "").startswith("jsonargparse."):
+                dest = getattr(frame.f_locals.get(holders.get(frame.f_code.co_name, "")), "dest", None)
+                found += [dest] if isinstance(dest, str) else []
+        at = at.__cause__
+    return found
