@@ -237,15 +237,6 @@ def mutants(a: argparse.Namespace, folder: Path) -> list[Row]:
 PARTS = {
     "kills": kills, "gpu": gpu, "disk": disk, "long": long, "tests": longer, "properties": properties, "fuzz": fuzz, "mutants": mutants,
 }  # fmt: skip
-    "kills": kills,
-    "gpu": gpu,
-    "disk": disk,
-    "long": long,
-    "tests": longer,
-    "properties": properties,
-    "fuzz": fuzz,
-    "mutants": mutants,
-}
 
 
 def main() -> int:
