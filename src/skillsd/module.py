@@ -127,6 +127,15 @@ class SkillSD(L.LightningModule):
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
+    def on_train_start(self) -> None:
+        """The configuration's lr and weight decay hold, whatever a checkpoint brought along: "set a smaller lr" must help."""
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        schedule.base_lrs = [self.optim.lr]
+        lr = self.optim.lr * schedule.lr_lambdas[0](schedule.last_epoch)
+        for group in optimizer.param_groups:
+            group.update(initial_lr=self.optim.lr, lr=lr, weight_decay=self.optim.weight_decay)
+
     # -- Algorithm 1, lines 4 to 6 ----------------------------------------------------------------------------------------
 
     def training_step(self, groups: Sequence[TrajectoryGroup], batch_idx: int) -> dict[str, Tensor]:

@@ -102,6 +102,20 @@ def test_one_kill(servers: tuple[Server, Server], tmp_path: Path) -> None:
     assert_equal(killed.record(), record)
 
 
+def test_a_new_learning_rate_holds(servers: tuple[Server, Server], tmp_path: Path) -> None:
+    """Lightning alone would go on with the checkpoint's."""
+    file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"])
+    run, other = (Run(tmp_path / n, s, file) for n, s in zip(("run", "other"), servers, strict=True))
+    run.kill("skillsd.callbacks.log:RunLog.on_train_batch_end", 4, True)
+    shutil.copytree(run.folder, other.folder)
+    run.resume()
+    other.resume("--model.init_args.optimizer.lr=1e-3", "--model.init_args.optimizer.weight_decay=0.1")
+    before, after = ([float(row["optimizer/lr"]) for row in r.rows()] for r in (run, other))
+    kept = next(i for i, (x, y) in enumerate(zip(before, after, strict=True)) if x != y)
+    assert kept in (3, 4) and after[kept:] == [x / 2 for x in before[kept:]]
+    assert other.checkpoint()["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.1
+
+
 @pytest.mark.parametrize("variant", ["hindsight", "off_policy_dynamic"])
 def test_one_kill_of_other_methods(servers: tuple[Server, Server], tmp_path: Path, variant: str) -> None:
     """Where the teacher's prompts are made of the rollout, or the teacher's weights make it."""

@@ -47,6 +47,15 @@ def rewound(path):
     return everything(path, n)
 
 
+def test_a_schema_that_is_no_text(tmp_path, whole):
+    """SQLite repeats the bytes in its message, which Python then cannot read."""
+    path = tmp_path / "bank.sqlite"
+    path.write_bytes(whole[0].read_bytes().replace(b"PRIMARY KEY CHECK", b"PRIMARY K\xf7Y CHECK"))
+    for read_only in (True, False):
+        with pytest.raises(ValueError, match=r"bank\.sqlite: the file is damaged .* It was left as it is"):
+            SkillBank(path, capacity=4, booking="gap", read_only=read_only)
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 def test_flipped_bytes_are_named_or_change_nothing(tmp_path, whole, monkeypatch, large):
     """`large`: too large to be checked as a whole when opened."""

@@ -243,7 +243,7 @@ class SkillBank:
             yield
         except Elsewhere as error:
             raise bank_file.overtaken(self.path) from error
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise bank_file.translated(error, self.path) from error
         except Damaged as error:
             with suppress(sqlite3.Error, Damaged):

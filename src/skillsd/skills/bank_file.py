@@ -34,10 +34,10 @@ def refused(path: Path, why: str) -> ValueError:
     return ValueError(f"{path}: {why}. It was left as it is: move it away, restore a good copy, or choose another path for the bank")
 
 
-def translated(error: sqlite3.Error, path: Path | None) -> Exception:
+def translated(error: sqlite3.Error | UnicodeDecodeError, path: Path | None) -> Exception:
     """An OSError for what the disk or another process did, a ValueError for what is wrong with the file."""
     where = path or Path(":memory:")
-    if "Could not decode" in str(error):  # of Python's making, without a code
+    if isinstance(error, UnicodeDecodeError) or "Could not decode" in str(error):  # in a message of SQLite's, or in a row
         return refused(where, f"the file is damaged ({' '.join(str(error).split())})")
     code = getattr(error, "sqlite_errorcode", 10) & 0xFF
     if code in _TRANSIENT:
@@ -92,7 +92,7 @@ def connect(path: Path | None, booking: Booking, read_only: bool) -> Ledger:
         except BaseException:
             db.close()
             raise
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise translated(error, path) from error
     except Damaged as error:
         raise refused(path, f"the file is damaged ({error})") from error
