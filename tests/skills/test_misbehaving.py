@@ -76,7 +76,7 @@ def test_other_languages_and_braces_are_data(text):
 
 def test_what_drives_a_terminal_is_taken_out():
     skill = Skill.parse(answer(golden_workflow="a\x1b[31mred\x00\x9b2J\r\u202eb\x7f"))
-    assert skill.golden_workflow == "a [31mred  2J  b "
+    assert skill.golden_workflow == "a [31mred  2J  b"
 
 
 def test_a_skill_by_field_is_bounded_too(make_trajectory):

@@ -22,6 +22,12 @@ def test_parse_reads_the_three_fields(answer):
     assert Skill.parse(answer) == Skill("go", "no {x}", "a, b")
 
 
+def test_parse_strips_what_control_characters_leave():
+    """Found by fuzzing: what was read is read again as it is."""
+    texts = ("\x87a\x00b\x87", "c", "d")
+    assert Skill.parse(json.dumps(dict(zip(GOOD, texts, strict=True)))).texts == ("a b", "c", "d")
+
+
 def test_parse_allows_raw_line_breaks_in_strings():
     assert Skill.parse(TEXT.replace("a, b", "a\nb")).golden_workflow == "a\nb"
 

@@ -159,7 +159,8 @@ class Skill:
             raise ValueError(f"expected exactly the fields {', '.join(FIELDS)}; {'; '.join(wrong)}")
         values = {name: value.strip() if isinstance(value, str) else value for name, value in pairs}
         success, mistakes, workflow = (values[name] for name in FIELDS)
-        return cls(success, mistakes, workflow).admitted(MAX_ANSWER_FIELD_CHARS)
+        found = cls(success, mistakes, workflow).admitted(MAX_ANSWER_FIELD_CHARS)
+        return found.with_texts(text.strip() for text in found.texts)  # a control character at an end has become a space
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # the last two ranges turn text around
