@@ -2,8 +2,10 @@
 
     python tests/torture/mutate.py objective skills --skip bank.py,bank_file.py,ledger.py [--files gates.py] [--sample 100 --seed 0]
 
-Each mutant is run in a fork of one process that has torch and the rest imported, on tests/<folder> with -x. A mutant that no test
-notices is a survivor; survivors.txt lists those that are equivalent to the source, each with its reason. Exit code 1 if another survives.
+The tests are those of tests/<folder>. They run once on the source as it is, and tell which of them reach which line. A mutant is then run
+in a fork of one process that has torch and the rest imported, with -x, on those that reach its statement, the quickest first; on all if
+it is reached while something is imported, or in another process. A mutant that no test notices is a survivor; survivors.txt lists those
+that are equivalent to the source, each with its reason. Exit code 1 if another survives.
 Changes: comparisons, arithmetic, `not`, `and`, conditions, numbers and booleans, texts, returned values, statements left out.
 """
 
@@ -13,17 +15,21 @@ import argparse
 import ast
 import importlib.abc
 import importlib.util
+import json
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parents[2]
 SURVIVORS = Path(__file__).with_name("survivors.txt")
@@ -40,6 +46,7 @@ class Mutant(NamedTuple):
 
     file: str
     line: int
+    statement: int
     scope: str
     change: str
     source: str
@@ -108,8 +115,9 @@ def mutants(path: Path) -> Iterator[Mutant]:
                 for other in variants(child):
                     before = _shown(inner)
                     _put(node, field, index, other)
-                    after = _shown(other if child is inner else inner)
-                    yield Mutant(name, child.lineno, scope, f"{before} -> {after}", ast.unparse(ast.fix_missing_locations(tree)))  # type: ignore[attr-defined]
+                    change = f"{before} -> {_shown(other if child is inner else inner)}"
+                    changed = ast.unparse(ast.fix_missing_locations(tree))
+                    yield Mutant(name, child.lineno, getattr(inner, "lineno", 0), scope, change, changed)  # type: ignore[attr-defined]
                     _put(node, field, index, child)
                 yield from walk(child, scope, inner)
 
@@ -162,32 +170,88 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, str(self.path), "exec"), module.__dict__)
 
 
-def start(mutant: Mutant | None, tests: list[str]) -> int:
-    """Run the tests in a fork, whose pid this is."""
+def forked(work: Callable[[], bool]) -> int:
+    """Do something in a fork, whose pid this is; its exit code is 0 if the result is true."""
     if pid := os.fork():
         return pid
     os.setsid()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
-    if mutant is not None:
-        path = ROOT / "src" / "skillsd" / mutant.file
-        tests = [str(f) for test in tests for f in sorted(Path(test).glob(f"test_{path.stem}*.py"))] + tests  # these will notice first
-        name = "skillsd." + mutant.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        sys.meta_path.insert(0, _Changed(name, path, mutant.source))
-    code = 1
+    good = False
     with suppress(BaseException):
-        import pytest
-
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not torture", *tests]))
-    os._exit(bool(code))
+        good = work()
+    os._exit(not good)
 
 
-def run(todo: Iterable[Mutant | None], tests: list[str], limit: float, jobs: int) -> Iterator[tuple[Mutant | None, str]]:
-    """Run the tests on each, `jobs` beside each other: `killed`, `survived` or, after `limit` seconds, `timeout`; as they end."""
-    rest, running = iter(todo), dict[int, tuple[Mutant | None, float]]()
+def passes(tests: Sequence[str], *more: str, plugins: Sequence[object] = ()) -> bool:
+    """Whether pytest passes them."""
+    import pytest
+
+    return not pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not torture", *more, *tests], plugins)
+
+
+class _Seconds:
+    """What pytest tells about each test."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.of[report.nodeid] = self.of.get(report.nodeid, 0.0) + report.duration
+
+
+class Reach:
+    """Which tests reach a statement. Raises RuntimeError if they fail on the source as it is."""
+
+    def __init__(self, tests: list[str], source: Path) -> None:
+        self.tests = tests
+        with tempfile.TemporaryDirectory() as folder:
+            data, times = Path(folder) / "coverage", Path(folder) / "seconds.json"
+
+            def once() -> bool:
+                os.environ["COVERAGE_FILE"], seconds = str(data), _Seconds()
+                good = passes(tests, f"--cov={source}", "--cov-context=test", "--cov-report=", plugins=[seconds])
+                times.write_text(json.dumps(seconds.of))
+                return good
+
+            if os.waitpid(forked(once), 0)[1]:
+                raise RuntimeError(f"{' '.join(tests)}: they fail on the source as it is")
+            seconds, found = json.loads(times.read_text()), CoverageData(str(data))
+            found.read()
+            self._of = {
+                f: {line: sorted({t.partition("|")[0] for t in at}, key=lambda t: seconds.get(t, 0.0)) for line, at in lines.items()}
+                for f in found.measured_files()
+                for lines in [found.contexts_by_lineno(f)]
+            }
+            self.seconds = seconds
+
+    def __call__(self, mutant: Mutant) -> tuple[list[str], float]:
+        """The tests, and the seconds that they took."""
+        found = self._of.get(str(ROOT / "src" / "skillsd" / mutant.file), {}).get(mutant.statement, [])
+        if not found or "" in found:  # no test, or none in this process; "": while something is imported
+            return self.tests, sum(self.seconds.values())
+        return found, sum(self.seconds[t] for t in found)
+
+
+def start(mutant: Mutant, tests: Sequence[str]) -> int:
+    """Run tests on a mutant in a fork, whose pid this is."""
+    path = ROOT / "src" / "skillsd" / mutant.file
+    name = "skillsd." + mutant.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+    def work() -> bool:
+        sys.meta_path.insert(0, _Changed(name, path, mutant.source))
+        return passes(tests)
+
+    return forked(work)
+
+
+def run(todo: Iterable[Mutant], reach: Reach, jobs: int) -> Iterator[tuple[Mutant, str]]:
+    """Run the tests on each, `jobs` beside each other: `killed`, `survived` or, after five times what they took, `timeout`; as they end."""
+    rest, running = iter(todo), dict[int, tuple[Mutant, float]]()
     while True:
         for mutant in islice(rest, jobs - len(running)):
-            running[start(mutant, tests)] = mutant, time.monotonic() + limit
+            tests, seconds = reach(mutant)
+            running[start(mutant, tests)] = mutant, time.monotonic() + 5 * seconds + 30
         if not running:
             return
         time.sleep(0.02)
@@ -241,13 +305,13 @@ def main() -> int:
                 __import__(name)
         for name in ("AutoModelForCausalLM", "LlamaConfig", "Qwen2Config", "Qwen3Config", "Gemma2Config", "MistralConfig"):
             getattr(sys.modules["transformers"], name)
-        since = time.monotonic()
-        if [result for _, result in run([None], tests, 1200, 1)] != ["survived"]:
-            print(f"{folder}: the tests fail on the source as it is")
+        try:
+            reach = Reach(tests, path if path.is_dir() else path.parent)
+        except RuntimeError as e:
+            print(e)
             return 2
-        limit = 5 * (time.monotonic() - since) + 10
         ran = 0
-        for m, result in run(takewhile(lambda _: time.monotonic() - began < 60 * args.minutes, todo), tests, limit, args.jobs):
+        for m, result in run(takewhile(lambda _: time.monotonic() - began < 60 * args.minutes, todo), reach, args.jobs):
             ran += 1
             count[result] += 1
             if result != "killed":
