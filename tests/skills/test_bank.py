@@ -91,20 +91,40 @@ def test_bad_calls_change_nothing(make_skill):
     bank = SkillBank(booking="gap")
     bank.insert([make_skill("a")], 5)
     before = state(bank)
-    for error, call in (
-        (ValueError, lambda: bank.insert([make_skill("b"), make_skill("c", reward=float("nan"))], 5)),
-        (ValueError, lambda: bank.insert([make_skill("b"), Skill("a", "b", "c")], 5)),
-        (ValueError, lambda: bank.insert([make_skill("b")], 4)),
-        (KeyError, lambda: bank.record_use(2, 5, gap=0.0)),
-        (ValueError, lambda: bank.record_use(1, 5, reward=0.0)),
-        (ValueError, lambda: bank.record_use(1, 5, gap=float("inf"))),
-        (ValueError, lambda: bank.record_use(1, 4, gap=1.0)),
-        (ValueError, lambda: bank.cut(3, expect=1)),
-        (UnicodeEncodeError, lambda: bank.insert([make_skill("b"), make_skill("c", task_id="\ud800")], 5)),
+    for error, told, call in (
+        (ValueError, "source_reward must be finite", lambda: bank.insert([make_skill("b"), make_skill("c", reward=float("nan"))], 5)),
+        (ValueError, "needs a task_id", lambda: bank.insert([make_skill("b"), Skill("a", "b", "c")], 5)),
+        (ValueError, r"iteration 4 lies before the bank's last event \(5\)", lambda: bank.insert([make_skill("b")], 4)),
+        (KeyError, "no skill 2", lambda: bank.record_use(2, 5, gap=0.0)),
+        (ValueError, "booking 'gap' needs gap=", lambda: bank.record_use(1, 5, reward=0.0)),
+        (ValueError, "gap must be finite", lambda: bank.record_use(1, 5, gap=float("inf"))),
+        (ValueError, "iteration 4 lies before", lambda: bank.record_use(1, 4, gap=1.0)),
+        (ValueError, "does not belong", lambda: bank.cut(3, expect=1)),
+        (UnicodeEncodeError, "surrogates", lambda: bank.insert([make_skill("b"), make_skill("c", task_id="\ud800")], 5)),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=told):
             call()
         assert state(bank) == before
+    with pytest.raises(ValueError, match="booking 'next_visit' needs reward="):
+        next_visit = SkillBank(booking="next_visit")
+        next_visit.record_use(*next_visit.insert([make_skill("a")], 0), 0, gap=1.0)
+
+
+def test_settings_by_default():
+    bank = SkillBank()
+    assert (bank.capacity, bank.drop, bank.booking, bank.path) == (8, "worst", "source", None)
+    bank.sync()  # nothing to flush
+
+
+def test_a_negative_zero_is_a_zero(tmp_path, make_skill):
+    """SQLite stores it so; a check of the sign would find another row than was written."""
+    path = tmp_path / "bank.sqlite"
+    with SkillBank(path, booking="gap") as bank:
+        bank.insert([make_skill("a", reward=-0.0)], 0)
+        bank.record_use(1, 1, gap=-0.0)
+    with SkillBank(path, booking="gap") as bank:
+        assert str(bank.get(1).mean_reward) == str(bank.get(1).source_reward) == "0.0"
+        assert bank.cut(1) == 1 and bank.get(1).uses == 0
 
 
 def test_cut_brings_back_what_was_dropped(make_skill):

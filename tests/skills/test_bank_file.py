@@ -109,19 +109,69 @@ def lost_table(path, make_skill):
     db.close()
 
 
+def lost_pages(path, make_skill):
+    """What no row shows."""
+    data = bytearray(filled(path, make_skill).read_bytes())
+    data[39] = 7  # the header's count of free pages
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
-    "make",
-    [random_bytes, empty, other_sqlite, truncated, damaged, next_version, hole_in_log, lost_skill, lost_table],
-    ids=lambda f: f.__name__,
+    ("make", "why"),
+    [
+        (random_bytes, r"not a skill bank \(no SQLite header\)"),
+        (empty, r"not a skill bank \(no SQLite header\)"),
+        (other_sqlite, "an SQLite file, but not a skill bank"),
+        (truncated, r"truncated: \d+ bytes where \d+ pages"),
+        (damaged, ""),
+        (next_version, "a skill bank of schema version 3, and this release reads versions 1 to 2"),
+        (hole_in_log, r"damaged \(its table 'event' holds"),
+        (lost_skill, r"damaged \(its table 'skill' holds"),
+        (lost_table, r"damaged \(its tables are not those of a skill bank"),
+        (lost_pages, r"damaged \(.*[Ff]reelist"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
 )
 @pytest.mark.parametrize("read_only", [False, True])
-def test_what_is_no_bank_is_refused_and_left_alone(tmp_path, make_skill, make, read_only):
+def test_what_is_no_bank_is_refused_and_left_alone(tmp_path, make_skill, make, why, read_only):
     path = tmp_path / "bank.sqlite"
     make(path, make_skill)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"bank\.sqlite: .*left as it is.*another path"):
+    with pytest.raises(ValueError, match=rf"bank\.sqlite: .*{why}.*left as it is.*another path"):
         SkillBank(path, read_only=read_only)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("code", [*range(5, 12), 13, 14, 26])
+def test_the_world_s_fault_or_the_file_s(code):
+    """SQLite's result codes: busy, locked, read-only, input/output, full and cannot-open go away; an OSError says so."""
+    error = sqlite3.OperationalError("told")
+    error.sqlite_errorcode = code | 3 << 8  # an extended one
+    found = bank_file.translated(error, None)
+    assert type(found) is (OSError if code in (5, 6, 8, 10, 13, 14) else ValueError) and str(found).startswith(":memory:: ")
+    assert type(bank_file.translated(sqlite3.OperationalError("without a code"), None)) is OSError
+    assert "the file is damaged (Could not decode" in str(bank_file.translated(sqlite3.OperationalError("Could not decode x"), None))
+
+
+def test_sync_flushes_the_file_and_its_wal(tmp_path, make_skill, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("skillsd.skills.bank.sync", lambda path: flushed.append(path.name))
+    with SkillBank(tmp_path / "bank.sqlite") as bank:
+        assert bank._ledger._db.execute("PRAGMA synchronous").fetchone() == (1,)  # NORMAL: SQLite leaves it to `sync`
+        bank.insert([make_skill("a")], 0)
+        bank.sync()
+        assert flushed == ["bank.sqlite", "bank.sqlite-wal"]
+        bank._ledger._db.execute("PRAGMA journal_mode = DELETE")
+        bank.sync()
+    assert flushed[2:] == ["bank.sqlite"]
+
+
+def test_what_a_reader_may_not_do(tmp_path, make_skill):
+    filled(tmp_path / "bank.sqlite", make_skill)
+    with SkillBank(tmp_path / "bank.sqlite", read_only=True) as view:
+        assert view.cut(99) == 0  # nothing to forget
+        with pytest.raises(OSError, match=r"bank\.sqlite: the bank was opened read-only"):
+            view.insert([make_skill("x")], 99)
 
 
 def test_a_left_over_wal_is_not_played_into_a_new_bank(tmp_path):
@@ -161,6 +211,8 @@ def test_a_second_writer_is_told(tmp_path, make_skill, monkeypatch):
         bank.insert([make_skill("a")], 0)
         with pytest.raises(OSError, match="another process has written"):
             other.insert([make_skill("b")], 0)
+        with pytest.raises(OSError, match="another process has written"):
+            other.tasks()  # not damage: its numbers are of a moment ago
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
@@ -201,22 +253,23 @@ def test_readers_keep_what_they_saw(tmp_path, make_skill):
     """One opened before there is a writer, others beside it; their numbers stay those of one moment, whatever is written or cut."""
     path = tmp_path / "bank.sqlite"
     filled(path, make_skill, 3)
-    readers = [SkillBank(path, read_only=True)]
+    readers, late = [SkillBank(path, read_only=True)], []  # the late ones are asked at the end: nothing is in their memory
     told = [seen(readers[0])]
     with SkillBank(path, capacity=3) as bank:
         for i in range(1, 40):
             bank.insert([make_skill(f"skill {i} {k} " * 99, f"t{k}", k / 8, i) for k in range(8)], i)
             bank.record_use(i, i)
             if i % 10 == 0:
-                readers.append(SkillBank(path, read_only=True))
+                for group in (readers, late):
+                    group.append(SkillBank(path, read_only=True))
                 told.append(seen(bank))
             if i % 13 == 0:
                 bank.cut(i - 2)
             bank._ledger._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
             assert [seen(reader) for reader in readers] == told
         last = seen(bank)
-    assert len(set(told)) == 4 and [seen(reader) for reader in readers] == told
-    for reader in readers:
+    assert len(set(told)) == 4 and [seen(reader) for reader in readers] == told and [seen(reader) for reader in late] == told[1:]
+    for reader in readers + late:
         reader.close()
     with SkillBank(path, read_only=True) as view:
         assert seen(view) == last

@@ -37,7 +37,8 @@ def version(path):
 
 
 @pytest.mark.parametrize("earlier", range(1, bank_file.SCHEMA_VERSION))
-def test_every_earlier_version_is_read_and_brought_up(tmp_path, make_skill, earlier):
+def test_every_earlier_version_is_read_and_brought_up(tmp_path, make_skill, monkeypatch, earlier):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "bank.sqlite"
     old_bank(path, earlier)
     expected = json.loads((DATA / f"bank_v{earlier}.json").read_text(encoding="utf-8"))
@@ -49,6 +50,7 @@ def test_every_earlier_version_is_read_and_brought_up(tmp_path, make_skill, earl
         SkillBank(path, booking="gap")
     assert path.read_bytes() == before
     with SkillBank(path, **SETTINGS) as bank:
+        assert (tmp_path / "bank.sqlite-wal").stat().st_size == 0  # all of it is in the file
         assert told(bank, n) == expected
         play(bank, make_skill, 3, 8, 12)
         assert bank.cut(8, expect=expected["position"]) > 0 and told(bank, n) == expected
