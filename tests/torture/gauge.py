@@ -11,14 +11,21 @@ from typing import Any
 
 import lightning as L
 
-COLUMNS = ("iteration", "resident_kib", "files", "threads", "seconds")
+COLUMNS = ("iteration", "resident_kib", "files", "threads", "seconds", "yardstick")
+
+
+def yardstick() -> float:
+    """CPU seconds of something that is always the same: what else a shared machine does slows both."""
+    start = time.process_time()
+    sum(i * i for i in range(200_000))
+    return time.process_time() - start
 
 
 class Gauge(L.Callback):
     """Appends a line to gauge.csv in the run folder every `every` iterations. Linux alone.
 
     Args:
-        every: Iterations between two lines; `seconds` is their mean, of all the process's threads.
+        every: Iterations between two lines; `seconds` is their mean, of all the process's threads, `yardstick` is what it is now.
     """
 
     def __init__(self, every: int = 20) -> None:
@@ -35,7 +42,8 @@ class Gauge(L.Callback):
             return
         now = time.process_time()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-        row = (trainer.global_step, resident, len(os.listdir("/proc/self/fd")), threading.active_count(), (now - self.last) / self.every)
+        held = len(os.listdir("/proc/self/fd")), threading.active_count()
+        row = (trainer.global_step, resident, *held, (now - self.last) / self.every, yardstick())
         with self._file(trainer).open("a", newline="") as f:
             csv.writer(f).writerow(row)
         self.last = time.process_time()
