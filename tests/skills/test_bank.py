@@ -245,3 +245,23 @@ def test_an_error_in_the_middle_of_a_call_leaves_no_trace(make_skill, monkeypatc
     other = SkillBank(capacity=2)
     other.insert([make_skill(text, task_id, 0.5) for text in "abc" for task_id in ("t1", "t2")], 0)
     assert bank.insert(new, 1) == other.insert(new, 1) and rows(bank) == rows(other)
+
+
+def test_what_was_read_last_of_a_few_tasks_is_kept(make_skill, monkeypatch):
+    monkeypatch.setattr(ledger, "_HOT_TASKS", 3)
+    bank, asked = SkillBank(capacity=None), []
+    bank.insert([make_skill(f"{k}", f"t{i}") for i, n in enumerate([1, 1, 32, 1, 33]) for k in range(n)], 0)
+    bank._ledger._db.set_trace_callback(asked.append)
+
+    def reads(task_id):
+        asked.clear()
+        bank.retrieve(task_id)
+        return sum("FROM state" in statement for statement in asked)
+
+    assert [reads(t) for t in ("t0", "t0", "t1", "t2", "t2", "t0")] == [1, 0, 1, 1, 0, 0]
+    assert [reads(t) for t in ("t3", "t3", "t0")] == [1, 0, 1]  # a fourth: all are forgotten
+    assert reads("t4") == reads("t4") == 1  # it has too many
+    bank.record_use(1, 0)
+    assert reads("t0") == 1
+    with pytest.raises(ValueError, match="skill 99 was never inserted"):
+        bank._ledger.state(99)

@@ -3,6 +3,7 @@
 import random
 import shutil
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,22 @@ def rewound(path):
         bank.cut(6)
         n = bank._ledger.tally.skills
     return everything(path, n)
+
+
+@pytest.mark.parametrize("table", ["state", "task"])
+def test_a_row_of_an_earlier_moment_is_seen(tmp_path, make_skill, table):
+    """As many rows as there should be, each with a CRC that fits: the sum over them tells."""
+    path = tmp_path / "bank.sqlite"
+    with SkillBank(path) as bank:
+        bank.insert([make_skill("a"), make_skill("b")], 0)
+    with closing(sqlite3.connect(path)) as db:
+        (early, *_) = db.execute(f"SELECT * FROM {table}").fetchall()
+    with SkillBank(path) as bank:
+        bank.record_use(early[3] if table == "state" else 1, 1)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"REPLACE INTO {table} VALUES ({', '.join('?' * len(early))})", early)
+    with pytest.raises(ValueError, match=rf"damaged \(rows of its table '{table}' are missing or doubled"), SkillBank(path) as bank:
+        bank.skills("t1")
 
 
 def test_a_schema_that_is_no_text(tmp_path, whole):

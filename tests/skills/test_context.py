@@ -35,6 +35,10 @@ def test_own_and_none(bank):
     assert NoContext()(bank, "t3", TASKS, 0, 0) is None
 
 
+def test_by_default_untried_skills_come_first():
+    assert vars(BankContext()) == vars(ShuffledContext()) == {"c": 2**0.5, "untried": "first"}
+
+
 def test_untried_skills_first_or_as_a_prior(bank):
     used = bank.retrieve("t3")
     bank.record_use(used.skill_id, 0, reward=1.0, gap=0.0)
