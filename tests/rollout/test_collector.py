@@ -378,17 +378,19 @@ def test_others_decode_while_an_environment_thinks(waiting):
 
 def test_the_next_rollout_waits_for_environments_that_still_answer(waiting):
     """After an interruption; otherwise one would be reset under the thread that is in it."""
-    inside = []
+    inside, entered = [], threading.Event()
 
     def pause(name: str, turn: int) -> float:
         if name == "slow" and turn == 1:
             inside.append(name)
+            entered.set()
             time.sleep(2.0)
             inside.remove(name)
         return 0.0
 
     def error(name: str, turn: int) -> None:
         if name == "broken":
+            assert entered.wait(30)
             raise SystemExit("no answer")
 
     collector = waiting({"pause": pause, "error": error}, env_workers=2)
