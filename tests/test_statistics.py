@@ -172,3 +172,5 @@ def test_power_at_the_edges():
     assert power_n(0.0, 1.0) == inf and power_n(0.1, 0.0) == 2 and isnan(power_n(nan, 1.0)) and isnan(power_n(1.0, nan))
     assert power_n(1e-3, 1.0) == pytest.approx((1.959964 + 1.281552) ** 2 * 1e6, rel=1e-5)
     assert power_n(100.0, 1.0) == 2
+    assert power_n(6.0, 1.0, 0.75) == power_n(9.0, 1.0, 0.75) == 3  # two seeds reach 0.49 and 0.68; scipy's noncentral t is nan at 6
+    assert paired_t([1e-170, 3e-170, -1e-170], [0.0] * 3)[3] == pytest.approx(paired_t([1.0, 3.0, -1.0], [0.0] * 3)[3])

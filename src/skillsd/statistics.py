@@ -89,6 +89,7 @@ def paired_t(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tup
         return mean, low, high, nan
     if np.ptp(d) <= TIE * scale:
         return mean, low, high, sign_flip(np.where(np.abs(d) <= TIE * scale, 0.0, d).tolist())
+    d = np.ldexp(d, -np.frexp(np.abs(d).max())[1])  # squares of very small differences would be 0
     return mean, low, high, float(scipy.stats.ttest_1samp(d, 0.0).pvalue)
 
 
@@ -154,9 +155,14 @@ def power_n(effect: float, sd: float, power: float = 0.9, alpha: float = 0.05) -
         return 2
     size = abs(effect) / sd
 
-    def reached(n: int) -> float:
-        critical = scipy.stats.t.isf(alpha / 2, n - 1)
-        return float(scipy.stats.nct.sf(critical, n - 1, size * sqrt(n)) + scipy.stats.nct.cdf(-critical, n - 1, size * sqrt(n)))
+    def reached(n: int) -> float:  # scipy's noncentral t is nan at some arguments, so over the quantiles of the sample's spread
+        shift, critical = size * sqrt(n), scipy.stats.t.isf(alpha / 2, n - 1)
+
+        def given(quantile: float) -> float:
+            bound = critical * sqrt(2 * scipy.special.gammaincinv((n - 1) / 2, quantile) / (n - 1))
+            return float(scipy.special.ndtr(shift - bound) + scipy.special.ndtr(-shift - bound))
+
+        return float(scipy.integrate.quad(given, 0, 1, epsabs=1e-10)[0])
 
     n = ((scipy.stats.norm.isf(alpha / 2) + scipy.stats.norm.ppf(power)) / size) ** 2  # of a z test: always fewer
     if n > 1e5:  # the t test needs two or three more
