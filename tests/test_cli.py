@@ -161,6 +161,8 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--model.init_args.optimizer.warmup_steps", "null"],
         r"model\.init_args\.optimizer\.warmup_steps is null and takes none: give its value, of type int",
     ),
+    "no arguments of a class": (["-c", "odd.yaml"], r"data\.init_args\.env_kwargs\.size\.class_path\.init_args is no mapping"),
+    "a list for arguments": (["-c", "list.yaml"], r"teacher is no mapping"),
     "null for a dataclass": (["--model.init_args.policy.lora=null"], r"model\.init_args\.policy\.lora is null .*LoraSettings"),
     "null for a choice": (["--model.init_args.optimizer.schedule=null"], r"optimizer\.schedule is null .*one of constant, cosine"),
     "a class that cannot be built": (
@@ -192,6 +194,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "rewriting.jinja").write_text(REWRITING)
     (tmp_path / "broken.yaml").write_text("data: [\n")
+    (tmp_path / "odd.yaml").write_text("data: {init_args: {env_kwargs: {size: {class_path: {class_path: x.Y, init_args: 3}}}}}\n")
+    (tmp_path / "list.yaml").write_text("teacher: [{class_path: x.Y, init_args: 3}]\n")
     (tmp_path / "class.yaml").write_text("model: {init_args: {objective: {gate: {class_path: {a: 1}}}}}\n")
     (tmp_path / "null.yaml").write_text('trainer: "\\0"\n')
     (tmp_path / "wrong.yaml").write_text("data: {init_args: {rollout: {max_rows: x}}}\n")

@@ -34,7 +34,7 @@ from skillsd.class_paths import config
 from skillsd.doctor import doctor
 from skillsd.durable import write
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
-from skillsd.keys import reading, refuse_nulls, refusing
+from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
 from skillsd.skills.callback import SkillBankCallback
@@ -183,6 +183,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         refuse_secrets(_flat(config.as_dict(), lists=True))
+        refuse_shapes(config.as_dict(), TYPES)
         refuse_nulls(config.as_dict(), TYPES)
         if config.get("weights_only") is False:
             raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")

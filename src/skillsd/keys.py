@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,33 @@ def refuse_nulls(config: Mapping[str, Any], types: Mapping[str, type]) -> None:
             raise ConfigError(f"{key} is null and takes none: give {_named(hint)}, or leave it out.")
 
 
+def refuse_shapes(config: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """jsonargparse takes a list for a class's arguments, and anything for `init_args` where a key's type is open; both fail later.
+
+    Args:
+        config, types: As for `refuse_nulls`.
+
+    Raises:
+        ConfigError: what stands there is no mapping.
+    """
+    for name in types:
+        if not isinstance(config.get(name, {}), Mapping | None):
+            raise ConfigError(f"{name} is no mapping: give its arguments by name.")
+    for key in _odd(config, ""):
+        raise ConfigError(f"{key} is no mapping: give the class's arguments by name, or leave it out.")
+
+
+def _odd(value: Any, key: str) -> Iterator[str]:
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _odd(item, f"{key}[{i}]")
+    elif isinstance(value, Mapping):
+        if "class_path" in value and not isinstance(value.get("init_args"), Mapping | None):
+            yield f"{key}.init_args"
+        for name, inner in value.items():
+            yield from _odd(inner, f"{key}.{name}".lstrip("."))
+
+
 def _nulls(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any]]:
     if value is None and _refuses_none(hint):
         yield key, hint
@@ -35,16 +62,22 @@ def _nulls(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _nulls(item, Any, f"{key}[{i}]")
     elif isinstance(value, Mapping):
         try:
-            kind = resolve_name(value["class_path"]) if "class_path" in value else _plain(hint)
+            kind = _imported(value["class_path"]) if "class_path" in value else _plain(hint)
             hints = get_type_hints(kind.__init__)
             defaults = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
         except (AttributeError, ImportError, KeyError, NameError, TypeError, ValueError):
             return  # no class, or one whose types cannot be read
         if "class_path" in value:
-            value, key = value.get("init_args") or {}, f"{key}.init_args"
-        for name, inner in value.items():
+            value, key = value.get("init_args"), f"{key}.init_args"
+        for name, inner in value.items() if isinstance(value, Mapping) else ():
             if name in hints and not (inner is None and defaults.get(name) is None):
                 yield from _nulls(inner, hints[name], f"{key}.{name}")
+
+
+def _imported(path: str) -> Any:
+    """A class by its path. KeyError or AttributeError if the parser has not taken it: nothing is imported here."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules[module], name)
 
 
 def _plain(hint: Any) -> Any:

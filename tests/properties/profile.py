@@ -1,4 +1,4 @@
-"""How long properties are looked at: a moment in `make test`, a hundred times as long with SKILLSD_PROPERTIES=torture."""
+"""How long properties are looked at: a moment in `make test`; SKILLSD_PROPERTIES=n looks at n times as many examples."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-MORE = 100 if os.environ.get("SKILLSD_PROPERTIES") == "torture" else 1
+MORE = int(os.environ.get("SKILLSD_PROPERTIES", "1"))
 
 
 def examples(n: int) -> settings:
-    """`n` examples, the same in every run; with the torture profile 100 times as many."""
+    """`n` examples, the same in every run; n times as many are those of `--hypothesis-seed`."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(max_examples=n * MORE, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
+    return settings(max_examples=n * MORE, derandomize=MORE == 1, deadline=None, database=None, suppress_health_check=checks)
