@@ -12,22 +12,23 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static char folder[PATH_MAX];
+static char folder[PATH_MAX], first[PATH_MAX];
 static long at, calls, hits;
 static int error, lasting;
 
 void fault_arm(const char *path, int n, int e, int all_after) {
     snprintf(folder, sizeof folder, "%s/", path);
-    at = n, error = e, lasting = all_after, calls = hits = 0;
+    at = n, error = e, lasting = all_after, calls = hits = first[0] = 0;
 }
 long fault_count(void) { return calls; }
 long fault_hits(void) { return hits; }
+const char *fault_first(void) { return first; }
 
 static int fails(const char *path) {
     if (!folder[0] || !path || strncmp(path, folder, strlen(folder))) return 0;
     long n = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
     if (!at || n < at || (n > at && !lasting)) return 0;
-    __atomic_add_fetch(&hits, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_add_fetch(&hits, 1, __ATOMIC_SEQ_CST) == 1) snprintf(first, sizeof first, "%s", path);
     errno = error;
     return 1;
 }

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from skillsd.durable import check_folder
@@ -247,9 +248,11 @@ class Policy(nn.Module):
             raise ConfigError(f"policy.lora.init: {folder} adapts other layers ({result.unexpected_keys[0]}): set policy.lora.targets.")
 
     def save_adapter(self, folder: Path, name: str = "student") -> None:
-        """Write one adapter as a PEFT folder `folder/name`."""
-        # Embeddings are never adapted; letting PEFT find that out asks the hub on every save.
-        self.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        """Write one adapter as a PEFT folder `folder/name`. Raises OSError."""
+        try:  # embeddings are never adapted; letting PEFT find that out asks the hub on every save
+            self.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        except SafetensorError as e:  # its text alone says what the system answered
+            raise OSError(f"{folder / name}: {e}. Free the disk, and resume") from e
 
     # -- scoring --------------------------------------------------------------------------------------------------------
 

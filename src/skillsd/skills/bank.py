@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
@@ -204,14 +204,24 @@ class SkillBank:
                     sync(path)
 
     def close(self) -> None:
-        """Closes the file. May be called twice."""
-        self._ledger.close()
+        """Moves what stands in the log beside the file into it, and closes it. May be called twice.
+
+        Raises:
+            OSError: The disk is full or broken. Nothing is lost: what could not be moved stays in the log.
+        """
+        try:
+            if self.path is not None and not self._read_only:
+                with self._told():
+                    self._ledger.checkpoint()
+        finally:
+            self._ledger.close()
 
     def __enter__(self) -> SkillBank:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        with suppress(OSError) if error else nullcontext():
+            self.close()
 
     # Inside
 

@@ -212,7 +212,8 @@ def _create(path: Path, booking: Booking) -> None:
         db = sqlite3.connect(new, isolation_level=None)
         try:
             _fill(db, booking)
-            db.execute("PRAGMA journal_mode = WAL")
+            if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":  # it gives no other sign of an error
+                raise OSError(f"{path}: it could not be made. Free the disk, and start again")
         finally:
             db.close()
     except sqlite3.Error as error:

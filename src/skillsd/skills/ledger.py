@@ -53,7 +53,7 @@ class Ledger:
     """
 
     def __init__(self, db: sqlite3.Connection, booking: Booking) -> None:
-        self._db, self.booking = db, booking
+        self._db, self.booking, self._closed = db, booking, False
         self.tally = self._stored()
         self._open: dict[str, _Open] = {}
         self._waiting: dict[str, list[tuple[object, ...]]] = {SKILL.insert: [], EVENT.insert: []}  # rows to write, by statement
@@ -144,8 +144,14 @@ class Ledger:
         """Whether another connection has written since this one last read or wrote the tally."""
         return self._stored() != self.tally
 
+    def checkpoint(self) -> None:
+        """Moves what stands in the WAL into the file; closing does that too, but tells of no error. Does nothing once it is closed."""
+        if not self._closed:
+            self._db.execute("PRAGMA wal_checkpoint")
+
     def close(self) -> None:
         """Closes the connection. May be called twice."""
+        self._closed = True
         self._db.close()
 
     # Writing
