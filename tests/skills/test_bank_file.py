@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,49 @@ def test_a_full_disk_is_an_os_error_and_the_bank_goes_on(tmp_path, make_skill):
             bank.insert([make_skill("long " * 20_000)], 1)
         assert bank.position == 1 and len(bank) == 1
         assert bank.insert([make_skill("b")], 0) == [2]
+
+
+@pytest.fixture
+def file_size():
+    """Sets the most bytes that a file may have."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_bank_that_cannot_be_closed_loses_nothing(tmp_path, make_skill, file_size):
+    path = tmp_path / "bank.sqlite"
+    bank = SkillBank(path, capacity=None)
+    bank.insert([make_skill(f"skill {i} " * 20) for i in range(60)], 0)
+    file_size(path.stat().st_size)
+    with pytest.raises(OSError, match=r"bank\.sqlite: .*Free the disk"):
+        bank.close()
+    file_size(None)
+    bank.close()
+    with SkillBank(path) as again:
+        assert len(again) == 60
+    assert not path.with_name("bank.sqlite-wal").exists()
+
+
+def test_an_error_is_told_before_that_of_the_closing(tmp_path, make_skill, file_size):
+    with pytest.raises(RuntimeError, match="the first"), SkillBank(tmp_path / "bank.sqlite", capacity=None) as bank:
+        bank.insert([make_skill(f"skill {i} " * 20) for i in range(60)], 0)
+        file_size(bank.path.stat().st_size)
+        raise RuntimeError("the first")
+
+
+def test_a_bank_without_a_wal_is_not_made(tmp_path, monkeypatch):
+    class Connection(sqlite3.Connection):
+        def execute(self, sql, *args):  # what SQLite answers if it could not change the mode
+            return super().execute("PRAGMA journal_mode" if sql == "PRAGMA journal_mode = WAL" else sql, *args)
+
+    monkeypatch.setattr(bank_file.sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
+    with pytest.raises(OSError, match="Free the disk"):
+        SkillBank(tmp_path / "bank.sqlite")
+    monkeypatch.undo()
+    assert not (tmp_path / "bank.sqlite").exists()
+    SkillBank(tmp_path / "bank.sqlite").close()
 
 
 def test_a_second_writer_is_told(tmp_path, make_skill, monkeypatch):
