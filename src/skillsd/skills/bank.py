@@ -220,7 +220,7 @@ class SkillBank:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(OSError) if error else nullcontext():
+        with suppress(OSError, ValueError) if error else nullcontext():
             self.close()
 
     # Inside
