@@ -182,9 +182,10 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        refuse_secrets(_flat(config.as_dict(), lists=True))
-        refuse_shapes(config.as_dict(), TYPES)
-        refuse_nulls(config.as_dict(), TYPES)
+        nested = config.as_dict()
+        refuse_secrets(_flat(nested, lists=True))
+        refuse_shapes(nested, TYPES)
+        refuse_nulls(nested, TYPES)
         if config.get("weights_only") is False:
             raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")
         given = config.get("ckpt_path")
