@@ -125,15 +125,17 @@ def mutants(path: Path) -> Iterator[Mutant]:
 
 
 def _quiet(node: ast.AST) -> bool:
-    """What is not changed: documentation, what an error says, the list of exports, imports, log messages."""
+    """What is not changed: documentation, what an error says, the list of exports, imports, log messages, names of type variables."""
     if isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr):
         return True
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("__all__", "log"):
         return True
-    called = node.func if isinstance(node, ast.Call) else None
-    return isinstance(called, ast.Name) and called.id.endswith("Error") and called.id != "RecursionError"
+    if not isinstance(node, ast.Call):
+        return False
+    called = ast.unparse(node.func)
+    return called in ("Damaged", "refused", "TypeVar") or called.startswith("log.") or called.endswith("Error")
 
 
 def _shown(node: ast.AST) -> str:
@@ -272,11 +274,18 @@ def known() -> dict[str, str]:
     return {k: why for k, _, why in (line.partition("  # ") for line in lines if line and not line.startswith("#"))}
 
 
+def _survived(line: str) -> str:
+    """The key in a line that `main` has printed, without a reason behind it."""
+    result, _, key = line.partition(": ")
+    return key.partition("  # ")[0] if result in ("survived", "timeout", "new survivor") else ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", help="under src/skillsd, or a file there; its tests are those under tests/ of that name")
     parser.add_argument("--skip", default="", help="names of files, with commas between")
     parser.add_argument("--files", default="", help="only these names")
+    parser.add_argument("--again", help="a file with what an earlier run printed: only those that survived it")
     parser.add_argument("--tests", nargs="*", help="instead of tests/<folder>")
     parser.add_argument("--sample", type=int, help="a random part: this many mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -284,6 +293,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="mutants beside each other")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     args = parser.parse_args()
+    again = args.again and {_survived(line) for line in Path(args.again).read_text().splitlines()}
     os.chdir(ROOT)
     excused, skip, only = known(), args.skip.split(","), args.files.split(",") if args.files else None
     count, new, used, began = {"killed": 0, "survived": 0, "timeout": 0, "not run": 0}, [], set(), time.monotonic()
@@ -292,7 +302,7 @@ def main() -> int:
         files = [
             f for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path]) if f.name not in skip and (not only or f.name in only)
         ]
-        todo = [m for f in files for m in mutants(f)]
+        todo = [m for f in files for m in mutants(f) if not again or m.key in again]
         if args.sample is not None and args.sample < len(todo):
             todo = sorted(random.Random(args.seed).sample(todo, args.sample))
         if args.list:
@@ -317,7 +327,7 @@ def main() -> int:
             if result != "killed":
                 why = excused.get(m.key)
                 used.add(m.key)
-                print(f"{result}: {m.file}:{m.line} {m.scope}: {m.change}" + (f"  # {why}" if why else ""), flush=True)
+                print(f"{result}: {m.key}" + (f"  # {why}" if why else ""), flush=True)
                 if result == "survived" and not why:
                     new.append(m.key)
         count["not run"] += len(todo) - ran
