@@ -357,5 +357,7 @@ def test_messages_of_the_parser():
     assert errors.one_line(nested).startswith("data.init_args.rollout.max_rows: Expected a <class 'int'>. Got value: x")
     assert errors.one_line('Parser key "a.b": must be larger') == '"a.b": must be larger'
     assert errors.one_line("key: do this\n") == "key: do this"
+    twice = 'Parser key "teacher":\n  Parser key "teacher":\n    Unable to load'
+    assert errors.one_line(twice).startswith("teacher: Unable to load")
     group = "Parser key \"model\":\n  Errors:\n    - Group 'policy' does not accept option 'lora.x'"
     assert errors.one_line(group).startswith("model: no key model.init_args.policy.lora.x is known")

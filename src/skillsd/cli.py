@@ -34,7 +34,7 @@ from skillsd.class_paths import config
 from skillsd.doctor import doctor
 from skillsd.durable import write
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
-from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing
+from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
 from skillsd.skills.callback import SkillBankCallback
@@ -174,6 +174,8 @@ class CLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ConfigError:
             raise
+        except ArgumentError as e:
+            raise ConfigError(one_line(str(e), specifying(e))) from e
         except (ValueError, OmegaConfBaseException, RecursionError) as e:
             why = " ".join(str(e).split())
             if (key := reading(e)) and not isinstance(e, UnicodeDecodeError | OmegaConfBaseException):

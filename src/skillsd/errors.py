@@ -44,8 +44,8 @@ def told(e: Exception) -> str:
     return one_line(str(e)) if isinstance(e, ArgumentError) else " ".join(str(e).split())
 
 
-def one_line(message: str) -> str:
-    """The line of a nested parser error that says what is wrong, with the key it is about."""
+def one_line(message: str, under: str = "") -> str:
+    """The line of a nested parser error that says what is wrong, with the key it is about; `under` is the end of it that the text lacks."""
     noise = (
         "Does not validate",
         "Subtypes:",
@@ -56,8 +56,11 @@ def one_line(message: str) -> str:
         "Parser key",
     )
     key = _key(message)
+    if under and not f".{key}".endswith(f".{under}"):
+        key = f"{key}.{'init_args.' * (key in _CLASSES)}{under}".lstrip(".")
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
     lines = ["its class_path is no text" if line.startswith("unhashable type") else line for line in lines]
+    lines = [re.sub(r" (Add the import path to|To accept subclasses use) .*set_parsing_settings.*", "", line) for line in lines]
     lines = [re.sub(r"^Group '(.+)' does not accept option '(.+)'", r"no key \1.\2 is known", line) for line in lines]
     if key in _CLASSES:
         lines = [line.replace("no key ", f"no key {key}.init_args.") for line in lines]
@@ -76,7 +79,7 @@ def _key(message: str) -> str:
     for line in message.splitlines():
         found = re.search(r'Parser key "([^"]+)"', line)
         if found and found.start() > depth:
-            path, depth = [*path, found[1]], found.start()
+            path, depth = [*path, *[found[1]] * (path[-1:] != [found[1]])], found.start()  # one may be named twice
     under = [f"{name}.init_args" if name.split(".")[-1] in _CLASSES else name for name in path[:-1]]
     return ".".join([*under, *path[-1:]])
 

@@ -104,6 +104,11 @@ def reading(error: BaseException) -> str:
     return _dests(error, {"_check_value_key": "action"})[-1]
 
 
+def specifying(error: BaseException) -> str:
+    """The key of a dataclass whose `class_path` jsonargparse refused, without those above it; "" if it refused something else."""
+    return _dests(error, {"resolve_subclass_spec": "self"})[-1]
+
+
 def refusing(error: BaseException, config: Mapping[str, Any]) -> str:
     """The key whose class refused its arguments; "" if jsonargparse's frames do not say it. Its text never does.
 
