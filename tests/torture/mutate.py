@@ -192,14 +192,17 @@ def passes(tests: Sequence[str], *more: str, plugins: Sequence[object] = ()) -> 
     return not pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not torture", *more, *tests], plugins)
 
 
-class _Seconds:
-    """What pytest tells about each test."""
+class _Told:
+    """What pytest tells: seconds of each test, and which one failed."""
 
     def __init__(self) -> None:
-        self.of: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.failed: list[str] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self.of[report.nodeid] = self.of.get(report.nodeid, 0.0) + report.duration
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed.append(f"{report.nodeid}\n{report.longreprtext}")
 
 
 class Reach:
@@ -208,17 +211,19 @@ class Reach:
     def __init__(self, tests: list[str], source: Path) -> None:
         self.tests = tests
         with tempfile.TemporaryDirectory() as folder:
-            data, times = Path(folder) / "coverage", Path(folder) / "seconds.json"
+            data, told = Path(folder) / "coverage", Path(folder) / "told.json"
 
             def once() -> bool:
-                os.environ["COVERAGE_FILE"], seconds = str(data), _Seconds()
-                good = passes(tests, f"--cov={source}", "--cov-context=test", "--cov-report=", plugins=[seconds])
-                times.write_text(json.dumps(seconds.of))
+                os.environ["COVERAGE_FILE"], plugin = str(data), _Told()
+                good = passes(tests, f"--cov={source}", "--cov-context=test", "--cov-report=", plugins=[plugin])
+                told.write_text(json.dumps([plugin.seconds, plugin.failed]))
                 return good
 
-            if os.waitpid(forked(once), 0)[1]:
-                raise RuntimeError(f"{' '.join(tests)}: they fail on the source as it is")
-            seconds, found = json.loads(times.read_text()), CoverageData(str(data))
+            ended = os.waitpid(forked(once), 0)[1]
+            seconds, failed = json.loads(told.read_text()) if told.is_file() else ({}, [])
+            if ended:
+                raise RuntimeError("\n".join([f"{' '.join(tests)}: they fail on the source as it is", *failed]))
+            found = CoverageData(str(data))
             found.read()
             self._of = {
                 f: {line: sorted({t.partition("|")[0] for t in at}, key=lambda t: seconds.get(t, 0.0)) for line, at in lines.items()}
