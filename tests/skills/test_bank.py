@@ -265,3 +265,20 @@ def test_what_was_read_last_of_a_few_tasks_is_kept(make_skill, monkeypatch):
     assert reads("t0") == 1
     with pytest.raises(ValueError, match="skill 99 was never inserted"):
         bank._ledger.state(99)
+
+
+def test_what_waits_can_be_undone(make_skill):
+    """Within a transaction: nothing of it is in the file yet."""
+    ledger = SkillBank()._ledger
+    with ledger.transaction():
+        ledger.append("insert", 0, make_skill("a"))
+        ledger.undo()
+        ledger.append("insert", 0, make_skill("b"))
+    assert ledger.tally.seq == 1 and ledger.skill(1).golden_workflow == "b."
+
+
+def test_an_event_that_is_none(make_skill):
+    ledger = SkillBank()._ledger
+    with pytest.raises(ValueError, match="unknown kind 'use'"), ledger.transaction():
+        ledger.append("use", 0, make_skill("a"))
+    assert ledger.tally.seq == 0

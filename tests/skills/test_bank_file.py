@@ -175,19 +175,138 @@ def test_what_a_reader_may_not_do(tmp_path, make_skill):
             view.insert([make_skill("x")], 99)
 
 
-def test_a_left_over_wal_is_not_played_into_a_new_bank(tmp_path):
-    (tmp_path / "bank.sqlite-wal").write_bytes(b"old")
-    with pytest.raises(ValueError, match="left over"):
+@pytest.mark.parametrize("left", ["bank.sqlite-wal", "bank.sqlite-journal"])
+def test_what_is_left_of_another_bank_is_not_played_into_a_new_one(tmp_path, left):
+    (tmp_path / left).write_bytes(b"old")
+    with pytest.raises(ValueError, match=f"{left}: it is left over"):
         SkillBank(tmp_path / "bank.sqlite")
-    assert [file.name for file in tmp_path.iterdir()] == ["bank.sqlite-wal"]
+    assert [file.name for file in tmp_path.iterdir()] == [left]
+
+
+def test_what_is_left_of_a_bank_that_was_not_finished_is_swept_away(tmp_path, monkeypatch):
+    for end in ("", "-journal", "-wal", "-shm"):
+        (tmp_path / f"bank.sqlite.new{end}").write_bytes(b"old")
+    there, replace = [], os.replace
+    monkeypatch.setattr(
+        bank_file.os, "replace", lambda old, new: (there.append([file.name for file in tmp_path.iterdir()]), replace(old, new))
+    )
+    SkillBank(tmp_path / "bank.sqlite").close()
+    assert there == [["bank.sqlite.new"]]  # all of the new one is in it before it gets its name
+    assert [file.name for file in tmp_path.iterdir()] == ["bank.sqlite"]
 
 
 def test_a_new_bank_is_flushed_into_its_folder(tmp_path, monkeypatch):
-    path, flushed = tmp_path / "new" / "bank.sqlite", []
+    path, flushed = tmp_path / "new" / "er" / "bank.sqlite", []
     monkeypatch.setattr(bank_file, "sync", lambda folder: flushed.append((folder, path.exists())))
     for _ in range(2):
         SkillBank(path).close()
-    assert flushed == [(tmp_path / "new", True)]
+    assert flushed == [(path.parent, True)]
+
+
+def test_a_later_version_is_not_even_opened(tmp_path, make_skill):
+    """SQLite would make sidecar files beside it."""
+    path = tmp_path / "bank.sqlite"
+    next_version(path, make_skill)
+    path.with_name("bank.sqlite-wal").write_bytes(b"later")
+    with pytest.raises(ValueError, match="schema version 3"):
+        SkillBank(path, read_only=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bank.sqlite", "bank.sqlite-wal"]
+
+
+def test_the_largest_pages(tmp_path, make_skill):
+    path = filled(tmp_path / "bank.sqlite", make_skill)
+    db = sqlite3.connect(path, isolation_level=None)
+    for statement in ("PRAGMA journal_mode = DELETE", "PRAGMA page_size = 65536", "VACUUM", "PRAGMA journal_mode = WAL"):
+        db.execute(statement)
+    db.close()
+    with SkillBank(path, read_only=True) as view:
+        assert len(view) == 60
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"truncated: \d+ bytes where \d+ pages of 65536 are expected"):
+        SkillBank(path)
+
+
+@pytest.fixture
+def killed(tmp_path, make_skill):
+    """What a run leaves that is killed while SQLite moves pages from the WAL into the file: the header is there, the last pages are not."""
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    with SkillBank(tmp_path / "bank.sqlite", capacity=None) as bank:
+        size = bank.path.stat().st_size
+        bank.insert([make_skill(f"skill {i} " * 20) for i in range(60)], 0)
+        bank._ledger._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        for name in ("bank.sqlite", "bank.sqlite-wal"):
+            (folder / name).write_bytes(tmp_path.joinpath(name).read_bytes())
+        told = seen(bank)
+    os.truncate(folder / "bank.sqlite", size)
+    return folder / "bank.sqlite", told
+
+
+def test_a_reader_leaves_a_killed_run_as_it_is(killed):
+    path, told = killed
+    before = {name: path.with_name(name).read_bytes() for name in ("bank.sqlite", "bank.sqlite-wal")}
+    for _ in range(2):
+        with SkillBank(path, read_only=True) as view:
+            assert seen(view) == told
+        assert {name: path.with_name(name).read_bytes() for name in before} == before
+    with SkillBank(path, capacity=None) as bank:
+        assert seen(bank) == told
+
+
+def test_an_empty_wal_brings_no_pages(killed):
+    path, _ = killed
+    path.with_name("bank.sqlite-wal").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"truncated: \d+ bytes where"):
+        SkillBank(path, read_only=True)
+
+
+def test_a_reader_can_write_nothing(tmp_path, make_skill):
+    view = SkillBank(filled(tmp_path / "bank.sqlite", make_skill, 3), read_only=True)
+    with view, pytest.raises(sqlite3.OperationalError, match="readonly"):
+        view._ledger._db.execute("DELETE FROM skill")
+
+
+@pytest.mark.parametrize("refused", [None, "bank.sqlite", "disk"])
+def test_a_reader_is_known_to_writers_unless_the_disk_is_read_only(tmp_path, make_skill, monkeypatch, refused):
+    path = tmp_path / "disk" / "bank.sqlite"
+    filled(path, make_skill, 3)
+    monkeypatch.setattr(bank_file.os, "access", lambda at, mode: mode == os.W_OK and Path(at).name != refused)
+    with SkillBank(path, read_only=True) as view:
+        assert len(view) == 3
+        assert path.with_name("bank.sqlite-shm").exists() is (refused is None)
+
+
+def test_a_writer_that_closes_while_a_reader_opens(tmp_path, make_skill, monkeypatch):
+    """The WAL was there when the reader looked, and is gone when SQLite does."""
+    writer = SkillBank(tmp_path / "bank.sqlite")
+    writer.insert([make_skill("a")], 0)
+    connect = sqlite3.connect
+
+    def late(*args, **kwargs):
+        writer.close()
+        return connect(*args, **kwargs)
+
+    monkeypatch.setattr(bank_file.sqlite3, "connect", late)
+    with SkillBank(writer.path, read_only=True) as view:
+        assert len(view) == 1
+
+
+@pytest.mark.parametrize(("code", "waits"), [(sqlite3.SQLITE_CANTOPEN, [0.01, 0.1]), (sqlite3.SQLITE_BUSY, [])])
+def test_a_reader_tries_three_times_what_may_go_away(tmp_path, make_skill, monkeypatch, code, waits):
+    class Connection(sqlite3.Connection):
+        def execute(self, sql, *args):
+            if "sqlite_master" not in sql:
+                return super().execute(sql, *args)
+            error = sqlite3.OperationalError("told")
+            error.sqlite_errorcode = code | 2 << 8  # an extended one
+            raise error
+
+    path, waited = filled(tmp_path / "bank.sqlite", make_skill, 1), []
+    monkeypatch.setattr(bank_file.sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
+    monkeypatch.setattr(bank_file.time, "sleep", waited.append)
+    with pytest.raises(OSError, match=r"bank\.sqlite: told"):
+        SkillBank(path, read_only=True)
+    assert waited == waits
 
 
 def test_a_full_disk_is_an_os_error_and_the_bank_goes_on(tmp_path, make_skill):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.skills.test_bank import play
 
-from skillsd.skills import SkillBank, bank_file
+from skillsd.skills import Skill, SkillBank, bank_file
 from skillsd.skills.ledger import Ledger
 
 DATA = Path(__file__).parent / "data"
@@ -36,6 +36,13 @@ def version(path):
     return found
 
 
+def tables(path):
+    with sqlite3.connect(path) as db:
+        found = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    db.close()
+    return found
+
+
 @pytest.mark.parametrize("earlier", range(1, bank_file.SCHEMA_VERSION))
 def test_every_earlier_version_is_read_and_brought_up(tmp_path, make_skill, monkeypatch, earlier):
     monkeypatch.chdir(tmp_path)
@@ -54,35 +61,53 @@ def test_every_earlier_version_is_read_and_brought_up(tmp_path, make_skill, monk
         assert told(bank, n) == expected
         play(bank, make_skill, 3, 8, 12)
         assert bank.cut(8, expect=expected["position"]) > 0 and told(bank, n) == expected
-    assert version(path) == bank_file.SCHEMA_VERSION
+    assert version(path) == bank_file.SCHEMA_VERSION and tables(path) == {"setting", "event", "skill", "state", "task", "tally"}
     with SkillBank(path, **SETTINGS) as bank:
         assert told(bank, n) == expected
         bank.cut(0, expect=0)
         assert told(bank, 0)["stats"] == {"size": 0, "tasks": 0, "mean_uses": 0, "merged": 0, "dropped": 0}
 
 
-@pytest.mark.parametrize("earlier", range(1, bank_file.SCHEMA_VERSION))
+def test_a_file_of_this_version_stays_readable(tmp_path, make_skill):
+    """It was made when the version was new. If this fails, what is stored has changed: that takes a version and a migration."""
+    path = tmp_path / "bank.sqlite"
+    old_bank(path, bank_file.SCHEMA_VERSION)
+    expected = json.loads((DATA / f"bank_v{bank_file.SCHEMA_VERSION}.json").read_text(encoding="utf-8"))
+    skills = [Skill(**skill) for skill in expected["skills"]]
+    with SkillBank(path, **SETTINGS) as bank:
+        assert told(bank, len(skills)) == expected
+        known = skills[expected["tasks"]["t1"][0] - 1]
+        assert bank.insert([known], 9) == [known.skill_id]  # a duplicate is found by what is stored of its texts
+        assert bank.cut(9) == 1 and told(bank, len(skills)) == expected
+        assert bank.cut(0, expect=0) == expected["position"]
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "why"),
     [
-        "DELETE FROM event WHERE seq = 3",
-        "DELETE FROM skill WHERE skill_id = 3",
-        "UPDATE event SET kind = 'x' WHERE seq = 9",
-        "UPDATE event SET iteration = 0 WHERE seq = (SELECT max(seq) FROM event)",
-        "UPDATE event SET reward = NULL WHERE kind = 'use'",
-        "UPDATE event SET skill_id = 999 WHERE kind = 'merge'",
-        "DELETE FROM setting",
+        ("DELETE FROM event WHERE seq = 3", "event 4 cannot follow event 2"),
+        ("DELETE FROM event WHERE seq = 12", "event 13 cannot follow event 11"),
+        ("DELETE FROM skill WHERE skill_id = 3", "event 3 inserts skill 3, which is missing or out of order"),
+        ("UPDATE event SET skill_id = 2 WHERE seq = 3", "event 3 inserts skill 2, which is missing or out of order"),
+        ("UPDATE event SET kind = 'x' WHERE seq = 9", "does not add up: skill 7 was never inserted"),
+        ("UPDATE event SET kind = 'x' WHERE seq = 57", "does not add up: skill 19 is dropped twice, or an event is of unknown kind 'x'"),
+        ("UPDATE event SET kind = 'drop' WHERE seq = 8; UPDATE event SET skill_id = 6 WHERE seq = 8", "skill 6 is dropped twice"),
+        ("UPDATE event SET iteration = 0 WHERE seq = 57", "an event of iteration 0 cannot follow one of 7"),
+        ("UPDATE event SET reward = NULL WHERE kind = 'use'", "a use of skill 1 lacks the value"),
+        ("UPDATE event SET reward = 9e999 WHERE kind = 'use'", "skill 1 must add up to a finite number, got inf"),
+        ("UPDATE event SET skill_id = 999 WHERE kind = 'merge'", "skill 999 was never inserted"),
+        ("DELETE FROM setting", "the booking setting is missing or unknown"),
     ],
 )
-def test_a_log_that_does_not_add_up_is_left_as_it_is(tmp_path, earlier, damage):
+def test_a_log_that_does_not_add_up_is_left_as_it_is(tmp_path, damage, why):
     path = tmp_path / "bank.sqlite"
-    old_bank(path, earlier)
+    old_bank(path, 1)
     with sqlite3.connect(path) as db:
-        db.execute(damage)
+        db.executescript(damage)
     db.close()
     before = path.read_bytes()
     for read_only in (True, False):
-        with pytest.raises(ValueError, match=r"bank\.sqlite: .*left as it is"):
+        with pytest.raises(ValueError, match=rf"bank\.sqlite: .*{why}.*left as it is"):
             SkillBank(path, **SETTINGS, read_only=read_only)
         assert path.read_bytes() == before
 

@@ -143,7 +143,9 @@ _LOGS: dict[int, Callable[[sqlite3.Connection], Iterator[Logged]]] = {1: _log_1}
 
 
 def _migrate(db: sqlite3.Connection) -> None:
-    """Replays the log of an earlier version into the present tables, in one transaction. Raises Damaged if the log does not add up."""
+    """Replays the log of an earlier version into the present tables, in one transaction. Raises Damaged if the log does not add up; the
+    connection is then to be closed, which undoes what was done.
+    """
     db.execute("BEGIN IMMEDIATE")
     try:
         log, booking = _LOGS[_version(db)], _booking(db)
@@ -165,9 +167,6 @@ def _migrate(db: sqlite3.Connection) -> None:
         db.execute("COMMIT")
     except (ValueError, TypeError) as error:
         raise Damaged(f"its log does not add up: {error}") from error
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
 
 
 def _version(db: sqlite3.Connection) -> int:
@@ -229,12 +228,13 @@ def _check_header(path: Path) -> None:
     if len(head) < 100 or not head.startswith(b"SQLite format 3\0"):
         raise refused(path, "not a skill bank (no SQLite header)")
     page_size, pages = struct.unpack(">H", head[16:18])[0], struct.unpack(">I", head[28:32])[0]
+    page_size = 65536 if page_size == 1 else page_size
     version, application = struct.unpack(">I", head[60:64])[0], struct.unpack(">I", head[68:72])[0]
     if application != APPLICATION_ID:
         raise refused(path, "an SQLite file, but not a skill bank")
     _check_version(version, path)
     size = path.stat().st_size
-    if not _pending(path) and size < pages * (65536 if page_size == 1 else page_size):  # with a WAL, pages may be still to come
+    if not _pending(path) and size < pages * page_size:  # with a WAL, pages may be still to come
         raise refused(path, f"truncated: {size} bytes where {pages} pages of {page_size} are expected")
 
 
