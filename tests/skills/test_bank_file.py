@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import tracemalloc
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -320,33 +321,34 @@ def test_a_full_disk_is_an_os_error_and_the_bank_goes_on(tmp_path, make_skill):
         assert bank.insert([make_skill("b")], 0) == [2]
 
 
-@pytest.fixture
-def file_size():
-    """Sets the most bytes that a file may have."""
+@contextmanager
+def files_of(size):
+    """No file of this process may have more bytes."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_bank_that_cannot_be_closed_loses_nothing(tmp_path, make_skill, file_size):
+def test_a_bank_that_cannot_be_closed_loses_nothing(tmp_path, make_skill):
     path = tmp_path / "bank.sqlite"
     bank = SkillBank(path, capacity=None)
     bank.insert([make_skill(f"skill {i} " * 20) for i in range(60)], 0)
-    file_size(path.stat().st_size)
-    with pytest.raises(OSError, match=r"bank\.sqlite: .*Free the disk"):
+    with pytest.raises(OSError, match=r"bank\.sqlite: .*Free the disk"), files_of(path.stat().st_size):
         bank.close()
-    file_size(None)
     bank.close()
     with SkillBank(path) as again:
         assert len(again) == 60
     assert not path.with_name("bank.sqlite-wal").exists()
 
 
-def test_an_error_is_told_before_that_of_the_closing(tmp_path, make_skill, file_size):
-    with pytest.raises(RuntimeError, match="the first"), SkillBank(tmp_path / "bank.sqlite", capacity=None) as bank:
-        bank.insert([make_skill(f"skill {i} " * 20) for i in range(60)], 0)
-        file_size(bank.path.stat().st_size)
+def test_an_error_is_told_before_that_of_the_closing(tmp_path, make_skill):
+    bank = SkillBank(tmp_path / "bank.sqlite", capacity=None)
+    bank.insert([make_skill(f"skill {i} " * 20) for i in range(60)], 0)
+    with pytest.raises(RuntimeError, match="the first"), files_of(bank.path.stat().st_size), bank:
         raise RuntimeError("the first")
 
 
