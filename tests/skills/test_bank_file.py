@@ -365,6 +365,13 @@ def test_a_bank_without_a_wal_is_not_made(tmp_path, monkeypatch):
     SkillBank(tmp_path / "bank.sqlite").close()
 
 
+def test_a_bank_that_cannot_be_filled_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_file, "_fill", lambda db, booking: db.execute("no statement"))
+    with pytest.raises(ValueError, match=r"bank\.sqlite: .*syntax error"):
+        SkillBank(tmp_path / "bank.sqlite")
+    assert not (tmp_path / "bank.sqlite").exists()
+
+
 def test_a_second_writer_is_told(tmp_path, make_skill, monkeypatch):
     monkeypatch.setattr(bank_file, "LOCK_WAIT_S", 0.05)
     path = tmp_path / "bank.sqlite"
