@@ -1,8 +1,13 @@
-"""The SkillBank callback by itself: what a context that chooses after the rollout gets, and what enters the bank when."""
+"""The SkillBank callback by itself: what a teacher is told, what enters the bank when, and what a checkpoint brings back."""
 
 from __future__ import annotations
 
+import inspect
+import json
+import os
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +15,7 @@ import pytest
 import torch
 
 from skillsd.errors import ConfigError
-from skillsd.skills import BankContext, HindsightContext, NoContext, RulesSummariser, SiblingContext, Skill, SkillBank
+from skillsd.skills import BankContext, BaseSummariser, HindsightContext, NoContext, RulesSummariser, SiblingContext, Skill, SkillBank
 from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
 from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Task, TrajectoryGroup
@@ -19,9 +24,10 @@ TEXT = "{golden_workflow}"
 
 
 class Queue(RulesSummariser):
-    """What was submitted is ready when it is waited for, or `ready` says so; each submission is noted."""
+    """What was submitted is ready when it is waited for, or `ready` says so; each submission is noted, and takes `seconds`."""
 
     asynchronous = True
+    seconds, closed = 0.0, False
 
     def __init__(self) -> None:
         super().__init__(solved_workflow="{workflow}", unsolved_workflow="{workflow}")
@@ -29,6 +35,7 @@ class Queue(RulesSummariser):
 
     def submit(self, iteration: int, trajectories: Any) -> None:
         self.submitted.append((iteration, [(t.task_id, t.member) for t in trajectories]))
+        time.sleep(self.seconds)
         super().submit(iteration, trajectories)
 
     def collect(self) -> list[Any]:
@@ -38,6 +45,9 @@ class Queue(RulesSummariser):
     def drain(self) -> None:
         self.ready = len(self._ready)
 
+    def close(self) -> None:
+        self.closed = True
+
 
 def make(context: Any, **settings: Any) -> SkillBankCallback:
     callback = SkillBankCallback(Queue(), context, template=TEXT, **settings)
@@ -45,16 +55,31 @@ def make(context: Any, **settings: Any) -> SkillBankCallback:
     return callback
 
 
-def end(callback: SkillBankCallback, groups: list[list[Any]], last: bool = False) -> dict[str, float]:
-    """An iteration's end; the metrics."""
+def at(iteration: int, folder: Path | None = None, last: bool = False) -> Any:
+    """The trainer, when that many iterations are done."""
+    return SimpleNamespace(
+        global_step=iteration, estimated_stepping_batches=iteration if last else 99, should_stop=False, default_root_dir=str(folder)
+    )
+
+
+def started(folder: Path, context: Any = None, **settings: Any) -> SkillBankCallback:
+    """One whose bank is in the run's folder."""
+    callback = SkillBankCallback(Queue(), context, template=TEXT, **settings)
+    callback.on_fit_start(at(0, folder), None)  # type: ignore[arg-type]
+    return callback
+
+
+def end(callback: SkillBankCallback, groups: list[list[Any]], last: bool = False, skills: Any = None, gaps: Any = None) -> dict[str, float]:
+    """An iteration's end; the metrics, which are logged."""
+    used = skills or [None] * len(groups)
     prompts = ((1,),) * len(groups[0])
-    batch = [TrajectoryGroup(Task(g[0].task_id), tuple(g), prompts, prompts) for g in groups]
-    module = SimpleNamespace(metrics={}, log_dict=lambda metrics, batch_size: None)
-    trainer: Any = SimpleNamespace(global_step=groups[0][0].iteration + 1, estimated_stepping_batches=99, should_stop=False)
-    if last:
-        trainer.estimated_stepping_batches = trainer.global_step
-    callback.on_train_batch_end(trainer, module, {"group_gap": torch.zeros(len(batch))}, batch, 0)  # type: ignore[arg-type]
-    return module.metrics
+    batch = [TrajectoryGroup(Task(g[0].task_id), tuple(g), prompts, prompts, skill) for g, skill in zip(groups, used, strict=True)]
+    logged: dict[str, float] = {}
+    module: Any = SimpleNamespace(metrics={}, log_dict=lambda metrics, batch_size: logged.update(metrics))
+    outputs = {"group_gap": torch.tensor([0.0] * len(batch) if gaps is None else gaps)}
+    callback.on_train_batch_end(at(groups[0][0].iteration + 1, last=last), module, outputs, batch, 0)
+    assert logged == module.metrics
+    return logged
 
 
 def workflows(callback: SkillBankCallback, task_id: str) -> list[str]:
@@ -146,10 +171,141 @@ def test_templates_are_checked():
         ("template", "success_analysis, mistake_analysis, golden_workflow"),
         ("transcript_template", "transcript, actions"),
     ):
-        for bad in ("{nosuch}", "{", "{0}", "{} "):
+        for bad in ("{nosuch}", "{", "{0}", "{} ", f"{{{fields.partition(',')[0]}[0]}}"):
             with pytest.raises(ConfigError, match=rf"skills\.{key}: use only {fields} in braces"):
                 SkillBankCallback(**{key: bad})
     default = SkillBankCallback()
     for nothing in (SkillBankCallback(template=None, transcript_template=None), SkillBankCallback(template="")):
         assert (nothing.template, nothing.transcript_template) == (default.template, default.transcript_template)
     assert Skill("a", "b", "c").render(default.template).startswith("# Notes") and default.transcript_template == TRANSCRIPT_TEMPLATE
+
+
+def test_defaults():
+    """What a configuration gets that names none of them."""
+    given = {name: p.default for name, p in inspect.signature(SkillBankCallback).parameters.items() if p.default is not None}
+    assert given == {"capacity": 8, "drop": "worst", "booking": "source", "refresh": "epoch"}
+
+
+def test_the_bank_is_the_run_s(groups, tmp_path):
+    """It is opened in the run's folder, which may be missing, when training begins, and closed with the summariser; then again."""
+    folder = tmp_path / "runs" / "new"
+    callback = SkillBankCallback(Queue(), template=TEXT)
+    callback.teardown(at(0, folder), None, "validate")  # type: ignore[arg-type]
+    assert not folder.exists()
+    for held in (4, 8):
+        callback.on_fit_start(at(0, folder), None)  # type: ignore[arg-type]
+        bank = callback.bank
+        assert bank is not None and end(callback, groups(held), last=True)["skills/bank"] == held
+        callback.teardown(at(1, folder), None, "fit")  # type: ignore[arg-type]
+        assert callback.summariser.closed  # type: ignore[attr-defined]
+        assert [p.name for p in folder.iterdir()] == ["bank.sqlite"]  # no log beside it
+    with SkillBank(folder / "bank.sqlite", read_only=True) as stored:
+        assert len(stored) == 8
+
+
+def test_another_booking_is_refused(tmp_path):
+    started(tmp_path).teardown(at(0), None, "fit")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^skills: .*bank\.sqlite: its mean rewards are booked as 'source', not 'gap'"):
+        started(tmp_path, booking="gap")
+
+
+@pytest.mark.parametrize("when", ["epoch", "iteration"])
+def test_when_prompts_are_chosen(make_skill, when):
+    """A first skill that comes late is shown at once; another one for a task that has one, when the prompts are chosen anew."""
+    callback = make(None, refresh=when)
+    bank: Any = callback.bank
+    tasks = ["t1", "t2"]
+
+    def shown(epoch_start: bool) -> list[str]:
+        callback.refresh(tasks, 0, 0, epoch_start)
+        return [callback.skill_for(t)[1] for t in tasks]
+
+    bank.insert([make_skill("a", reward=1.0), make_skill("b")], 0)
+    assert shown(True) == ["a.", ""]
+    bank.record_use(1, 0)
+    bank.insert([make_skill("c", "t2")], 0)
+    with pytest.raises(RuntimeError, match="task t2 has 1 skills, and its teacher got none"):
+        callback.skill_for("t2")
+    assert shown(False) == (["a.", "c."] if when == "epoch" else ["b.", "c."])
+    assert shown(True) == ["b.", "c."]
+
+
+@pytest.mark.parametrize(("booking", "means"), [("source", [1.0, 1.0]), ("next_visit", [0.75, 0.5]), ("gap", [3.0, -1.0])])
+def test_a_use_is_booked(groups, tmp_path, booking, means):
+    """Once a group, with the mean reward of those that count and the group's own gap."""
+    callback = started(tmp_path, booking=booking)
+    bank: Any = callback.bank
+    end(callback, groups(0), last=True)
+    (a, b), (c, d) = groups(1)
+    rows = [[replace(a, reward=0.5), b], [replace(c, reward=0.5), replace(d, failure="killed", finish_reason="failed")]]
+    end(callback, rows, skills=[1, 3], gaps=[3.0, -1.0])
+    assert [(bank.get(i).uses, bank.get(i).mean_reward) for i in (1, 3)] == [(1, mean) for mean in means]
+    assert bank.get(2).uses == bank.get(4).uses == 0
+    with pytest.raises(ValueError, match="zip"):  # a gap too few
+        end(callback, rows, skills=[1, 3], gaps=[3.0])
+
+
+def test_a_group_of_one(groups):
+    (a, _), _ = groups(0)
+    callback = make(HindsightContext())
+    assert callback.texts([[a]]) == [["t1.0.0"]] and end(callback, [[a]])["skills/bank"] == 1
+
+
+@pytest.mark.parametrize("context", [BankContext, HindsightContext])
+def test_seconds_of_summaries(groups, context):
+    """What training waited for in each iteration by itself, before the update or after it."""
+    callback = make(context())
+    queue: Any = callback.summariser
+    queue.seconds = 0.02
+    for i in (0, 1):
+        callback.texts(groups(i))
+        assert 0.02 <= end(callback, groups(i))["time/summary_s"] < 0.9
+    assert len(queue.submitted) == 2
+
+
+def test_answers_alone_have_spaces_between_them(make_trajectory):
+    callback = make(SiblingContext(), transcript_template="{actions}|")
+    assert callback.texts([[make_trajectory(), make_trajectory(member=1)]]) == [["up left|", "up left|"]]
+
+
+def test_a_summariser_gets_the_model_s_voice(groups):
+    callback = make(None)
+    callback.summariser = callback.checked.inner = BaseSummariser()
+    texts = {"success_analysis": "a", "mistake_analysis": "b", "golden_workflow": "go"}
+    callback.bind(lambda messages, *_: [json.dumps(texts)] * len(messages), lambda *_: None)
+    assert end(callback, groups(0)) | {"time/summary_s": 0} == {"skills/bank": 2, "skills/failed": 0, "time/summary_s": 0}
+    assert workflows(callback, "t1") == ["go"]
+
+
+def test_a_checkpoint_brings_the_bank_back(groups, tmp_path, monkeypatch):
+    """What came after it did not happen; prompts and the count of failures are its own. It says what is on the disk."""
+    callback = started(tmp_path / "run")
+    (a, b), second = groups(0)
+    blank = replace(a, turns=tuple(replace(t, action=" ") for t in a.turns))
+    end(callback, [[blank, b], second], last=True)
+    callback.refresh(["t1", "t2"], 0, 1, True)
+    prompts, flushed = [callback.skill_for(t) for t in ("t1", "t2")], set()
+    assert prompts == [(1, "t1.1.0"), (2, "t2.0.0")]
+    saved: dict[str, Any] = {}
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", lambda fd: flushed.add(os.fstat(fd).st_ino))
+        callback.on_save_checkpoint(at(1), None, saved)  # type: ignore[arg-type]
+    assert {(tmp_path / "run" / f"bank.sqlite{x}").stat().st_ino for x in ("", "-wal")} <= flushed
+    end(callback, groups(1), last=True, skills=[1, 2])
+    callback.refresh(["t1", "t2"], 0, 2, True)
+    assert [callback.skill_for(t)[1] for t in ("t1", "t2")] == ["t1.0.1", "t2.0.1"]
+    callback.teardown(at(2), None, "fit")  # type: ignore[arg-type]
+
+    def resumed(folder: str, state: dict[str, Any]) -> SkillBankCallback:
+        again = SkillBankCallback(Queue(), template=TEXT)
+        again.on_load_checkpoint(at(0), None, state)  # type: ignore[arg-type]
+        again.on_fit_start(at(1, tmp_path / folder), None)  # type: ignore[arg-type]
+        return again
+
+    again = resumed("run", saved)
+    assert [again.skill_for(t) for t in ("t1", "t2")] == prompts
+    assert workflows(again, "t1") == ["t1.1.0"] and workflows(again, "t2") == ["t2.0.0", "t2.1.0"]
+    assert end(again, groups(1)) | {"time/summary_s": 0} == {"skills/bank": 3, "skills/failed": 1, "time/summary_s": 0}
+    with pytest.raises(ConfigError, match=r"^skills: .*bank\.sqlite has 0 events before iteration 1, the checkpoint saw 3"):
+        resumed("another", saved)
+    assert len(resumed("third", {}).bank or ()) == 0  # of a run without skills

@@ -31,7 +31,7 @@ def answer(**texts: Any) -> str:
     ("text", "told"),
     [
         ("x" * 100_000, "100000 characters is not read"),
-        (answer() + " " * MAX_ANSWER_CHARS, "is not read"),
+        (answer() + " " * MAX_ANSWER_CHARS, "is not read: at most 64000$"),
         (answer(golden_workflow="x" * (MAX_ANSWER_FIELD_CHARS + 1)), "golden_workflow has 4001 characters, more than 4000"),
         (answer().replace('"x"', "NaN", 1), "must be a string, not float"),
         (answer().replace('"x"', "-Infinity", 1), "must be a string, not float"),

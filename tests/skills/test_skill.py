@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -16,6 +17,8 @@ TEXT = json.dumps(GOOD)
         f"Sure {{thinking}}: here it is.\n```\n{TEXT}\n```\nHope {{it}} helps.",
         f'The last call was {{}} with {{{{"a": 1}}}}, so:\n{TEXT}',
         TEXT.replace('"go"', '"  go\\n"'),
+        f"{{{TEXT}}}",
+        "{x} " * 20 + "so: " * 8_000 + "{x} " * 20 + TEXT,
     ],
 )
 def test_parse_reads_the_three_fields(answer):
@@ -36,13 +39,15 @@ def test_parse_allows_raw_line_breaks_in_strings():
     ("answer", "message"),
     [
         ("", "found 0"),
-        ("no json", "found 0"),
+        ("no json", "found 0 in 'no json'$"),
+        ("x" * 80, "found 0 in 'x{80}'$"),
+        ("x" * 81, r"found 0 in 'x{80}\.\.\.'$"),
         (TEXT[:-5], "found 0"),
         (TEXT + TEXT, "found 2"),
         ('{"a":' * 5000, "found 0"),
-        (json.dumps({**GOOD, "extra": "x"}), "unexpected: extra"),
-        (json.dumps({"success_analysis": "x"}), "missing: mistake_analysis, golden_workflow"),
-        (TEXT[:-1] + ', "golden_workflow": "c"}', "repeated: golden_workflow"),
+        (json.dumps({**GOOD, "extra": "x"}), "; unexpected: extra"),
+        (json.dumps({"success_analysis": "x"}), "; missing: mistake_analysis, golden_workflow"),
+        (TEXT[:-1] + ', "golden_workflow": "c"}', "; repeated: golden_workflow"),
         (json.dumps({**GOOD, "golden_workflow": ["a"]}), "golden_workflow must be a string, not list"),
         (json.dumps({**GOOD, "golden_workflow": None}), "golden_workflow must be a string"),
         (json.dumps({**GOOD, "golden_workflow": {"a": 1}}), "golden_workflow must be a string"),
@@ -65,6 +70,19 @@ def test_render_fills_the_template_and_leaves_braces_in_texts_alone():
 def test_render_refuses_other_fields(template):
     with pytest.raises(ValueError, match="use only success_analysis"):
         Skill.parse(TEXT).render(template)
+
+
+def test_texts_are_replaced_together():
+    skill = Skill.parse(TEXT)
+    assert skill.with_texts(["a", "b", "c"]).texts == ("a", "b", "c")
+    with pytest.raises(ValueError, match="zip"):
+        skill.with_texts(["a", "b"])
+
+
+def test_defaults():
+    """A new skill was never used, has one source, and no reward."""
+    given = {name: p.default for name, p in inspect.signature(Skill).parameters.items() if p.default is not p.empty}
+    assert {name for name, value in given.items() if value} == {"sources"} and given["sources"] == 1
 
 
 def test_of_takes_the_source(make_trajectory):

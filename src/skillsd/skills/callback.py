@@ -85,10 +85,8 @@ class SkillBankCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.bank is None:  # opened late: input that is refused before leaves no file behind
-            path = Path(trainer.default_root_dir) / FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.bank = SkillBank(path, **self.bank_settings)
+                self.bank = SkillBank(Path(trainer.default_root_dir) / FILE, **self.bank_settings)
             except (ValueError, sqlite3.Error) as e:
                 raise ConfigError(f"skills: {e}") from e
         if self._state is not None:
