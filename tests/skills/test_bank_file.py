@@ -352,6 +352,13 @@ def test_an_error_is_told_before_that_of_the_closing(tmp_path, make_skill):
         raise RuntimeError("the first")
 
 
+def test_a_closed_bank_says_so(tmp_path):
+    bank = SkillBank(tmp_path / "bank.sqlite")
+    bank.close()
+    with pytest.raises(RuntimeError, match=r"bank\.sqlite: .*closed"):
+        bank.skills("t1")
+
+
 def test_a_bank_without_a_wal_is_not_made(tmp_path, monkeypatch):
     class Connection(sqlite3.Connection):
         def execute(self, sql, *args):  # what SQLite answers if it could not change the mode

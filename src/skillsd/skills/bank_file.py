@@ -35,8 +35,11 @@ def refused(path: Path, why: str) -> ValueError:
 
 
 def translated(error: sqlite3.Error | UnicodeDecodeError, path: Path | None) -> Exception:
-    """An OSError for what the disk or another process did, a ValueError for what is wrong with the file."""
+    """An OSError for what the disk or another process did, a ValueError for what is wrong with the file, a RuntimeError for a bank that is
+    closed or used in another thread."""
     where = path or Path(":memory:")
+    if isinstance(error, sqlite3.ProgrammingError):
+        return RuntimeError(f"{where}: {error}")
     if isinstance(error, UnicodeDecodeError) or "Could not decode" in str(error):  # in a message of SQLite's, or in a row
         return refused(where, f"the file is damaged ({' '.join(str(error).split())})")
     code = getattr(error, "sqlite_errorcode", 10) & 0xFF
