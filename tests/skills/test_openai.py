@@ -323,6 +323,8 @@ def test_defaults():
         system=SYSTEM_PROMPT, max_chars=24_000, request=None,
     )  # fmt: skip
     summariser = OpenAISummariser("m", "http://127.0.0.1:9/v1")
+    held = {name: getattr(summariser, name) for name in ("timeout_s", "retries", "backoff_s", "template", "system", "max_chars")}
+    assert held.items() <= defaults.items()
     assert summariser.limit_s == 4 * 60 + (1 + 2 + 4) + 1  # all tries and waits, and a second
     summariser.close()
 
