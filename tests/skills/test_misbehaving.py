@@ -206,6 +206,33 @@ def test_a_summariser_that_raises_is_counted_and_the_next_one_counts(make_trajec
         checked.summarise([make_trajectory()])
 
 
+def test_every_failure_is_said_with_its_place_and_cut(make_trajectory, caplog):
+    third: Any = Third(RuntimeError("x" * 600))
+    third.submit = third.drain = third.close = third._say
+    third.rows, rows, checked = (), [make_trajectory()], CheckedSummariser(third)
+    calls: dict[str, tuple[Any, ...]] = {"summarise": (rows,), "submit": (0, rows), "collect": (), "drain": (), "close": ()}
+    for name, args in calls.items():
+        caplog.clear()
+        getattr(checked, name)(*args)
+        assert caplog.messages[0] == f"the summariser failed in {name} (RuntimeError: {'x' * 486}); its summaries count as failed"
+    caplog.clear()
+    assert CheckedSummariser(Third([])).summarise(rows) == [None]
+    assert caplog.messages == ["the summariser returned 0 summaries of 1 trajectories: none is taken"]
+
+
+def test_what_is_left_out_is_said_and_the_rest_is_taken(make_trajectory, caplog):
+    caplog.set_level("INFO")
+    rows = [make_trajectory(member=m) for m in (0, 1)]
+    skills = [good(rows[0]), good(rows[1], "x" * 100_000)]
+    checked = CheckedSummariser(Third(lambda i, t: ["x", Finished(i, skills, 0)]))
+    checked.submit(3, rows)
+    assert checked.collect() == [(3, skills[:1], 1)]
+    assert caplog.messages == [
+        "the summariser returned what was not submitted, or is no Finished: it is left out",
+        "no skill from t1, member 1: golden_workflow has 100000 characters, more than 24000",
+    ]
+
+
 @pytest.mark.parametrize("given", [RuntimeError("x"), [], ["a"], [None, None], 7, lambda t: [good(t[0], "x" * 30_000)]])
 def test_a_skill_of_the_ground_truth_is_checked_too(make_trajectory, given):
     callback = SkillBankCallback(Third(given), GroundTruthContext())  # type: ignore[arg-type]

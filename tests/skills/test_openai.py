@@ -1,5 +1,8 @@
 """Against a real HTTP server that speaks the chat-completions format, well or badly."""
 
+import gzip
+import inspect
+import itertools
 import json
 import threading
 import time
@@ -9,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from skillsd.skills import OpenAISummariser, Summariser
+from skillsd.skills.summarisers import SYSTEM_PROMPT, USER_PROMPT
 from skillsd.skills.summarisers.openai import _retry_after_s
 
 pytest.importorskip("openai")
@@ -32,7 +36,12 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.plan, self.tries, self.lock, self.stop = {}, {}, threading.Lock(), threading.Event()
-        self.bodies = []
+        self.bodies, self.times, self.busy, self.most, self.refusal = [], {}, 0, 0, "refused"
+        self.hung_up = threading.Event()  # a client has closed a connection
+
+    def shutdown_request(self, request):
+        super().shutdown_request(request)
+        self.hung_up.set()
 
     def step(self, body):
         text = body["messages"][-1]["content"]
@@ -40,6 +49,7 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             self.bodies.append(body)
             count = self.tries[task] = self.tries.get(task, 0) + 1
+            self.times.setdefault(task, []).append(time.monotonic())
         plan = self.plan.get(task, ["good"])
         return plan[min(count, len(plan)) - 1]
 
@@ -49,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions" and body["model"] == "m"
+        assert self.path == "/v1/chat/completions" and body["model"] == "m" and self.headers["Accept-Encoding"] == "identity"
         step, status, kind = self.server.step(body), 200, "application/json"
         step, retry_after = step if isinstance(step, tuple) else (step, None)
         message = {"role": "assistant", "content": CONTENTS.get(step, ANSWER)}
@@ -57,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
         payload = json.dumps(data).encode()
         if isinstance(step, int):
-            status, payload = step, b'{"error": {"message": "refused"}}'
+            status, payload = step, json.dumps({"error": {"message": self.server.refusal}}).encode()
         elif step == "hang":
             self.server.stop.wait(20)
             return
@@ -65,9 +75,22 @@ class Handler(BaseHTTPRequestHandler):
             payload, kind = b"<html>garbage</html>", "text/html"
         elif step == "broken":
             payload = b'{"choices": ['
+        elif step == "packed":
+            payload = gzip.compress(payload)
+        elif step in ("full", "over"):  # 1 MiB, and a byte more
+            payload = payload.ljust((1 << 20) + (step == "over"))
+        elif step == "nap":
+            with self.server.lock:
+                self.server.busy += 1
+                self.server.most = max(self.server.most, self.server.busy)
+            time.sleep(0.05)
+            with self.server.lock:
+                self.server.busy -= 1
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(payload)))
+        if step == "packed":
+            self.send_header("Content-Encoding", "gzip")
         if retry_after is not None:
             self.send_header("Retry-After", retry_after)
         self.end_headers()
@@ -111,6 +134,20 @@ def make(server):
 
 
 @pytest.fixture
+def workers():
+    """The summarisers' threads that this test began and that still live."""
+    before = set(threading.enumerate())
+    return lambda: [t for t in threading.enumerate() if t.name == "summariser" and t not in before]
+
+
+def eventually(condition):
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.fixture
 def group(make_trajectory):
     def group(*tasks, members=1):
         return [make_trajectory(task, member, instruction=f"task={task}.") for task in tasks for member in range(members)]
@@ -131,13 +168,41 @@ def test_success_in_order(make, group):
     assert [(skill.task_id, skill.source_member) for skill in skills] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 
 
-@pytest.mark.parametrize("bad", [500, 429, "chat", "empty", "html", "broken"])
-def test_tries_again_then_counts(make, group, server, bad):
+@pytest.mark.parametrize("bad", [500, 429, 408, 409, "chat", "empty", "html", "broken", "packed"])
+def test_tries_again_then_counts_and_says_why(make, group, server, caplog, bad):
     server.plan = {"once": [bad, "good"], "ever": [bad]}
     summariser = make()
+    assert summariser.last_error == ""
     once, ever = summariser.summarise(group("once", "ever"))
     assert once.task_id == "once" and ever is None and summariser.last_error
     assert server.tries == {"once": 2, "ever": 3}
+    assert eventually(lambda: caplog.messages) == [f"no skill from ever, member 0: {summariser.last_error}"]
+
+
+def test_a_response_has_at_most_a_mebibyte(make, group, server):
+    server.plan = {"a": ["full"], "b": ["over"]}
+    full, over = make(retries=0).summarise(group("a", "b"))
+    assert full.task_id == "a" and over is None
+
+
+def test_the_wait_doubles_and_is_the_own_one_where_the_server_asks_for_none(make, group, server):
+    server.plan = {"a": [500], "b": ["broken"]}
+    assert make(retries=3, backoff_s=0.08).summarise(group("a")) == make(backoff_s=0.01).summarise(group("b")) == [None]
+    gaps = {task: [after - before for before, after in itertools.pairwise(times)] for task, times in server.times.items()}
+    assert all(least <= gap for least, gap in zip((0.08, 0.16, 0.32), gaps["a"], strict=True)) and gaps["a"][2] < 0.7
+    assert len(gaps["b"]) == 2 and max(gaps["b"]) < 0.9
+
+
+def test_as_many_requests_at_a_time_as_workers_which_end_on_close(make, group, server, workers):
+    server.plan = {task: ["nap"] for task in "abcdef"}
+    summariser = make(max_workers=2)
+    summariser.submit(0, group("a", "b", "c"))
+    summariser.submit(1, group("d", "e", "f"))
+    summariser.drain()
+    assert server.most == len(workers()) == 2 and all(t.daemon for t in workers())  # a hanging server keeps no process from ending
+    assert not server.hung_up.is_set()
+    summariser.close()
+    assert eventually(lambda: not workers()) and server.hung_up.wait(5)
 
 
 @pytest.mark.parametrize("step", ["fence", "prose", "both"])
@@ -171,9 +236,10 @@ def test_retry_after_is_waited_for(make, group, server):
     server.plan = {"a": [(429, "0.5"), "good"], "b": [(503, "0.5"), "good"], "c": [(429, "soon"), "good"]}
     summariser, start = make(), time.monotonic()
     assert [skill.task_id for skill in summariser.summarise(group("c"))] == ["c"] and time.monotonic() - start < 0.4
-    start = time.monotonic()
+    start, used = time.monotonic(), time.thread_time()
     assert [skill.task_id for skill in summariser.summarise(group("a", "b"))] == ["a", "b"]
     assert 0.5 <= time.monotonic() - start < 2 and server.tries == {"a": 2, "b": 2, "c": 2}
+    assert time.thread_time() - used < 0.1  # it does not wait busily
 
 
 def test_retry_after_is_waited_for_no_longer_than_a_try_and_is_not_counted_as_lateness(make, group, server):
@@ -191,9 +257,10 @@ def test_retry_after_as_text():
 
 
 def test_a_wrong_key_is_not_tried_again(make, group, server):
-    server.plan = {"a": [401]}
+    server.plan, server.refusal = {"a": [401]}, "x" * 600
     summariser = make()
     assert summariser.summarise(group("a")) == [None] and server.tries == {"a": 1} and "401" in summariser.last_error
+    assert len(summariser.last_error) == 500  # a server may say more than a log should hold
 
 
 def test_time_limit_and_whole_iterations(make, group, server):
@@ -222,13 +289,23 @@ def test_a_dripping_server_is_given_up_and_does_not_block_the_rest(make, group, 
     assert [skill.task_id for skill in skills] == ["b"] and n_failed == 1 and time.monotonic() - start < 4
 
 
-def test_close_gives_up(make, group, server):
+def test_own_waits_do_not_move_the_limit_and_who_is_given_up_is_replaced(make, group, server, workers):
+    server.plan = {"a": [500, "drip"]}
+    summariser = make(timeout_s=0.3, retries=1, backoff_s=0.1, max_workers=1)
+    summariser.limit_s = 0.45
+    assert summariser.summarise(group("a")) == [None] and summariser.last_error == "given up after 0 s"
+    assert len(workers()) == 2
+    server.stop.set()
+    assert eventually(lambda: len(workers()) == 1)
+
+
+def test_close_gives_up(make, group, server, caplog):
     server.plan = {"a": ["hang"]}
     summariser = make(max_workers=1)
     summariser.submit(0, group("a", "b"))
     summariser.close()
     summariser.close()
-    assert summariser.collect() == [(0, [], 2)]
+    assert summariser.collect() == [(0, [], 2)] and summariser.last_error == "closed" and not caplog.messages
     with pytest.raises(RuntimeError, match="closed"):
         summariser.submit(1, group("a"))
 
@@ -237,6 +314,34 @@ def test_no_server_is_a_failure_not_an_error(group):
     summariser = OpenAISummariser("m", "http://127.0.0.1:9/v1", retries=1, backoff_s=0.0)
     assert summariser.summarise(group("a")) == [None]
     summariser.close()
+
+
+def test_defaults():
+    defaults = {name: p.default for name, p in inspect.signature(OpenAISummariser).parameters.items() if name != "model"}
+    assert defaults == dict(
+        base_url=None, api_key_env="OPENAI_API_KEY", max_workers=8, timeout_s=60.0, retries=3, backoff_s=1.0, template=USER_PROMPT,
+        system=SYSTEM_PROMPT, max_chars=24_000, request=None,
+    )  # fmt: skip
+    summariser = OpenAISummariser("m", "http://127.0.0.1:9/v1")
+    held = {name: getattr(summariser, name) for name in ("timeout_s", "retries", "backoff_s", "template", "system", "max_chars")}
+    assert held.items() <= defaults.items()
+    assert summariser.limit_s == 4 * 60 + (1 + 2 + 4) + 1  # all tries and waits, and a second
+    summariser.close()
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"max_workers": 0}, "max_workers must be >= 1"),
+        ({"timeout_s": 0.0}, "timeout_s > 0"),
+        ({"retries": -1}, "retries and backoff_s >= 0"),
+        ({"backoff_s": -0.1}, "retries and backoff_s >= 0"),
+        ({"template": "no conversation"}, "no {conversation}"),
+    ],
+)
+def test_bad_settings_are_refused(bad, says):
+    with pytest.raises(ValueError, match=says):
+        OpenAISummariser("m", "http://127.0.0.1:9/v1", **bad)
 
 
 def test_set_up_errors_say_what_to_do(monkeypatch):

@@ -193,8 +193,22 @@ def test_request_settings_that_only_sound_like_keys(monkeypatch):
     body = {"skip_special_tokens": True, "stop_token_ids": [1], "top_k": 3}
     made = OpenAISummariser("m", "http://127.0.0.1:9/v1", request={"max_tokens": 5, "prompt_cache_key": "x", "extra_body": body})
     made.close()
-    with pytest.raises(ValueError, match="extra_body: api-key looks like a key"):
+    with pytest.raises(ValueError, match="extra_body: api-key looks like a key, and a key in the configuration would be written"):
         OpenAISummariser("m", "http://127.0.0.1:9/v1", request={"extra_body": {"api-key": "x"}})
+
+
+def test_what_the_server_says_is_stripped_of_the_key(clean, server, make_trajectory, monkeypatch):
+    pytest.importorskip("openai")
+    from skillsd.skills import OpenAISummariser
+
+    monkeypatch.setenv(NAME, KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    made = OpenAISummariser("m", f"http://127.0.0.1:{server.server_port}/v1", api_key_env=NAME, retries=0)
+    (skill,), failed = made.summarise([make_trajectory()]), made.summarise([make_trajectory()])
+    made.close()
+    assert server.seen == [f"Bearer {KEY}"] * 2 and failed == [None]
+    assert (skill.success_analysis, skill.golden_workflow) == (f"tell Bearer [{NAME}]", f"Bearer [{NAME}]")
+    assert not any(p.decode() in skill.render() + made.last_error for p in pieces())
 
 
 def test_what_is_taken_out(clean, monkeypatch):

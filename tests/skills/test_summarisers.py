@@ -1,3 +1,4 @@
+import inspect
 import itertools
 import json
 import random
@@ -5,7 +6,7 @@ import random
 import pytest
 
 from skillsd.skills import BaseSummariser, RulesSummariser, Summariser
-from skillsd.skills.summarisers import analyst_messages
+from skillsd.skills.summarisers import SYSTEM_PROMPT, analyst_messages
 from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Turn
 
@@ -107,7 +108,8 @@ def test_rules_interface(make_trajectory):
     rules.close()
 
 
-def test_base_asks_the_bound_model(make_trajectory):
+def test_base_asks_the_bound_model(make_trajectory, caplog):
+    caplog.set_level("INFO")
     base, calls = BaseSummariser(max_new_tokens=9, batch_size=2), []
 
     def generate(messages, max_new_tokens, keys):
@@ -120,12 +122,25 @@ def test_base_asks_the_bound_model(make_trajectory):
     base.bind(generate)
     first, second, third = base.summarise(group)
     assert second is None and first.texts == ("s", "m", "w") and third.source_member == 2
+    (said,) = caplog.messages
+    assert said.startswith("no skill from t1, member 1: ")
     assert calls == [(2, 9, [(7, 3, "t1", 0), (7, 3, "t1", 1)]), (1, 9, [(7, 3, "t1", 2)])]
     base.submit(3, group)
     assert [(done.iteration, len(done.skills), done.n_failed) for done in base.collect()] == [(3, 2, 1)]
     base.bind(lambda *_: [])
     with pytest.raises(RuntimeError, match="0 answers to 2"):
         base.summarise(group)
+
+
+def test_base_defaults_and_least_settings():
+    assert {name: p.default for name, p in inspect.signature(BaseSummariser).parameters.items()} == dict(
+        max_new_tokens=512, batch_size=None, template=None, system=SYSTEM_PROMPT, max_chars=24_000, form="json", questions=None
+    )
+    least = BaseSummariser(max_new_tokens=1, batch_size=1)
+    assert (least.max_new_tokens, least.batch_size) == (1, 1)
+    for bad in ({"max_new_tokens": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="max_new_tokens and batch_size must be >= 1"):
+            BaseSummariser(**bad)
 
 
 def test_prompt_carries_what_the_analyst_needs(make_trajectory):
