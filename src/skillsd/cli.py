@@ -7,12 +7,10 @@ import json
 import logging
 import os
 import select
-import shutil
 import sys
 import traceback
 import warnings
 from argparse import ArgumentError
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
@@ -30,9 +28,9 @@ from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.callbacks.resume import LAST, newest_good, read_checkpoint
+from skillsd.callbacks.run_folder import SaveRunConfig, guard_run_folder
 from skillsd.class_paths import config
 from skillsd.doctor import doctor
-from skillsd.durable import write
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
 from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
@@ -44,18 +42,6 @@ TITLE = (
     "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
     "Classes by key: skillsd config"
 )
-RUN_FILES = (
-    "config.yaml",
-    "metrics.csv",
-    "trajectories.jsonl",
-    "panel.json",
-    "panel.json.tmp",
-    "bank.sqlite",
-    "bank.sqlite-wal",
-    "bank.sqlite-shm",
-    "bank.sqlite.new",
-)
-RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
 KEYWORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for `ckpt_path` beside a path."""
 TYPES = {
@@ -281,28 +267,6 @@ def _flat(config: dict[str, Any], prefix: str = "", lists: bool = False) -> dict
     return out
 
 
-def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> None:
-    """Refuse to fit into an earlier run's folder unless it is continued or discarded.
-
-    With `--ckpt_path last` and no checkpoint yet, what a killed run left before its first one is discarded: it starts fresh.
-
-    Raises:
-        ConfigError: the folder holds a run.
-    """
-    # Checkpoints go first: one without its bank could not be continued.
-    found = [folder / n for n in (*RUN_FOLDERS, *RUN_FILES) if (folder / n).exists()]
-    fresh = ckpt_path == "last" and not any((folder / "checkpoints").glob("*.ckpt"))
-    if not found or (ckpt_path is not None and not fresh and not overwrite):
-        return
-    if not overwrite and not fresh:
-        raise ConfigError(
-            f"trainer.default_root_dir: {folder} holds an earlier run: continue it with --ckpt_path last, "
-            "discard it with --overwrite=true, or name another folder."
-        )
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def resolve_configs(args: list[str]) -> list[str]:
     """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists; a bare `--skill` (or another of `bare`) means true."""
     bare, values = ("--skill", "--overwrite", "--only_report"), ("true", "false")
@@ -342,36 +306,6 @@ def _packaged(name: str) -> str:
         if (conf_dir() / candidate).is_file():
             return str(conf_dir() / candidate)
     return name
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved configuration to the run folder once everything has been checked."""
-
-    def remember(self, trainer: L.Trainer) -> None:
-        """Note what the run folder's loggers find there, before Lightning opens them."""
-        folders = [Path(x.log_dir) for x in trainer.loggers if x.save_dir == str(trainer.default_root_dir) and x.log_dir]  # type: ignore[attr-defined]
-        self.logs = {folder: {folder, *folder.rglob("*")} if folder.is_dir() else set() for folder in folders}
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing yet: bad input must leave nothing behind."""
-        self.started = False
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Lightning opens its loggers before anything is checked: remove what they made."""
-        if getattr(self, "started", False):
-            return
-        for folder, found in self.logs.items():
-            for path in sorted({folder, *folder.rglob("*")} - found, reverse=True):
-                with suppress(OSError):
-                    path.rmdir() if path.is_dir() else path.unlink()
-        with suppress(OSError):
-            Path(trainer.default_root_dir).rmdir()  # if it is empty
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.started = True
-        write(folder / "config.yaml", self.parser.dump(self.config, skip_unset=False).encode())
 
 
 def quiet() -> None:
