@@ -28,13 +28,14 @@ from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
 from skillsd.callbacks.resume import LAST, newest_good, read_checkpoint
-from skillsd.callbacks.run_folder import SaveRunConfig, guard_run_folder
+from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.class_paths import config
 from skillsd.doctor import doctor
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
 from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
+from skillsd.run_folder import guard_run_folder
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (

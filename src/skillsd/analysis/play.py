@@ -12,6 +12,7 @@ from typing import Any
 from skillsd.errors import ConfigError
 from skillsd.rollout import Row, ask, demonstrate, make_env, plan_of
 from skillsd.rollout.guard import visible
+from skillsd.run_folder import BANK_FILE
 from skillsd.skills import BankContext, SkillBank
 from skillsd.trajectory import Task, Turn
 
@@ -131,7 +132,7 @@ def skill_text(trainer: Any, data: Any, task: Any) -> str:
     callback = data.bank
     if callback is None:
         raise ConfigError("callbacks: a skill needs the SkillBankCallback, which holds its template.")
-    path = Path(trainer.default_root_dir) / "bank.sqlite"
+    path = Path(trainer.default_root_dir) / BANK_FILE
     if path.is_file():
         with SkillBank(path, read_only=True) as bank:
             own = callback.context if isinstance(callback.context, BankContext) else BankContext()

@@ -15,10 +15,11 @@ import lightning as L
 from skillsd.durable import DamagedError, checksum, named, sync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS
+from skillsd.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
-FILES = METRICS_FILE, TRAJECTORIES_FILE = "metrics.csv", "trajectories.jsonl"
+FILES = METRICS_FILE, TRAJECTORIES_FILE
 COLUMNS = ("iteration", "epoch", *METRICS)
 
 

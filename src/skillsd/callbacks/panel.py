@@ -14,10 +14,10 @@ from rich.progress import Progress
 
 from skillsd.durable import write
 from skillsd.errors import ConfigError
+from skillsd.run_folder import PANEL_FILE, read_panel
 from skillsd.statistics import bootstrap_mean, wilson_interval
 from skillsd.trajectory import Trajectory
 
-FILE = "panel.json"
 SHARES = ("success", "completion", "task_goal_completion", "scenario_goal_completion")
 """What is logged of a result; the last two where tasks have scenarios."""
 
@@ -218,22 +218,9 @@ def paired_difference(before: dict[str, Any], after: dict[str, Any], key: str = 
     return bootstrap_mean([sum(v) / len(v) for v in by_task.values()])
 
 
-def read_panel(folder: str | Path) -> dict[str, Any]:
-    """panel.json of a run folder; empty if there is none.
-
-    Raises:
-        ConfigError: It is damaged.
-    """
-    path = Path(folder) / FILE
-    try:
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-    except (ValueError, TypeError, RecursionError) as e:
-        raise ConfigError(f"trainer.default_root_dir: {path} is damaged ({e}): move it away, or name another folder.") from e
-
-
 def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = ()) -> None:
     """Add a part to panel.json and leave others out."""
-    path = Path(folder) / FILE
+    path = Path(folder) / PANEL_FILE
     content = {k: v for k, v in read_panel(folder).items() if k not in drop} | part
     if drop and content == read_panel(folder):
         return

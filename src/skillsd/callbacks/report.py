@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from skillsd.callbacks.panel import read_panel
+from skillsd.run_folder import BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_panel
 from skillsd.skills import SkillBank
 from skillsd.statistics import bootstrap_mean
 
@@ -34,10 +34,10 @@ def print_report(folder: Path) -> None:
                 console.print(f"{when}: {told}", soft_wrap=True)
             if panel[when].get("failed"):
                 console.print(f"{when}: {panel[when]['failed']} of {panel[when]['n']} episodes failed; they count as not solved")
-    if (folder / "bank.sqlite").is_file():
-        with SkillBank(folder / "bank.sqlite", read_only=True) as bank:
+    if (folder / BANK_FILE).is_file():
+        with SkillBank(folder / BANK_FILE, read_only=True) as bank:
             console.print(f"skill bank: {len(bank)} skills of {len(bank.tasks())} tasks")
-    for name, path in (("adapter", "adapter/student"), ("log", "metrics.csv"), ("trajectories", "trajectories.jsonl")):
+    for name, path in (("adapter", "adapter/student"), ("log", METRICS_FILE), ("trajectories", TRAJECTORIES_FILE)):
         if (folder / path).exists():
             console.print(f"{name}: {folder / path}", soft_wrap=True)
 

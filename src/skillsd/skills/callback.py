@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning as L
 
 from skillsd.errors import ConfigError
+from skillsd.run_folder import BANK_FILE
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import BankContext, GroundTruthContext, GroupContext, NoContext, PrivilegedContext
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
@@ -19,7 +20,6 @@ from skillsd.skills.summarisers import BaseSummariser, CheckedSummariser, Finish
 from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
-FILE = "bank.sqlite"
 TRANSCRIPT_TEMPLATE = """\
 # An earlier attempt at this task, which succeeded
 {transcript}
@@ -86,7 +86,7 @@ class SkillBankCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.bank is None:  # opened late: input that is refused before leaves no file behind
             try:
-                self.bank = SkillBank(Path(trainer.default_root_dir) / FILE, **self.bank_settings)
+                self.bank = SkillBank(Path(trainer.default_root_dir) / BANK_FILE, **self.bank_settings)
             except (ValueError, sqlite3.Error) as e:
                 raise ConfigError(f"skills: {e}") from e
         if self._state is not None:

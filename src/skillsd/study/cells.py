@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from skillsd import __version__
-from skillsd.callbacks.panel import read_panel
 from skillsd.errors import ConfigError
+from skillsd.run_folder import read_panel
 from skillsd.study.settings import StudySettings
 
 RECORD, LOG = "cell.json", "cell.log"

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from skillsd.callbacks.log import METRICS_FILE
-from skillsd.callbacks.panel import read_panel
 from skillsd.errors import ConfigError
+from skillsd.run_folder import METRICS_FILE, read_panel
 from skillsd.study.cells import Cell, replace
 
 WINDOW = 10

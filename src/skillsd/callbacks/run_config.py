@@ -1,8 +1,7 @@
-"""The files of a run folder: whose they are when a run begins, and its configuration once everything has been checked."""
+"""The run folder's configuration, written once everything has been checked."""
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,42 +9,7 @@ import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
 from skillsd.durable import write
-from skillsd.errors import ConfigError
-
-RUN_FILES = (
-    "config.yaml",
-    "metrics.csv",
-    "trajectories.jsonl",
-    "panel.json",
-    "panel.json.tmp",
-    "bank.sqlite",
-    "bank.sqlite-wal",
-    "bank.sqlite-shm",
-    "bank.sqlite.new",
-)
-RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
-
-
-def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> None:
-    """Refuse to fit into an earlier run's folder unless it is continued or discarded.
-
-    With `--ckpt_path last` and no checkpoint yet, what a killed run left before its first one is discarded: it starts fresh.
-
-    Raises:
-        ConfigError: the folder holds a run.
-    """
-    # Checkpoints go first: one without its bank could not be continued.
-    found = [folder / n for n in (*RUN_FOLDERS, *RUN_FILES) if (folder / n).exists()]
-    fresh = ckpt_path == "last" and not any((folder / "checkpoints").glob("*.ckpt"))
-    if not found or (ckpt_path is not None and not fresh and not overwrite):
-        return
-    if not overwrite and not fresh:
-        raise ConfigError(
-            f"trainer.default_root_dir: {folder} holds an earlier run: continue it with --ckpt_path last, "
-            "discard it with --overwrite=true, or name another folder."
-        )
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+from skillsd.run_folder import CONFIG_FILE
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -75,4 +39,4 @@ class SaveRunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.started = True
-        write(folder / "config.yaml", self.parser.dump(self.config, skip_unset=False).encode())
+        write(folder / CONFIG_FILE, self.parser.dump(self.config, skip_unset=False).encode())
