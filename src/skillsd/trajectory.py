@@ -117,7 +117,7 @@ class Trajectory:
         """One line of `trajectories.jsonl`. It ends with a CRC-32 of what is before it."""
         # Not asdict, which copies every id and log-prob one by one.
         text = json.dumps(vars(self) | {"turns": [vars(t) for t in self.turns]}, separators=(",", ":"))
-        return text[:-1] + _CRC + _crc(text)
+        return f'{text[:-1]}{_CRC}{crc32(text.encode()):08x}"}}'
 
     @classmethod
     def from_json(cls, line: str) -> Trajectory:
@@ -126,9 +126,8 @@ class Trajectory:
         Raises:
             ValueError: The line is no trajectory, or not what was written.
         """
-        text, mark, crc = line.rstrip("\n").rpartition(_CRC)
-        if mark and crc != _crc(text + "}"):
-            raise ValueError("the line is not what was written: its checksum does not match")
+        check_line(line.encode(errors="replace"))
+        text, mark, _ = line.rpartition(_CRC)
         try:
             raw = json.loads(text + "}" if mark else line)
             raw.pop("crc32", None)  # another program has written the line anew, with other spaces
@@ -140,9 +139,11 @@ class Trajectory:
             raise ValueError(f"the line is no trajectory ({e})") from e
 
 
-def _crc(text: str) -> str:
-    """What ends a line that is `text` without it."""
-    return f'{crc32(text.encode(errors="replace")):08x}"}}'
+def check_line(line: bytes) -> None:
+    """Raises ValueError for a line of `trajectories.jsonl` that is not what was written, by its CRC-32; without one it is taken."""
+    at = line.rfind(_CRC.encode())
+    if at >= 0 and line[at + len(_CRC) :].rstrip(b"\n") != b'%08x"}' % crc32(b"}", crc32(memoryview(line)[:at])):
+        raise ValueError("the line is not what was written: its checksum does not match")
 
 
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:

@@ -20,7 +20,7 @@ from skillsd.skills import bank_file
 from skillsd.skills.ledger import Elsewhere
 from skillsd.skills.retrieval import SQRT2, Untried, select
 from skillsd.skills.skill import Skill
-from skillsd.skills.tables import Booking, Damaged, Drop, State
+from skillsd.skills.tables import Booking, Damaged, Drop, Event, State
 
 
 class SkillBank:
@@ -100,6 +100,11 @@ class SkillBank:
         with self._told():
             state = select(self._ledger.live(task_id), c, untried)
             return None if state is None else self._ledger.skill_of(state)
+
+    def events(self) -> Iterator[Event]:
+        """What happened, from the first event on, one at a time."""
+        with self._told():
+            yield from self._ledger.events()
 
     def stats(self) -> dict[str, float]:
         """Numbers to log: skills held (`size`), tasks that have one (`tasks`), `mean_uses` of those held, `merged` and `dropped` so far."""

@@ -136,6 +136,12 @@ class Ledger:
         same = (state for state in states if state.digest == digest)
         return next((state for state in same if self._source(state.skill_id).texts == skill.texts), None)
 
+    def events(self) -> Iterator[Event]:
+        """The log from its beginning."""
+        self._flush()
+        for row in self._db.execute(f"{EVENT.select} ORDER BY seq"):
+            yield Event._make(EVENT.checked(row))
+
     def length_before(self, iteration: int) -> int:
         """Number of events of earlier iterations."""
         return bisect_left(range(1, self.tally.seq + 1), iteration, key=lambda seq: self._event(seq).iteration)

@@ -1,0 +1,209 @@
+"""A run folder as data frames: what is in them is what the run wrote, also while it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.properties.profile import examples
+
+from skillsd.analysis import Run
+from skillsd.analysis.index import COLUMNS, Index
+from skillsd.callbacks.log import COLUMNS as METRICS
+from skillsd.errors import ConfigError
+from skillsd.skills import Skill, SkillBank
+from skillsd.trajectory import Trajectory, Turn
+
+SHORT = Trajectory(
+    0, "t1", 0, 7, "Solve it.", (1, 2, 3), (4, 5, 9, 9, 6, 9, 9), (True, True, False, False, True, False, False),
+    (-0.5, -0.25, 0.0, 0.0, -1.0, 0.0, 0.0), (Turn("s0", "up", 0.0), Turn("s1", "left", 1.0)), 1.0, 1.0, True, "done", 3,
+)  # fmt: skip
+
+
+def numbered(n: int) -> list[Trajectory]:
+    return [replace(SHORT, iteration=i // 4, member=i % 4, reward=i / 8, skill_id=i or None) for i in range(n)]
+
+
+def append(path: Path, rows: list[Trajectory], mode: str = "a") -> None:
+    with path.open(mode) as f:
+        f.writelines(t.to_json() + "\n" for t in rows)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    (tmp_path / "config.yaml").write_text("seed_everything: 7\nmodel: {class_path: X}\n")
+    append(tmp_path / "trajectories.jsonl", numbered(6))
+    return Run(tmp_path)
+
+
+def expected(t: Trajectory) -> tuple[Any, ...]:
+    counts = {"n_turns": len(t.turns), "prompt_tokens": len(t.prompt_ids), "tokens": len(t.token_ids), "action_tokens": t.n_actions}
+    return tuple((asdict(t) | counts)[name] for name in COLUMNS)
+
+
+TEXTS = st.text(max_size=20) | st.sampled_from(['"prompt_ids":[', '],"reward":', '{"observation":', ',"crc32":"', "\\", "true", "\ud800"])
+TURNS = st.lists(st.builds(Turn, TEXTS, TEXTS, st.floats(-1, 1)), max_size=3).map(tuple)
+TRAJECTORIES = st.builds(
+    lambda n, m, flags, *rest: Trajectory(*rest[:5], tuple(range(n)), tuple(range(m)), tuple(flags[:m]), (0.0,) * m, *rest[5:]),
+    st.integers(0, 3), st.integers(0, 5), st.lists(st.booleans(), min_size=5, max_size=5),
+    st.integers(0, 9), TEXTS, st.integers(0, 9), st.integers(0, 9), TEXTS, TURNS, st.floats(-1, 1), st.floats(0, 1), st.booleans(),
+    st.sampled_from(["done", "failed"]), st.none() | st.integers(1, 99), TEXTS,
+)  # fmt: skip
+
+
+@examples(100)
+@given(st.lists(TRAJECTORIES, max_size=3), st.booleans())
+def test_the_index_is_what_the_trajectories_say(tmp_path, rows, foreign):
+    path = tmp_path / "trajectories.jsonl"
+    append(path, rows, "w")
+    if foreign:  # written anew by another program, with spaces and in another order
+        path.write_text("".join(json.dumps(json.loads(line), sort_keys=True) + "\n" for line in path.read_text().splitlines()))
+    index = Index(path)
+    assert index.update() is bool(rows) and index.rows == list(map(expected, rows))
+    assert [index.read(i) for i in range(len(rows))] == rows
+
+
+def test_what_is_appended_is_read_and_what_is_cut_is_forgotten(run):
+    path, index = run.folder / "trajectories.jsonl", Index(run.folder / "trajectories.jsonl")
+    assert index.update() and len(index) == 6 and not index.update()
+    with path.open("a") as f:
+        f.write(SHORT.to_json()[:-9])  # under way
+    assert not index.update() and len(index) == 6
+    os.truncate(path, index.starts[-1])
+    append(path, numbered(8)[6:])
+    assert index.update() and index.rows == list(map(expected, numbered(8)))
+    os.truncate(path, index.starts[4])  # a resumed run; it has written more than there was when it is looked at again
+    other = [replace(t, seed=8) for t in numbered(20)[4:]]
+    append(path, other)
+    assert index.update() and index.rows == list(map(expected, [*numbered(4), *other]))
+    path.unlink()
+    assert index.update() and not index.update() and len(index) == 0
+    append(path, numbered(1))
+    assert index.update() and index.read(0) == numbered(1)[0]
+
+
+def test_a_damaged_line_is_named(run):
+    path = run.folder / "trajectories.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"reward":0.25,"completion"', b'"reward":0.35,"completion"'))
+    with pytest.raises(ConfigError, match=r"trajectories\.jsonl:3: the line is not what was written"):
+        run.trajectories  # noqa: B018
+    path.write_bytes(b'{"iteration":0}\n')
+    with pytest.raises(ConfigError, match=r"trajectories\.jsonl:1: the line is no trajectory"):
+        run.trajectories  # noqa: B018
+    path.write_bytes(data)
+    assert len(run.trajectories) == 6
+    path.write_bytes(data.replace(b'"seed":7', b'"seed":8'))
+    with pytest.raises(ConfigError, match=r"trajectories\.jsonl:5: the line is not what was written"):
+        run.trajectory(4)
+
+
+def test_trajectories(run):
+    frame = run.trajectories
+    assert frame.index.name == "trajectory" and list(frame.columns) == list(COLUMNS)
+    assert frame["reward"].tolist() == [i / 8 for i in range(6)] and frame["member"].tolist() == [0, 1, 2, 3, 0, 1]
+    assert frame["skill_id"].isna().tolist() == [True] + [False] * 5 and frame["skill_id"].dtype == "Int64"
+    assert frame["action_tokens"].tolist() == [3] * 6 and frame["tokens"].tolist() == [7] * 6 and frame["success"].dtype == bool
+    assert run.trajectory(5) == numbered(6)[5]
+    for number in (6, -1):
+        with pytest.raises(IndexError, match=f"trajectory {number}: .*has 6"):
+            run.trajectory(number)
+    append(run.folder / "trajectories.jsonl", [SHORT])
+    assert run.trajectory(6) == SHORT and len(run.trajectories) == 6  # what was read stays as it is
+    run.refresh()
+    assert len(run.trajectories) == 7
+
+
+def test_turns_and_tokens(run):
+    turns = run.turns([1, 3])
+    assert turns.to_dict("list") == {
+        "trajectory": [1, 1, 3, 3], "turn": [0, 1, 0, 1], "observation": ["s0", "s1"] * 2, "action": ["up", "left"] * 2,
+        "reward": [0.0, 1.0] * 2,
+    }  # fmt: skip
+    tokens = run.tokens(2)
+    assert tokens["token_id"].tolist() == list(SHORT.token_ids) and tokens["sampled"].tolist() == list(SHORT.action_mask)
+    assert tokens["turn"].tolist() == [0, 0, 1, 1, 1, 2, 2] and set(tokens["trajectory"]) == {2}
+    assert tokens.loc[tokens["sampled"], "logprob"].tolist() == [-0.5, -0.25, -1.0] and tokens["logprob"].isna().sum() == 4
+    assert list(run.turns([])) == list(turns) and list(run.tokens([])) == list(tokens)
+
+
+def test_the_bank(run):
+    def skill(text: str, task_id: str, reward: float) -> Skill:
+        return Skill(text, text, text, task_id, source_reward=reward, source_completion=reward, source_member=2)
+
+    assert run.events.empty and run.skills.empty and run.retrievals.empty
+    with SkillBank(run.folder / "bank.sqlite", capacity=1) as bank:
+        bank.insert([skill("a", "t1", 0.5), skill("b", "t2", 0.25)], 0)
+        bank.record_use(1, 1, reward=1.0, gap=-0.5)
+        bank.record_use(2, 1)
+        bank.insert([skill("a", "t1", 0.5), skill("c", "t1", 1.0)], 2)
+        run.refresh()
+        assert list(zip(run.events["kind"], run.events["iteration"], run.events["task_id"], run.events["skill_id"], strict=True)) == [
+            ("insert", 0, "t1", 1), ("insert", 0, "t2", 2), ("use", 1, "t1", 1), ("use", 1, "t2", 2), ("merge", 2, "t1", 1),
+            ("insert", 2, "t1", 3), ("drop", 2, "t1", 1),
+        ]  # fmt: skip
+        assert run.retrievals.index.tolist() == [3, 4] and run.retrievals["reward"].tolist()[0] == 1.0
+        assert run.retrievals["gap"].isna().tolist() == [False, True]
+        skills = run.skills
+        assert skills.index.tolist() == [1, 2, 3] and skills["golden_workflow"].tolist() == ["a", "b", "c"]
+        assert skills["uses"].tolist() == [1, 1, 0] and skills["sources"].tolist() == [2, 1, 1]
+        assert skills["inserted"].tolist() == [0, 0, 2] and skills["dropped"].fillna(-1).tolist() == [2, -1, -1]
+        for i in (1, 2, 3):
+            assert skills.loc[i, list(asdict(bank.get(i)).keys() - {"skill_id"})].to_dict() == {
+                k: v for k, v in asdict(bank.get(i)).items() if k != "skill_id"
+            }
+    bank_bytes = bytearray((run.folder / "bank.sqlite").read_bytes())
+    bank_bytes[:16] = b"x" * 16
+    (run.folder / "bank.sqlite").write_bytes(bank_bytes)
+    run.refresh()
+    with pytest.raises(ValueError, match="not a skill bank"):
+        run.events  # noqa: B018
+
+
+def test_metrics_panel_and_configuration(run):
+    assert run.metrics.empty and run.panel == {} and run.config == {"seed_everything": 7, "model": {"class_path": "X"}}
+    row = dict.fromkeys(METRICS, "0.1") | {"iteration": "0", "epoch": "0", "loss/total": repr(0.1 + 0.2), "teacher/k3": ""}
+    (run.folder / "metrics.csv").write_text(",".join(METRICS) + "\n" + ",".join(row.values()) + "\n")
+    (run.folder / "panel.json").write_text('{"before": {"n": 3}}')
+    run.refresh()
+    assert run.metrics.loc[0, "loss/total"] == 0.1 + 0.2 and pd.isna(run.metrics.loc[0, "teacher/k3"]) and run.panel["before"]["n"] == 3
+    for name, content in (
+        ("metrics.csv", b""),
+        ("metrics.csv", b"a\n1\n"),
+        ("config.yaml", b"{"),
+        ("config.yaml", b"3"),
+        ("panel.json", b"["),
+    ):
+        (run.folder / name).write_bytes(content)
+        run.refresh()
+        with pytest.raises(ConfigError, match=name):
+            getattr(run, name.partition(".")[0])
+
+
+def test_what_is_no_run_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"is no run folder .*name one that fit has made"):
+        Run(tmp_path)
+    with pytest.raises(AttributeError, match="nosuch"):
+        import skillsd.analysis
+
+        skillsd.analysis.nosuch  # noqa: B018
+
+
+def test_tokens_and_texts_stay_on_the_disk(run):
+    long = replace(SHORT, token_ids=(123456,) * 4000, action_mask=(True,) * 4000, logprobs=(-0.123456,) * 4000)
+    append(run.folder / "trajectories.jsonl", [long] * 100)
+    size = (run.folder / "trajectories.jsonl").stat().st_size
+    tracemalloc.start()
+    try:
+        assert run.trajectories["tokens"].iloc[-1] == 4000
+        assert tracemalloc.get_traced_memory()[1] < size / 10
+    finally:
+        tracemalloc.stop()
