@@ -162,3 +162,12 @@ def test_a_task_without_its_rows_is_not_told_as_empty(tmp_path, whole):
     db.close()
     with pytest.raises(ValueError, match=r"damaged \(its table 'state' holds"):
         SkillBank(path, read_only=True)
+
+
+def test_a_row_that_is_gone_is_named(tmp_path, make_skill):
+    path = tmp_path / "bank.sqlite"
+    with SkillBank(path) as bank:
+        bank.insert([make_skill("a"), make_skill("b")], 0)
+        bank._ledger._db.execute("DELETE FROM skill WHERE skill_id = 1")
+        with pytest.raises(ValueError, match=r"damaged \(a row of its table 'skill' is missing\)"):
+            bank.get(1)

@@ -2,12 +2,15 @@ import inspect
 import itertools
 import json
 import random
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from skillsd.skills import BaseSummariser, RulesSummariser, Summariser
-from skillsd.skills.summarisers import SYSTEM_PROMPT, analyst_messages
-from skillsd.skills.summarisers.transcript import conversation
+from skillsd.skills.skill import FIELDS
+from skillsd.skills.summarisers import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, analyst_messages
+from skillsd.skills.summarisers.transcript import MIN_CHARS, conversation
 from skillsd.trajectory import Turn
 
 ANSWER = json.dumps({"success_analysis": "s", "mistake_analysis": "m", "golden_workflow": "w"})
@@ -89,10 +92,44 @@ def test_default_texts_are_readable_and_do_not_sell_failure():
     assert "FAILED" in skill.golden_workflow and "50%" in skill.success_analysis
 
 
-@pytest.mark.parametrize("bad", [{"unsolved_workflow": "{plan}"}, {"solved_success": "{"}, {"action_pattern": "("}])
-def test_bad_templates_are_refused_at_once(bad):
-    with pytest.raises(ValueError, match=r"template|regular expression"):
+def test_the_default_words(make_trajectory):
+    """What skills are made with, unless told otherwise, is part of a run: whoever changes a word changes results, and this file."""
+    solved = make_trajectory(pairs=[("s0", "up"), ("s1", "down"), ("s0", "left")])
+    unsolved = make_trajectory(pairs=[("s0", "up"), ("s0", "left")], completion=0.5)
+    ask = partial(analyst_messages, solved, FIELD_PROMPT, "")
+    told = {
+        "rules, solved": RulesSummariser().summarise([solved])[0].texts,
+        "rules, not solved": RulesSummariser().summarise([unsolved])[0].texts,
+        "analyst": [message["content"] for message in analyst_messages(solved)],
+        "analyst, not solved": [message["content"] for message in analyst_messages(unsolved, system="")],
+        "analyst, a field": [message["content"] for field in FIELDS for message in ask(question=FIELD_QUESTIONS[field])],
+    }
+    words = Path(__file__).parent / "data" / "words.json"
+    assert {name: list(texts) for name, texts in told.items()} == json.loads(words.read_text(encoding="utf-8"))
+
+
+def test_rules_and_prompt_defaults():
+    patterns = {"joiner": ", ", "action_pattern": None, "observation_pattern": None, "cut_loops": True}
+    assert patterns.items() <= {name: p.default for name, p in inspect.signature(RulesSummariser).parameters.items()}.items()
+    assert [inspect.signature(f).parameters["max_chars"].default for f in (conversation, analyst_messages)] == [24_000] * 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ({"unsolved_workflow": "{plan}"}, "rules template '{plan}'"), ({"solved_success": "{"}, "rules template '{'"),
+        ({"action_pattern": "("}, "^action_pattern .* no regular expression"),
+        ({"observation_pattern": "["}, "^observation_pattern .* no regular expression"),
+    ],
+)  # fmt: skip
+def test_bad_templates_are_refused_at_once(bad, told):
+    with pytest.raises(ValueError, match=told):
         RulesSummariser(**bad)
+
+
+def test_a_pattern_that_finds_nothing_in_its_group_finds_no_action():
+    digest = RulesSummariser(action_pattern=r"go(?: (\w+))?").digest([Turn("s0", "go up", 0.0), Turn("s1", "go", 0.0)])
+    assert digest.actions == ("up",) and digest.unparsed == 1
 
 
 def test_rules_interface(make_trajectory):
@@ -105,7 +142,9 @@ def test_rules_interface(make_trajectory):
     assert (iteration, n_failed) == (5, 1)
     assert [(skill.task_id, skill.source_member) for skill in skills] == [("t1", 0), ("t1", 1), ("t2", 0), ("t2", 1)]
     assert rules.collect() == [] and rules.summarise(group) == RulesSummariser().summarise(group)
+    rules.submit(6, group)
     rules.close()
+    assert rules.collect() == []
 
 
 def test_base_asks_the_bound_model(make_trajectory, caplog):
@@ -151,10 +190,23 @@ def test_prompt_carries_what_the_analyst_needs(make_trajectory):
     assert [message["role"] for message in analyst_messages(make_trajectory(), system="")] == ["user"]
 
 
-@pytest.mark.parametrize("bad", ["{nothing} {conversation}", "{", "no conversation"])
-def test_prompt_template_is_checked(bad):
-    with pytest.raises(ValueError, match="template"):
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ("{nothing} {conversation}", r"its fields are conversation, result, steps, completion; double other braces"),
+        ("{", "cannot be filled"),
+        ("no conversation", "no {conversation}"),
+    ],
+)
+def test_prompt_template_is_checked(bad, told):
+    with pytest.raises(ValueError, match=f"summary template .*{told}"):
         BaseSummariser(template=bad)
+
+
+def test_the_least_budget():
+    BaseSummariser(max_chars=MIN_CHARS)
+    with pytest.raises(ValueError, match=f"max_chars must be >= {MIN_CHARS}, got {MIN_CHARS - 1}"):
+        BaseSummariser(max_chars=MIN_CHARS - 1)
 
 
 @pytest.mark.parametrize(("n", "seen", "done"), list(itertools.product([1, 3, 40], [10, 5_000], [10, 5_000])))

@@ -10,7 +10,7 @@ from skillsd.rollout.noise import stream_key
 from skillsd.skills import BaseSummariser
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.summarisers import FIELD_QUESTIONS, analyst_messages
-from skillsd.skills.summarisers.transcript import MIN_CHARS, MIN_KEPT, conversation, shorten
+from skillsd.skills.summarisers.transcript import MIN_CHARS, MIN_KEPT, _limit, conversation, shorten
 from skillsd.trajectory import Trajectory, Turn
 
 RULES = "RULES-BEGIN\n" + "Write one python block each turn. Only print() shows anything. Look the APIs up before use.\n" * 42 + "RULES-END"
@@ -74,6 +74,34 @@ def test_turns_are_left_out_in_the_middle_alone():
     (notice,) = [line for line in unheaded.splitlines() if line.startswith("[turns ")]
     first, last = (int(word) for word in notice.split() if word.isdigit())
     assert [i for i in range(1, 61) if f"[Turn {i}: agent]" in unheaded] == [*range(1, first), *range(last + 1, 61)]
+
+
+def test_no_more_turns_are_left_out_than_it_takes():
+    """The first turn and the last stay, then the second, the last but one, ...: as many as fit, to the character."""
+    pairs = [("o" * 50, "a" * 50)] * 60  # short enough to stay whole
+    order = [n for i in range(10) for n in (60 - i, 2 + i)]
+    whole = {n: f"[Turn {n}: environment]\n{seen}\n[Turn {n}: agent]\n{done}" for n, (seen, done) in enumerate(pairs, 1)}
+    budget = len(f"[Instruction]\nI\n\n{whole[1]}\n\n[turns 61 to 61 left out]")
+
+    def shown(max_chars):
+        text = conversation(episode(pairs, "I"), max_chars)
+        return {n for n in whole if f"[Turn {n}: agent]" in text}
+
+    for k, n in enumerate(order, 1):
+        budget += len(whole[n]) + 2
+        if budget > MIN_CHARS:
+            assert shown(budget) == {1, *order[:k]} and shown(budget - 1) == {1, *order[: k - 1]}
+
+
+def test_texts_are_cut_no_more_than_it_takes():
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = ["x" * rng.randint(0, 12) for _ in range(rng.randint(0, 5))]
+        weights, room, least = [rng.randint(1, 2) for _ in texts], rng.randint(0, 40), rng.randint(1, 3)
+        longest = max([least, *map(len, texts)])
+        fits = [x for x in range(least, longest + 1) if sum(min(len(t), w * x) for t, w in zip(texts, weights, strict=True)) <= room]
+        assert _limit(texts, weights, room, least) == max(fits, default=least)
+    assert shorten("x" * 100, 40) == "\n[100 characters left out]\n"
 
 
 def test_an_instruction_over_the_budget_keeps_both_ends_and_leaves_half():

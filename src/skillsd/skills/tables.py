@@ -97,21 +97,21 @@ class State(NamedTuple):
 class Tally:
     """Counts after the last event: `skills` and `merged`, `dropped` ever, `live` skills, their `uses` and `tasks` now."""
 
-    seq: int = 0
-    iteration: int = 0
-    skills: int = 0
-    live: int = 0
-    uses: int = 0
-    tasks: int = 0
-    merged: int = 0
-    dropped: int = 0
-    crc_sum: int = 0
+    seq: int
+    iteration: int
+    skills: int
+    live: int
+    uses: int
+    tasks: int
+    merged: int
+    dropped: int
+    crc_sum: int
 
 
 class Table:
     """Rows of texts, then numbers, then their CRC-32. `kinds`: of each number, in the letters of `struct`."""
 
-    def __init__(self, name: str, texts: Sequence[str], numbers: Sequence[str], kinds: str, key: str = "") -> None:
+    def __init__(self, name: str, texts: Sequence[str], numbers: Sequence[str], kinds: str, key: str) -> None:
         self.n_texts, self._pack = len(texts), struct.Struct("<" + kinds).pack
         columns = [*texts, *numbers, "crc"]
         self.select = f"SELECT {', '.join(columns)} FROM {name}"
@@ -156,4 +156,4 @@ SKILL = Table(
 EVENT = Table("event", ("kind",), Event._fields[1:], "qqqddd", key="seq = ?")
 STATE = Table("state", ("task_id",), State._fields[1:], "qqqqdqddq", key="task_id = ? AND dropped = ? AND digest = ? AND skill_id = ?")
 TASK = Table("task", ("task_id",), ("live", "crc_sum"), "qq", key="task_id = ?")
-TALLY = Table("tally", (), ("one", *(f.name for f in fields(Tally))), "q" * 10)
+TALLY = Table("tally", (), ("one", *(f.name for f in fields(Tally))), "q" * 10, key="one = 1")
