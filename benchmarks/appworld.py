@@ -1,4 +1,4 @@
-"""What our layer costs on top of AppWorld's engine: python benchmarks/appworld.py [--envs 32] [--repeat 100]
+"""What our layer costs on top of AppWorld's engine: python -m benchmarks.appworld [--envs 32] [--repeat 100]
 
 One run measures both sides on the same task and code: the stock engine in its own process, and the environment. Medians, in milliseconds;
 memory is the proportional share (PSS) of the warm processes and all worlds together.

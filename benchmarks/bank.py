@@ -1,8 +1,8 @@
 """The skill bank under load: how fast it takes skills and gives one back, in how much memory, and what readers see beside a writer.
 
-    python benchmarks/bank.py                                      # 1,000,000 skills over 10,000 tasks, capacity 8 and none
-    python benchmarks/bank.py --sizes 20000 100000 --tasks 1000
-    PYTHONPATH=../other/src python benchmarks/bank.py              # another checkout's code, for a comparison on this machine
+    python -m benchmarks.bank                                      # 1,000,000 skills over 10,000 tasks, capacity 8 and none
+    python -m benchmarks.bank --sizes 20000 100000 --tasks 1000
+    PYTHONPATH=../other/src python -m benchmarks.bank              # another checkout's code, for a comparison on this machine
 
 A batch is what an iteration inserts in one call: `--batch` skills, 8 a task, three texts of 200 characters each. Retrievals are of
 random tasks, first as they lie, then of tasks whose skills were all used (the UCB bound of each is computed). The bank lies in the

@@ -1,7 +1,7 @@
 """Continuous batching: how much of a rollout's time the GPU is busy, with episodes of 2 to 40 turns and environments that take their time.
 
-    python benchmarks/continuous.py --size 0.6B --episodes 64 --group 8 --delay 0.05          # a GPU
-    python benchmarks/continuous.py --size tiny --episodes 4 --group 2 --turns 2 4 --device cpu
+    python -m benchmarks.continuous --size 0.6B --episodes 64 --group 8 --delay 0.05          # a GPU
+    python -m benchmarks.continuous --size tiny --episodes 4 --group 2 --turns 2 4 --device cpu
 
 Busy is the share of the time in which a kernel or a copy runs on the GPU, by a profiler in windows of 40 steps in every 160, of a second
 run of the same rollout. On a CPU it is the time in the stepper's calls. The warm-up plays the episodes that start together.

@@ -1,8 +1,8 @@
 """Decoding with an nf4 base and an unmerged LoRA adapter, beside transformers' generate in the same process and vLLM in one after it.
 
-    python benchmarks/decode.py --size 4B --rows 8 32 64 --prompt 1024 --new 128          # a GPU
-    python benchmarks/decode.py --size 4B --vllm --peer-python "env PYTHONPATH=/opt/peers python3"
-    python benchmarks/decode.py --size tiny --rows 2 --prompt 40 --new 8 --device cpu     # does it run?
+    python -m benchmarks.decode --size 4B --rows 8 32 64 --prompt 1024 --new 128          # a GPU
+    python -m benchmarks.decode --size 4B --vllm --peer-python "env PYTHONPATH=/opt/peers python3"
+    python -m benchmarks.decode --size tiny --rows 2 --prompt 40 --new 8 --device cpu     # does it run?
 
 Decode tokens/s leave the prefill out on both sides; in groups of 8 rows have their prompt in common, elsewhere each has its own. `bound`
 is what reading the nf4 weights once and every row's keys and values once a step takes at --bandwidth. The gap is

@@ -1,9 +1,9 @@
 """A whole iteration: 64 trajectories of 256 prompt and 256 sampled tokens, their teacher and the update, as TRL's peers are measured.
 
-    python benchmarks/iteration.py --size 4B                                   # a GPU
-    python benchmarks/iteration.py --size 4B --trl transformers --peer-python "env PYTHONPATH=/opt/peers python3"
-    python benchmarks/iteration.py --size tiny --tasks 2 --group 2 --new 8     # does it run?
-    python benchmarks/iteration.py --size 4B --cap 8 --tasks 2 --group 2 --prompt 3900 --new 192 -c conf/hardware/8gb.yaml
+    python -m benchmarks.iteration --size 4B                                   # a GPU
+    python -m benchmarks.iteration --size 4B --trl transformers --peer-python "env PYTHONPATH=/opt/peers python3"
+    python -m benchmarks.iteration --size tiny --tasks 2 --group 2 --new 8     # does it run?
+    python -m benchmarks.iteration --size 4B --cap 8 --tasks 2 --group 2 --prompt 3900 --new 192 -c conf/hardware/8gb.yaml
 
 With --cap nothing can be reserved beyond that size less 0.75 GiB, which a CUDA context takes: what runs there runs on such a GPU.
 

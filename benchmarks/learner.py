@@ -1,7 +1,7 @@
 """The learner: forward and backward of the student and forward of the teacher, beside plain checkpointed transformers and PEFT.
 
-    python benchmarks/learner.py --size 4B                                                  # a GPU
-    python benchmarks/learner.py --size tiny --rows 64 --ragged 8 40 --device cpu           # does it run?
+    python -m benchmarks.learner --size 4B                                                  # a GPU
+    python -m benchmarks.learner --size tiny --rows 64 --ragged 8 40 --device cpu           # does it run?
 
 Both sides have the same base in nf4, the same LoRA weights, gradient checkpointing and logits of --chunk positions at a time; every
 second token is an action. `plain` is the policy with `kernels: false`: PEFT's layers, transformers' attention, rows padded to the longest

@@ -1,7 +1,7 @@
 """Where the seconds of a nano iteration go on a CPU: `skillsd fit -c conf/sokoban.yaml`, its parts timed from within.
 
-    OMP_NUM_THREADS=2 python benchmarks/nano_cpu.py --iterations 12
-    PYTHONPATH=../other/src:../other/envs python benchmarks/nano_cpu.py    # another checkout's code, for a comparison on this machine
+    OMP_NUM_THREADS=2 python -m benchmarks.nano_cpu --iterations 12
+    PYTHONPATH=../other/src:../other/envs python -m benchmarks.nano_cpu    # another checkout's code, for a comparison on this machine
 
 Medians over the iterations after the second, in milliseconds; absolute figures mean little on shared cores, ratios from one sitting more.
 """

@@ -1,8 +1,8 @@
 """Where the seconds of a fit go, on whatever device there is; several at once show how far they share it.
 
-    python benchmarks/nano_fit.py                     # conf/sokoban.yaml, 30 iterations
-    python benchmarks/nano_fit.py --fits 4 --steps 60 -- --data.init_args.rollout.cuda_graphs false
-    python benchmarks/nano_fit.py --study conf/study/sokoban-nano.yaml --method skillsd    # a run of the study, with its panels
+    python -m benchmarks.nano_fit                     # conf/sokoban.yaml, 30 iterations
+    python -m benchmarks.nano_fit --fits 4 --steps 60 -- --data.init_args.rollout.cuda_graphs false
+    python -m benchmarks.nano_fit --study conf/study/sokoban-nano.yaml --method skillsd    # a run of the study, with its panels
 
 
 One line per fit; panels in between are part of `rest`. The median of an iteration leaves out the first three, in which CUDA graphs are

@@ -1,6 +1,6 @@
 """Which tiles the nf4 projections with LoRA should take: a sweep over the layers of one decoder block.
 
-    python benchmarks/projections.py --size 4B --rows 8 32 64        # a GPU
+    python -m benchmarks.projections --size 4B --rows 8 32 64        # a GPU
 
 Each figure is microseconds of a launch in a CUDA graph that goes over copies of the weights larger than the L2 cache. `bound` is reading
 the 4-bit weights once at --bandwidth; `plan` is what `kernels.projections.plan` chooses.

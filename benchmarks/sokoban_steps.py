@@ -1,6 +1,6 @@
 """Steps per second of the Sokoban environment on one core, text observation included.
 
-    python benchmarks/sokoban_steps.py [--turns N] [--runs N]
+    python -m benchmarks.sokoban_steps [--turns N] [--runs N]
 
 Each run plays the same random moves on levels of the default training split; the median over runs counts. The bar is 100,000 steps/s.
 """

@@ -1,6 +1,6 @@
 """What the nano agent's teacher knows, context by context: its own success, and how good its moves are where the student goes.
 
-    python benchmarks/teacher_view.py --levels 400
+    python -m benchmarks.teacher_view --levels 400
 
 The untrained agent plays each level four times at temperature 1 on boards of conf/sokoban.yaml with another level seed. For each context:
 the levels that have it; success of the greedy agent without and with it in front; then, over the states of the plays from which the level

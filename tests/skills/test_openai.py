@@ -179,13 +179,14 @@ def test_tries_again_then_counts_and_says_why(make, group, server, caplog, bad):
 
 def test_a_response_has_at_most_a_mebibyte(make, group, server):
     server.plan = {"a": ["full"], "b": ["over"]}
-    full, over = make(retries=0).summarise(group("a", "b"))
-    assert full.task_id == "a" and over is None
+    summariser = make(retries=0)
+    assert [skill.task_id for skill in summariser.summarise(group("a"))] == ["a"] and not server.hung_up.is_set()
+    assert summariser.summarise(group("b")) == [None] and server.hung_up.wait(5)  # no connection is left with bytes in it
 
 
 def test_the_wait_doubles_and_is_the_own_one_where_the_server_asks_for_none(make, group, server, monkeypatch):
-    server.plan = {"a": [500], "b": [(503, "0.5"), "broken"]}
-    for task, backoff_s, least in (("a", 0.08, [0.08, 0.16, 0.32]), ("b", 0.01, [0.5, 0.02, 0.04])):
+    server.plan = {"a": [500], "b": [(503, "0.5"), "broken"], "c": ["broken"]}
+    for task, backoff_s, least in (("a", 0.08, [0.08, 0.16, 0.32]), ("b", 0.01, [0.5, 0.02, 0.04]), ("c", 0.01, [0.01, 0.02, 0.04])):
         summariser, waits = make(retries=3, backoff_s=backoff_s), []
         monkeypatch.setattr(summariser._closed, "wait", waits.append)
         assert summariser.summarise(group(task)) == [None] and waits == least
