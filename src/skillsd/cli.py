@@ -27,8 +27,8 @@ from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.report import print_report
-from skillsd.callbacks.resume import LAST, newest_good, read_checkpoint
 from skillsd.callbacks.run_config import SaveRunConfig
+from skillsd.checkpoint import LAST, newest_good, read_checkpoint
 from skillsd.class_paths import config
 from skillsd.doctor import doctor
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business

@@ -23,7 +23,8 @@ FILES = (
     BANK_FILE,
     *(f"{BANK_FILE}{end}" for end in ("-wal", "-shm", ".new")),
 )
-FOLDERS = ("checkpoints", "adapter", "tensorboard")
+CHECKPOINTS = "checkpoints"
+FOLDERS = (CHECKPOINTS, "adapter", "tensorboard")
 
 
 def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> None:
@@ -36,7 +37,7 @@ def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> No
     """
     # Checkpoints go first: one without its bank could not be continued.
     found = [folder / n for n in (*FOLDERS, *FILES) if (folder / n).exists()]
-    fresh = ckpt_path == "last" and not any((folder / "checkpoints").glob("*.ckpt"))
+    fresh = ckpt_path == "last" and not any((folder / CHECKPOINTS).glob("*.ckpt"))
     if not found or (ckpt_path is not None and not fresh and not overwrite):
         return
     if not overwrite and not fresh:

@@ -175,13 +175,13 @@ def test_metrics_panel_and_configuration(run):
     (run.folder / "panel.json").write_text('{"before": {"n": 3}}')
     run.refresh()
     assert run.metrics.loc[0, "loss/total"] == 0.1 + 0.2 and pd.isna(run.metrics.loc[0, "teacher/k3"]) and run.panel["before"]["n"] == 3
-    for name, content in (
-        ("metrics.csv", b""),
-        ("metrics.csv", b"a\n1\n"),
-        ("config.yaml", b"{"),
-        ("config.yaml", b"3"),
-        ("panel.json", b"["),
-    ):
+    with (run.folder / "metrics.csv").open("a") as f:
+        f.write("1,0,0.1")  # under way
+    run.refresh()
+    assert len(run.metrics) == 1
+    metrics = [b"a\n1\n", b"iteration,epoch\n0,x\n", b"\xff\n", b"epoch\n1,2\n"]
+    bad = [*(("metrics.csv", content) for content in metrics), ("config.yaml", b"{"), ("config.yaml", b"3"), ("panel.json", b"[")]
+    for name, content in bad:
         (run.folder / name).write_bytes(content)
         run.refresh()
         with pytest.raises(ConfigError, match=name):

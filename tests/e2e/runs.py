@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from skillsd.callbacks.resume import newest_good, read_checkpoint
+from skillsd.checkpoint import newest_good, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 9  # 3 epochs of 8 tasks, 3 an iteration: the last one of an epoch is a partial one

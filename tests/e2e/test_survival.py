@@ -14,7 +14,7 @@ import pytest
 import torch
 from tests.e2e.runs import RULES, Run, Server, assert_equal, build_faults, overlay
 
-from skillsd.callbacks.resume import newest_good, read_checkpoint
+from skillsd.checkpoint import newest_good, read_checkpoint
 from skillsd.durable import DamagedError, check_folder
 from skillsd.errors import ConfigError
 from skillsd.trajectory import read_trajectories

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skillsd.analysis.run import Run
+    from skillsd.analysis.score import Scorer
 
-__all__ = ["Run"]
+__all__ = ["Run", "Scorer"]
+_WHERE = {"Run": "run", "Scorer": "score"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Run":  # late: pandas is slow to import, and `skillsd play` needs none
-        from skillsd.analysis.run import Run
-
-        return Run
-    raise AttributeError(name)
+    if name not in _WHERE:
+        raise AttributeError(f"skillsd.analysis has no {name}")
+    return getattr(import_module(f"skillsd.analysis.{_WHERE[name]}"), name)  # late: pandas is slow to import, and `skillsd play` needs none

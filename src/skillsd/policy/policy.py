@@ -256,11 +256,11 @@ class Policy(nn.Module):
 
     # -- scoring --------------------------------------------------------------------------------------------------------
 
-    def score(self, adapter: str, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> Scores:
+    def score(self, adapter: str | None, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> Scores:
         """Log-probs of the action tokens of `sequences` under one adapter.
 
         Args:
-            adapter: `student` (with gradient unless torch.no_grad is on) or `teacher` (never with gradient).
+            adapter: `student` (with gradient unless torch.no_grad is on), `teacher`, or None for the untouched base (without gradient).
             sequences: B of them, in one forward: see `packed`.
             temperature: The sampling temperature.
         """

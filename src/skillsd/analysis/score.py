@@ -1,0 +1,100 @@
+"""Recorded trajectories under another adapter, another skill, or none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from skillsd.analysis.run import Run
+from skillsd.checkpoint import newest_good, read_checkpoint
+from skillsd.errors import ConfigError
+from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
+from skillsd.rollout import Chat
+from skillsd.run_folder import BANK_FILE, CHECKPOINTS
+from skillsd.skills import SKILL_TEMPLATE, Skill, SkillBank
+
+
+class Scorer:
+    """A run's model, to score what the run recorded: what each adapter makes of it, with a skill in front of it or without.
+
+    Args:
+        run: The run.
+        adapters: Where `student` and `teacher` come from: a checkpoint (`.ckpt`), or a folder with a PEFT adapter, which then is both.
+            Default: the run's newest checkpoint that is whole.
+        device: Where to compute.
+
+    Raises:
+        ConfigError: the run has no configuration or no checkpoint, or the adapters do not fit its model.
+    """
+
+    def __init__(self, run: Run, adapters: str | Path | None = None, device: str | torch.device = "cpu") -> None:
+        self.run = run
+        try:
+            given: dict[str, Any] = run.config["model"]["init_args"]["policy"]
+            lora = LoraSettings(**given["lora"])
+        except (KeyError, TypeError) as e:
+            raise ConfigError(f"{run.folder}: its configuration names no policy ({e!r}): it is not from `skillsd fit`.") from e
+        source = Path(adapters) if adapters is not None else newest_good(run.folder / CHECKPOINTS)
+        if source is None or not source.exists():
+            raise ConfigError(f"{source or run.folder / CHECKPOINTS}: no adapters there: name a checkpoint or a PEFT folder.")
+        lora = replace(lora, init=str(source) if source.is_dir() else None)
+        self.policy = Policy(PolicySettings(**given | {"lora": lora}), device)
+        if not source.is_dir():
+            self.policy.load_adapter_state(read_checkpoint(source)["state_dict"])
+        self.chat = Chat(self.policy.tokenizer, self.policy.stop_ids)
+        self.template = run.config.get("skills", {}).get("template") or SKILL_TEMPLATE
+        self.temperature = float(run.config["data"]["init_args"].get("rollout", {}).get("temperature", 1.0))
+
+    def prompt(self, number: int, skill: Skill | int | None = None) -> str:
+        """The first prompt of a trajectory with a skill in it, as text: what the teacher reads. See `logprobs`."""
+        return self.policy.tokenizer.decode(self._prompt(number, skill))  # type: ignore[return-value]
+
+    def logprobs(self, number: int, adapter: str | None = "student", skill: Skill | int | None = None) -> npt.NDArray[np.float32]:
+        """Log-probs of a trajectory's tokens, a column for `Run.tokens(number)`.
+
+        Args:
+            number: The trajectory.
+            adapter: `student`, `teacher`, or None for the untouched base.
+            skill: What stands in front of the prompt: a skill, the bank's one of that id, or nothing.
+
+        Returns:
+            [T] in nats at the run's sampling temperature, NaN where the policy sampled nothing.
+
+        Raises:
+            IndexError: there is no such trajectory.
+            KeyError: there is no such skill.
+            ValueError: there is no such adapter.
+        """
+        t = self.run.trajectory(number)
+        with torch.no_grad():
+            scores = self.policy.score(adapter, [TokenSequence(self._prompt(number, skill), t.token_ids, t.action_mask)], self.temperature)
+        logp = scores.logp[0].float().cpu().numpy()
+        return np.where(t.action_mask, logp, np.float32("nan"))
+
+    def texts(self, number: int) -> list[str]:
+        """What each token of a trajectory, after the prompt, adds to the text; "" for all but the last of those that share a character."""
+        ids, decode = self.run.trajectory(number).token_ids, self.policy.tokenizer.decode
+        out, start, told = [], 0, 0  # of the ids up to `told` the text is out; those from `start` on say how the next one joins it
+        for end in range(1, len(ids) + 1):
+            text = str(decode(ids[start:end]))
+            if text.endswith("\ufffd") and end < len(ids):  # the first bytes of a character
+                out.append("")
+                continue
+            out.append(text[len(str(decode(ids[start:told]))) :])
+            start, told = told, end
+        return out
+
+    def _prompt(self, number: int, skill: Skill | int | None) -> list[int]:
+        t = self.run.trajectory(number)
+        if not t.turns:
+            return list(t.prompt_ids)
+        if isinstance(skill, int):
+            with SkillBank(self.run.folder / BANK_FILE, read_only=True) as bank:
+                skill = bank.get(skill)
+        text = "" if skill is None else skill.render(self.template)
+        return self.chat.prompt_ids(t.instruction, t.turns[0].observation, text)
