@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from skillsd.durable import DamagedError, check_archive
+from skillsd.errors import ConfigError
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -27,6 +29,16 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     except DamagedError as e:
         raise DamagedError(f"ckpt_path: {e} Name another, or `last` for the newest of the run folder that is whole.") from e
     return dict(torch.load(BytesIO(data), map_location, weights_only=True))
+
+
+def check_base(checkpoint: Mapping[str, Any], base: str) -> None:
+    """Raises ConfigError for a checkpoint of another base model than `base`."""
+    saved = checkpoint.get("skillsd", {}).get("base")
+    if saved != base:
+        raise ConfigError(
+            f"ckpt_path: the checkpoint belongs to the base model [{saved}], this run has [{base}]: "
+            "set model.init_args.policy to match, or start a new run folder."
+        )
 
 
 def newest_good(folder: Path) -> Path | None:

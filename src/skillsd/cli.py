@@ -35,7 +35,7 @@ from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets
 from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
-from skillsd.run_folder import guard_run_folder
+from skillsd.run_folder import CHECKPOINTS, guard_run_folder
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
@@ -115,7 +115,7 @@ class Trainer(L.Trainer):
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
-    folder = Path(trainer.default_root_dir) / "checkpoints"
+    folder = Path(trainer.default_root_dir) / CHECKPOINTS
     path = newest_good(folder) or folder / LAST if ckpt_path == "last" else Path(ckpt_path)
     if not path.is_file():
         raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")

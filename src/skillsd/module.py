@@ -20,9 +20,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from skillsd.checkpoint import LAST, check_base
 from skillsd.errors import ConfigError
 from skillsd.objective import Objective, group_advantages
 from skillsd.policy import Policy, PolicySettings, Scores, TokenSequence, micro_batches
+from skillsd.run_folder import CHECKPOINTS
 from skillsd.trajectory import FAILURES, Trajectory, TrajectoryGroup
 
 try:
@@ -390,14 +392,10 @@ class SkillSD(L.LightningModule):
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("skillsd", {})
-        saved, self._teacher_is_student = state.get("base"), state.get("teacher_is_student")
+        check_base(checkpoint, self.policy.base_name)
+        state = checkpoint["skillsd"]
+        self._teacher_is_student = state.get("teacher_is_student")
         self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
-        if saved != self.policy.base_name:
-            raise ConfigError(
-                f"ckpt_path: the checkpoint belongs to the base model [{saved}], this run has [{self.policy.base_name}]: "
-                "set model.init_args.policy to match, or start a new run folder."
-            )
 
 
 @dataclass
@@ -464,7 +462,7 @@ def _loss(done: _Update) -> float:
 def last_checkpoint(trainer: Any) -> str:
     """Where a run that stops can be taken up, in words."""
     saver = trainer.checkpoint_callback
-    path = Path((saver and saver.dirpath) or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
+    path = Path((saver and saver.dirpath) or Path(trainer.default_root_dir) / CHECKPOINTS) / LAST
     return f"The last good checkpoint is {path} (--ckpt_path last)" if path.is_file() else "There is no checkpoint yet"
 
 

@@ -24,7 +24,8 @@ FILES = (
     *(f"{BANK_FILE}{end}" for end in ("-wal", "-shm", ".new")),
 )
 CHECKPOINTS = "checkpoints"
-FOLDERS = (CHECKPOINTS, "adapter", "tensorboard")
+ADAPTER = "adapter"
+FOLDERS = (CHECKPOINTS, ADAPTER, "tensorboard")
 
 
 def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> None:

@@ -8,13 +8,10 @@ made when sampling and used everywhere a loss, an entropy or a count is taken.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
-
-from skillsd.errors import ConfigError
 
 _CRC = ',"crc32":"'
 
@@ -146,18 +143,33 @@ def check_line(line: bytes) -> None:
         raise ValueError("the line is not what was written: its checksum does not match")
 
 
-def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
-    """The trajectories of a `trajectories.jsonl`, one at a time.
+FIELDS = ("iteration", "task_id", "member", "seed", "reward", "completion", "success", "finish_reason", "skill_id", "failure")
+COUNTS = ("n_turns", "prompt_tokens", "tokens", "action_tokens")
+# As `to_json` writes them: the fields in the order of the class, without spaces. In a text their quotes would stand behind a backslash.
+_LISTS = (b',"prompt_ids":[', b'],"token_ids":[', b'],"action_mask":[', b'],"logprobs":[', b'],"turns":[')
+_AFTER = b'],"reward":'
+_TURN = b'{"observation":'
+
+
+def outline(line: bytes) -> tuple[Any, ...]:
+    """Of a line of `trajectories.jsonl` the values of FIELDS and COUNTS, without reading its tokens and texts.
 
     Raises:
-        ConfigError: A line is damaged: which one. A run that was killed may leave a torn last line; resuming it cuts that off.
+        ValueError: The line is no trajectory, or not what was written.
     """
-    with Path(path).open("rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                yield Trajectory.from_json(line.decode(errors="replace"))
-            except ValueError as e:
-                raise ConfigError(f"{path}:{number}: {e}.") from e
+    check_line(line)
+    at, after = [line.find(name) for name in _LISTS], line.rfind(_AFTER)
+    if -1 in at or at != sorted(at) or after < at[-1]:  # another program has written it
+        t = Trajectory.from_json(line.decode(errors="replace"))
+        return (*(getattr(t, name) for name in FIELDS), len(t.turns), len(t.prompt_ids), len(t.token_ids), t.n_actions)
+    try:
+        known = json.loads(line[: at[0]] + b"}") | json.loads(b"{" + line[after + 2 :])
+        start = [i + len(name) for i, name in zip(at, _LISTS, strict=True)]
+        prompt, tokens = (line.count(b",", start[k], at[k + 1]) + (start[k] < at[k + 1]) for k in (0, 1))
+        turns, sampled = line.count(_TURN, start[4] - 1, after), line.count(b"true", start[2], at[3])
+        return (*(known[name] for name in FIELDS), turns, prompt, tokens, sampled)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"the line is no trajectory ({e})") from e
 
 
 @dataclass(frozen=True)

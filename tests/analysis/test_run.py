@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -16,11 +17,11 @@ from hypothesis import strategies as st
 from tests.properties.profile import examples
 
 from skillsd.analysis import Run
-from skillsd.analysis.index import COLUMNS, Index
+from skillsd.analysis.index import Index
 from skillsd.callbacks.log import COLUMNS as METRICS
 from skillsd.errors import ConfigError
 from skillsd.skills import Skill, SkillBank
-from skillsd.trajectory import Trajectory, Turn
+from skillsd.trajectory import COUNTS, FIELDS, Trajectory, Turn
 
 SHORT = Trajectory(
     0, "t1", 0, 7, "Solve it.", (1, 2, 3), (4, 5, 9, 9, 6, 9, 9), (True, True, False, False, True, False, False),
@@ -46,7 +47,7 @@ def run(tmp_path: Path) -> Run:
 
 def expected(t: Trajectory) -> tuple[Any, ...]:
     counts = {"n_turns": len(t.turns), "prompt_tokens": len(t.prompt_ids), "tokens": len(t.token_ids), "action_tokens": t.n_actions}
-    return tuple((asdict(t) | counts)[name] for name in COLUMNS)
+    return tuple((asdict(t) | counts)[name] for name in (*FIELDS, *COUNTS))
 
 
 TEXTS = st.text(max_size=20) | st.sampled_from(['"prompt_ids":[', '],"reward":', '{"observation":', ',"crc32":"', "\\", "true", "\ud800"])
@@ -108,7 +109,7 @@ def test_a_damaged_line_is_named(run):
 
 def test_trajectories(run):
     frame = run.trajectories
-    assert frame.index.name == "trajectory" and list(frame.columns) == list(COLUMNS)
+    assert frame.index.name == "trajectory" and list(frame.columns) == [*FIELDS, *COUNTS]
     assert frame["reward"].tolist() == [i / 8 for i in range(6)] and frame["member"].tolist() == [0, 1, 2, 3, 0, 1]
     assert frame["skill_id"].isna().tolist() == [True] + [False] * 5 and frame["skill_id"].dtype == "Int64"
     assert frame["action_tokens"].tolist() == [3] * 6 and frame["tokens"].tolist() == [7] * 6 and frame["success"].dtype == bool
@@ -117,9 +118,25 @@ def test_trajectories(run):
         with pytest.raises(IndexError, match=f"trajectory {number}: .*has 6"):
             run.trajectory(number)
     append(run.folder / "trajectories.jsonl", [SHORT])
-    assert run.trajectory(6) == SHORT and len(run.trajectories) == 6  # what was read stays as it is
+    with pytest.raises(IndexError):
+        run.trajectory(6)  # what was read stays as it is
     run.refresh()
-    assert len(run.trajectories) == 7
+    assert run.trajectory(6) == SHORT and len(run.trajectories) == 7
+    os.truncate(run.folder / "trajectories.jsonl", run._lines.starts[3])  # a run that goes on
+    append(run.folder / "trajectories.jsonl", [replace(SHORT, seed=8)] * 9)
+    with pytest.raises(ConfigError, match=r"trajectories\.jsonl was cut back since it was read.*refresh"):
+        run.trajectory(1)
+    run.refresh()
+    assert run.trajectory(3).seed == 8 and len(run.trajectories) == 12
+    (run.folder / "trajectories.jsonl").unlink()
+    with pytest.raises(ConfigError, match="was cut back"):
+        run.trajectory(1)
+    run.refresh()
+    append(run.folder / "trajectories.jsonl", [SHORT])
+    path = run.folder / "trajectories.jsonl"
+    path.write_text(json.dumps(json.loads(SHORT.to_json()) | {"skill_id": "x"}) + "\n")
+    with pytest.raises(ConfigError, match="a skill_id is no number"):
+        run.trajectories  # noqa: B018
 
 
 def test_turns_and_tokens(run):
@@ -132,6 +149,7 @@ def test_turns_and_tokens(run):
     assert tokens["token_id"].tolist() == list(SHORT.token_ids) and tokens["sampled"].tolist() == list(SHORT.action_mask)
     assert tokens["turn"].tolist() == [0, 0, 1, 1, 1, 2, 2] and set(tokens["trajectory"]) == {2}
     assert tokens.loc[tokens["sampled"], "logprob"].tolist() == [-0.5, -0.25, -1.0] and tokens["logprob"].isna().sum() == 4
+    pd.testing.assert_frame_equal(run.tokens(run.trajectories.index[2]), run.tokens(np.int64(2)))
     assert list(run.turns([])) == list(turns) and list(run.tokens([])) == list(tokens)
 
 
@@ -156,6 +174,9 @@ def test_the_bank(run):
         assert skills.index.tolist() == [1, 2, 3] and skills["golden_workflow"].tolist() == ["a", "b", "c"]
         assert skills["uses"].tolist() == [1, 1, 0] and skills["sources"].tolist() == [2, 1, 1]
         assert skills["inserted"].tolist() == [0, 0, 2] and skills["dropped"].fillna(-1).tolist() == [2, -1, -1]
+        assert run.skill(np.int64(3)) == bank.get(3)
+        with pytest.raises(KeyError):
+            run.skill(4)
         for i in (1, 2, 3):
             assert skills.loc[i, list(asdict(bank.get(i)).keys() - {"skill_id"})].to_dict() == {
                 k: v for k, v in asdict(bank.get(i)).items() if k != "skill_id"
@@ -164,7 +185,7 @@ def test_the_bank(run):
     bank_bytes[:16] = b"x" * 16
     (run.folder / "bank.sqlite").write_bytes(bank_bytes)
     run.refresh()
-    with pytest.raises(ValueError, match="not a skill bank"):
+    with pytest.raises(ConfigError, match="not a skill bank"):
         run.events  # noqa: B018
 
 
@@ -179,7 +200,13 @@ def test_metrics_panel_and_configuration(run):
         f.write("1,0,0.1")  # under way
     run.refresh()
     assert len(run.metrics) == 1
-    metrics = [b"a\n1\n", b"iteration,epoch\n0,x\n", b"\xff\n", b"epoch\n1,2\n"]
+    (run.folder / "metrics.csv").write_text(",".join(METRICS) + "\n")  # begun
+    run.refresh()
+    assert len(run.metrics) == 0 and run.metrics["loss/total"].tolist() == []
+    (run.folder / "metrics.csv").write_text("")
+    run.refresh()
+    assert len(run.metrics) == 0
+    metrics = [b"a\n1\n", b"iteration,epoch\n0,x\n", b"\xff\n", b"iteration,epoch\n0\n", b"iteration,epoch\n1,0\n"]
     bad = [*(("metrics.csv", content) for content in metrics), ("config.yaml", b"{"), ("config.yaml", b"3"), ("panel.json", b"[")]
     for name, content in bad:
         (run.folder / name).write_bytes(content)

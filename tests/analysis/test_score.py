@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tests.test_cli import Run as Fit
 
 from skillsd.analysis import Run, Scorer
+from skillsd.durable import DamagedError
 from skillsd.errors import ConfigError
 from skillsd.skills import Skill
 
@@ -76,9 +80,26 @@ def test_a_skill_of_the_bank(run, scorer):
     known = run.skills.index[0]
     row = run.skills.loc[known]
     same = Skill(row["success_analysis"], row["mistake_analysis"], row["golden_workflow"])
-    np.testing.assert_array_equal(scorer.logprobs(0, "teacher", int(known)), scorer.logprobs(0, "teacher", same))
+    np.testing.assert_array_equal(scorer.logprobs(0, "teacher", known), scorer.logprobs(0, "teacher", same))
+    np.testing.assert_array_equal(scorer.logprobs(0, "teacher", same.render(scorer.template)), scorer.logprobs(0, "teacher", same))
+    np.testing.assert_array_equal(scorer.logprobs(0, "teacher", pd.NA), scorer.logprobs(0, "teacher"))
     with pytest.raises(KeyError):
         scorer.logprobs(0, "teacher", 999)
+
+
+def test_without_a_skill_it_is_the_prompt_on_record(run, scorer):
+    """A trajectory may have been sampled with a skill in front of it; "" is the plain one."""
+    lines = (run.folder / "trajectories.jsonl").read_text().splitlines()
+    t = run.trajectory(0)
+    other = replace(t, prompt_ids=tuple(scorer.chat.prompt_ids(t.instruction, t.turns[0].observation, "left")))
+    empty = replace(t, turns=(), token_ids=(), action_mask=(), logprobs=(), finish_reason="failed", failure="raised: x")
+    copy = run.folder.with_name("copy")
+    shutil.copytree(run.folder, copy)
+    (copy / "trajectories.jsonl").write_text("\n".join([other.to_json(), *lines[1:], empty.to_json()]) + "\n")
+    again = Scorer(Run(copy))
+    np.testing.assert_array_equal(again.logprobs(0), scorer.logprobs(0, skill="left"))
+    np.testing.assert_array_equal(again.logprobs(0, skill=""), scorer.logprobs(0))
+    assert again.logprobs(len(lines)).shape == (0,) and again.logprobs(len(lines), skill=SKILL).shape == (0,)
 
 
 def test_adapters_from_elsewhere(run, scorer):
@@ -98,6 +119,14 @@ def test_what_cannot_be_scored(run, scorer, tmp_path):
     (tmp_path / "config.yaml").write_text((run.folder / "config.yaml").read_text())
     with pytest.raises(ConfigError, match="checkpoints: no adapters there"):
         Scorer(Run(tmp_path))
+    checkpoint = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, content, told in (
+        ("base", checkpoint | {"skillsd": {"base": "another"}}, r"belongs to the base model \[another\]"),
+        ("empty", {"a": 1}, "belongs to the base model"),
+    ):
+        torch.save(content, tmp_path / f"{name}.ckpt")
+        with pytest.raises((ConfigError, DamagedError), match=told):
+            Scorer(run, tmp_path / f"{name}.ckpt")
     call: Any
     for error, call in ((ValueError, lambda: scorer.logprobs(0, "nosuch")), (IndexError, lambda: scorer.logprobs(10**6))):
         with pytest.raises(error):

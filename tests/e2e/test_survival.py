@@ -14,10 +14,10 @@ import pytest
 import torch
 from tests.e2e.runs import RULES, Run, Server, assert_equal, build_faults, overlay
 
+from skillsd.analysis import Run as Recorded
 from skillsd.checkpoint import newest_good, read_checkpoint
 from skillsd.durable import DamagedError, check_folder
 from skillsd.errors import ConfigError
-from skillsd.trajectory import read_trajectories
 
 SHORT = {"trainer": {"max_epochs": 1}, "teacher": {"mode": "sync", "every": 1}}  # 3 iterations
 
@@ -130,11 +130,11 @@ def test_a_damaged_log(whole: Run, finished: Run, name: str) -> None:
 def test_a_damaged_line_of_trajectories(finished: Run) -> None:
     path = finished.folder / "trajectories.jsonl"
     good = path.read_bytes()
-    assert len(list(read_trajectories(path))) == 16
+    assert len(Recorded(finished.folder).trajectories) == 16
     for at in random.Random(0).sample(range(len(good)), 200):
         flip(path, at)
         with pytest.raises(ConfigError, match=r"trajectories\.jsonl:\d+: the line is"):
-            list(read_trajectories(path))
+            Recorded(finished.folder).trajectories  # noqa: B018
         path.write_bytes(good)
 
 

@@ -171,3 +171,25 @@ def test_a_row_that_is_gone_is_named(tmp_path, make_skill):
         bank._ledger._db.execute("DELETE FROM skill WHERE skill_id = 1")
         with pytest.raises(ValueError, match=r"damaged \(a row of its table 'skill' is missing\)"):
             bank.get(1)
+
+
+def test_a_row_that_should_not_be_there_is_not_written_over(tmp_path, make_skill):
+    path = tmp_path / "bank.sqlite"
+    with SkillBank(path) as bank:
+        bank.insert([make_skill("a")], 0)
+        bank._ledger._db.execute("INSERT INTO skill SELECT 2, task_id, 'x', 'x', 'x', 0, 0, 0.0, 0.0, 0 FROM skill")
+        with pytest.raises(ValueError, match="UNIQUE constraint failed"):
+            bank.insert([make_skill("b")], 0)
+        assert bank._ledger._db.execute("SELECT golden_workflow FROM skill WHERE skill_id = 2").fetchone() == ("x",)
+
+
+def test_a_hole_in_the_log_of_a_large_file_is_seen_by_who_reads_it(tmp_path, make_skill, monkeypatch):
+    path = tmp_path / "bank.sqlite"
+    with SkillBank(path) as bank:
+        bank.insert([make_skill(text) for text in "abcd"], 0)
+        assert [(e.seq, e.kind, e.skill_id) for e in bank.events()] == [(i, "insert", i) for i in range(1, 5)]
+    monkeypatch.setattr(bank_file, "WHOLE_CHECK_BYTES", 0)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("DELETE FROM event WHERE seq = 2")
+    with SkillBank(path, read_only=True) as bank, pytest.raises(ValueError, match="rows of its table 'event' are missing"):
+        list(bank.events())

@@ -117,6 +117,7 @@ def test_rules_and_prompt_defaults():
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
+        ({"solved_workflow": "{workflow[1]}"}, "rules template"),
         ({"unsolved_workflow": "{plan}"}, "rules template '{plan}'"), ({"solved_success": "{"}, "rules template '{'"),
         ({"action_pattern": "("}, "^action_pattern .* no regular expression"),
         ({"observation_pattern": "["}, "^observation_pattern .* no regular expression"),
@@ -195,12 +196,20 @@ def test_prompt_carries_what_the_analyst_needs(make_trajectory):
     [
         ("{nothing} {conversation}", r"its fields are conversation, result, steps, completion; double other braces"),
         ("{", "cannot be filled"),
+        ("{conversation[1]}", "cannot be filled"),
+        ("{conversation} {result[7]}", "cannot be filled"),  # of `solved`
         ("no conversation", "no {conversation}"),
     ],
 )
 def test_prompt_template_is_checked(bad, told):
     with pytest.raises(ValueError, match=f"summary template .*{told}"):
         BaseSummariser(template=bad)
+
+
+def test_a_question_s_template_is_checked():
+    for bad, told in (("{conversation} {question[1]}", "cannot be filled"), ("{conversation}", "no {question}")):
+        with pytest.raises(ValueError, match=f"summary template .*{told}"):
+            BaseSummariser(template=bad, form="fields")
 
 
 def test_the_least_budget():

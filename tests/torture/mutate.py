@@ -290,7 +290,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", help="under src/skillsd, or a file there; its tests are those under tests/ of that name")
     parser.add_argument("--skip", default="", help="names of files, with commas between")
     parser.add_argument("--files", default="", help="only these names")
-    parser.add_argument("--again", help="a file with what an earlier run printed: only those that survived it")
+    parser.add_argument("--again", help="a file with what an earlier run printed: only those that survived it or ran out of time")
     parser.add_argument("--tests", nargs="*", help="instead of tests/<folder>")
     parser.add_argument("--sample", type=int, help="a random part: this many mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -298,7 +298,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="mutants beside each other")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     args = parser.parse_args()
-    again = args.again and {_survived(line) for line in Path(args.again).read_text().splitlines()}
+    again = None if args.again is None else {_survived(line) for line in Path(args.again).read_text().splitlines()}
     os.chdir(ROOT)
     excused, skip, only = known(), args.skip.split(","), args.files.split(",") if args.files else None
     count, new, used, began = {"killed": 0, "survived": 0, "timeout": 0, "not run": 0}, [], set(), time.monotonic()
@@ -307,7 +307,7 @@ def main() -> int:
         files = [
             f for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path]) if f.name not in skip and (not only or f.name in only)
         ]
-        todo = [m for f in files for m in mutants(f) if not again or m.key in again]
+        todo = [m for f in files for m in mutants(f) if again is None or m.key in again]
         if args.sample is not None and args.sample < len(todo):
             todo = sorted(random.Random(args.seed).sample(todo, args.sample))
         if args.list:

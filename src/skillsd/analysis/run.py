@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
 
-from skillsd.analysis.index import COLUMNS, Index
+from skillsd.analysis.index import Index
+from skillsd.analysis.metrics import read_metrics
 from skillsd.errors import ConfigError
 from skillsd.run_folder import BANK_FILE, CONFIG_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_panel
-from skillsd.skills import SkillBank
-from skillsd.skills.skill import FIELDS
-from skillsd.trajectory import Trajectory
+from skillsd.skills import Skill, SkillBank
+from skillsd.skills.skill import FIELDS as TEXTS
+from skillsd.trajectory import COUNTS, FIELDS, Trajectory
 
-_SKILL = ("task_id", "source_iteration", "source_member", "source_reward", "source_completion", "uses", "mean_reward", "sources", *FIELDS)
-_NOTHING = pd.DataFrame(index=pd.Index([], name="iteration", dtype=int))
+_SKILL = ("task_id", "source_iteration", "source_member", "source_reward", "source_completion", "uses", "mean_reward", "sources", *TEXTS)
+_EVENT = ("kind", "iteration", "task_id", "skill_id", "reward", "gap")
 
 
 class Run:
     """A run folder, also one that is being written: each frame is read when it is first asked for, and kept until `refresh()`.
 
-    Tokens and texts stay on the disk: of 100,000 trajectories the numbers alone are in memory.
+    Trajectories' tokens and texts stay on the disk: of 100,000 the numbers alone are in memory. Numbers may be NumPy's.
 
     Args:
         folder: What `trainer.default_root_dir` named.
@@ -48,7 +48,7 @@ class Run:
 
     def refresh(self) -> None:
         """Forget what was read; of trajectories only what was appended is read again."""
-        for name in ("config", "metrics", "panel", "trajectories", "events", "skills"):
+        for name in ("config", "metrics", "panel", "trajectories", "_lines", "_bank"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -73,13 +73,15 @@ class Run:
         `reward/success`, `reward/completion`, `reward/zero_variance` and `policy/clip_fraction` shares.
         """
         path = self.folder / METRICS_FILE
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""  # a line without its end is still being written
-        try:
-            rows = list(csv.DictReader(whole.decode().splitlines()))
-            numbers = [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
-            return pd.DataFrame(numbers).astype({"iteration": int, "epoch": int}).set_index("iteration") if rows else _NOTHING
-        except (ValueError, TypeError, KeyError, csv.Error) as e:
-            raise ConfigError(f"{path} cannot be read ({' '.join(str(e).split())}).") from e
+        frame = read_metrics(path) if path.is_file() else pd.DataFrame()
+        if "iteration" not in frame:  # nothing yet
+            return pd.DataFrame(index=pd.Index([], name="iteration", dtype=int))
+        return frame.astype({"iteration": int, "epoch": int}).set_index("iteration")
+
+    @cached_property
+    def _lines(self) -> Index:
+        self._index.update()
+        return self._index
 
     @cached_property
     def trajectories(self) -> pd.DataFrame:
@@ -89,16 +91,16 @@ class Run:
         `finish_reason` (done, horizon, length, failed), `failure` (why, or ""); `skill_id` of its teacher's skill (or missing); `n_turns`;
         `prompt_tokens`, `tokens` after the prompt, and how many of these were sampled, `action_tokens`.
         """
-        self._index.update()
-        frame = pd.DataFrame(self._index.rows, columns=list(COLUMNS))
+        frame = pd.DataFrame(self._lines.rows, columns=[*FIELDS, *COUNTS])
         frame.index.name = "trajectory"
-        return frame.astype({"success": bool, "skill_id": "Int64"})
+        try:
+            return frame.astype({"success": bool, "skill_id": "Int64"})
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"{self._index.path}: a skill_id is no number ({e}).") from e
 
     def trajectory(self, number: int) -> Trajectory:
         """One trajectory, whole. Raises IndexError if there is none of that number."""
-        if number >= len(self._index):
-            self._index.update()
-        return self._index.read(number)
+        return self._lines.read(number)
 
     def turns(self, numbers: Iterable[int] | int) -> pd.DataFrame:
         """A row a turn of the given trajectories: `trajectory`, `turn` (from 0), `observation`, `action`, `reward`."""
@@ -118,33 +120,24 @@ class Run:
         return pd.DataFrame(rows, columns=["trajectory", "position", "turn", "token_id", "sampled", "logprob"])
 
     def _whole(self, numbers: Iterable[int] | int) -> Iterator[tuple[int, Trajectory]]:
-        for n in [numbers] if isinstance(numbers, int) else numbers:
+        for n in [numbers] if isinstance(numbers, Integral) else numbers:  # type: ignore[union-attr, list-item]
             yield int(n), self.trajectory(int(n))
 
-    @cached_property
+    @property
     def events(self) -> pd.DataFrame:
         """The bank's log, a row an event, its number from 1 the index `event`.
 
         Columns: `kind` (insert, merge, use, drop), `iteration`, `task_id`, `skill_id`, and of a use `reward` (mean of the group) and `gap`
         (outcome-aligned, nats), NaN if they were not given.
         """
-        columns = ["kind", "iteration", "task_id", "skill_id", "reward", "gap"]
-        rows: list[tuple[Any, ...]] = []
-        with self._bank() as bank:
-            tasks: dict[int, str] = {}
-            for e in bank.events():
-                if e.skill_id not in tasks:
-                    tasks[e.skill_id] = bank.get(e.skill_id).task_id
-                rows.append((e.kind, e.iteration, tasks[e.skill_id], e.skill_id, e.reward, e.gap))
-        frame = pd.DataFrame(rows, columns=columns, index=pd.RangeIndex(1, len(rows) + 1, name="event"))
-        return frame.astype({"reward": float, "gap": float})
+        return self._bank.events
 
     @property
     def retrievals(self) -> pd.DataFrame:
         """Those of `events` in which a skill was put before its task's teacher: `iteration`, `task_id`, `skill_id`, `reward`, `gap`."""
         return self.events[self.events["kind"] == "use"].drop(columns="kind")
 
-    @cached_property
+    @property
     def skills(self) -> pd.DataFrame:
         """A row a skill that ever entered the bank, by `skill_id`.
 
@@ -152,13 +145,34 @@ class Run:
         `uses`, `mean_reward` (what that is, the bank's `booking` says), `sources` (how many trajectories gave this text); the texts
         `success_analysis`, `mistake_analysis`, `golden_workflow`; `inserted` and `dropped`, iterations, missing while it is held.
         """
-        first = self.events.drop_duplicates(["kind", "skill_id"]).set_index("skill_id")
-        at = {kind: first.loc[first["kind"] == kind, "iteration"] for kind in ("insert", "drop")}
-        with self._bank() as bank:
-            rows = [[getattr(skill, name) for name in _SKILL] for skill in map(bank.get, at["insert"].index)]
-        frame = pd.DataFrame(rows, columns=list(_SKILL), index=pd.Index(at["insert"].index, name="skill_id"))
-        return frame.assign(inserted=at["insert"], dropped=at["drop"].reindex(frame.index).astype("Int64"))
+        return self._bank.frame
 
-    def _bank(self) -> SkillBank:
+    def skill(self, skill_id: int) -> Skill:
+        """A skill of the bank. Raises KeyError if there never was one of that id."""
+        return self._bank.skills[int(skill_id)]
+
+    @cached_property
+    def _bank(self) -> _Bank:
+        """All of it at one moment."""
         path = self.folder / BANK_FILE
-        return SkillBank(path, read_only=True) if path.is_file() else SkillBank()
+        try:
+            with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
+                log = list(bank.events())
+                skills = {e.skill_id: bank.get(e.skill_id) for e in log if e.kind == "insert"}
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
+        rows = [(e.kind, e.iteration, skills[e.skill_id].task_id, e.skill_id, e.reward, e.gap) for e in log]
+        events = pd.DataFrame(rows, columns=list(_EVENT), index=pd.Index([e.seq for e in log], name="event", dtype=int))
+        frame = pd.DataFrame(
+            [[getattr(skill, name) for name in _SKILL] for skill in skills.values()],
+            columns=list(_SKILL), index=pd.Index(skills, name="skill_id", dtype=int),
+        )  # fmt: skip
+        at = {kind: pd.Series({e.skill_id: e.iteration for e in log if e.kind == kind}, dtype="Int64") for kind in ("insert", "drop")}
+        frame = frame.assign(inserted=at["insert"].reindex(frame.index), dropped=at["drop"].reindex(frame.index))
+        return _Bank(events.astype({"reward": float, "gap": float}), frame, skills)
+
+
+class _Bank(NamedTuple):
+    events: pd.DataFrame
+    frame: pd.DataFrame
+    skills: dict[int, Skill]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 
 from skillsd.analysis.run import Run
-from skillsd.checkpoint import newest_good, read_checkpoint
+from skillsd.checkpoint import check_base, newest_good, read_checkpoint
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import Chat
-from skillsd.run_folder import BANK_FILE, CHECKPOINTS
-from skillsd.skills import SKILL_TEMPLATE, Skill, SkillBank
+from skillsd.run_folder import CHECKPOINTS
+from skillsd.skills import SKILL_TEMPLATE, Skill
+from skillsd.trajectory import Trajectory
 
 
 class Scorer:
@@ -45,22 +50,25 @@ class Scorer:
         lora = replace(lora, init=str(source) if source.is_dir() else None)
         self.policy = Policy(PolicySettings(**given | {"lora": lora}), device)
         if not source.is_dir():
-            self.policy.load_adapter_state(read_checkpoint(source)["state_dict"])
+            try:
+                checkpoint = read_checkpoint(source)
+            except (UnpicklingError, RuntimeError) as e:
+                raise ConfigError(f"{source} is not a checkpoint of skillsd: name another.") from e
+            check_base(checkpoint, self.policy.base_name)
+            self.policy.load_adapter_state(checkpoint["state_dict"])
         self.chat = Chat(self.policy.tokenizer, self.policy.stop_ids)
         self.template = run.config.get("skills", {}).get("template") or SKILL_TEMPLATE
         self.temperature = float(run.config["data"]["init_args"].get("rollout", {}).get("temperature", 1.0))
 
-    def prompt(self, number: int, skill: Skill | int | None = None) -> str:
-        """The first prompt of a trajectory with a skill in it, as text: what the teacher reads. See `logprobs`."""
-        return self.policy.tokenizer.decode(self._prompt(number, skill))  # type: ignore[return-value]
-
-    def logprobs(self, number: int, adapter: str | None = "student", skill: Skill | int | None = None) -> npt.NDArray[np.float32]:
+    def logprobs(self, number: int, adapter: str | None = "student", skill: Skill | str | int | None = None) -> npt.NDArray[np.float32]:
         """Log-probs of a trajectory's tokens, a column for `Run.tokens(number)`.
 
         Args:
             number: The trajectory.
             adapter: `student`, `teacher`, or None for the untouched base.
-            skill: What stands in front of the prompt: a skill, the bank's one of that id, or nothing.
+            skill: What stands in front of the task: a skill, the bank's one of that id, a text, or nothing (""). None (or a missing value,
+                as `Run.trajectories` has it): the prompt under which it was recorded. What a context other than the bank's told the
+                teacher is not on record: give it as a text.
 
         Returns:
             [T] in nats at the run's sampling temperature, NaN where the policy sampled nothing.
@@ -71,10 +79,17 @@ class Scorer:
             ValueError: there is no such adapter.
         """
         t = self.run.trajectory(number)
-        with torch.no_grad():
-            scores = self.policy.score(adapter, [TokenSequence(self._prompt(number, skill), t.token_ids, t.action_mask)], self.temperature)
-        logp = scores.logp[0].float().cpu().numpy()
-        return np.where(t.action_mask, logp, np.float32("nan"))
+        logp = np.full(len(t.token_ids), np.nan, np.float32)
+        sequence = TokenSequence(self._prompt(t, skill), t.token_ids, t.action_mask)
+        if t.n_actions:
+            with torch.no_grad():
+                scores = self.policy.score(adapter, [sequence], self.temperature)
+            logp[list(t.action_mask)] = scores.logp[0].float().cpu().numpy()[list(t.action_mask)]
+        return logp
+
+    def prompt(self, number: int, skill: Skill | str | int | None = None) -> str:
+        """The first prompt of a trajectory as text; `skill` as for `logprobs`."""
+        return str(self.policy.tokenizer.decode(self._prompt(self.run.trajectory(number), skill)))
 
     def texts(self, number: int) -> list[str]:
         """What each token of a trajectory, after the prompt, adds to the text; "" for all but the last of those that share a character."""
@@ -89,12 +104,10 @@ class Scorer:
             start, told = told, end
         return out
 
-    def _prompt(self, number: int, skill: Skill | int | None) -> list[int]:
-        t = self.run.trajectory(number)
-        if not t.turns:
-            return list(t.prompt_ids)
-        if isinstance(skill, int):
-            with SkillBank(self.run.folder / BANK_FILE, read_only=True) as bank:
-                skill = bank.get(skill)
-        text = "" if skill is None else skill.render(self.template)
-        return self.chat.prompt_ids(t.instruction, t.turns[0].observation, text)
+    def _prompt(self, t: Trajectory, skill: Skill | str | int | None) -> Sequence[int]:
+        if skill is None or skill is pd.NA:
+            return t.prompt_ids
+        if isinstance(skill, Integral):
+            skill = self.run.skill(int(skill))
+        text = skill.render(self.template) if isinstance(skill, Skill) else str(skill)
+        return self.chat.prompt_ids(t.instruction, t.turns[0].observation, text) if t.turns else t.prompt_ids

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 
 from skillsd.durable import seal_folder, sync
+from skillsd.run_folder import ADAPTER
 
 CARD = """---
 library_name: peft
@@ -51,4 +52,4 @@ class AdapterExport(L.Callback):
     """Writes adapter/student in the run folder when training ends."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        export_adapter(pl_module.policy, Path(trainer.default_root_dir) / "adapter" / "student", trainer.global_step)
+        export_adapter(pl_module.policy, Path(trainer.default_root_dir) / ADAPTER / "student", trainer.global_step)

@@ -19,7 +19,7 @@ from skillsd.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
-FILES = METRICS_FILE, TRAJECTORIES_FILE
+LOGS = METRICS_FILE, TRAJECTORIES_FILE
 COLUMNS = ("iteration", "epoch", *METRICS)
 
 
@@ -46,7 +46,7 @@ class RunLog(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.seen = {name: self._take_up(folder / name, *self.seen.get(name, (0, 0))) for name in FILES}
+        self.seen = {name: self._take_up(folder / name, *self.seen.get(name, (0, 0))) for name in LOGS}
         metrics, header = folder / METRICS_FILE, ",".join(COLUMNS) + "\n"
         if not metrics.is_file() or not metrics.stat().st_size:
             self._append(metrics, header)

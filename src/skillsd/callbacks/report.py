@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from skillsd.run_folder import BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_panel
+from skillsd.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_panel
 from skillsd.skills import SkillBank
 from skillsd.statistics import bootstrap_mean
 
@@ -37,7 +37,7 @@ def print_report(folder: Path) -> None:
     if (folder / BANK_FILE).is_file():
         with SkillBank(folder / BANK_FILE, read_only=True) as bank:
             console.print(f"skill bank: {len(bank)} skills of {len(bank.tasks())} tasks")
-    for name, path in (("adapter", "adapter/student"), ("log", METRICS_FILE), ("trajectories", TRAJECTORIES_FILE)):
+    for name, path in (("adapter", f"{ADAPTER}/student"), ("log", METRICS_FILE), ("trajectories", TRAJECTORIES_FILE)):
         if (folder / path).exists():
             console.print(f"{name}: {folder / path}", soft_wrap=True)
 

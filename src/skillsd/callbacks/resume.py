@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from skillsd.checkpoint import LAST, PREVIOUS, newest_good, read_checkpoint
 from skillsd.durable import seal, write
+from skillsd.run_folder import CHECKPOINTS
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -37,7 +38,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _place(self, trainer: L.Trainer) -> None:
         if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+            self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         self._place(trainer)  # Lightning resolves `last` before it calls setup

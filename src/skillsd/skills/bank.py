@@ -40,6 +40,7 @@ class SkillBank:
         ValueError: A setting is out of range, the file is not a usable bank (it is left as it is), or it was booked differently. Any method
             raises it that meets a row which is damaged or missing.
         OSError: The file cannot be opened or read, is locked or the disk is full.
+        RuntimeError: By any method that reads or writes: the bank is closed.
     """
 
     def __init__(

@@ -139,8 +139,14 @@ class Ledger:
     def events(self) -> Iterator[Event]:
         """The log from its beginning."""
         self._flush()
-        for row in self._db.execute(f"{EVENT.select} ORDER BY seq"):
-            yield Event._make(EVENT.checked(row))
+        n, gap = 0, Damaged("rows of its table 'event' are missing")
+        for n, row in enumerate(self._db.execute(f"{EVENT.select} ORDER BY seq"), 1):
+            event = Event._make(EVENT.checked(row))
+            if event.seq != n:
+                raise gap
+            yield event
+        if n != self.tally.seq:
+            raise gap
 
     def length_before(self, iteration: int) -> int:
         """Number of events of earlier iterations."""

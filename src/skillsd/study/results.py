@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from skillsd.analysis.metrics import read_metrics as read_table
 from skillsd.errors import ConfigError
 from skillsd.run_folder import METRICS_FILE, read_panel
 from skillsd.study.cells import Cell, replace
@@ -54,17 +55,12 @@ def read_metrics(folder: Path) -> pd.DataFrame:
     path = folder / METRICS_FILE
     fix = f"delete the folder {folder}, and the cell is run again."
     try:
-        metrics = pd.read_csv(path)
-    except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
-        raise ConfigError(f"folder: {path} cannot be read ({type(e).__name__}): {fix}") from e
+        metrics = read_table(path)
+    except ConfigError as e:
+        raise ConfigError(f"folder: {e}: {fix}") from e
     if lacking := [c for c in REQUIRED if c not in metrics]:
         raise ConfigError(f"folder: {path} has no column {', '.join(lacking)}: {fix}")
-    if metrics["iteration"].tolist() != list(range(len(metrics))):
-        raise ConfigError(f"folder: the iterations of {path} are not 0, 1, 2, ...: {fix}")
-    try:
-        return metrics.reindex(columns=[*REQUIRED, *OPTIONAL.values(), *HEALTH.values(), *GRADIENTS, "teacher/k3"]).astype(float)
-    except ValueError as e:
-        raise ConfigError(f"folder: {path} holds what is no number ({e}): {fix}") from e
+    return metrics.reindex(columns=[*REQUIRED, *OPTIONAL.values(), *HEALTH.values(), *GRADIENTS, "teacher/k3"])
 
 
 def read_cell(cell: Cell) -> Finished:

@@ -194,7 +194,7 @@ class OpenAISummariser:
             except self._openai.APIStatusError as failure:
                 error = f"status {failure.status_code}: {failure.message}"
                 if failure.status_code < 500 and failure.status_code not in (408, 409, 429):
-                    break
+                    return None, error
                 asked_s = min(_retry_after_s(failure.response.headers), self.timeout_s)
             except Exception as failure:  # whatever a server sends back, training goes on
                 error = f"{type(failure).__name__}: {failure}"

@@ -1,0 +1,37 @@
+"""metrics.csv as a data frame."""
+
+from __future__ import annotations
+
+import csv
+import math
+from io import StringIO
+from pathlib import Path
+
+import pandas as pd
+
+from skillsd.errors import ConfigError
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """A row an iteration, all of them numbers, to the bit; NaN where nothing was measured. A line without its end is still being written.
+
+    Raises:
+        ConfigError: It cannot be read or is no such table, or the iterations are not 0, 1, 2, ...
+    """
+    try:
+        text = path.read_bytes().rpartition(b"\n")[0].decode()
+        header, *rows = list(csv.reader(StringIO(text))) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ConfigError(f"{path} cannot be read ({type(e).__name__})") from e
+    if number := next((n for n, row in enumerate(rows, 2) if len(row) != len(header)), None):
+        raise ConfigError(f"{path} cannot be read (line {number} has not as many values as there are columns)")
+    try:
+        numbers = [[float(value) if value else math.nan for value in row] for row in rows]
+    except ValueError as e:
+        raise ConfigError(f"{path} holds what is no number ({e})") from e
+    frame = pd.DataFrame(numbers, columns=header, dtype=float)
+    if header and "iteration" not in header:
+        raise ConfigError(f"{path} has no column iteration")
+    if header and frame["iteration"].tolist() != list(range(len(frame))):
+        raise ConfigError(f"the iterations of {path} are not 0, 1, 2, ...")
+    return frame
