@@ -157,8 +157,9 @@ def test_a_judge_that_hangs_or_dies_fails_the_episode(env, monkeypatch):
 def test_nothing_is_left_when_the_host_dies(appworld, how):
     """Not even a world in an endless loop that ignores its time limit."""
     script = """
-import threading, time
+import signal, threading, time
 from skillsd_appworld import AppWorldEnv
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it, and so would its children
 env = AppWorldEnv(turn_seconds=100)
 env.reset(options={"task_id": env.tasks("train")[0]["task_id"]})
 print(env._pool.folder, env._world.child.pid, *env._pool.pids(), flush=True)

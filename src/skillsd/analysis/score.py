@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 
 from skillsd.analysis.run import Run
 from skillsd.checkpoint import check_base, newest_good, read_checkpoint
-from skillsd.errors import ConfigError
+from skillsd.errors import ConfigError, told, users_business
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import Chat
 from skillsd.run_folder import CHECKPOINTS
@@ -52,8 +51,10 @@ class Scorer:
         if not source.is_dir():
             try:
                 checkpoint = read_checkpoint(source)
-            except (UnpicklingError, RuntimeError) as e:
-                raise ConfigError(f"{source} is not a checkpoint of skillsd: name another.") from e
+            except Exception as e:
+                if not users_business(e):
+                    raise
+                raise ConfigError(f"{source}: {told(e)}") from e
             check_base(checkpoint, self.policy.base_name)
             self.policy.load_adapter_state(checkpoint["state_dict"])
         self.chat = Chat(self.policy.tokenizer, self.policy.stop_ids)
