@@ -7,15 +7,14 @@ elsewhere: it imports nothing. What jsonargparse refuses by itself (os, subproce
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import yaml
 
-from skillsd.errors import ConfigError
+from skillsd.errors import ConfigError, Parser
 
 _OBJECTIVE = "model.init_args.objective"
 _SIGNALS = tuple(f"skillsd.objective.{name}" for name in ("NaiveK3", "OPID", "RLSD", "SDAR", "SDPG", "SDPO", "SkillSD", "UCOB"))
@@ -66,11 +65,6 @@ KNOWN = ("skillsd", "lightning")
 """What comes from elsewhere is marked."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def config(args: Sequence[str]) -> None:
     """Print the table. Nothing that a file names is imported.
 
@@ -81,7 +75,7 @@ def config(args: Sequence[str]) -> None:
         ConfigError: unknown arguments, or a file that is no configuration.
     """
     about = "Show which classes each key takes. The resolved configuration: skillsd fit -c FILE --print_config"
-    parser = _Parser(prog="skillsd config", description=about)
+    parser = Parser(prog="skillsd config", description=about)
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="show what the file selects; several: overlays")
     files = parser.parse_args(args).config
     chosen: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play, study, config, doctor."""
+"""The command line: fit, validate, export, play, show, study, config, doctor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Look at a run: skillsd show. Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
     "Classes by key: skillsd config"
 )
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -374,6 +374,11 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[0] == "doctor":  # it needs no configuration
         doctor(argv[1:])
+        return 0
+    if argv[0] == "show":
+        from skillsd.analysis.show import show  # late, as below
+
+        show(argv[1:])
         return 0
     if argv[0] == "study":
         from skillsd.study import study  # late: pandas and matplotlib are slow to import

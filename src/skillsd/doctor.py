@@ -7,7 +7,6 @@ command, or "" where nothing is to be done.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
 from threading import Thread
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
@@ -28,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skillsd import __version__
-from skillsd.errors import ConfigError
+from skillsd.errors import ConfigError, Parser
 from skillsd.policy.probe import nf4_error
 from skillsd.policy.smollm2 import cached_folder
 
@@ -216,11 +215,6 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 # -- the command --------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (`{self.prog} --help` shows what is accepted)")
-
-
 def doctor(args: Sequence[str]) -> None:
     """Print the rows as a table, or as JSON.
 
@@ -230,7 +224,7 @@ def doctor(args: Sequence[str]) -> None:
     Raises:
         ConfigError: unknown arguments.
     """
-    parser = _Parser(prog="skillsd doctor", description="Show what is installed, what is missing, and the command that adds it.")
+    parser = Parser(prog="skillsd doctor", description="Show what is installed, what is missing, and the command that adds it.")
     parser.add_argument("--json", action="store_true", help="print a list of {check, state, detail, fix} instead of a table")
     as_json = parser.parse_args(args).json
     found = rows()

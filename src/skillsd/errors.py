@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from pickle import UnpicklingError
+from typing import NoReturn
 
 _SECRET_NAME = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _PIECE = 8  # characters of a secret in a row that are one too many
@@ -18,6 +19,13 @@ _held: dict[str, str] = {}
 
 class ConfigError(ValueError):
     """Bad input. The command line prints its message alone and exits with code 2."""
+
+
+class Parser(ArgumentParser):
+    """Arguments of a command that takes no configuration: what it does not accept is a ConfigError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (`{self.prog} --help` shows what is accepted)")
 
 
 def users_business(e: Exception) -> bool:

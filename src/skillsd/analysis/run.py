@@ -56,7 +56,7 @@ class Run:
         """The resolved configuration, nested; empty if it is missing."""
         path = self.folder / CONFIG_FILE
         try:
-            return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+            return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
         except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as e:
             raise ConfigError(f"{path} is no configuration ({' '.join(str(e).split())}).") from e
 

@@ -1,0 +1,194 @@
+"""`skillsd show`: a run in the terminal, or the same as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from skillsd.analysis.run import Run
+from skillsd.errors import ConfigError, Parser
+from skillsd.rollout.guard import visible
+
+_SHOWN = ("reward/success", "reward/mean", "loss/total", "teacher/gap_mean", "policy/entropy", "time/rollout_s", "time/update_s")
+"""Of the metrics, in the overview."""
+
+
+def show(args: Sequence[str]) -> None:
+    """Print a run, one of its trajectories, a task's groups or its skills.
+
+    Args:
+        args: What follows `skillsd show`.
+
+    Raises:
+        ConfigError: unknown arguments, no run folder, a damaged file, or nothing of that name.
+    """
+    parser = Parser(prog="skillsd show", description="Show a run: how it goes, or what is named below. More: skillsd.analysis in Python.")
+    parser.add_argument("run", metavar="RUN", help="a run folder (trainer.default_root_dir), also one that is training")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--trajectory", type=int, metavar="N", help="an episode turn by turn, by its line in trajectories.jsonl from 0")
+    what.add_argument("--task", metavar="ID", help="a task's groups: what each of its attempts came to")
+    what.add_argument("--skills", action="store_true", help="every skill that entered the bank")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    given = parser.parse_args(args)
+    run, out = Run(given.run), Console(highlight=False, emoji=False, markup=False)
+    if given.trajectory is not None:
+        _tell(given.json, trajectory(run, given.trajectory), _print_trajectory, out)
+    elif given.task is not None:
+        _tell(given.json, task(run, given.task), _print_task, out)
+    elif given.skills:
+        _tell(given.json, skills(run), _print_skills, out)
+    else:
+        _tell(given.json, overview(run), _print_overview, out)
+
+
+def _tell(as_json: bool, what: Any, text: Callable[[Any, Console], None], out: Console) -> None:
+    if as_json:
+        print(json.dumps(what, indent=1, allow_nan=False))
+    else:
+        text(what, out)
+
+
+# -- what there is, as plain data ---------------------------------------------------------------------------------------------------
+
+
+def overview(run: Run) -> dict[str, Any]:
+    """How a run goes: its size, its first and last iteration, how episodes ended, the panel's results and the bank."""
+    metrics, played, skills = run.metrics, run.trajectories, run.skills
+    shown = [name for name in _SHOWN if name in metrics]
+    return {
+        "folder": str(run.folder),
+        "seed": run.config.get("seed_everything"),
+        "iterations": len(metrics),
+        "trajectories": len(played),
+        "tasks": int(played["task_id"].nunique()),
+        "finish_reasons": {str(reason): int(n) for reason, n in played["finish_reason"].value_counts().items()},
+        "metrics": {when: _plain(metrics[shown].iloc[at]) for when, at in (("first", 0), ("last", -1))} if len(metrics) else {},
+        "panel": {when: {k: v for k, v in part.items() if k != "levels"} for when, part in run.panel.items() if isinstance(part, dict)},
+        "skills": {"held": int(skills["dropped"].isna().sum()), "ever": len(skills), "tasks": int(skills["task_id"].nunique())},
+    }
+
+
+def trajectory(run: Run, number: int) -> dict[str, Any]:
+    """A trajectory with its number, without its tokens.
+
+    Raises:
+        ConfigError: there is none of that number.
+    """
+    try:
+        t = run.trajectory(number)
+    except IndexError as e:
+        raise ConfigError(f"--trajectory: {e}.") from e
+    return {"trajectory": number} | {k: v for k, v in asdict(t).items() if k not in ("prompt_ids", "token_ids", "action_mask", "logprobs")}
+
+
+def task(run: Run, task_id: str) -> dict[str, Any]:
+    """A task's groups, by iteration.
+
+    Raises:
+        ConfigError: it was never played.
+    """
+    rows = run.trajectories[run.trajectories["task_id"] == task_id]
+    if rows.empty:
+        known = ", ".join(map(visible, list(dict.fromkeys(run.trajectories["task_id"]))[:5]))
+        raise ConfigError(f"--task {visible(task_id)}: {run.folder} has no trajectory of it (it has {known or 'none at all'}, ...).")
+    groups = [
+        {
+            "iteration": int(iteration),
+            "skill_id": None if pd.isna(group["skill_id"].iloc[0]) else int(group["skill_id"].iloc[0]),
+            "trajectories": group.index.tolist(),
+            "rewards": group["reward"].tolist(),
+            "solved": int(group["success"].sum()),
+            "failed": int((group["finish_reason"] == "failed").sum()),
+            "turns": group["n_turns"].tolist(),
+        }
+        for iteration, group in rows.groupby("iteration")
+    ]
+    return {"task_id": task_id, "groups": groups}
+
+
+def skills(run: Run) -> list[dict[str, Any]]:
+    """Every skill that entered the bank, as `Run.skills` has it."""
+    return [{"skill_id": int(skill_id)} | _plain(row) for skill_id, row in run.skills.iterrows()]  # type: ignore[call-overload]
+
+
+def _plain(row: pd.Series[Any]) -> dict[str, Any]:
+    """Python's own numbers, None for what is missing or no number."""
+    return {str(k): None if pd.isna(v) else v.item() if hasattr(v, "item") else v for k, v in row.items()}
+
+
+# -- the same as text ---------------------------------------------------------------------------------------------------------------
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(visible(title)), title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("", "task", "workflow") else "right", overflow="fold")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _print_overview(seen: dict[str, Any], out: Console) -> None:
+    ends = ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items())
+    out.print(
+        f"{seen['folder']}: {seen['iterations']} iterations, {seen['trajectories']} trajectories of {seen['tasks']} tasks ({ends})",
+        soft_wrap=True,
+    )
+    if seen["metrics"]:
+        table = _table("iterations", "", "first", "last")
+        for name in seen["metrics"]["first"]:
+            table.add_row(name, *(_number(seen["metrics"][when][name]) for when in ("first", "last")))
+        out.print(table)
+    shown = [when for when in ("before", "after", "validate") if "success" in seen["panel"].get(when, {})]
+    if shown:
+        table = _table("panel, 95% intervals", "", "episodes", "success", "from", "to")
+        for when in shown:
+            part = seen["panel"][when]
+            table.add_row(when, str(part["n"]), *map(_number, (part["success"], *part["success_interval"])))
+        out.print(table)
+    bank = seen["skills"]
+    out.print(f"skills: {bank['held']} held, {bank['ever']} ever, of {bank['tasks']} tasks", soft_wrap=True)
+
+
+def _print_trajectory(t: dict[str, Any], out: Console) -> None:
+    skill = "no skill" if t["skill_id"] is None else f"its teacher saw skill {t['skill_id']}"
+    out.print(
+        visible(f"trajectory {t['trajectory']}: iteration {t['iteration']}, task {t['task_id']}, member {t['member']}, {skill}"),
+        soft_wrap=True,
+    )
+    if t["instruction"]:
+        out.print(visible(t["instruction"]), soft_wrap=True)
+    for number, turn in enumerate(t["turns"], 1):
+        out.print(visible(f"--- turn {number}\n{turn['observation']}\n> {turn['action']}"), soft_wrap=True)
+    why = f" ({visible(t['failure'])})" if t["failure"] else ""
+    end = f"completion {t['completion']:.2f}, reward {t['reward']:.2f}, {len(t['turns'])} turns"
+    out.print(f"--- {t['finish_reason']}{why}: success {t['success']}, {end}", soft_wrap=True)
+
+
+def _print_task(seen: dict[str, Any], out: Console) -> None:
+    table = _table(f"task {seen['task_id']}", "iteration", "skill", "solved", "rewards", "turns", "trajectories")
+    for g in seen["groups"]:
+        even = " (all equal)" if len(set(g["rewards"])) == 1 else ""
+        rewards, turns = " ".join(f"{x:g}" for x in g["rewards"]), " ".join(map(str, g["turns"]))
+        skill, first, last = "-" if g["skill_id"] is None else str(g["skill_id"]), g["trajectories"][0], g["trajectories"][-1]
+        table.add_row(str(g["iteration"]), skill, f"{g['solved']} of {len(g['rewards'])}", rewards + even, turns, f"{first} to {last}")
+    out.print(table)
+
+
+def _print_skills(seen: list[dict[str, Any]], out: Console) -> None:
+    table = _table("skills", "id", "task", "from", "uses", "mean reward", "sources", "dropped", "workflow")
+    for s in seen:
+        dropped = "" if s["dropped"] is None else str(s["dropped"])
+        text = Text(visible(" ".join(s["golden_workflow"].split()))[:200])
+        numbers = (str(s["source_iteration"]), str(s["uses"]), _number(s["mean_reward"]), str(s["sources"]), dropped)
+        table.add_row(str(s["skill_id"]), Text(visible(s["task_id"])), *numbers, text)
+    out.print(table)

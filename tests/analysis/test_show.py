@@ -1,0 +1,128 @@
+"""`skillsd show`: the run's own numbers, as text and as JSON, and no text of an episode can command the terminal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.analysis.test_run import METRICS, SHORT, append
+
+from skillsd import cli
+from skillsd.skills import Skill, SkillBank
+from skillsd.trajectory import Turn
+
+EVIL = "\x1b[31m[bold]red[/bold] :smile: \ud800"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two iterations: task t1 twice, the second time with equal rewards, and t2 once, which failed."""
+    (tmp_path / "config.yaml").write_text("seed_everything: 7\n")
+    groups = [(0, "t1", None, (1.0, 0.0)), (0, "t2", None, (0.0, 0.0)), (1, "t1", 1, (1.0, 1.0))]
+    rows = [replace(SHORT, iteration=i, task_id=t, member=m, skill_id=s, reward=r) for i, t, s, rs in groups for m, r in enumerate(rs)]
+    rows[1] = replace(rows[1], success=False, turns=(Turn(EVIL, "a [b] c", 0.0),), instruction=EVIL)
+    rows[2:4] = [replace(t, success=False, finish_reason="failed", failure=f"raised: {EVIL}") for t in rows[2:4]]
+    append(tmp_path / "trajectories.jsonl", rows)
+    lines = [dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "reward/success": f"0.{i + 1}25"} for i in (0, 1)]
+    (tmp_path / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in lines)]) + "\n")
+    panel = {when: {"n": 3, "success": s, "success_interval": [s / 2, 0.9], "levels": []} for when, s in (("before", 0.25), ("after", 0.5))}
+    (tmp_path / "panel.json").write_text(json.dumps(panel))
+    with SkillBank(tmp_path / "bank.sqlite", capacity=1) as bank:
+        bank.insert(
+            [Skill("s", "m", "go [bold]red[/bold] left", "t1", source_reward=0.5), Skill("s", "m", "right", "t1", source_reward=1.0)], 0
+        )
+        bank.record_use(2, 1, reward=1.0)
+    return tmp_path
+
+
+@pytest.fixture
+def shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    def shown(*args: str) -> str:
+        assert cli.main(["show", str(folder), *args]) == 0
+        out, err = capsys.readouterr()
+        assert err == "" and "\x1b" not in out
+        return out
+
+    return shown
+
+
+def words(text: str) -> list[list[str]]:
+    """Each line's words, without the table's frame."""
+    return [line.translate({ord(c): " " for c in "│┃"}).split() for line in text.splitlines()]
+
+
+def test_a_run(shown, folder):
+    text = shown()
+    assert "2 iterations, 6 trajectories of 2 tasks (4 done, 2 failed)" in " ".join(text.split())
+    lines = words(text)
+    assert ["reward/success", "0.125", "0.225"] in lines and ["loss/total", "-", "-"] in lines
+    assert ["before", "3", "0.250", "0.125", "0.900"] in lines and ["after", "3", "0.500", "0.250", "0.900"] in lines
+    assert "skills: 1 held, 2 ever, of 1 tasks" in text
+    seen = json.loads(shown("--json"))
+    assert seen["skills"] == {"held": 1, "ever": 2, "tasks": 1} and seen["seed"] == 7 and seen["folder"] == str(folder)
+    assert seen["metrics"]["last"]["reward/success"] == 0.225 and seen["metrics"]["last"]["loss/total"] is None
+    assert seen["panel"]["after"] == {"n": 3, "success": 0.5, "success_interval": [0.25, 0.9]} and seen["finish_reasons"] == {
+        "done": 4,
+        "failed": 2,
+    }
+
+
+def test_a_trajectory(shown):
+    text = shown("--trajectory", "1")
+    assert text.startswith("trajectory 1: iteration 0, task t1, member 1, no skill\n")
+    evil = "\\x1b[31m[bold]red[/bold] :smile: \\ud800"
+    assert f"\n{evil}\n--- turn 1\n{evil}\n> a [b] c\n--- done: success False, completion 1.00, reward 0.00, 1 turns\n" in text
+    assert f"--- failed (raised: {evil}): success False" in " ".join(shown("--trajectory", "2").split())
+    assert "its teacher saw skill 1" in shown("--trajectory", "4")
+    seen = json.loads(shown("--trajectory", "1", "--json"))
+    assert seen["turns"] == [{"observation": EVIL, "action": "a [b] c", "reward": 0.0}] and seen["trajectory"] == 1
+    assert not {"token_ids", "prompt_ids", "logprobs", "action_mask"} & seen.keys()
+
+
+def test_a_task(shown):
+    assert json.loads(shown("--task", "t1", "--json")) == {
+        "task_id": "t1",
+        "groups": [
+            {"iteration": 0, "skill_id": None, "trajectories": [0, 1], "rewards": [1.0, 0.0], "solved": 1, "failed": 0, "turns": [2, 1]},
+            {"iteration": 1, "skill_id": 1, "trajectories": [4, 5], "rewards": [1.0, 1.0], "solved": 2, "failed": 0, "turns": [2, 2]},
+        ],
+    }
+    lines = words(shown("--task", "t1"))
+    assert ["0", "-", "1", "of", "2", "1", "0", "2", "1", "0", "to", "1"] in lines
+    assert any(line[:5] == ["1", "1", "2", "of", "2"] for line in lines) and any("equal)" in line for line in lines)
+
+
+def test_the_skills(shown):
+    seen = json.loads(shown("--skills", "--json"))
+    assert [(s["skill_id"], s["uses"], s["dropped"], s["mean_reward"]) for s in seen] == [(1, 0, 0, 0.5), (2, 1, None, 1.0)]
+    assert seen[0]["golden_workflow"] == "go [bold]red[/bold] left" and seen[1]["inserted"] == 0
+    text = " ".join(shown("--skills").split())
+    assert "[bold]red[/bold]" in text.replace(" ", "") and "right" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--trajectory", "6"], "--trajectory: trajectory 6: .*has 6"),
+        (["--task", "t3"], r"--task t3: .* has no trajectory of it \(it has t1, t2"),
+        (["--trajectory", "1", "--skills"], "not allowed with"),
+        (["--nosuch"], "unrecognized arguments: --nosuch .*`skillsd show --help`"),
+    ],
+)
+def test_what_is_not_there(folder, capsys, args, told):
+    assert cli.main(["show", str(folder), *args]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("error: ")
+    with pytest.raises(AssertionError, match=told):
+        raise AssertionError(said)
+
+
+def test_a_run_that_has_just_begun(tmp_path, capsys):
+    assert cli.main(["show", str(tmp_path / "nosuch")]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    (tmp_path / "config.yaml").touch()
+    assert cli.main(["show", str(tmp_path)]) == 0
+    assert "0 iterations, 0 trajectories of 0 tasks" in " ".join(capsys.readouterr().out.split())
