@@ -282,3 +282,15 @@ def test_an_event_that_is_none(make_skill):
     with pytest.raises(ValueError, match="unknown kind 'use'"), ledger.transaction():
         ledger.append("use", 0, make_skill("a"))
     assert ledger.tally.seq == 0
+
+
+def test_the_log(make_skill):
+    """Also within a transaction, and never with a hole at its end."""
+    bank = SkillBank()
+    assert list(bank.events()) == []
+    with bank._ledger.transaction():
+        bank._ledger.append("insert", 0, make_skill("a"))
+        assert [(e.seq, e.kind) for e in bank.events()] == [(1, "insert")]
+    bank._ledger._db.execute("DELETE FROM event")
+    with pytest.raises(ValueError, match="rows of its table 'event' are missing"):
+        list(bank.events())
