@@ -301,7 +301,7 @@ def main() -> int:
     again = None if args.again is None else {_survived(line) for line in Path(args.again).read_text().splitlines()}
     os.chdir(ROOT)
     excused, skip, only = known(), args.skip.split(","), args.files.split(",") if args.files else None
-    count, new, used, began = {"killed": 0, "survived": 0, "timeout": 0, "not run": 0}, [], set(), time.monotonic()
+    count, new, began = {"killed": 0, "survived": 0, "timeout": 0, "not run": 0}, [], time.monotonic()
     for folder in args.folders:
         path = ROOT / "src" / "skillsd" / folder
         files = [
@@ -331,7 +331,6 @@ def main() -> int:
             count[result] += 1
             if result != "killed":
                 why = excused.get(m.key)
-                used.add(m.key)
                 print(f"{result}: {m.key}" + (f"  # {why}" if why else ""), flush=True)
                 if result == "survived" and not why:
                     new.append(m.key)
