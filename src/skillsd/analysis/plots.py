@@ -1,0 +1,123 @@
+"""A run's curves as matplotlib figures."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from io import BytesIO, StringIO
+from threading import Lock
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import scipy.stats
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from skillsd.analysis.run import Run
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe & Ito (2008) without yellow: told apart with any colour vision."""
+PLAYED = {"reward/mean": "reward", "reward/success": "success", "reward/completion": "completion"}
+"""Metrics that every task's group measures anew, which gives them an interval."""
+POINTS = 120
+"""Most points of a curve; of a longer run iterations are put together."""
+_INK = "#010203"  # stands for currentColor, which matplotlib does not know
+_LOCK = Lock()  # matplotlib's settings are those of the whole process
+
+
+def curve(run: Run, name: str, window: int | None = None) -> pd.DataFrame:
+    """A metric over the iterations.
+
+    Args:
+        run: The run.
+        name: One of `Run.metrics`.
+        window: So many iterations make a point; default: as few as give at most POINTS.
+
+    Returns:
+        By `iteration` (the last of a point's) `mean`, and `low` and `high`: its 95% interval (Student's t) over the groups played,
+        failed episodes left out, where `name` is in PLAYED and there are two groups; NaN elsewhere. That of a share ends at 0 and 1.
+
+    Raises:
+        KeyError: there is no such metric.
+    """
+    values = run.metrics[name].dropna()
+    n = len(run.metrics)
+    window = window or max(1, math.ceil(n / POINTS))
+    if name in PLAYED and not run.trajectories.empty:
+        return _over_groups(run, PLAYED[name], window)
+    place = values.index // window
+    mean = values.groupby(place).mean()
+    return _frame(mean, np.full(len(mean), np.nan), window, n)
+
+
+def _over_groups(run: Run, name: str, window: int) -> pd.DataFrame:
+    played = run.trajectories
+    played = played[played["finish_reason"] != "failed"]
+    groups = played[name].astype(float).groupby([played["iteration"], played["task_id"]]).mean()
+    place = groups.index.get_level_values("iteration") // window
+    found = groups.groupby(place).agg(["mean", "std", "size"])
+    size = found["size"].to_numpy(dtype=float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = scipy.stats.t.ppf(0.975, size - 1) * found["std"].to_numpy() / np.sqrt(size)
+    frame = _frame(found["mean"], spread, window, len(run.metrics))
+    return frame if name == "reward" else frame.clip(0.0, 1.0)
+
+
+def _frame(mean: pd.Series[Any], spread: np.ndarray, window: int, n: int) -> pd.DataFrame:
+    last = np.minimum((mean.index.to_numpy(dtype=int) + 1) * window, max(n, 1)) - 1
+    values = mean.to_numpy(dtype=float)
+    return pd.DataFrame(
+        {"mean": values, "low": values - spread, "high": values + spread}, index=pd.Index(last, name="iteration", dtype=int)
+    )
+
+
+def curves(runs: Mapping[str, Run], name: str, title: str | None = None) -> Figure:
+    """A metric of one or more runs against the iteration, with its 95% intervals where it has any.
+
+    Args:
+        runs: Runs by the names they get in the legend, which one run alone does not need.
+        name: One of `Run.metrics`; runs without it are left out.
+        title: Above the picture; default: the metric's name.
+    """
+    with _LOCK, mpl.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        figure.patch.set_alpha(0.0)
+        ax = figure.subplots()
+        ax.patch.set_alpha(0.0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+        for i, (label, run) in enumerate(runs.items()):
+            if name not in run.metrics:
+                continue
+            c = curve(run, name)
+            colour = COLOURS[i % len(COLOURS)]
+            ax.plot(c.index, c["mean"], color=colour, label=label, linewidth=1.6, marker="o" if len(c) == 1 else "")
+            if c["low"].notna().any():
+                ax.fill_between(c.index, c["low"], c["high"], color=colour, alpha=0.18, linewidth=0)
+        ax.set_title(title or name, loc="left", fontsize=11)
+        ax.set_xlabel("iteration")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(runs) > 1:
+            ax.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """As an SVG element to be put into HTML: its ink is the text's colour, so that it can be read in the dark. The same for the same."""
+    out = StringIO()
+    with _LOCK, mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "skillsd"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return re.sub(r'<metadata>.*?</metadata>|width="[^"]*pt" height="[^"]*pt" ', "", text, count=2, flags=re.DOTALL)
+
+
+def png(figure: Figure, dpi: int = 130) -> bytes:
+    """As a picture file, black on white."""
+    out = BytesIO()
+    with _LOCK:
+        figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return out.getvalue()
