@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
+from skillsd.analysis.film import Film
 from skillsd.analysis.panel import print_report
 from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks import MemoryPlan, TeacherSync
@@ -87,6 +88,7 @@ class Trainer(L.Trainer):
         level: int | None = None,
         task: str | None = None,
         skill: bool = False,
+        gif: str | None = None,
         ckpt_path: str | None = None,
     ) -> None:
         """Print one episode, turn by turn.
@@ -98,6 +100,7 @@ class Trainer(L.Trainer):
             level: Index of the panel's task; 0 if neither it nor `task` is given.
             task: Instead of `level`, the task_id of a task of the panel or the training split.
             skill: Put the task's skill in front: the bank's, or one made from the environment's own solution.
+            gif: File to write the episode to as an animation, of an environment that draws.
             ckpt_path: A checkpoint; null plays the policy as it starts.
         """
         if policy != "model":
@@ -105,13 +108,15 @@ class Trainer(L.Trainer):
                 raise ConfigError(f"skill: --policy {policy} reads no prompt, so a skill would change nothing: leave out --skill.")
             if ckpt_path is not None:
                 raise ConfigError(f"ckpt_path: --policy {policy} loads no model: leave out --ckpt_path.")
-            play_scripted(datamodule, policy, level, task)
-            return
-        if ckpt_path is not None:
-            _restore(self, model, ckpt_path)
-        else:
-            model.configure_model()
-        play_model(self, model, datamodule, level, task, skill)
+        with Film(gif, datamodule) as film:
+            if policy != "model":
+                play_scripted(datamodule, policy, level, task, film)
+                return
+            if ckpt_path is not None:
+                _restore(self, model, ckpt_path)
+            else:
+                model.configure_model()
+            play_model(self, model, datamodule, level, task, skill, film)
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:

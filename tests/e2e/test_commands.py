@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -334,6 +336,10 @@ def test_every_method_runs(tell, tmp_path, name):
 def test_an_environment_that_has_no_solver(tmp_path, capsys, hosted, monkeypatch):
     monkeypatch.setattr(SokobanEnv, "solution", property(lambda env: getattr(env, "no solution")))
     monkeypatch.delattr(Hosted, "solution")
+    monkeypatch.delattr(SokobanEnv, "picture")
+    assert command("play", tmp_path / "none", hosted, "--model.init_args.policy.model=/no/such", f"--gif={tmp_path / 'a.gif'}") == 2
+    told = "gif: skillsd_test/Hosted-v0 offers no picture(observation) to draw: leave out --gif.\n"
+    assert capsys.readouterr() == ("", f"error: {told}") and Hosted.alive == 0 and not (tmp_path / "a.gif").exists()
     context = "--skills.context=skillsd.skills.GroundTruthContext"
     assert command("fit", tmp_path / "run", hosted, context) == 2
     assert "skills.context: skillsd_test/Hosted-v0 offers no solution(): choose another context" in capsys.readouterr().err
@@ -456,6 +462,25 @@ def test_play_the_oracle(tell, tmp_path, hosted):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("policy", ["oracle", "model"])
+def test_play_as_a_gif(tell, tmp_path, hosted, policy):
+    """A frame a turn and one of how it ends, each what the environment draws; nothing else is told or left than without."""
+    flags = [hosted, "--policy", policy, "--level", "2"]
+    plain = tell("play", tmp_path / "none", *flags)
+    told = tell("play", tmp_path / "none", *flags, f"--gif={tmp_path / 'films' / 'a.gif'}")
+    assert told == f"{plain}gif: {tmp_path / 'films' / 'a.gif'}\n" and Hosted.alive == 0 and not (tmp_path / "none").exists()
+    env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
+    boards = [env.reset(options={"task_id": "test-0002"})[0]]
+    boards += [env.step(line[2:])[0] for line in plain.splitlines() if line.startswith("> ")]
+    with Image.open(tmp_path / "films" / "a.gif") as gif:
+        assert gif.n_frames == len(boards) > 3
+        for i, board in enumerate(boards):
+            gif.seek(i)
+            drawn = env.picture(board)
+            off = np.abs(np.asarray(gif.convert("RGB"))[: len(drawn)] - drawn.astype(int))
+            assert off.mean() < 4 and (off.max(2) > 60).mean() < 0.01  # the palette rounds
+
+
 def test_play_an_agent_of_the_environment(tell, tmp_path, hosted):
     told = tell("play", tmp_path / "none", NO_MODEL, hosted, "--policy", "pusher", "--level", "1")
     answers = [line for line in told.splitlines() if line.startswith("> ")]
@@ -487,6 +512,7 @@ BAD_PLAY: dict[str, tuple[list[str], str]] = {
         ["--policy", "oracle", "--skill"],
         "skill: --policy oracle reads no prompt, so a skill would change nothing: leave out --skill.",
     ),
+    "gif": (["--gif", "a.mp4"], "gif is a.mp4: give the name of a file that ends in .gif."),
     "checkpoint": (["--policy", "pusher", "--ckpt_path", "last"], "ckpt_path: --policy pusher loads no model: leave out --ckpt_path."),
 }
 
@@ -504,6 +530,10 @@ def test_play_an_environment_without_extras(tmp_path, capsys, hosted, monkeypatc
     monkeypatch.setattr(Hosted, "agents", None)
     monkeypatch.setattr(SokobanEnv, "solution", property(lambda env: getattr(env, "no solution")))
     monkeypatch.delattr(Hosted, "solution")
+    monkeypatch.delattr(SokobanEnv, "picture")
+    assert command("play", tmp_path / "none", hosted, "--model.init_args.policy.model=/no/such", f"--gif={tmp_path / 'a.gif'}") == 2
+    told = "gif: skillsd_test/Hosted-v0 offers no picture(observation) to draw: leave out --gif.\n"
+    assert capsys.readouterr() == ("", f"error: {told}") and Hosted.alive == 0 and not (tmp_path / "a.gif").exists()
     for policy, told in (
         ("oracle", "policy is oracle: the environment offers no solution() to replay: choose one of model.\n"),
         ("pusher", "policy is pusher: with this environment choose one of model.\n"),
