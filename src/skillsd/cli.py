@@ -23,11 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
+from skillsd.analysis.panel import print_report
 from skillsd.analysis.play import play_model, play_scripted
 from skillsd.begin import guard_run_folder
 from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
-from skillsd.callbacks.report import print_report
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import LAST, newest_good, read_checkpoint
 from skillsd.class_paths import config
@@ -391,6 +391,11 @@ def _run(argv: list[str]) -> int:
         from skillsd.analysis.skills import skills  # late, as below
 
         skills(argv[1:])
+        return 0
+    if argv[0] == "view":
+        from skillsd.analysis.view import view
+
+        view(argv[1:])
         return 0
     if argv[0] == "study":
         from skillsd.study import study  # late: pandas and matplotlib are slow to import
