@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play, show, study, config, doctor."""
+"""The command line: fit, validate, export, play, show, skills, study, config, doctor."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from skillsd import __version__, conf_dir
 from skillsd.analysis.film import Film
 from skillsd.analysis.panel import print_report
 from skillsd.analysis.play import play_model, play_scripted
+from skillsd.begin import guard_run_folder
 from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.run_config import SaveRunConfig
@@ -36,12 +37,13 @@ from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets
 from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
-from skillsd.run_folder import CHECKPOINTS, guard_run_folder
+from skillsd.run_folder import CHECKPOINTS
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Look at a run: skillsd show. Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Look at a run: skillsd show. Take its skills to another: skillsd skills. "
+    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
     "Classes by key: skillsd config"
 )
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -147,7 +149,12 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(TeacherSync, "teacher")
         parser.add_lightning_class_args(SkillBankCallback, "skills")
-        parser.add_argument("--overwrite", type=bool, default=False, help="fit: discard an earlier run in the run folder")
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="fit: discard an earlier run in the run folder, and skills that were imported into it",
+        )
         parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
 
     def _parse_ckpt_path(self) -> None:
@@ -384,6 +391,11 @@ def _run(argv: list[str]) -> int:
         from skillsd.analysis.show import show  # late, as below
 
         show(argv[1:])
+        return 0
+    if argv[0] == "skills":
+        from skillsd.analysis.skills import skills  # late, as below
+
+        skills(argv[1:])
         return 0
     if argv[0] == "view":
         from skillsd.analysis.view import view
