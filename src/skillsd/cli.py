@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play, show, study, config, doctor."""
+"""The command line: fit, validate, export, play, show, report, study, config, doctor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import LAST, newest_good, read_checkpoint
 from skillsd.class_paths import config
-from skillsd.doctor import doctor
+from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
 from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
@@ -40,7 +40,7 @@ from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Look at a run: skillsd show. Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Look at a run: skillsd show; hand it on: skillsd report. Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
     "Classes by key: skillsd config"
 )
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -379,6 +379,11 @@ def _run(argv: list[str]) -> int:
         from skillsd.analysis.show import show  # late, as below
 
         show(argv[1:])
+        return 0
+    if argv[0] == "report":
+        from skillsd.analysis.report import report  # late, as below
+
+        report(argv[1:], lambda: rows(network=False))
         return 0
     if argv[0] == "study":
         from skillsd.study import study  # late: pandas and matplotlib are slow to import
