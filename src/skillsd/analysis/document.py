@@ -84,7 +84,7 @@ class Cards:
 
     Attributes:
         cards: The groups.
-        size: Of a card: small, medium or wide.
+        size: Of a card: small, medium or large.
     """
 
     cards: Sequence[Sequence[Block]]

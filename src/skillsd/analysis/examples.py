@@ -58,7 +58,7 @@ def trajectories(run: Run, pictures: Pictures) -> list[Block]:
         if t.skill_id is not None and t.skill_id in run.skills.index:
             out.append(_skill(run, t.skill_id))
         if t.instruction:
-            out.append(Code(said(t.instruction)))
+            out += ["Instruction:", Code(said(t.instruction))]
         out += _turns(t, n, pictures)
     return out
 
@@ -82,7 +82,7 @@ def _cards(turns: Sequence[tuple[int, Turn]], n: int, pictures: Pictures) -> Car
         seen: list[Block] = [Picture(f"trajectory-{n}-turn-{number}.png", f"trajectory {n}, turn {number}", png)] if png else []
         text = Code(said(turn.observation), folded="as text" if png else "")
         cards.append([f"Turn {number}{told}", *seen, text, Code(said(turn.action), pictures.language)])
-    return Cards(cards, "small" if drawn == len(turns) else "wide")
+    return Cards(cards, "small" if drawn == len(turns) else "large")
 
 
 def skills(run: Run) -> list[Block]:

@@ -33,11 +33,12 @@ h2{margin:2.5rem 0 .5rem;border-bottom:1px solid var(--line)}h3{margin:2rem 0 .3
 p{margin:.4rem 0}.wide{overflow-x:auto}table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .9rem .2rem 0;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}.name{text-align:left}
 pre{font:12.5px/1.45 ui-monospace,monospace;margin:.3rem 0;padding:.4rem .6rem;background:var(--soft);border-radius:4px;
-white-space:pre-wrap;overflow-wrap:anywhere;max-height:28rem;overflow-y:auto}
+white-space:pre-wrap;overflow-wrap:anywhere;max-height:20rem;overflow-y:auto}
 td:not(.name){white-space:nowrap}
 .cards{display:grid;gap:.8rem;margin:.6rem 0}.cards.small{grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr))}
 .cards.medium{grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr))}
 .card{min-width:0}.card>p:first-child{color:var(--dim);font-size:.85rem;margin:0}.small img{width:100%;max-width:12rem;display:block}
+.small pre:last-child,.large pre:last-child{border-left:3px solid var(--word)}
 figure{margin:0}svg{width:100%;height:auto;display:block}summary{color:var(--dim);font-size:.8rem;cursor:pointer}
 .nt,.k,.kn,.kc,.nb{color:var(--word)}.s,.s1,.s2,.l,.mi,.mf{color:var(--text)}.c,.c1{color:var(--dim)}
 @media print{:root{--ink:#000;--paper:#fff;--line:#bbb;--soft:#f4f4f2;--word:#0550ae;--text:#0a6640;--dim:#555}body{margin:0;max-width:none}
