@@ -10,14 +10,17 @@ from html import escape
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
+from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
+from pygments.util import ClassNotFound
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}th{border-bottom:2px solid #888}
 .name{text-align:left}img{max-width:100%}.wide{overflow-x:auto}"""
 _FORMAT = HtmlFormatter(nowrap=True)
-_MARKS = re.compile(r"[&<>`*_\[\]|\\~$@#]")
+_MARKS = re.compile(r"[&<>`*|\\~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""What begins code, emphasis, a link, a table's cell, mathematics or HTML; a bracket alone or an underscore inside a word does not."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,12 @@ class Code:
     Attributes:
         text: The text.
         language: One that pygments colours; "" for none.
+        folded: In the HTML, the words under which it is folded away; "" shows it.
     """
 
     text: str
     language: str = ""
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Cards:
 
     Attributes:
         cards: The groups.
-        size: Of a card: small, or wide.
+        size: Of a card: small, medium or large.
     """
 
     cards: Sequence[Sequence[Block]]
@@ -91,14 +96,21 @@ Block = Heading | Picture | Table | Code | Cards | list[str] | str
 
 
 def entities(text: str) -> str:
-    """`text` in one line that Markdown shows as it is: what it or HTML would take for markup becomes a numeric entity."""
+    """`text` in one line that Markdown shows as it is, behind another word: what would be taken for markup becomes a numeric entity."""
     return _MARKS.sub(lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
 
 
 def fenced(code: Code) -> str:
     """A Markdown block whose fence is longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code.text)), default=0))
-    return f"{fence}{code.language}\n{code.text}\n{fence}"
+    return f"{fence}{code.language if _lexer(code.language) else ''}\n{code.text}\n{fence}"
+
+
+def _lexer(language: str) -> Lexer | None:
+    try:
+        return get_lexer_by_name(language, stripnl=False) if language else None
+    except ClassNotFound:  # an environment may say anything
+        return None
 
 
 def markdown(report: Sequence[Block], safe: Callable[[str], str] = str) -> str:
@@ -158,8 +170,10 @@ def _html(b: Block) -> str:
             return '<div class="wide"><table>\n' + "\n".join(rows) + "\n</table></div>"
         case Code():
             # Pygments escapes as well. A line feed after <pre> would be swallowed.
-            text = highlight(b.text, get_lexer_by_name(b.language, stripnl=False), _FORMAT) if b.language else escape(b.text)
-            return f"<pre>\n{text.rstrip()}</pre>"
+            lexer = _lexer(b.language)
+            text = highlight(b.text, lexer, _FORMAT) if lexer else escape(b.text)
+            text = f"<pre>\n{text.rstrip()}</pre>"
+            return f"<details><summary>{escape(b.folded)}</summary>{text}</details>" if b.folded else text
         case Cards():
             cards = "\n".join(f'<div class="card">{"".join(map(_html, card))}</div>' for card in b.cards)
             return f'<div class="cards {b.size}">\n{cards}\n</div>'

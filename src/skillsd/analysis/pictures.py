@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from PIL import Image
 
 from skillsd.analysis.run import Run
@@ -21,18 +24,20 @@ class Pictures:
     actions in `metadata["action_language"]`.
 
     Args:
-        run: The run; an environment that cannot be made here (not installed, say) offers nothing.
+        run: The run; an environment that cannot be made here (its engine is missing, say) has no pictures.
     """
 
     def __init__(self, run: Run) -> None:
         self._env: Any = None
-        data = run.config.get("data", {}).get("init_args", {})
-        try:
+        declared: Any = None
+        with suppress(KeyError, TypeError, AttributeError):
+            data = run.config["data"]["init_args"]
             kwargs = {**(data.get("env_kwargs") or {}), **(data.get("env_overrides") or {}).get(data["env"], {})}
-            self._env = make_env(data["env"], kwargs).unwrapped
-        except (ConfigError, KeyError, TypeError, AttributeError):
-            pass
-        self.language = str((getattr(self._env, "metadata", None) or {}).get("action_language", ""))
+            try:
+                declared = self._env = make_env(data["env"], kwargs).unwrapped
+            except ConfigError:
+                declared = _class_of(data["env"])
+        self.language = str((getattr(declared, "metadata", None) or {}).get("action_language", ""))
         self.png = lru_cache(maxsize=4096)(self._png)
 
     def close(self) -> None:
@@ -53,3 +58,11 @@ class Pictures:
         out = BytesIO()
         Image.fromarray(found).save(out, format="png")
         return out.getvalue()
+
+
+def _class_of(env_id: str) -> Any:
+    """The class of an environment that cannot be made here (its engine is missing, say); None if it cannot be imported either."""
+    with suppress(gymnasium.error.Error, ImportError, AttributeError):
+        entry: Any = gymnasium.spec(env_id.rpartition(":")[2]).entry_point  # its module was imported when it was to be made
+        return load_env_creator(entry) if isinstance(entry, str) else entry
+    return None
