@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skillsd.analysis.run import Run
     from skillsd.analysis.score import Scorer
+    from skillsd.analysis.similar import SkillIndex
 
-__all__ = ["Run", "Scorer"]
-_WHERE = {"Run": "run", "Scorer": "score"}
+__all__ = ["Run", "Scorer", "SkillIndex"]
+_WHERE = {"Run": "run", "Scorer": "score", "SkillIndex": "similar"}
 
 
 def __getattr__(name: str) -> Any:
