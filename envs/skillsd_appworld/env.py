@@ -67,7 +67,7 @@ class AppWorldEnv(gym.Env[str, str]):
     render_mode: None or "ansi"; `render` returns the last observation in both.
     """
 
-    metadata = {"render_modes": ["ansi"]}
+    metadata = {"render_modes": ["ansi"], "action_language": "python"}
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ from gymnasium.error import ResetNeeded
 
 from skillsd_sokoban import settings
 from skillsd_sokoban.actions import FORMATS, Actions
+from skillsd_sokoban.draw import Image, draw, find
 from skillsd_sokoban.level import BOX, BOX_ON_TARGET, FLOOR, PLAYER, PLAYER_ON_TARGET, TARGET, Level
 from skillsd_sokoban.prompts import check_prompts
 from skillsd_sokoban.rng import digest
@@ -62,10 +64,10 @@ class SokobanEnv(gym.Env[str, str]):
     prompts: replaces any of the templates instruction, observation and invalid (prompts.py).
     invalid_penalty: taken off the reward of a turn whose action cannot be read.
     distance_reward: shaping coefficient, 0 is off; needs levels small enough for a table.
-    render_mode: None or "ansi"; `render` returns the map as text in both.
+    render_mode: "rgb_array", `render` returns a picture; None or "ansi", it returns the map as text.
     """
 
-    metadata = {"render_modes": ["ansi"]}
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class SokobanEnv(gym.Env[str, str]):
         self._plain = self._prompts["observation"] == "{board}"
         self._invalid_penalty = settings.number("invalid_penalty", invalid_penalty)
         self._distance_reward = settings.number("distance_reward", distance_reward)
-        self.render_mode = settings.one_of("render_mode", render_mode, (None, "ansi"))
+        self.render_mode = settings.one_of("render_mode", render_mode, (None, *self.metadata["render_modes"]))
         self.observation_space = AnyText()
         self.action_space = AnyText()
         self._level: Level | None = None
@@ -157,7 +159,7 @@ class SokobanEnv(gym.Env[str, str]):
         self._paint(level)
         self._turn, self._running = 0, True
         self._left = self.distance() if self._solver.exact else None
-        board = self.render()
+        board = "".join(self._cells)
         fields = {"board": board, "format": self._actions.accepted, "turns_left": self._max_turns}
         info = {
             **self._info(True, False),
@@ -202,10 +204,20 @@ class SokobanEnv(gym.Env[str, str]):
             text = self._prompts["observation"].format(message="", **fields)
         return text, reward, done, truncated, info
 
-    def render(self) -> str:
-        """The current map."""
-        self._started()
+    def render(self) -> str | Image:  # type: ignore[override]
+        """The current map: a text, or with render_mode "rgb_array" a picture, [H, W, 3] uint8."""
+        level = self._started()
+        if self.render_mode == "rgb_array":
+            return draw(replace(level, boxes=self._boxes, player=self._player))
         return "".join(self._cells)
+
+    def picture(self, observation: str) -> Image | None:
+        """The map in an observation as a picture, [H, W, 3] uint8; None where there is none, whatever the text is.
+
+        `separator` is this environment's; the templates may have put words before and behind the map.
+        """
+        level = find(observation, self._separator) if isinstance(observation, str) else None
+        return None if level is None else draw(level)
 
     def distance(self) -> int | None:
         """Fewest moves from the current state to a solved one, None if there is none. SearchLimit if a large level is too hard to tell."""
@@ -268,9 +280,10 @@ class SokobanEnv(gym.Env[str, str]):
         if split not in self._levels.splits:
             raise ValueError(f"split = {split!r}: unknown; the splits are {', '.join(map(repr, self._levels.splits))}")
 
-    def _started(self) -> None:
+    def _started(self) -> Level:
         if self._level is None:
             raise ResetNeeded("there is no level yet; call reset() first")
+        return self._level
 
     def _info(self, valid: bool, success: bool) -> dict[str, Any]:
         completion = (self._boxes & self._targets).bit_count() / self._count

@@ -23,10 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
+from skillsd.analysis.panel import print_report
 from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
-from skillsd.callbacks.report import print_report
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import LAST, newest_good, read_checkpoint
 from skillsd.class_paths import config

@@ -6,7 +6,8 @@ that cannot be read costs a turn and never raises; `env.unwrapped.tasks(split)` 
 where several count together, scenario (str). An episode that the environment cannot carry on ends with info["failed"], a str that says why;
 the rest of that info does not count. Optional: `solution()` lists the actions that lead from the present state to success; `finish()` ends
 the episode early and returns the final info, for an environment that knows its completion at the end only; `agents` maps the names of
-scripted agents to callables that make one with `act(observation) -> action`.
+scripted agents to callables that make one with `act(observation) -> action`; `picture(observation)` draws what an observation shows, as
+[H, W, 3] of uint8, or returns None, whatever the text; `metadata["action_language"]` names the language of actions that are code, "python".
 """
 
 import math

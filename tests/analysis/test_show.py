@@ -28,7 +28,8 @@ def folder(tmp_path: Path) -> Path:
     append(tmp_path / "trajectories.jsonl", rows)
     lines = [dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "reward/success": f"0.{i + 1}25"} for i in (0, 1)]
     (tmp_path / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in lines)]) + "\n")
-    panel = {when: {"n": 3, "success": s, "success_interval": [s / 2, 0.9], "levels": []} for when, s in (("before", 0.25), ("after", 0.5))}
+    result = {"n": 3, "pass_at": {"1": 0.5}, "levels": [{"completion": 0.75}] * 3}
+    panel = {when: {**result, "success": s, "success_interval": [s / 2, 0.9]} for when, s in (("before", 0.25), ("after", 0.5))}
     (tmp_path / "panel.json").write_text(json.dumps(panel))
     with SkillBank(tmp_path / "bank.sqlite", capacity=1) as bank:
         bank.insert(
@@ -59,15 +60,15 @@ def test_a_run(shown, folder):
     assert "2 iterations, 6 trajectories of 2 tasks (4 done, 2 failed)" in " ".join(text.split())
     lines = words(text)
     assert ["reward/success", "0.125", "0.225"] in lines and ["loss/total", "-", "-"] in lines
-    assert ["before", "3", "0.250", "0.125", "0.900"] in lines and ["after", "3", "0.500", "0.250", "0.900"] in lines
+    assert "panel of 3 held-out episodes, 95% intervals" in " ".join(text.split())
+    completion = ["0.750", "[0.750,", "0.750]"]
+    assert ["before", "0.250", "[0.125,", "0.900]", *completion] in lines and ["after", "0.500", "[0.250,", "0.900]", *completion] in lines
     assert "skills: 1 held, 2 ever, of 1 tasks" in text
     seen = json.loads(shown("--json"))
     assert seen["skills"] == {"held": 1, "ever": 2, "tasks": 1} and seen["seed"] == 7 and seen["folder"] == str(folder)
     assert seen["metrics"]["last"]["reward/success"] == 0.225 and seen["metrics"]["last"]["loss/total"] is None
-    assert seen["panel"]["after"] == {"n": 3, "success": 0.5, "success_interval": [0.25, 0.9]} and seen["finish_reasons"] == {
-        "done": 4,
-        "failed": 2,
-    }
+    assert seen["panel"]["after"] == {"n": 3, "success": 0.5, "success_interval": [0.25, 0.9], "pass_at": {"1": 0.5}}
+    assert seen["finish_reasons"] == {"done": 4, "failed": 2}
 
 
 def test_a_trajectory(shown):

@@ -16,9 +16,7 @@ import torch
 
 from skillsd.callbacks import Panel
 from skillsd.callbacks.panel import paired_difference, read_panel, summarise, write_panel
-from skillsd.callbacks.report import print_report
 from skillsd.errors import ConfigError
-from skillsd.skills import Skill, SkillBank
 from skillsd.statistics import bootstrap_mean, wilson_interval
 from skillsd.trajectory import Task, Trajectory, Turn
 
@@ -265,43 +263,3 @@ def test_switched_off(tmp_path):
     callback.on_train_start(stand_in(tmp_path, [panel(1.0)]), None)
     callback.on_train_end(stand_in(tmp_path, [panel(1.0)]), None)
     assert read_panel(tmp_path) == {} and callback.result == {}
-
-
-def test_the_report(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    print_report(tmp_path)
-    assert capsys.readouterr().out == ""
-    before, after = summarise(panel(0.0, 0.5, 1.0, 0.0)), summarise(panel(1.0, 0.5, 1.0, 0.0))
-    write_panel(tmp_path, {"before": before})
-    write_panel(tmp_path, {"after": after})
-    with SkillBank(tmp_path / "bank.sqlite") as bank:
-        bank.insert([Skill("a", "b", "c", "t1"), Skill("a", "b", "d", "t1"), Skill("a", "b", "c", "t2")], 0)
-    (tmp_path / "adapter" / "student").mkdir(parents=True)
-    (tmp_path / "metrics.csv").touch()
-    print_report(tmp_path)
-    out = capsys.readouterr().out
-    low, high = wilson_interval(1, 4)
-    assert "panel of 4 held-out episodes" in out and f"0.250 [{low:.3f}, {high:.3f}]" in out
-    assert "after - before, paired" in out and "+0.250 [+0.000, +0.750]" in out
-    assert "skill bank: 3 skills of 2 tasks" in out and "pass@" not in out
-    assert f"adapter: {tmp_path}/adapter/student\n" in out and f"log: {tmp_path}/metrics.csv\n" in out and "trajectories:" not in out
-
-    write_panel(tmp_path, {"validate": summarise(panel(1.0, 0.0, 0.0, 0.0, attempts=2))})
-    print_report(tmp_path)
-    out = capsys.readouterr().out
-    assert "validate: pass@1 0.250, pass@2 0.500" in out
-    assert "goal completion" not in out and "failed" not in out
-
-    episodes = scored({"a": "11", "b": "10"})
-    lost = [*episodes[:3], replace(episodes[3], finish_reason="failed", failure="killed")]
-    write_panel(tmp_path, {"validate": summarise(lost, scenarios_of(lost))})
-    old = read_panel(tmp_path)["before"]
-    del old["failed"]  # of an earlier version
-    write_panel(tmp_path, {"before": old})
-    print_report(tmp_path)
-    out = capsys.readouterr().out
-    (low, high), (s_low, s_high) = wilson_interval(3, 4), wilson_interval(1, 2)
-    assert (
-        f"validate: task goal completion 0.750 [{low:.3f}, {high:.3f}], scenario goal completion 0.500 [{s_low:.3f}, {s_high:.3f}]\n" in out
-    )
-    assert "validate: 1 of 4 episodes failed; they count as not solved\n" in out and out.count("failed") == 1

@@ -31,6 +31,11 @@ def test_the_action_is_the_last_python_block(answer, code):
     assert code_of(answer) == code
 
 
+def test_actions_are_python_and_there_is_no_picture():
+    language = AppWorldEnv.metadata["action_language"]
+    assert code_of(f"```{language}\nprint(1)\n```") == "print(1)" and not hasattr(AppWorldEnv, "picture")
+
+
 def test_the_instruction_says_what_it_must():
     text = DEFAULTS["instruction"].format(turns=40, max_chars=6000)
     calls = [text.index(f"apis.api_docs.{name}(") for name in ("show_app_descriptions", "show_api_descriptions", "show_api_doc")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from skillsd.analysis.panel import print_panel
 from skillsd.analysis.run import Run
 from skillsd.errors import ConfigError, Parser
 from skillsd.rollout.guard import visible
@@ -45,7 +47,7 @@ def show(args: Sequence[str]) -> None:
     elif given.skills:
         _tell(given.json, skills(run), _print_skills, out)
     else:
-        _tell(given.json, overview(run), _print_overview, out)
+        _tell(given.json, overview(run), partial(_print_overview, run.panel), out)
 
 
 def _tell(as_json: bool, what: Any, text: Callable[[Any, Console], None], out: Console) -> None:
@@ -137,7 +139,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _print_overview(seen: dict[str, Any], out: Console) -> None:
+def _print_overview(panel: dict[str, Any], seen: dict[str, Any], out: Console) -> None:
     ends = ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items())
     out.print(
         f"{seen['folder']}: {seen['iterations']} iterations, {seen['trajectories']} trajectories of {seen['tasks']} tasks ({ends})",
@@ -148,13 +150,7 @@ def _print_overview(seen: dict[str, Any], out: Console) -> None:
         for name in seen["metrics"]["first"]:
             table.add_row(name, *(_number(seen["metrics"][when][name]) for when in ("first", "last")))
         out.print(table)
-    shown = [when for when in ("before", "after", "validate") if "success" in seen["panel"].get(when, {})]
-    if shown:
-        table = _table("panel, 95% intervals", "", "episodes", "success", "from", "to")
-        for when in shown:
-            part = seen["panel"][when]
-            table.add_row(when, str(part["n"]), *map(_number, (part["success"], *part["success_interval"])))
-        out.print(table)
+    print_panel(panel, out)
     bank = seen["skills"]
     out.print(f"skills: {bank['held']} held, {bank['ever']} ever, of {bank['tasks']} tasks", soft_wrap=True)
 

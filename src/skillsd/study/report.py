@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import pandas as pd
 
+from skillsd.analysis.document import Block, Heading, Picture, html, markdown
 from skillsd.study import plots, tables
 from skillsd.study.cells import Cell, replace
 from skillsd.study.comparison import against_baseline, against_controls
 from skillsd.study.results import WINDOW, Finished
 from skillsd.study.results import tables as as_tables
 from skillsd.study.settings import StudySettings
-from skillsd.study.tables import Table
 from skillsd.study.verdict import verdict
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}th{border-bottom:2px solid #888}
-.name{text-align:left}img{max-width:100%}.wide{overflow-x:auto}"""
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A title of the report (level 1) or of a part (level 2)."""
-
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure.
-
-    Attributes:
-        name: Its file in the study folder.
-        alt: What it shows.
-        png: The file's content.
-    """
-
-    name: str
-    alt: str
-    png: bytes
-
-
-Block = Heading | Picture | Table | list[str] | str
-"""A list is one of bullets; a str is a paragraph."""
 
 
 def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> list[str]:
@@ -120,52 +85,6 @@ def blocks(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, 
         tables.settings(study),
     ]
     return out
-
-
-def markdown(report: Sequence[Block]) -> str:
-    parts = []
-    for b in report:
-        match b:
-            case Heading():
-                parts.append(f"{'#' * b.level} {b.text}")
-            case Picture():
-                parts.append(f"![{b.alt}]({b.name})")
-            case Table():
-                rule = ["---"] * b.names + ["---:"] * (len(b.header) - b.names)
-                parts.append(
-                    "\n".join(f"| {' | '.join(x.replace('|', chr(92) + '|') for x in row)} |" for row in (b.header, rule, *b.rows))
-                )
-            case list():
-                parts.append("\n".join(f"- {x}" for x in b))
-            case _:
-                parts.append(b)
-    return "\n\n".join(parts) + "\n"
-
-
-def html(report: Sequence[Block]) -> str:
-    """One file that needs no other: pictures are inside."""
-    parts = []
-    for b in report:
-        match b:
-            case Heading():
-                parts.append(f"<h{b.level}>{escape(b.text)}</h{b.level}>")
-            case Picture():
-                parts.append(f'<p><img alt="{escape(b.alt)}" src="data:image/png;base64,{base64.b64encode(b.png).decode()}"></p>')
-            case Table():
-                rows = [_row(b.header, "th", b.names), *(_row(r, "td", b.names) for r in b.rows)]
-                parts.append('<div class="wide"><table>\n' + "\n".join(rows) + "\n</table></div>")
-            case list():
-                parts.append("<ul>\n" + "\n".join(f"<li>{escape(x)}</li>" for x in b) + "\n</ul>")
-            case _:
-                parts.append(f"<p>{escape(b)}</p>")
-    title = escape(next(b.text for b in report if isinstance(b, Heading)))
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>\n' + (
-        "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def _row(cells: Sequence[str], tag: str, names: int) -> str:
-    return "<tr>" + "".join(f"<{tag}{' class=name' if i < names else ''}>{escape(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
 
 
 def write_report(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> None:

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 
 import pandas as pd
 
+from skillsd.analysis.document import Table
 from skillsd.statistics import t_interval
 from skillsd.study.comparison import Comparison, after, compare
 from skillsd.study.plots import PART_NAMES
 from skillsd.study.results import HEALTH, PARTS
 from skillsd.study.settings import BASE, StudySettings
 from skillsd.study.verdict import p_value, points
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text.
-
-    Attributes:
-        header: Of each column.
-        rows: A text a column.
-        names: Leading columns that are text; the others are numbers.
-    """
-
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    names: int = 1
 
 
 def share(mean: float, low: float, high: float) -> str:

@@ -1,0 +1,93 @@
+"""The panel's results as a table, for whoever shows them, and what is printed at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from skillsd.analysis.document import Table
+from skillsd.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_panel
+from skillsd.skills import SkillBank
+from skillsd.statistics import bootstrap_mean
+
+
+def played(panel: Mapping[str, Any]) -> list[str]:
+    """Which of the panel's rounds it holds: before, after, validate."""
+    return [when for when in ("before", "after", "validate") if when in panel]
+
+
+def title(panel: Mapping[str, Any]) -> str:
+    """What `table` shows, in a line; the panel was played at least once."""
+    return f"panel of {panel[played(panel)[0]]['n']} held-out episodes, 95% intervals"
+
+
+def table(panel: Mapping[str, Any]) -> Table:
+    """Shares of success and completion with their 95% intervals, and the paired differences of after and before.
+
+    Args:
+        panel: What `Run.panel` gives.
+    """
+    shown = played(panel)
+    rows = [(when, *_shares(panel[when])) for when in shown]
+    if "difference" in panel and "validate" not in shown:
+        rows.append(("after - before, paired", *(_points(panel["difference"][k]) for k in ("success", "completion"))))
+    return Table(("", "success", "completion"), rows)
+
+
+def notes(panel: Mapping[str, Any]) -> list[str]:
+    """What else was measured, a line each: pass@k, AppWorld's goal completion, and episodes that failed."""
+    told = []
+    for when in played(panel):
+        part = panel[when]
+        if len(part["pass_at"]) > 1:
+            told.append(f"{when}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in part["pass_at"].items()))
+        if goals := [k for k in ("task_goal_completion", "scenario_goal_completion") if k in part]:
+            shares = (f"{k.replace('_', ' ')} {_interval(part[k], *part[f'{k}_interval'])}" for k in goals)
+            told.append(f"{when}: {', '.join(shares)}")
+        if part.get("failed"):
+            told.append(f"{when}: {part['failed']} of {part['n']} episodes failed; they count as not solved")
+    return told
+
+
+def print_panel(panel: Mapping[str, Any], console: Console) -> None:
+    """Print `table` and `notes`; nothing of a panel that was not played."""
+    if not played(panel):
+        return
+    made = table(panel)
+    out = RichTable(*made.header, title=title(panel))
+    for row in made.rows:
+        out.add_row(*row)
+    console.print(out)
+    for line in notes(panel):
+        console.print(line, soft_wrap=True)
+
+
+def print_report(folder: Path) -> None:
+    """Print success and completion before and after with intervals, the bank's size and the paths of a run folder."""
+    console = Console()
+    print_panel(read_panel(folder), console)
+    if (folder / BANK_FILE).is_file():
+        with SkillBank(folder / BANK_FILE, read_only=True) as bank:
+            console.print(f"skill bank: {len(bank)} skills of {len(bank.tasks())} tasks")
+    for name, path in (("adapter", f"{ADAPTER}/student"), ("log", METRICS_FILE), ("trajectories", TRAJECTORIES_FILE)):
+        if (folder / path).exists():
+            console.print(f"{name}: {folder / path}", soft_wrap=True)
+
+
+def _shares(result: Mapping[str, Any]) -> tuple[str, str]:
+    levels = [x["completion"] for x in result["levels"]]
+    completion = bootstrap_mean(levels) if levels else (nan, nan, nan)
+    return _interval(result["success"], *result["success_interval"]), _interval(*completion)
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _points(difference: list[float]) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
