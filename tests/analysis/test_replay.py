@@ -16,12 +16,13 @@ from skillsd.policy.load import adapter_folder
 from skillsd.rollout import make_env
 from skillsd.skills import Skill, SkillBank
 
-ENV = {"size": 6, "boxes": 2, "difficulties": {"short": {"lengths": [3, 6]}}, "splits": {"train": {"short": 6}, "test": {"short": 1}}}
+N = 12
+ENV = {"splits": {"train": {"short": N}, "test": {"short": 1}}}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that has not trained: the nano agent, and a bank that holds each task's solution (skills 1 to 6), then an unhelpful one."""
+    """A run that has not trained: the nano agent, and a bank that holds each task's solution (skills 1 to N), then an unhelpful one."""
     folder = tmp_path_factory.mktemp("run")
     config = yaml.safe_load((conf_dir() / "sokoban.yaml").read_text())
     config["data"]["init_args"]["env_kwargs"] |= ENV
@@ -45,15 +46,15 @@ def scorer(run: Run) -> Scorer:
 
 
 def test_the_solution_helps(run, scorer):
-    frame = replay(scorer, range(1, 7), members=2)
-    assert list(frame) == ["task_id", "skill", "member", "success", "completion", "turns", "finish_reason"] and len(frame) == 24
+    frame = replay(scorer, range(1, N + 1), members=2)
+    assert list(frame) == ["task_id", "skill", "member", "success", "completion", "turns", "finish_reason"] and len(frame) == 4 * N
     without = frame[frame["skill"].isna()]
-    assert without["member"].tolist() == [0, 1] * 6 and without["task_id"].nunique() == 6
-    assert frame["skill"].dropna().tolist() == [k for k in range(1, 7) for _ in range(2)]
+    assert without["member"].tolist() == [0, 1] * N and without["task_id"].nunique() == N
+    assert frame["skill"].dropna().tolist() == [k for k in range(1, N + 1) for _ in range(2)]
     mean, low, high = effect(frame)
     assert mean > 0.1 and low <= mean <= high
-    pd.testing.assert_frame_equal(frame, replay(scorer, range(1, 7), members=2))
-    others = replay(scorer, range(1, 7), tasks=[run.skill(k % 6 + 1).task_id for k in range(1, 7)], members=2)
+    pd.testing.assert_frame_equal(frame, replay(scorer, range(1, N + 1), members=2))
+    others = replay(scorer, range(1, N + 1), tasks=[run.skill(k % N + 1).task_id for k in range(1, N + 1)], members=2)
     assert effect(others)[0] < mean
     pd.testing.assert_frame_equal(
         others[others["skill"].isna()].sort_values(["task_id", "member"]).reset_index(drop=True),
@@ -64,7 +65,7 @@ def test_the_solution_helps(run, scorer):
 def test_a_pair_shares_its_noise(run, scorer, monkeypatch):
     """A skill that says nothing changes nothing, also where draws differ between members and seeds."""
     monkeypatch.setattr(scorer, "template", "")
-    frames = [replay(scorer, [1, 7, 2], members=6, temperature=3.0, seed=seed) for seed in (0, 1)]
+    frames = [replay(scorer, [1, N + 1, 2], members=6, temperature=3.0, seed=seed) for seed in (0, 1)]
     for frame in frames:
         for _, rows in frame.groupby(["task_id", "member"]):
             assert rows[["success", "completion", "turns"]].drop_duplicates().shape[0] == 1
@@ -75,9 +76,9 @@ def test_a_pair_shares_its_noise(run, scorer, monkeypatch):
 
 
 def test_who_acts(scorer):
-    taught, base = (replay(scorer, range(1, 7), members=1, temperature=0.0, adapter=a) for a in ("teacher", None))
+    taught, base = (replay(scorer, range(1, N + 1), members=1, temperature=0.0, adapter=a) for a in ("teacher", None))
     assert not taught.equals(base)
-    pd.testing.assert_frame_equal(taught, replay(scorer, range(1, 7), members=1, temperature=0.0, seed=5))  # greedy; student as teacher
+    pd.testing.assert_frame_equal(taught, replay(scorer, range(1, N + 1), members=1, temperature=0.0, seed=5))  # greedy; student as teacher
 
 
 def test_tasks_of_a_file_bring_their_boards(run, scorer, monkeypatch, tmp_path):
