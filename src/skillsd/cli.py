@@ -380,6 +380,11 @@ def _run(argv: list[str]) -> int:
 
         show(argv[1:])
         return 0
+    if argv[0] == "view":
+        from skillsd.analysis.view import view
+
+        view(argv[1:])
+        return 0
     if argv[0] == "study":
         from skillsd.study import study  # late: pandas and matplotlib are slow to import
 

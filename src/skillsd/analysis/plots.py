@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO, StringIO
+from itertools import cycle
 from threading import Lock
 from typing import Any
 
@@ -13,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import scipy.stats
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -22,7 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito (2008) without yellow: told apart with any colour vision."""
 PLAYED = {"reward/mean": "reward", "reward/success": "success", "reward/completion": "completion"}
 """Metrics that every task's group measures anew, which gives them an interval."""
-POINTS = 120
+POINTS = 60
 """Most points of a curve; of a longer run iterations are put together."""
 _INK = "#010203"  # stands for currentColor, which matplotlib does not know
 _LOCK = Lock()  # matplotlib's settings are those of the whole process
@@ -82,13 +85,7 @@ def curves(runs: Mapping[str, Run], name: str, title: str | None = None) -> Figu
         name: One of `Run.metrics`; runs without it are left out.
         title: Above the picture; default: the metric's name.
     """
-    with _LOCK, mpl.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        figure.patch.set_alpha(0.0)
-        ax = figure.subplots()
-        ax.patch.set_alpha(0.0)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
+    with _axes(title or name, len(runs) > 1) as ax:
         for i, (label, run) in enumerate(runs.items()):
             if name not in run.metrics:
                 continue
@@ -97,11 +94,45 @@ def curves(runs: Mapping[str, Run], name: str, title: str | None = None) -> Figu
             ax.plot(c.index, c["mean"], color=colour, label=label, linewidth=1.6, marker="o" if len(c) == 1 else "")
             if c["low"].notna().any():
                 ax.fill_between(c.index, c["low"], c["high"], color=colour, alpha=0.18, linewidth=0)
-        ax.set_title(title or name, loc="left", fontsize=11)
+    return _whole(ax)
+
+
+def lines(series: Mapping[str, pd.Series[Any]], title: str, style: str = "-") -> Figure:
+    """Numbers by iteration, one line each.
+
+    Args:
+        series: By the names they get in the legend; empty ones are left out.
+        title: Above the picture.
+        style: matplotlib's format of the lines.
+    """
+    shown = {name: s for name, s in series.items() if len(s)}
+    with _axes(title, bool(shown)) as ax:
+        for colour, (name, s) in zip(cycle(COLOURS), shown.items(), strict=False):
+            ax.plot(s.index, s, style, color=colour, label=name, linewidth=1.6, markersize=4)
+    return _whole(ax)
+
+
+@contextmanager
+def _axes(title: str, legend: bool) -> Iterator[Axes]:
+    """The axes of a new figure, in the page's ink."""
+    with _LOCK, mpl.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        figure.patch.set_alpha(0.0)
+        ax = figure.subplots()
+        ax.patch.set_alpha(0.0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+        yield ax
+        ax.set_title(title, loc="left", fontsize=11)
         ax.set_xlabel("iteration")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(runs) > 1:
+        if legend:
             ax.legend(frameon=False, fontsize=9, labelcolor=_INK)
+
+
+def _whole(ax: Axes) -> Figure:
+    figure = ax.get_figure()
+    assert isinstance(figure, Figure)
     return figure
 
 

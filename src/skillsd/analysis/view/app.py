@@ -1,0 +1,147 @@
+"""The web application: addresses, who may ask, and what a page is made of. The numbers are in pages.py.
+
+Whoever does not know the token in the address is told nothing, and so is a page of another host that guesses the port. Everything that
+comes from agents and environments is data: escaped by the templates, and no script but our own file would be run (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import hmac
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
+
+from flask import Flask, Response, abort, redirect, render_template, request, url_for
+from werkzeug.exceptions import HTTPException
+
+from skillsd import __version__
+from skillsd.analysis import syntax
+from skillsd.analysis.view import pages
+from skillsd.analysis.view.site import Opened, Site
+from skillsd.errors import ConfigError
+from skillsd.rollout.guard import visible
+
+HOSTS = ("127.0.0.1", "localhost")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def create_app(site: Site, token: str) -> Flask:
+    """The application.
+
+    Args:
+        site: The runs.
+        token: The first part of every address.
+    """
+    app = Flask("skillsd.analysis.view", static_url_path="/<token>/static")
+    app.jinja_env.finalize = lambda x: visible(x) if type(x) is str else x  # our own markup is Markup, all else is data
+    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
+    app.jinja_env.globals["version"] = __version__
+    app.jinja_env.filters["number"] = pages.number
+
+    @app.before_request
+    def admit() -> None:
+        given = (request.view_args or {}).pop("token", "")
+        if request.host.rpartition(":")[0] not in HOSTS or not hmac.compare_digest(given.encode(), token.encode()):
+            abort(404)
+
+    @app.url_defaults
+    def with_token(_: str, values: dict[str, Any]) -> None:
+        values.setdefault("token", token)
+
+    @app.after_request
+    def guard(response: Response) -> Response:
+        response.headers.update(HEADERS)
+        return response
+
+    @app.errorhandler(HTTPException)
+    def http_error(e: HTTPException) -> tuple[Response, int]:
+        return _html("error.html", title=str(e.code), message=e.description), e.code or 500
+
+    @app.errorhandler(ConfigError)
+    def config_error(e: ConfigError) -> tuple[Response, int]:
+        return _html("error.html", title="This cannot be shown", message=str(e)), 500
+
+    def page(rule: str, template: str, locked: bool = True) -> Any:
+        """A page of a run: the function gives what the template shows. One that is not locked may take long, and is not live."""
+
+        def decorate(make: Any) -> Any:
+            @wraps(make)
+            def shown(run: str, **where: Any) -> Response:
+                opened = site.runs.get(run) or abort(404, f"There is no run {run} here.")
+                stamp = opened.update()
+                with opened.lock if locked else nullcontext():
+                    try:
+                        made = make(opened, **where)
+                    except (KeyError, IndexError) as e:
+                        abort(404, str(e.args[0] if e.args else e))
+                return _html(template, site=site, run=opened.name, live=stamp if locked else "", here=template[:-5], **made)
+
+            app.add_url_rule(f"/<token>/run/<run>/{rule}", make.__name__, shown)
+            return make
+
+        return decorate
+
+    @app.get("/<token>/")
+    def home() -> Any:
+        return redirect(url_for("overview", run=next(iter(site.runs))))
+
+    @app.get("/<token>/code.css")
+    def code_css() -> Response:
+        return Response(syntax.style(), mimetype="text/css")
+
+    @app.get("/<token>/run/<run>/stamp")
+    def stamp(run: str) -> str:
+        return site.runs[run].update() if run in site.runs else abort(404)
+
+    @page("", "overview.html")
+    def overview(opened: Opened) -> dict[str, Any]:
+        return pages.overview(opened, "all" in request.args)
+
+    @page("tasks", "tasks.html")
+    def tasks(opened: Opened) -> dict[str, Any]:
+        a = request.args
+        return pages.tasks(opened, a.get("q", ""), a.get("only", "all"), a.get("sort", "task_id"), a.get("page", 1, int))
+
+    @page("task", "task.html")
+    def task(opened: Opened) -> dict[str, Any]:
+        return pages.task(opened, request.args.get("id", ""))
+
+    @page("trajectory/<int:number>", "trajectory.html", locked=False)
+    def trajectory(opened: Opened, number: int) -> dict[str, Any]:
+        return pages.trajectory(opened, number, request.args.get("heat", ""))
+
+    @page("skills", "skills.html")
+    def skills(opened: Opened) -> dict[str, Any]:
+        a = request.args
+        return pages.skills(opened, a.get("q", ""), a.get("sort", "skill_id"), a.get("page", 1, int))
+
+    @page("skill/<int:skill_id>", "skill.html")
+    def skill(opened: Opened, skill_id: int) -> dict[str, Any]:
+        return pages.skill(opened, skill_id)
+
+    @page("skills/compare", "skill_pair.html")
+    def skill_pair(opened: Opened) -> dict[str, Any]:
+        return pages.skill_pair(opened, request.args.get("a", 0, int), request.args.get("b", 0, int))
+
+    @page("compare", "compare.html")
+    def compare(opened: Opened) -> dict[str, Any]:
+        name = request.args.get("with") or next((n for n in site.runs if n != opened.name), "")
+        other = site.runs.get(name)
+        if other is None or other is opened:
+            return {"other": None}
+        other.update()
+        with other.lock:
+            return pages.compare(opened, other)
+
+    return app
+
+
+def _html(template: str, **values: Any) -> Response:
+    text = render_template(template, **values)
+    return Response(text.encode(errors="replace"), mimetype="text/html")  # a lone surrogate is no UTF-8

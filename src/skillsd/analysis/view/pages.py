@@ -1,0 +1,329 @@
+"""What each page of `skillsd view` shows, as plain data. Times it shows are the run's own."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from skillsd.analysis import panel, plots, show, syntax
+from skillsd.analysis.heat import heat
+from skillsd.analysis.run import Run
+from skillsd.analysis.score import Scorer
+from skillsd.analysis.similar import SkillIndex
+from skillsd.analysis.view.site import Opened
+from skillsd.errors import ConfigError
+from skillsd.skills.skill import FIELDS
+from skillsd.statistics import bootstrap_mean
+
+CURVES = {
+    "reward/success": "episodes solved, share",
+    "reward/zero_variance": "groups of equal rewards, share",
+    "teacher/gap_mean": "log teacher - log student, nats a token",
+    "policy/entropy": "entropy, nats",
+    "loss/total": "loss",
+    "skills/bank": "skills in the bank",
+    "time/rollout_tokens_per_s": "rollout, tokens/s",
+    "memory/peak_gib": "peak memory, GiB",
+}
+"""Of the metrics, those that the overview shows at first."""
+ROWS = 100
+"""Of a table on one page."""
+LATEST = 32
+"""Trajectories that the overview names, at most."""
+HEATS = {"skill": "with its skill", "none": "without a skill", "shuffled": "with another task's skill"}
+"""What the teacher sees while tokens are scored."""
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """For a table; - where it is missing."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.{digits}f}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _svg(figure: Figure) -> Markup:
+    return Markup(plots.svg(figure))
+
+
+def _paged(frame: pd.DataFrame, sort: str, page: int) -> dict[str, Any]:
+    """A page of a table by one of its columns (a leading - for descending)."""
+    name, down = sort.removeprefix("-"), sort.startswith("-")
+    if name != frame.index.name and name not in frame:
+        name, down = str(frame.index.name), False
+    ordered = (
+        frame.sort_index(ascending=not down) if name == frame.index.name else frame.sort_values(name, ascending=not down, kind="stable")
+    )
+    pages = max(1, math.ceil(len(ordered) / ROWS))
+    page = min(max(1, page), pages)
+    return {"rows": ordered.iloc[(page - 1) * ROWS : page * ROWS], "n": len(ordered), "page": page, "pages": pages, "sort": sort}
+
+
+# -- overview ------------------------------------------------------------------------------------------------------------------------
+
+
+def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
+    """How the run goes: curves, the panel, speed and memory; all metrics if `everything`."""
+    run = opened.run
+    names = {name: name for name in run.metrics.columns if name != "epoch"} if everything else CURVES
+    measured = [name for name in names if name in run.metrics and run.metrics[name].notna().any()]
+    figures = [opened.once(("curve", name), partial(_curve, {"": run}, name, names[name])) for name in measured]
+    seen = show.overview(run)
+    config = run.config
+    model = config.get("model", {}).get("init_args", {}) if isinstance(config.get("model"), dict) else {}
+    facts = {
+        "model": model.get("policy", {}).get("model"),
+        "environment": config.get("data", {}).get("init_args", {}).get("env"),
+        "seed": seen["seed"],
+        "iterations": seen["iterations"],
+        "trajectories": seen["trajectories"],
+        "tasks": seen["tasks"],
+        "ended": ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items()),
+        "skills": f"{seen['skills']['held']} held, {seen['skills']['ever']} ever, of {seen['skills']['tasks']} tasks",
+        **_costs(run),
+    }
+    return {"facts": facts, "panel": _panel(run), "figures": figures, "everything": everything, "latest": _latest(run)}
+
+
+def _curve(runs: dict[str, Run], name: str, title: str) -> Markup:
+    return _svg(plots.curves(runs, name, title))
+
+
+def _costs(run: Run) -> dict[str, str]:
+    """Seconds an iteration by part, and the most memory."""
+    parts = {"rollout": "time/rollout_s", "teacher": "time/teacher_s", "update": "time/update_s", "summaries": "time/summary_s"}
+    times = {part: run.metrics[name].mean() for part, name in parts.items() if name in run.metrics}
+    told = ", ".join(f"{part} {value:.3g}" for part, value in times.items() if not math.isnan(value))
+    memory = run.metrics["memory/peak_gib"].max() if "memory/peak_gib" in run.metrics else math.nan
+    return {"seconds an iteration": told} | ({} if math.isnan(memory) else {"peak memory": f"{memory:.2f} GiB"})
+
+
+def _panel(run: Run) -> dict[str, Any] | None:
+    if not panel.played(run.panel):
+        return None
+    return {"title": panel.title(run.panel), "table": panel.table(run.panel), "notes": panel.notes(run.panel)}
+
+
+def _latest(run: Run) -> list[dict[str, Any]]:
+    """Of the last iteration's trajectories the first ones."""
+    rows = run.trajectories
+    rows = rows[rows["iteration"] == rows["iteration"].max()].head(LATEST) if len(rows) else rows
+    return [{"trajectory": n, **row} for n, row in zip(rows.index, rows.to_dict("records"), strict=True)]
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _tasks(run: Run) -> pd.DataFrame:
+    """A row a task: `groups`, `trajectories`, `reward` (mean), `solved` and `zero_variance` (shares), `last` (mean reward of its last
+    group), `turns` (fewest of a solved trajectory) and `best`, that trajectory."""
+    played = run.trajectories
+    groups = played.groupby(["task_id", "iteration"])["reward"].agg(["mean", "min", "max"])
+    groups = groups.assign(even=groups["min"] == groups["max"])
+    by_task = groups.groupby(level="task_id")
+    solved = played[played["success"]].sort_values("n_turns", kind="stable").reset_index().groupby("task_id")
+    tasks = played.groupby("task_id")
+    frame = pd.DataFrame(
+        {
+            "groups": by_task.size(),
+            "trajectories": tasks.size(),
+            "reward": tasks["reward"].mean(),
+            "solved": tasks["success"].mean(),
+            "zero_variance": by_task["even"].mean(),
+            "last": by_task["mean"].last(),
+        }
+    )
+    return frame.assign(turns=solved["n_turns"].first().astype("Int64"), best=solved["trajectory"].first().astype("Int64"))
+
+
+def tasks(opened: Opened, query: str, only: str, sort: str, page: int) -> dict[str, Any]:
+    """The tasks whose name holds `query`, of those that `only` says: all, solved, unsolved, uneven (a group's rewards differ), even."""
+    frame = opened.once("tasks", lambda: _tasks(opened.run))
+    kinds = {
+        "solved": frame["solved"] > 0, "unsolved": frame["solved"] == 0, "uneven": frame["zero_variance"] < 1,
+        "even": frame["zero_variance"] == 1,
+    }  # fmt: skip
+    chosen = frame[kinds[only]] if only in kinds else frame
+    chosen = chosen[chosen.index.str.contains(query, case=False, regex=False)] if query else chosen
+    shown = _paged(chosen, sort, page)
+    plans = {
+        task_id: " · ".join(turn.action.strip() for turn in opened.run.trajectory(int(n)).turns)
+        for task_id, n in shown["rows"]["best"].dropna().items()
+    }
+    return shown | {"query": query, "only": only, "kinds": ["all", *kinds], "plans": plans, "all": len(frame)}
+
+
+def task(opened: Opened, task_id: str) -> dict[str, Any]:
+    """A task's groups. Raises ConfigError if it was never played."""
+    seen = show.task(opened.run, task_id)
+    rows = opened.run.trajectories.loc[[n for g in seen["groups"] for n in g["trajectories"]]]
+    return seen | {"ends": rows["finish_reason"].to_dict(), "solved": rows["success"].to_dict()}
+
+
+# -- a trajectory --------------------------------------------------------------------------------------------------------------------
+
+
+def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
+    """An episode turn by turn; `scored` is one of HEATS, or "" for no scores. Raises IndexError if there is no such trajectory."""
+    with opened.lock:
+        run = opened.run
+        seen, last = show.trajectory(run, n), len(run.trajectories) - 1
+        skill = seen["skill_id"] and run.skill(seen["skill_id"])
+        group = run.trajectories
+        group = group[(group["iteration"] == seen["iteration"]) & (group["task_id"] == seen["task_id"])].index.tolist()
+    turns = [
+        {
+            "picture": _data_uri(opened.pictures.png(turn["observation"])),
+            "observation": Markup(syntax.output(turn["observation"])),
+            "action": Markup(syntax.action(turn["action"], opened.pictures.language)),
+            "reward": turn["reward"],
+        }
+        for turn in seen["turns"]
+    ]
+    template = str(opened.run.config.get("skills", {}).get("template") or "")
+    told = {"skill": skill, "text": skill and (skill.render(template) if template else skill.render())}
+    found = _scores(opened, n, scored) if scored in HEATS else None
+    return {"t": seen, "turns": turns, "last": last, "group": group, "told": told, "heats": HEATS, "scored": found}
+
+
+def _data_uri(png: bytes | None) -> str | None:
+    return None if png is None else f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _scores(opened: Opened, n: int, kind: str) -> dict[str, Any]:
+    """Log-prob of the teacher, told what `kind` says, - log-prob of the student, for each sampled token."""
+
+    def ask(scorer: Scorer) -> dict[str, Any]:
+        run = scorer.run
+        own = run.trajectories["skill_id"][n]
+        if kind == "skill" and own is pd.NA:
+            raise ConfigError(f"trajectory {n}: its teacher saw no skill: look at it without one, or with another task's.")
+        told: int | str = "" if kind == "none" else int(own) if kind == "skill" else _other(run, run.trajectories["task_id"][n], n)
+        student, teacher = scorer.logprobs(n), scorer.logprobs(n, "teacher", told)
+        tokens = run.tokens(n).assign(text=scorer.texts(n), gap=(teacher - student).astype(float), student=student, teacher=teacher)
+        sampled = tokens[tokens["sampled"]]
+        heats = {int(turn): Markup(heat(list(part["text"]), list(part["gap"]))) for turn, part in sampled.groupby("turn")}
+        return {
+            "kind": kind, "skill_id": told if isinstance(told, int) else None, "heats": heats, "tokens": len(sampled),
+            "gap": float(sampled["gap"].mean()), "total": float(sampled["gap"].sum()), "prompt": scorer.prompt(n, told),
+            "by_turn": sampled.groupby("turn")["gap"].sum().to_dict(),
+        }  # fmt: skip
+
+    return opened.scored((n, kind), ask)
+
+
+def _other(run: Run, task_id: str, n: int) -> int:
+    """A skill of another task: the n-th, counted round."""
+    others = run.skills.index[run.skills["task_id"] != task_id]
+    if others.empty:
+        raise ConfigError("the bank holds no skill of another task.")
+    return int(others[n % len(others)])
+
+
+# -- skills --------------------------------------------------------------------------------------------------------------------------
+
+
+def skills(opened: Opened, query: str, sort: str, page: int) -> dict[str, Any]:
+    """The bank's growth, and its skills: all, or those most like `query`, best first."""
+    run = opened.run
+    frame, last = run.skills, max(1, len(run.metrics))
+    if query:
+        frame = opened.once("index", lambda: SkillIndex(run.skills)).search(query, ROWS)
+        shown = {"rows": frame, "n": len(frame), "page": 1, "pages": 1, "sort": ""}
+    else:
+        shown = _paged(frame, sort, page)
+    return shown | {"query": query, "last": last, "figure": opened.once("growth", lambda: _growth(run)), "all": len(run.skills)}
+
+
+def _growth(run: Run) -> Markup | None:
+    """Skills held, and those that ever entered, after each iteration."""
+    events = run.events
+    if events.empty:
+        return None
+    count = {kind: (events["kind"] == kind).groupby(events["iteration"]).sum().cumsum() for kind in ("insert", "drop", "use")}
+    lines = {"ever": count["insert"], "held": count["insert"] - count["drop"], "retrieved": count["use"]}
+    return _svg(plots.lines(lines, "skills, and how often they were retrieved"))
+
+
+def skill(opened: Opened, skill_id: int) -> dict[str, Any]:
+    """A skill, where it came from, when it was retrieved, and which are like it. Raises KeyError if there never was one of that id."""
+    run = opened.run
+    if skill_id not in run.skills.index:
+        raise KeyError(f"There is no skill {skill_id} in this bank.")
+    row = run.skills.loc[skill_id].to_dict()
+    uses = run.retrievals[run.retrievals["skill_id"] == skill_id].set_index("iteration")
+    source = run.trajectories
+    at = ("iteration", row["source_iteration"]), ("task_id", row["task_id"]), ("member", row["source_member"])
+    for column, value in at:
+        source = source[source[column] == value]
+    lines = {name: uses[name].dropna() for name in ("reward", "gap")}
+    return {
+        "id": skill_id, "skill": row, "fields": FIELDS, "uses": uses.reset_index().to_dict("records"),
+        "source": int(source.index[0]) if len(source) else None,
+        "figure": _svg(plots.lines(lines, "at its retrievals: the group's mean reward, gap (nats)", "o-")) if len(uses) else None,
+        "near": opened.once("index", lambda: SkillIndex(run.skills)).neighbours(skill_id),
+    }  # fmt: skip
+
+
+def skill_pair(opened: Opened, a: int, b: int) -> dict[str, Any]:
+    """Two skills side by side, what one has and the other has not marked. Raises KeyError if there is no such skill."""
+    both = [skill(opened, i) for i in (a, b)]
+    texts = {name: _marked(both[0]["skill"][name], both[1]["skill"][name]) for name in FIELDS}
+    return {"both": both, "texts": texts, "fields": FIELDS}
+
+
+def _marked(a: str, b: str) -> tuple[Markup, Markup]:
+    """Both texts, the words that the other has not in <mark>."""
+    words = a.split(), b.split()
+    out: tuple[list[Markup], list[Markup]] = ([], [])
+    for kind, *spans in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        for side, (start, end) in enumerate((spans[:2], spans[2:])):
+            text = escape(" ".join(words[side][start:end]))
+            if text:
+                out[side].append(text if kind == "equal" else Markup("<mark>{}</mark>").format(text))
+    return Markup(" ").join(out[0]), Markup(" ").join(out[1])
+
+
+# -- two runs ------------------------------------------------------------------------------------------------------------------------
+
+
+def compare(one: Opened, other: Opened) -> dict[str, Any]:
+    """Two runs: their curves, their panels, and in what their configurations differ."""
+    runs = {one.name: one.run, other.name: other.run}
+    names = [name for name in CURVES if any(name in r.metrics and r.metrics[name].notna().any() for r in runs.values())]
+    key = "compare", other.name, other.stamp
+    flat = [_flat(r.config) for r in runs.values()]
+    differing = [k for k in sorted({*flat[0], *flat[1]}) if flat[0].get(k) != flat[1].get(k)]
+    return {
+        "other": other.name,
+        "figures": [one.once((*key, name), partial(_curve, runs, name, CURVES[name])) for name in names],
+        "panels": {name: _panel(r) for name, r in runs.items()},
+        "difference": _difference(one.run, other.run),
+        "settings": [(k, *(f.get(k, "-") for f in flat)) for k in differing],
+    }
+
+
+def _difference(a: Run, b: Run) -> dict[str, Any] | None:
+    """Success after training, b - a, with its 95% bootstrap interval, paired by the panel's levels; None where they are not the same."""
+    levels = [{(x["task_id"], x["member"], x["seed"]): x["success"] for x in r.panel.get("after", {}).get("levels", [])} for r in (a, b)]
+    if not levels[0] or set(levels[0]) != set(levels[1]):
+        return None
+    mean, low, high = bootstrap_mean([float(levels[1][k]) - float(levels[0][k]) for k in levels[0]])
+    return {"n": len(levels[0]), "mean": mean, "low": low, "high": high}
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    out: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = str(value)
+    return out

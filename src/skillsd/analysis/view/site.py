@@ -1,0 +1,112 @@
+"""The runs that are shown: read again when their files have changed, one request at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import RLock
+from typing import Any, TypeVar
+
+import torch
+
+from skillsd.analysis.pictures import Pictures
+from skillsd.analysis.run import Run
+from skillsd.analysis.score import Scorer
+from skillsd.checkpoint import newest_good
+from skillsd.errors import ConfigError
+from skillsd.run_folder import CHECKPOINTS, FILES
+
+T = TypeVar("T")
+
+
+class Opened:
+    """A run, what draws its observations, and what scores its tokens.
+
+    Attributes:
+        name: In addresses.
+        stamp: Changes when a file of the run has changed.
+    """
+
+    def __init__(self, name: str, folder: Path, device: str) -> None:
+        self.name, self.run, self.device = name, Run(folder), device
+        self.lock, self._scoring = RLock(), RLock()
+        self.stamp, self._made = "", dict[Any, Any]()
+        self._scorer: Scorer | None = None
+        self._checkpoint: Any = None  # what it was loaded from
+        self._scores: dict[Any, Any] = {}
+        self.pictures = Pictures(self.run)
+
+    def update(self) -> str:
+        """Forget what was read of files that have changed; the new stamp."""
+        stamps = []
+        for name in FILES:
+            try:
+                s = (self.run.folder / name).stat()
+                stamps.append(f"{s.st_mtime_ns:x}.{s.st_size:x}")
+            except OSError:
+                stamps.append("")
+        with self.lock:
+            if (stamp := "-".join(stamps)) != self.stamp:
+                self.run.refresh()
+                self._made.clear()
+                self.stamp = stamp
+            return stamp
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, until a file changes."""
+        with self.lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
+    def scored(self, key: Any, ask: Callable[[Scorer], T]) -> T:
+        """What `ask` gives of the run's newest checkpoint, kept by `key` until there is a newer one. The pages wait for no score: the model
+        has a Run of its own.
+
+        Raises:
+            ConfigError: there is no checkpoint yet, or its model cannot be had here.
+        """
+        with self._scoring:
+            path = newest_good(self.run.folder / CHECKPOINTS)
+            checkpoint = path and (path, path.stat().st_mtime_ns)
+            if self._scorer is None or checkpoint != self._checkpoint:
+                self._scorer = None  # its memory is needed
+                try:
+                    self._scorer = Scorer(Run(self.run.folder), path, torch.device(self.device))
+                except RuntimeError as e:
+                    raise ConfigError(f"--device {self.device}: {' '.join(str(e).split())}") from e
+                self._checkpoint = checkpoint
+                self._scores.clear()
+            if key not in self._scores:
+                self._scorer.run.refresh()
+                self._scores[key] = ask(self._scorer)
+            return self._scores[key]
+
+
+class Site:
+    """The runs, by name.
+
+    Args:
+        folders: Their folders; of those with one name the later ones get a number.
+        device: Where tokens are scored.
+
+    Raises:
+        ConfigError: one is no run folder.
+    """
+
+    def __init__(self, folders: Sequence[str | Path], device: str = "cpu") -> None:
+        self.runs: dict[str, Opened] = {}
+        for folder in map(Path, folders):
+            base = name = folder.resolve().name or "run"
+            count = 1
+            while name in self.runs:
+                count += 1
+                name = f"{base}-{count}"
+            self.runs[name] = Opened(name, folder, device)
+
+    def __enter__(self) -> Site:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self.runs.values():
+            opened.pictures.close()
