@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from skillsd.analysis.run import Run, read_bank
+from skillsd.analysis.show import plain
 from skillsd.analysis.similar import SkillIndex
 from skillsd.durable import write
 from skillsd.errors import ConfigError, Parser
@@ -111,7 +110,7 @@ def _import(given: Any) -> None:
 
 def _search(given: Any) -> None:
     found = SkillIndex(read_bank(_bank_file(given.bank)).frame).search(given.query, given.n)
-    rows = [{"skill_id": int(skill_id)} | _plain(row) for skill_id, row in found.iterrows()]  # type: ignore[call-overload]
+    rows = [{"skill_id": int(skill_id)} | plain(row) for skill_id, row in found.iterrows()]  # type: ignore[call-overload]
     if given.json:
         print(json.dumps(rows, indent=1, allow_nan=False))
         return
@@ -131,8 +130,3 @@ def _bank_file(given: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"RUN_OR_BANK: there is no {path}: name a run folder, or a bank's file.")
     return path
-
-
-def _plain(row: pd.Series[Any]) -> dict[str, Any]:
-    """Python's own numbers, None for what is missing."""
-    return {str(k): None if pd.isna(v) else v.item() if hasattr(v, "item") else v for k, v in row.items()}

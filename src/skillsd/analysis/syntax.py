@@ -60,11 +60,16 @@ def output(text: str) -> str:
     return escape(text)
 
 
-def _coloured(text: str, language: str) -> str:
+def known(language: str) -> bool:
+    """Whether Pygments has a language of that name: an environment may say anything."""
     try:
-        return _with(get_lexer_by_name(language), text) if language else escape(text)
+        return bool(language) and bool(get_lexer_by_name(language))
     except ClassNotFound:
-        return escape(text)
+        return False
+
+
+def _coloured(text: str, language: str) -> str:
+    return _with(get_lexer_by_name(language), text) if known(language) else escape(text)
 
 
 def _with(lexer: object, text: str) -> str:

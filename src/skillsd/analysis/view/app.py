@@ -40,9 +40,7 @@ def create_app(site: Site, token: str) -> Flask:
     app = Flask("skillsd.analysis.view", static_url_path="/<token>/static")
     app.jinja_env.finalize = lambda x: visible(x) if type(x) is str else x  # our own markup is Markup, all else is data
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
-    app.jinja_env.globals["url_for"] = lambda name, **where: url_for(
-        name, **{k: visible(x) if type(x) is str else x for k, x in where.items()}
-    )
+    app.jinja_env.globals["url_for"] = _address
     app.jinja_env.filters["number"] = pages.number
 
     @app.before_request
@@ -142,6 +140,12 @@ def create_app(site: Site, token: str) -> Flask:
             return pages.compare(opened, other)
 
     return app
+
+
+def _address(page: str, /, **where: Any) -> str:
+    """An address can hold no lone surrogate; pages.py knows a task by its visible name."""
+    shown: dict[str, Any] = {key: visible(x) if type(x) is str else x for key, x in where.items()}
+    return url_for(page, **shown)
 
 
 def _html(template: str, **values: Any) -> Response:
