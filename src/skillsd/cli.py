@@ -65,7 +65,7 @@ class Trainer(L.Trainer):
     """Lightning's Trainer with two more things to do with a run.
 
     Attributes:
-        skillsd_config: The flat resolved configuration, logged with the final metrics.
+        skillsd_config: The resolved configuration, for the loggers.
     """
 
     skillsd_config: dict[str, Any]
@@ -184,7 +184,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         nested = config.as_dict()
-        refuse_secrets(_flat(nested, lists=True))
+        refuse_secrets(_flat(nested))
         refuse_shapes(nested, TYPES)
         refuse_nulls(nested, TYPES)
         if config.get("weights_only") is False:
@@ -218,7 +218,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer
-        trainer.skillsd_config = _flat(self.config["fit"].as_dict())
+        trainer.skillsd_config = self.config["fit"].as_dict()
         gc.collect()
         gc.freeze()  # modules and configuration stay: garbage collections in the rollout's loops need not walk over them
         self._remember()
@@ -267,14 +267,14 @@ def _run_seed(seed: Any) -> int:
     return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
 
 
-def _flat(config: dict[str, Any], prefix: str = "", lists: bool = False) -> dict[str, Any]:
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if lists and isinstance(value, list):
+        if isinstance(value, list):
             value = dict(enumerate(value))
         if isinstance(value, dict):
-            out |= _flat(value, f"{name}.", lists)
+            out |= _flat(value, f"{name}.")
         elif isinstance(value, int | float | bool | str):
             out[name] = value
     return out

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ import torch
 import yaml
 from peft import PeftModel
 from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, list_session_groups
+from tensorboard.plugins.hparams import backend_context as hparams_context
 from transformers import AutoModelForCausalLM
 
 from skillsd import cli, conf_dir
+from skillsd.callbacks import board
 from skillsd.module import METRICS
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.load import model_folder
@@ -193,22 +201,89 @@ def test_the_record_can_be_scored_again(finished):
         assert (off < 1e-4) == agrees
 
 
+def events_of(folder: Path) -> EventAccumulator:
+    """All of a run's TensorBoard."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance=dict.fromkeys(("tensors", "scalars", "images", "histograms"), 0))
+    return events.Reload()
+
+
 def test_tensorboard(finished):
-    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
-    events.Reload()
+    events = events_of(finished)
     scalars = set(events.Tags()["scalars"])
     assert set(METRICS) - scalars == set()
     assert {"panel/success", "panel/completion"} <= scalars
-    assert len(events.Scalars("loss/total")) == 4
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert [e.step for e in events.Scalars("loss/total")] == [0, 1, 2, 3] == [int(r["iteration"]) for r in rows]
     assert [e.value for e in events.Scalars("loss/total")] == pytest.approx([float(r["loss/total"]) for r in rows], rel=1e-5, abs=1e-9)
     assert events.Scalars("panel/success")[-1].value == pytest.approx(panel(finished)["after"]["success"])
-    texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("episode/text_summary")]
-    assert len(texts) == 2 and all(t.startswith("task train-") and "→" in t and "#" in t for t in texts)  # one an epoch
-    # Hyper-parameters, with what they gave.
-    assert events.Scalars("final/success")[-1].value == pytest.approx(panel(finished)["after"]["success"])
-    hyper = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"model.init_args.objective.distillation_weight" in hyper
+    # An episode and the bank's skills, at each epoch's start.
+    first = [next(t for t in trajectories(finished) if t.iteration == i) for i in (0, 2)]
+    texts = {
+        name: [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(f"{name}/text_summary")]
+        for name in ("episode", "skills")
+    }
+    assert texts["episode"] == [(t.iteration, board.episode(t)) for t in first]
+    assert first[1].turns[-1].observation.replace("\n", "\n    ") in texts["episode"][1][1]
+    env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
+    images = events.Images("episode")
+    assert [e.step for e in images] == [0, 2]
+    for e, t in zip(images, first, strict=True):
+        boards = [env.picture(turn.observation) for turn in t.turns]
+        assert np.array_equal(np.asarray(Image.open(BytesIO(e.encoded_image_string))), board.strip(boards))
+    with SkillBank(finished / "bank.sqlite", read_only=True) as bank:
+        past = [e for e in bank.events() if e.iteration <= 2]
+        uses = {e.skill_id: sum(x.kind == "use" and x.skill_id == e.skill_id for x in past) for e in past if e.kind == "insert"}
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in texts["skills"][1][1].splitlines()[4:]]
+        assert {int(r[0]): int(r[2]) for r in rows} == uses and max(uses.values()) > 0
+        assert all(r[4] == bank.get(int(r[0])).golden_workflow for r in rows)
+
+
+def test_tensorboard_compares_runs(finished, tell, tmp_path):
+    """Token histograms agree with metrics.csv; TensorBoard's own plugin finds what two runs differ in and what each came to."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a").symlink_to(finished)
+    other = tmp_path / "runs" / "b"
+    flags = callbacks(RunLog={"histogram_every": 1}, Panel={}, AdapterExport={}, RunCheckpoint={})
+    tell("fit", other, "-c", "method/trace_gate", "--skills.min_reward=null", flags, "--trainer.max_steps=3")
+
+    events, rows = events_of(other), list(csv.DictReader((other / "metrics.csv").open()))
+    assert len(rows) == 3
+    histograms = {name: {e.step: e.histogram_value for e in events.Histograms(f"tokens/{name}")} for name in ("gap", "log_rho")}
+    assert list(histograms["gap"]) == [1, 2]  # nobody has a skill yet, and the teacher is the student
+    assert list(histograms["log_rho"]) == [0, 1, 2]
+    for i, r in enumerate(rows):
+        n = int(float(r["rollout/action_tokens"]))
+        rho = histograms["log_rho"][i]
+        assert rho.num == n == sum(rho.bucket)
+        assert max(-rho.min, rho.max) == pytest.approx(float(r["policy/logp_drift_max"]))
+        if i:  # the frozen teacher speaks to all
+            gap, mean, std = histograms["gap"][i], float(r["teacher/gap_mean"]), float(r["teacher/gap_std"])
+            assert gap.num == n == sum(gap.bucket) and gap.min <= mean <= gap.max
+            assert gap.sum / n == pytest.approx(mean, rel=1e-4) and gap.sum_squares / n == pytest.approx(std**2 + mean**2, rel=1e-4)
+    assert histograms["gap"][2].min < 0 < histograms["gap"][2].max  # told of the first epoch
+    assert [e.step for e in events_of(finished).Histograms("tokens/log_rho")] == [0]  # every 10 unless told
+
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs"))
+    runs.Reload()
+    hparams, ctx = hparams_context.Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(tmp_path)))), RequestContext()
+    experiment = hparams.experiment_from_metadata(ctx, "", True, hparams.hparams_metadata(ctx, ""), None)
+    where = "model.init_args.objective"
+    differ = {h.name for h in experiment.hparam_infos if h.differs}
+    assert {f"{where}.gate", f"{where}.loss", f"{where}.distillation_weight", "teacher.mode", "trainer.max_steps"} <= differ
+    assert "model.init_args.optimizer.lr" not in differ and not any(
+        "root_dir" in h.name or "save_dir" in h.name for h in experiment.hparam_infos
+    )
+    request = api_pb2.ListSessionGroupsRequest(
+        start_index=0, slice_size=9, allowed_statuses=[api_pb2.STATUS_SUCCESS],
+        col_params=[api_pb2.ColParams(metric=m.name) for m in experiment.metric_infos],
+    )  # fmt: skip
+    groups = list_session_groups.Handler(ctx, hparams, "", request).run().session_groups
+    assert [g.name for g in groups] == ["a/tensorboard", "b/tensorboard"]
+    for group, folder, gate in zip(groups, (finished, other), ("null", "skillsd.objective.TraceGate"), strict=True):
+        assert group.hparams[f"{where}.gate"].string_value == gate
+        values = {v.name.tag: v.value for v in group.metric_values}
+        after = panel(folder)["after"]
+        assert (values["final/success"], values["final/completion"]) == pytest.approx((after["success"], after["completion"]))
 
 
 def test_the_closing_table_and_running_again(run, tell):
