@@ -8,17 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexer import Lexer
-from pygments.lexers import get_lexer_by_name
-from pygments.util import ClassNotFound
+from skillsd.analysis import syntax
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}th{border-bottom:2px solid #888}
 .name{text-align:left}img{max-width:100%}.wide{overflow-x:auto}"""
-_FORMAT = HtmlFormatter(nowrap=True)
 _MARKS = re.compile(r"[&<>`*|\\~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 """What begins code, emphasis, a link, a table's cell, mathematics or HTML; a bracket alone or an underscore inside a word does not."""
 
@@ -103,14 +98,7 @@ def entities(text: str) -> str:
 def fenced(code: Code) -> str:
     """A Markdown block whose fence is longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code.text)), default=0))
-    return f"{fence}{code.language if _lexer(code.language) else ''}\n{code.text}\n{fence}"
-
-
-def _lexer(language: str) -> Lexer | None:
-    try:
-        return get_lexer_by_name(language, stripnl=False) if language else None
-    except ClassNotFound:  # an environment may say anything
-        return None
+    return f"{fence}{code.language if code.language.isalnum() else ''}\n{code.text}\n{fence}"
 
 
 def markdown(report: Sequence[Block], safe: Callable[[str], str] = str) -> str:
@@ -169,10 +157,7 @@ def _html(b: Block) -> str:
             rows = [_row(b.header, "th", b.names), *(_row(r, "td", b.names) for r in b.rows)]
             return '<div class="wide"><table>\n' + "\n".join(rows) + "\n</table></div>"
         case Code():
-            # Pygments escapes as well. A line feed after <pre> would be swallowed.
-            lexer = _lexer(b.language)
-            text = highlight(b.text, lexer, _FORMAT) if lexer else escape(b.text)
-            text = f"<pre>\n{text.rstrip()}</pre>"
+            text = f"<pre>\n{syntax.action(b.text, b.language) if b.language else escape(b.text)}</pre>"  # its first line feed is not shown
             return f"<details><summary>{escape(b.folded)}</summary>{text}</details>" if b.folded else text
         case Cards():
             cards = "\n".join(f'<div class="card">{"".join(map(_html, card))}</div>' for card in b.cards)
