@@ -98,7 +98,7 @@ def entities(text: str) -> str:
 def fenced(code: Code) -> str:
     """A Markdown block whose fence is longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code.text)), default=0))
-    return f"{fence}{code.language if syntax.known(code.language) else ''}\n{code.text}\n{fence}"
+    return f"{fence}{code.language if code.language.isalnum() else ''}\n{code.text}\n{fence}"
 
 
 def markdown(report: Sequence[Block], safe: Callable[[str], str] = str) -> str:
@@ -157,7 +157,7 @@ def _html(b: Block) -> str:
             rows = [_row(b.header, "th", b.names), *(_row(r, "td", b.names) for r in b.rows)]
             return '<div class="wide"><table>\n' + "\n".join(rows) + "\n</table></div>"
         case Code():
-            text = f"<pre>\n{syntax.action(b.text, b.language).rstrip()}</pre>"  # a line feed after <pre> would be swallowed
+            text = f"<pre>\n{syntax.action(b.text, b.language) if b.language else escape(b.text)}</pre>"  # its first line feed is not shown
             return f"<details><summary>{escape(b.folded)}</summary>{text}</details>" if b.folded else text
         case Cards():
             cards = "\n".join(f'<div class="card">{"".join(map(_html, card))}</div>' for card in b.cards)

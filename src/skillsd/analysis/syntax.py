@@ -60,20 +60,16 @@ def output(text: str) -> str:
     return escape(text)
 
 
-def known(language: str) -> bool:
-    """Whether Pygments has a language of that name: an environment may say anything."""
-    try:
-        return bool(language) and bool(get_lexer_by_name(language))
-    except ClassNotFound:
-        return False
-
-
 def _coloured(text: str, language: str) -> str:
-    return _with(get_lexer_by_name(language), text) if known(language) else escape(text)
+    try:
+        return _with(get_lexer_by_name(language), text) if language else escape(text)
+    except ClassNotFound:  # an environment may say anything
+        return escape(text)
 
 
 def _with(lexer: object, text: str) -> str:
     if len(text) > _MOST:
         return escape(text)
     lexer.stripnl = lexer.ensurenl = False  # type: ignore[attr-defined]  # the text stays what it was
-    return str(highlight(text, lexer, _FORMAT))
+    html = str(highlight(text, lexer, _FORMAT))
+    return html if text.endswith("\n") else html.removesuffix("\n")
