@@ -1,4 +1,4 @@
-"""A headless Chromium. `python -m tests.analysis.view.browser OUT RUN RUN`: the screenshots in docs/view."""
+"""A headless Chromium. `python -m tests.analysis.view.browser docs/view TRAJECTORY RUN RUN`: the pictures there, of finished runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from threading import Thread
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 from werkzeug.serving import make_server
+
+from skillsd.analysis import plots
+from skillsd.analysis.view.app import create_app
+from skillsd.analysis.view.site import Site
 
 SHOTS = {
     "overview": "",
@@ -36,17 +40,11 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def main(out: str, *runs: str) -> None:
-    from skillsd.analysis.view.app import create_app
-    from skillsd.analysis.view.site import Site
-
+def main(out: str, n: str, *runs: str) -> None:
     with Site(runs) as site, chromium() as browser:
         server = make_server("127.0.0.1", 0, create_app(site, "t"), threaded=True)
         Thread(target=server.serve_forever, daemon=True).start()
         name, opened = next(iter(site.runs.items()))
-        played = opened.run.trajectories
-        shown = played[played["skill_id"].notna() & played["success"]]
-        n = shown.index[shown["n_turns"] == shown["n_turns"].max()][-1]
         for shot, path in SHOTS.items():
             where = f"http://127.0.0.1:{server.server_port}/t/run/{name}/{path.format(n=n)}"
             for width, scheme in ((1280, "light"), (400, "dark")):
@@ -54,6 +52,8 @@ def main(out: str, *runs: str) -> None:
                 page.goto(where)
                 page.screenshot(path=Path(out) / f"{shot}-{width}.png")
                 page.close()
+        figure = plots.curves({name: opened.run}, "reward/success", "training episodes solved, share")
+        (Path(out) / "curve.png").write_bytes(plots.png(figure, dpi=174))
 
 
 if __name__ == "__main__":
