@@ -58,3 +58,5 @@ def test_the_blocks():
         "# A & B", "![an <a>](a.png)", "![b](b.png)", "| n | x\\|y |\n| --- | ---: |\n| <1> | 2 |", "```python\na = '<b>'\n```",
         "```\n <\n```", "one", "```\n1\n```", "two", "- - <i>", "<p>\n",
     ]  # fmt: skip
+    told = markdown(report, entities).split("\n\n")
+    assert "- - &#60;i&#62;" in told and "&#60;p&#62;\n" in told and "![an &#60;a&#62;](a.png)" in told and "```python\na = '<b>'\n```" in told
