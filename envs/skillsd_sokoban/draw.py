@@ -102,7 +102,7 @@ def _rect(x0: float, y0: float, x1: float, y1: float, r: float = 0.0) -> NDArray
 
 
 def _floor(shadow: bool) -> NDArray:
-    canvas = np.empty((*_x.shape, 3))
+    canvas = np.zeros((*_x.shape, 3))
     _paint(canvas, np.full(_x.shape, True), _JOINT)
     _paint(canvas, _rect(0.5, 0.5, CELL - 0.5, CELL - 0.5, 1.5), _SLAB)
     if shadow:

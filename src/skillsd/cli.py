@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play, show, report, study, config, doctor."""
+"""The command line: fit, validate, export, play, show, view, report, skills, study, config, doctor."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
+from skillsd.analysis.film import Film
 from skillsd.analysis.panel import print_report
 from skillsd.analysis.play import play_model, play_scripted
+from skillsd.begin import guard_run_folder
 from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.run_config import SaveRunConfig
@@ -35,12 +37,13 @@ from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets
 from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
-from skillsd.run_folder import CHECKPOINTS, guard_run_folder
+from skillsd.run_folder import CHECKPOINTS
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Look at a run: skillsd show; hand it on: skillsd report. Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Look at a run: skillsd show, skillsd view; hand it on: skillsd report. Take its skills to another: skillsd skills. "
+    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
     "Classes by key: skillsd config"
 )
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -62,7 +65,7 @@ class Trainer(L.Trainer):
     """Lightning's Trainer with two more things to do with a run.
 
     Attributes:
-        skillsd_config: The flat resolved configuration, logged with the final metrics.
+        skillsd_config: The resolved configuration, for the loggers.
     """
 
     skillsd_config: dict[str, Any]
@@ -87,6 +90,7 @@ class Trainer(L.Trainer):
         level: int | None = None,
         task: str | None = None,
         skill: bool = False,
+        gif: str | None = None,
         ckpt_path: str | None = None,
     ) -> None:
         """Print one episode, turn by turn.
@@ -98,6 +102,7 @@ class Trainer(L.Trainer):
             level: Index of the panel's task; 0 if neither it nor `task` is given.
             task: Instead of `level`, the task_id of a task of the panel or the training split.
             skill: Put the task's skill in front: the bank's, or one made from the environment's own solution.
+            gif: File to write the episode to as an animation, of an environment that draws.
             ckpt_path: A checkpoint; null plays the policy as it starts.
         """
         if policy != "model":
@@ -105,13 +110,15 @@ class Trainer(L.Trainer):
                 raise ConfigError(f"skill: --policy {policy} reads no prompt, so a skill would change nothing: leave out --skill.")
             if ckpt_path is not None:
                 raise ConfigError(f"ckpt_path: --policy {policy} loads no model: leave out --ckpt_path.")
-            play_scripted(datamodule, policy, level, task)
-            return
-        if ckpt_path is not None:
-            _restore(self, model, ckpt_path)
-        else:
-            model.configure_model()
-        play_model(self, model, datamodule, level, task, skill)
+        with Film(gif, datamodule) as film:
+            if policy != "model":
+                play_scripted(datamodule, policy, level, task, film)
+                return
+            if ckpt_path is not None:
+                _restore(self, model, ckpt_path)
+            else:
+                model.configure_model()
+            play_model(self, model, datamodule, level, task, skill, film)
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
@@ -142,7 +149,12 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(TeacherSync, "teacher")
         parser.add_lightning_class_args(SkillBankCallback, "skills")
-        parser.add_argument("--overwrite", type=bool, default=False, help="fit: discard an earlier run in the run folder")
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="fit: discard an earlier run in the run folder, and skills that were imported into it",
+        )
         parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
 
     def _parse_ckpt_path(self) -> None:
@@ -172,7 +184,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         nested = config.as_dict()
-        refuse_secrets(_flat(nested, lists=True))
+        refuse_secrets(_flat(nested))
         refuse_shapes(nested, TYPES)
         refuse_nulls(nested, TYPES)
         if config.get("weights_only") is False:
@@ -206,7 +218,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer
-        trainer.skillsd_config = _flat(self.config["fit"].as_dict())
+        trainer.skillsd_config = self.config["fit"].as_dict()
         gc.collect()
         gc.freeze()  # modules and configuration stay: garbage collections in the rollout's loops need not walk over them
         self._remember()
@@ -255,14 +267,14 @@ def _run_seed(seed: Any) -> int:
     return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
 
 
-def _flat(config: dict[str, Any], prefix: str = "", lists: bool = False) -> dict[str, Any]:
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if lists and isinstance(value, list):
+        if isinstance(value, list):
             value = dict(enumerate(value))
         if isinstance(value, dict):
-            out |= _flat(value, f"{name}.", lists)
+            out |= _flat(value, f"{name}.")
         elif isinstance(value, int | float | bool | str):
             out[name] = value
     return out
@@ -369,31 +381,38 @@ def main(args: ArgsType = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if argv[0] == "config":  # it imports nothing that a file names
-        config(resolve_configs(argv)[1:])
-        return 0
-    if argv[0] == "doctor":  # it needs no configuration
-        doctor(argv[1:])
-        return 0
-    if argv[0] == "show":
-        from skillsd.analysis.show import show  # late, as below
+    match argv[0]:  # commands without a configuration; what they import is slow (pandas, matplotlib), so late
+        case "config":  # it imports nothing that a file names
+            config(resolve_configs(argv)[1:])
+        case "doctor":
+            doctor(argv[1:])
+        case "show":
+            from skillsd.analysis.show import show
 
-        show(argv[1:])
-        return 0
-    if argv[0] == "report":
-        from skillsd.analysis.report import report  # late, as below
+            show(argv[1:])
+        case "view":
+            from skillsd.analysis.view import view
 
-        report(argv[1:], lambda: rows(network=False))
-        return 0
-    if argv[0] == "view":
-        from skillsd.analysis.view import view
+            view(argv[1:])
+        case "report":
+            from skillsd.analysis.report import report
 
-        view(argv[1:])
-        return 0
-    if argv[0] == "study":
-        from skillsd.study import study  # late: pandas and matplotlib are slow to import
+            report(argv[1:], lambda: rows(network=False))
+        case "skills":
+            from skillsd.analysis.skills import skills
 
-        return study(resolve_configs(argv)[1:], _packaged)
+            skills(argv[1:])
+        case "study":
+            from skillsd.study import study
+
+            return study(resolve_configs(argv)[1:], _packaged)
+        case _:
+            configured(argv)
+    return 0
+
+
+def configured(argv: list[str]) -> None:
+    """fit, validate, export, play: what a configuration describes."""
     CLI(
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
@@ -406,7 +425,6 @@ def _run(argv: list[str]) -> int:
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
         args=resolve_configs(argv),
     )
-    return 0
 
 
 def _unread() -> bool:

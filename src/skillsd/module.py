@@ -110,6 +110,7 @@ class SkillSD(L.LightningModule):
         self.metrics: dict[str, float] = {}
         self.teacher_s = 0.0  # seconds of teacher scoring in this iteration
         self.skipped = self.skipped_in_a_row = 0  # updates whose loss or gradient was not finite
+        self.keep_tokens = False  # `training_step` is to return them: a logger asks before an iteration
         self._teacher_is_student: bool | None = None  # of the checkpoint being loaded
 
     def configure_model(self) -> None:
@@ -140,7 +141,7 @@ class SkillSD(L.LightningModule):
 
     # -- Algorithm 1, lines 4 to 6 ----------------------------------------------------------------------------------------
 
-    def training_step(self, groups: Sequence[TrajectoryGroup], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, groups: Sequence[TrajectoryGroup], batch_idx: int) -> dict[str, Any]:
         started = time.perf_counter()
         batch = _Batch(groups, self.objective.group_filter == "zero_variance")
         rows, temperature = batch.rows, groups[0].temperature
@@ -161,7 +162,8 @@ class SkillSD(L.LightningModule):
         self._record(batch, done, n, weight, teacher_rows, norm, params, time.perf_counter() - started)
         sizes = [len(g.trajectories) for g in groups]
         gaps = done.gaps.nan_to_num(0.0, 0.0, 0.0)  # of an update that was skipped
-        return {"group_gap": torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), gaps.split(sizes), strict=True)])}
+        gap = torch.stack([(a * x).sum() for a, x in zip(advantage.split(sizes), gaps.split(sizes), strict=True)])
+        return {"group_gap": gap, "tokens": done.tokens}
 
     def on_train_batch_end(self, *args: Any) -> None:
         """The rollout can use the gradient's memory."""
@@ -207,9 +209,9 @@ class SkillSD(L.LightningModule):
             teacher, divergence = self._teacher(student, mask, index, batch, teacher_rows, temperature)
             # Eq. 13: where the teacher sampled, the old student is today's, since a batch is one update
             old = torch.where(batch.by_teacher[index].to(mask.device)[:, None], logp.detach(), recorded)
+            taught = torch.tensor([i in teacher_rows for i in index], device=mask.device)
             terms = self.objective.terms(
-                logp, old, teacher, mask, advantage[index].to(logp), weight=weight, logp_behaviour=recorded,
-                taught=torch.tensor([i in teacher_rows for i in index], device=mask.device),
+                logp, old, teacher, mask, advantage[index].to(logp), weight=weight, logp_behaviour=recorded, taught=taught,
                 success=torch.tensor([rows[i].success for i in index], device=mask.device),
                 return_gap=batch.return_gap[index].to(logp), divergence=divergence,
             )  # fmt: skip
@@ -225,6 +227,8 @@ class SkillSD(L.LightningModule):
                     self.manual_backward(loss)
 
             out.gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
+            if self.keep_tokens:
+                out.tokens.append(((teacher - logp.detach())[mask & taught[:, None]], (logp.detach() - recorded)[mask]))
             entropy = (student.entropy * mask).sum()
             drift = torch.where(mask, (logp - old).abs(), 0.0).max()
             numbers = {"policy": terms.policy, "distillation": terms.distillation, "entropy": entropy, **terms.metrics}
@@ -407,12 +411,14 @@ class _Update:
         distillation_grad: The distillation's own gradient.
         sums: What is logged as a mean.
         largest_drift: Of |recorded - recomputed log-prob|, nats.
+        tokens: Where asked for, of each micro-batch the gap of action tokens that a teacher spoke to and log rho of all, [n] each.
     """
 
     gaps: Tensor
     distillation_grad: list[Tensor]
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     largest_drift: float = 0.0
+    tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class _Batch:

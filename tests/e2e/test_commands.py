@@ -11,18 +11,28 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, list_session_groups
+from tensorboard.plugins.hparams import backend_context as hparams_context
 from transformers import AutoModelForCausalLM
 
 from skillsd import cli, conf_dir
+from skillsd.callbacks import board
 from skillsd.module import METRICS
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.load import model_folder
@@ -191,22 +201,89 @@ def test_the_record_can_be_scored_again(finished):
         assert (off < 1e-4) == agrees
 
 
+def events_of(folder: Path) -> EventAccumulator:
+    """All of a run's TensorBoard."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance=dict.fromkeys(("tensors", "scalars", "images", "histograms"), 0))
+    return events.Reload()
+
+
 def test_tensorboard(finished):
-    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
-    events.Reload()
+    events = events_of(finished)
     scalars = set(events.Tags()["scalars"])
     assert set(METRICS) - scalars == set()
     assert {"panel/success", "panel/completion"} <= scalars
-    assert len(events.Scalars("loss/total")) == 4
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert [e.step for e in events.Scalars("loss/total")] == [0, 1, 2, 3] == [int(r["iteration"]) for r in rows]
     assert [e.value for e in events.Scalars("loss/total")] == pytest.approx([float(r["loss/total"]) for r in rows], rel=1e-5, abs=1e-9)
     assert events.Scalars("panel/success")[-1].value == pytest.approx(panel(finished)["after"]["success"])
-    texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("episode/text_summary")]
-    assert len(texts) == 2 and all(t.startswith("task train-") and "→" in t and "#" in t for t in texts)  # one an epoch
-    # Hyper-parameters, with what they gave.
-    assert events.Scalars("final/success")[-1].value == pytest.approx(panel(finished)["after"]["success"])
-    hyper = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"model.init_args.objective.distillation_weight" in hyper
+    # An episode and the bank's skills, at each epoch's start.
+    first = [next(t for t in trajectories(finished) if t.iteration == i) for i in (0, 2)]
+    texts = {
+        name: [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(f"{name}/text_summary")]
+        for name in ("episode", "skills")
+    }
+    assert texts["episode"] == [(t.iteration, board.episode(t)) for t in first]
+    assert first[1].turns[-1].observation.replace("\n", "\n    ") in texts["episode"][1][1]
+    env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
+    images = events.Images("episode")
+    assert [e.step for e in images] == [0, 2]
+    for e, t in zip(images, first, strict=True):
+        boards = [env.picture(turn.observation) for turn in t.turns]
+        assert np.array_equal(np.asarray(Image.open(BytesIO(e.encoded_image_string))), board.strip(boards))
+    with SkillBank(finished / "bank.sqlite", read_only=True) as bank:
+        past = [e for e in bank.events() if e.iteration <= 2]
+        uses = {e.skill_id: sum(x.kind == "use" and x.skill_id == e.skill_id for x in past) for e in past if e.kind == "insert"}
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in texts["skills"][1][1].splitlines()[4:]]
+        assert {int(r[0]): int(r[2]) for r in rows} == uses and max(uses.values()) > 0
+        assert all(r[4] == bank.get(int(r[0])).golden_workflow for r in rows)
+
+
+def test_tensorboard_compares_runs(finished, tell, tmp_path):
+    """Token histograms agree with metrics.csv; TensorBoard's own plugin finds what two runs differ in and what each came to."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a").symlink_to(finished)
+    other = tmp_path / "runs" / "b"
+    flags = callbacks(RunLog={"histogram_every": 1}, Panel={}, AdapterExport={}, RunCheckpoint={})
+    tell("fit", other, "-c", "method/trace_gate", "--skills.min_reward=null", flags, "--trainer.max_steps=3")
+
+    events, rows = events_of(other), list(csv.DictReader((other / "metrics.csv").open()))
+    assert len(rows) == 3
+    histograms = {name: {e.step: e.histogram_value for e in events.Histograms(f"tokens/{name}")} for name in ("gap", "log_rho")}
+    assert list(histograms["gap"]) == [1, 2]  # nobody has a skill yet, and the teacher is the student
+    assert list(histograms["log_rho"]) == [0, 1, 2]
+    for i, r in enumerate(rows):
+        n = int(float(r["rollout/action_tokens"]))
+        rho = histograms["log_rho"][i]
+        assert rho.num == n == sum(rho.bucket)
+        assert max(-rho.min, rho.max) == pytest.approx(float(r["policy/logp_drift_max"]))
+        if i:  # the frozen teacher speaks to all
+            gap, mean, std = histograms["gap"][i], float(r["teacher/gap_mean"]), float(r["teacher/gap_std"])
+            assert gap.num == n == sum(gap.bucket) and gap.min <= mean <= gap.max
+            assert gap.sum / n == pytest.approx(mean, rel=1e-4) and gap.sum_squares / n == pytest.approx(std**2 + mean**2, rel=1e-4)
+    assert histograms["gap"][2].min < 0 < histograms["gap"][2].max  # told of the first epoch
+    assert [e.step for e in events_of(finished).Histograms("tokens/log_rho")] == [0]  # every 10 unless told
+
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs"))
+    runs.Reload()
+    hparams, ctx = hparams_context.Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(tmp_path)))), RequestContext()
+    experiment = hparams.experiment_from_metadata(ctx, "", True, hparams.hparams_metadata(ctx, ""), None)
+    where = "model.init_args.objective"
+    differ = {h.name for h in experiment.hparam_infos if h.differs}
+    assert {f"{where}.gate", f"{where}.loss", f"{where}.distillation_weight", "teacher.mode", "trainer.max_steps"} <= differ
+    assert "model.init_args.optimizer.lr" not in differ and not any(
+        "root_dir" in h.name or "save_dir" in h.name for h in experiment.hparam_infos
+    )
+    request = api_pb2.ListSessionGroupsRequest(
+        start_index=0, slice_size=9, allowed_statuses=[api_pb2.STATUS_SUCCESS],
+        col_params=[api_pb2.ColParams(metric=m.name) for m in experiment.metric_infos],
+    )  # fmt: skip
+    groups = list_session_groups.Handler(ctx, hparams, "", request).run().session_groups
+    assert [g.name for g in groups] == ["a/tensorboard", "b/tensorboard"]
+    for group, folder, gate in zip(groups, (finished, other), ("null", "skillsd.objective.TraceGate"), strict=True):
+        assert group.hparams[f"{where}.gate"].string_value == gate
+        values = {v.name.tag: v.value for v in group.metric_values}
+        after = panel(folder)["after"]
+        assert (values["final/success"], values["final/completion"]) == pytest.approx((after["success"], after["completion"]))
 
 
 def test_the_closing_table_and_running_again(run, tell):
@@ -334,6 +411,10 @@ def test_every_method_runs(tell, tmp_path, name):
 def test_an_environment_that_has_no_solver(tmp_path, capsys, hosted, monkeypatch):
     monkeypatch.setattr(SokobanEnv, "solution", property(lambda env: getattr(env, "no solution")))
     monkeypatch.delattr(Hosted, "solution")
+    monkeypatch.delattr(SokobanEnv, "picture")
+    assert command("play", tmp_path / "none", hosted, "--model.init_args.policy.model=/no/such", f"--gif={tmp_path / 'a.gif'}") == 2
+    told = "gif: skillsd_test/Hosted-v0 offers no picture(observation) to draw: leave out --gif.\n"
+    assert capsys.readouterr() == ("", f"error: {told}") and Hosted.alive == 0 and not (tmp_path / "a.gif").exists()
     context = "--skills.context=skillsd.skills.GroundTruthContext"
     assert command("fit", tmp_path / "run", hosted, context) == 2
     assert "skills.context: skillsd_test/Hosted-v0 offers no solution(): choose another context" in capsys.readouterr().err
@@ -456,6 +537,25 @@ def test_play_the_oracle(tell, tmp_path, hosted):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("policy", ["oracle", "model"])
+def test_play_as_a_gif(tell, tmp_path, hosted, policy):
+    """A frame a turn and one of how it ends, each what the environment draws; nothing else is told or left than without."""
+    flags = [hosted, "--policy", policy, "--level", "2"]
+    plain = tell("play", tmp_path / "none", *flags)
+    told = tell("play", tmp_path / "none", *flags, f"--gif={tmp_path / 'films' / 'a.gif'}")
+    assert told == f"{plain}gif: {tmp_path / 'films' / 'a.gif'}\n" and Hosted.alive == 0 and not (tmp_path / "none").exists()
+    env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
+    boards = [env.reset(options={"task_id": "test-0002"})[0]]
+    boards += [env.step(line[2:])[0] for line in plain.splitlines() if line.startswith("> ")]
+    with Image.open(tmp_path / "films" / "a.gif") as gif:
+        assert gif.n_frames == len(boards) > 3
+        for i, board in enumerate(boards):
+            gif.seek(i)
+            drawn = env.picture(board)
+            off = np.abs(np.asarray(gif.convert("RGB"))[: len(drawn)] - drawn.astype(int))
+            assert off.mean() < 4 and (off.max(2) > 60).mean() < 0.01  # the palette rounds
+
+
 def test_play_an_agent_of_the_environment(tell, tmp_path, hosted):
     told = tell("play", tmp_path / "none", NO_MODEL, hosted, "--policy", "pusher", "--level", "1")
     answers = [line for line in told.splitlines() if line.startswith("> ")]
@@ -487,6 +587,7 @@ BAD_PLAY: dict[str, tuple[list[str], str]] = {
         ["--policy", "oracle", "--skill"],
         "skill: --policy oracle reads no prompt, so a skill would change nothing: leave out --skill.",
     ),
+    "gif": (["--gif", "a.mp4"], "gif is a.mp4: give the name of a file that ends in .gif."),
     "checkpoint": (["--policy", "pusher", "--ckpt_path", "last"], "ckpt_path: --policy pusher loads no model: leave out --ckpt_path."),
 }
 
@@ -504,6 +605,10 @@ def test_play_an_environment_without_extras(tmp_path, capsys, hosted, monkeypatc
     monkeypatch.setattr(Hosted, "agents", None)
     monkeypatch.setattr(SokobanEnv, "solution", property(lambda env: getattr(env, "no solution")))
     monkeypatch.delattr(Hosted, "solution")
+    monkeypatch.delattr(SokobanEnv, "picture")
+    assert command("play", tmp_path / "none", hosted, "--model.init_args.policy.model=/no/such", f"--gif={tmp_path / 'a.gif'}") == 2
+    told = "gif: skillsd_test/Hosted-v0 offers no picture(observation) to draw: leave out --gif.\n"
+    assert capsys.readouterr() == ("", f"error: {told}") and Hosted.alive == 0 and not (tmp_path / "a.gif").exists()
     for policy, told in (
         ("oracle", "policy is oracle: the environment offers no solution() to replay: choose one of model.\n"),
         ("pusher", "policy is pusher: with this environment choose one of model.\n"),

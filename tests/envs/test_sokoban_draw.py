@@ -33,6 +33,8 @@ def test_each_symbol_has_a_tile_of_its_own():
     assert set(tiles) == set(SYMBOLS)
     for a, b in combinations(tiles.values(), 2):
         assert (np.abs(a.astype(int) - b).max(2) > 40).mean() > 0.1  # easily told apart
+    floor = cell(first, 2, 6).astype(int)
+    assert np.array_equal(floor, floor[:, ::-1]) and floor.min() > 160  # nothing lies on it
     assert np.array_equal(cell(first, 2, 6), cell(first, 2, 7)) and not np.array_equal(
         cell(first, 1, 6), cell(first, 2, 6)
     )  # a wall's shadow

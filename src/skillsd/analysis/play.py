@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from skillsd.analysis.film import Film
 from skillsd.errors import ConfigError
 from skillsd.rollout import Row, ask, demonstrate, make_env, plan_of
 from skillsd.rollout.guard import visible
@@ -17,8 +18,8 @@ from skillsd.skills import BankContext, SkillBank
 from skillsd.trajectory import Task, Turn
 
 
-def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool) -> None:
-    """Print the model's greedy episode; with `skill`, the task's skill is put in front of the prompt."""
+def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool, film: Film) -> None:
+    """Print and film the model's greedy episode; with `skill`, the task's skill is put in front of the prompt."""
     data.trainer = trainer
     trainer.strategy.connect(model)
     data.setup("validate")
@@ -32,12 +33,15 @@ def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: 
     if text:
         print(visible(f"--- skill\n{text.rstrip()}"))
     for number, turn in enumerate(t.turns, 1):
-        _print_turn(number, turn)
+        _show_turn(number, turn, film)
     _print_end(t.finish_reason, t.success, t.completion, t.reward, len(t.turns), t.failure)
+    if film.env is not None and t.turns and not t.failed:
+        film.add(_last_observation(film.env, task, t.turns), _ending(t.finish_reason, t.success))
+    film.save()
 
 
-def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None) -> None:
-    """Print an episode of the oracle or of an agent, each turn as it is played. No model, no tokenizer.
+def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None, film: Film) -> None:
+    """Print and film an episode of the oracle or of an agent, each turn as it is played. No model, no tokenizer.
 
     Raises:
         ConfigError: no such policy, or no such task.
@@ -57,7 +61,7 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
             seen = observation
             observation, gained, terminated, truncated, info = ask(env, "step()", partial(_step, env, action))
             turns, reward = turns + 1, reward + float(gained)
-            _print_turn(turns, Turn(seen, action, float(gained)))
+            _show_turn(turns, Turn(seen, action, float(gained)), film)
             if terminated or truncated:
                 failure = f"environment: {info['failed']}" if info.get("failed") else ""
                 finish = "failed" if failure else "done" if terminated else "horizon"
@@ -65,6 +69,8 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
     if failure:  # it counts as nothing done, as in training
         success, completion, reward = False, 0.0, 0.0
     _print_end(finish, success, completion, reward, turns, failure)
+    film.add(observation, _ending(finish, success))
+    film.save()
 
 
 def actor(env: Any, policy: str) -> Callable[[str], str | None]:
@@ -151,8 +157,22 @@ def _print_head(task: Task, instruction: str) -> None:
         print(visible(instruction))
 
 
-def _print_turn(number: int, turn: Turn) -> None:
+def _show_turn(number: int, turn: Turn, film: Film) -> None:
     print(visible(f"--- turn {number}\n{turn.observation}\n> {turn.action}"), flush=True)  # no escape sequence reaches the terminal
+    film.add(turn.observation, f"turn {number}: {turn.action}")
+
+
+def _ending(finish: str, success: bool) -> str:
+    return "solved" if success else f"not solved: {finish}"
+
+
+def _last_observation(env: Any, task: Task, turns: Sequence[Turn]) -> str:
+    """What the last action led to, which no trajectory holds: the episode is played again."""
+    options = {**task.options, "task_id": task.task_id}
+    ask(env, f"reset() to task {task.task_id}", lambda: _parts(env.reset(seed=0, options=options), 2))
+    for turn in turns[:-1]:
+        ask(env, "step()", partial(_step, env, turn.action))
+    return str(ask(env, "step()", partial(_step, env, turns[-1].action))[0])
 
 
 def _print_end(finish: str, success: bool, completion: float, reward: float, turns: int, failure: str) -> None:

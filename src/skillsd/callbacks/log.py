@@ -1,8 +1,9 @@
-"""The record of a run: metrics.csv, trajectories.jsonl, an episode as text, and the hyper-parameters with what they gave."""
+"""The record of a run: metrics.csv, trajectories.jsonl, and what its loggers are told beside the numbers."""
 
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections.abc import Sequence
 from io import StringIO
@@ -11,13 +12,19 @@ from typing import Any
 from zlib import crc32
 
 import lightning as L
+from numpy.typing import NDArray
 
+from skillsd.callbacks import board
 from skillsd.durable import DamagedError, checksum, named, sync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS
+from skillsd.rollout.guard import Failure, visible
+from skillsd.rollout.picture import picture_of
 from skillsd.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Trajectory, TrajectoryGroup
+
+log = logging.getLogger(__name__)
 
 LOGS = METRICS_FILE, TRAJECTORIES_FILE
 COLUMNS = ("iteration", "epoch", *METRICS)
@@ -27,15 +34,20 @@ class RunLog(L.Callback):
     """Appends a line an iteration to metrics.csv and a line a trajectory to trajectories.jsonl.
 
     A checkpoint holds the length and the CRC-32 of both files; a resumed run cuts them back to it, so that nothing stands twice. One that
-    was moved away begins anew.
+    was moved away begins anew. TensorBoard gets an episode and the bank's skills at each epoch's start, histograms of tokens, and the
+    hyper-parameters.
 
     Args:
         trajectories: Write trajectories.jsonl.
+        histogram_every: Iterations between two histograms for TensorBoard; 0 never.
     """
 
-    def __init__(self, trajectories: bool = True) -> None:
+    def __init__(self, trajectories: bool = True, histogram_every: int = 10) -> None:
         super().__init__()
-        self.trajectories = trajectories
+        if histogram_every < 0:
+            raise ConfigError(f"RunLog.histogram_every is {histogram_every}: give 0 (never) or a number of iterations.")
+        self.trajectories, self.histogram_every = trajectories, histogram_every
+        self.draws = True  # until the environment fails to
         self.seen: dict[str, tuple[int, int]] = {}  # length and CRC-32 of each file
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -53,6 +65,16 @@ class RunLog(L.Callback):
         with metrics.open(encoding="utf-8") as f:
             if f.readline() != header:
                 raise ConfigError(f"trainer.default_root_dir: {metrics} has the columns of another version of skillsd: name a new folder.")
+        if config := getattr(trainer, "skillsd_config", {}):
+            for logger in trainer.loggers:
+                if not isinstance(logger, board.TensorBoardLogger):
+                    logger.log_hyperparams(board.hyperparameters(config))
+            for writer in board.writers(trainer):
+                board.session_start(writer, config)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        due = self.histogram_every and batch[0].trajectories[0].iteration % self.histogram_every == 0
+        pl_module.keep_tokens = bool(due and board.writers(trainer))  # type: ignore[assignment]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         groups: Sequence[TrajectoryGroup] = batch
@@ -73,28 +95,42 @@ class RunLog(L.Callback):
         self._append(folder / METRICS_FILE, text.getvalue())
         if self.trajectories:
             self._append(folder / TRAJECTORIES_FILE, "".join(t.to_json() + "\n" for g in groups for t in g.trajectories))
-        if batch_idx == 0:
-            self._show(trainer, groups[0].trajectories[0])
+        for writer in board.writers(trainer):
+            for name, values in board.token_histograms(outputs["tokens"]):
+                writer.add_histogram(name, values, iteration)
+            if batch_idx == 0:
+                self._show(trainer, writer, groups[0].trajectories[0])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         panel: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Panel"), None)  # type: ignore[attr-defined]
         final = {f"final/{k}": panel.result[k] for k in ("success", "completion")} if panel is not None and panel.result else {}
-        config = getattr(trainer, "skillsd_config", {})
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_hyperparams") and config:
-                try:
-                    logger.log_hyperparams(config, final)  # TensorBoard takes the metrics along
-                except TypeError:
-                    logger.log_hyperparams(config)
+        for logger in trainer.loggers if final else ():
+            logger.log_metrics(final, trainer.global_step)
+        for writer in board.writers(trainer):
+            board.session_end(writer)
 
-    def _show(self, trainer: L.Trainer, t: Trajectory) -> None:
-        text = "\n\n".join(f"    {turn.observation}\n→ {turn.action}".replace("\n", "\n    ") for turn in t.turns)
-        finish = f"{t.finish_reason} ({t.failure})" if t.failure else t.finish_reason
-        text = f"task {t.task_id}, member {t.member}: {finish}, completion {t.completion:.2f}\n\n{text}"
-        for logger in trainer.loggers:
-            add = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if add is not None:
-                add("episode", text, trainer.global_step)
+    def _show(self, trainer: L.Trainer, writer: Any, t: Trajectory) -> None:
+        writer.add_text("episode", board.episode(t), t.iteration)
+        if pictures := self._pictures(trainer, t):
+            writer.add_image("episode", board.strip(pictures), t.iteration, dataformats="HWC")
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+        bank = next((c.bank for c in callbacks if isinstance(c, SkillBankCallback)), None)
+        if bank is not None and (table := board.skill_table(bank)):
+            writer.add_text("skills", table, t.iteration)
+
+    def _pictures(self, trainer: L.Trainer, t: Trajectory) -> list[NDArray]:
+        """Of the episode's observations, by an environment that has just played; empty where it offers none."""
+        collector = trainer.datamodule.collector  # type: ignore[attr-defined]
+        if not self.draws or not collector.envs:
+            return []
+        with collector.alarm as alarm:
+            seen = [turn.observation for turn in t.turns[: board.FRAMES]]
+            found: Any = alarm(lambda: [picture_of(collector.envs[0], observation) for observation in seen])
+        if isinstance(found, Failure):
+            log.warning("TensorBoard shows no boards: the environment's picture() failed (%s).", visible(found.text()))
+            self.draws = False
+            return []
+        return [picture for picture in found if picture is not None]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         for name, (length, _) in self.seen.items():

@@ -1,0 +1,120 @@
+"""What TensorBoard shows of a run beside its numbers. `writers` is empty without its logger, and then nothing of this is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from heapq import nsmallest
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skillsd.rollout.guard import visible
+from skillsd.skills import Skill, SkillBank
+from skillsd.trajectory import Trajectory
+
+FRAMES, ACROSS, GAP = 32, 8, 6
+"""Most boards of an episode that are shown, boards in a row, pixels between them."""
+ROWS, CHARS = 20, 300
+"""Of the table of skills: most rows, and most characters in a cell."""
+NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "ckpt_path", "overwrite", "weights_only")
+"""Keys that say where a run is and how it was begun; they and what is under them."""
+
+
+def writers(trainer: L.Trainer) -> list[Any]:
+    """The SummaryWriter of each TensorBoard logger."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def episode(t: Trajectory) -> str:
+    """A trajectory as Markdown: a line on how it ended, then what was said as code."""
+    text = "\n\n".join(f"    {turn.observation}\n→ {turn.action}".replace("\n", "\n    ") for turn in t.turns)
+    finish = f"{t.finish_reason} ({t.failure})" if t.failure else t.finish_reason
+    return visible(f"task {t.task_id}, member {t.member}: {finish}, completion {t.completion:.2f}\n\n{text}")
+
+
+def strip(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Pictures, [h, w, 3] each and one at least, side by side on white, ACROSS in a row: [H, W, 3]."""
+    height, width = (max(p.shape[i] for p in pictures) + GAP for i in (0, 1))
+    across = min(ACROSS, len(pictures))
+    sheet = np.full((-(-len(pictures) // across) * height, across * width, 3), 255, np.uint8)
+    for i, p in enumerate(pictures):
+        y, x = i // across * height, i % across * width
+        sheet[y : y + p.shape[0], x : x + p.shape[1]] = p
+    return sheet[:-GAP, :-GAP]
+
+
+def skill_table(bank: SkillBank) -> str:
+    """The skills that were used most, as a Markdown table; "" for an empty bank."""
+    held = (skill for task_id in bank.tasks() for skill in bank.skills(task_id))
+    rows = nsmallest(ROWS, held, key=lambda s: (-s.uses, s.skill_id))
+    if not rows:
+        return ""
+    return "\n".join(
+        [f"{len(rows)} of {len(bank)} skills\n", "| id | task | uses | mean reward | workflow |", "|--:|---|--:|--:|---|", *map(_row, rows)]
+    )
+
+
+def _row(s: Skill) -> str:
+    return f"| {s.skill_id} | {_cell(s.task_id)} | {s.uses} | {s.mean_reward:.3f} | {_cell(s.golden_workflow)} |"
+
+
+def _cell(text: str) -> str:
+    """Neither Markdown nor HTML, whatever it is: all but letters, digits and spaces as character references."""
+    line = " ".join(text[: 2 * CHARS].split())
+    line = visible(line if len(line) <= CHARS else f"{line[:CHARS]}...")
+    return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in line)
+
+
+def token_histograms(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """Of `SkillSD`'s tokens of an update: the teacher's gap where one spoke, and the log of the importance ratio, around 0 as the
+    histogram's bins are (they are narrow there: a rounding error is seen). Finite ones alone; what has none is left out."""
+    for k, name in enumerate(("tokens/gap", "tokens/log_rho")):
+        x = np.concatenate([part[k].double().cpu().numpy() for part in parts]) if parts else np.zeros(0)
+        if (x := x[np.isfinite(x)]).size:
+            yield name, x
+
+
+# -- hyper-parameters: TensorBoard itself compares the sessions of all runs, and tells which columns differ ----------------------------
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """A resolved configuration, flat: `a.init_args.b` as on the command line; the class of `a` under `a`; null, true and lists as text,
+    so that a key which one run sets and another leaves null is a column with two values."""
+    return dict(_flat(config, ""))
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, int | float | str]]:
+    if key in NO_HYPERPARAMETERS:
+        return
+    if isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, key if name == "class_path" else f"{key}.{name}".lstrip("."))
+    elif isinstance(value, bool | None | list | tuple):
+        yield key, json.dumps(value, default=str)
+    elif isinstance(value, int | float | str):
+        yield key, value
+
+
+def session_start(writer: Any, config: Mapping[str, Any]) -> None:
+    """Say what a run is made with. No list of columns is written: of several runs' TensorBoard takes one, and the others' are not shown."""
+    _, start, _ = _summaries(hyperparameters(config))
+    writer._get_file_writer().add_summary(start)
+
+
+def session_end(writer: Any) -> None:
+    """Say that it is finished."""
+    _, _, end = _summaries({})
+    writer._get_file_writer().add_summary(end)
+
+
+def _summaries(flat: dict[str, int | float | str]) -> Any:
+    from torch.utils.tensorboard.summary import hparams  # late: TensorBoard is slow to import
+
+    return hparams(flat, {})

@@ -1,0 +1,88 @@
+"""What TensorBoard shows, piece by piece; tests/e2e/test_commands.py reads it back from runs."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+
+import numpy as np
+import torch
+from tensorboard.plugin_util import markdown_to_safe_html
+
+from skillsd.callbacks import board
+from skillsd.skills import Skill, SkillBank
+from skillsd.trajectory import Trajectory, Turn
+
+HOSTILE = "a|b\n|---|\n<script>alert(1)</script> **x** [l](javascript:1) `c` &lt; \\| $é"
+
+
+def test_the_strip_keeps_every_picture():
+    pictures = [np.full((4 + i % 2, 6, 3), 10 + i, np.uint8) for i in range(board.ACROSS + 3)]
+    sheet = board.strip(pictures)
+    assert sheet.shape == (2 * 5 + board.GAP, board.ACROSS * (6 + board.GAP) - board.GAP, 3)
+    for i, picture in enumerate(pictures):
+        y, x = i // board.ACROSS * (5 + board.GAP), i % board.ACROSS * (6 + board.GAP)
+        assert np.array_equal(sheet[y : y + picture.shape[0], x : x + 6], picture)
+    assert (sheet == 255).sum() == sheet.size - sum(p.size for p in pictures)
+    assert np.array_equal(board.strip(pictures[:1]), pictures[0])
+
+
+def cells(table):
+    """The rows of a table as TensorBoard shows it."""
+    html = markdown_to_safe_html(table)
+    assert "<script" not in html and "<a " not in html and "<strong>" not in html and "<code>" not in html
+    return [[unescape(c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row, re.S)] for row in re.findall(r"<tr>(.*?)</tr>", html, re.S)][1:]
+
+
+def test_the_table_of_skills():
+    with SkillBank() as bank:
+        assert board.skill_table(bank) == ""
+        ids = [bank.insert([Skill("good", "bad", f"up {i}", f"task-{i}", source_reward=i / 100)], 0)[0] for i in range(25)]
+        (odd,) = bank.insert([Skill("good", "bad", HOSTILE, HOSTILE[:9])], 0)
+        (long,) = bank.insert([Skill("good", "bad", "word " * 1000, "z")], 0)
+        for skill_id, uses in ((odd, 3), (long, 2), (ids[24], 1)):
+            for _ in range(uses):
+                bank.record_use(skill_id, 1, reward=0.5)
+        rows = cells(board.skill_table(bank))
+        assert [int(r[0]) for r in rows] == [odd, long, ids[24], *ids[: board.ROWS - 3]]  # by uses, then by id
+        assert rows[0][1:] == [" ".join(HOSTILE[:9].split()), "3", "0.000", " ".join(HOSTILE.split())]
+        assert rows[1][4] == ("word " * 1000)[: board.CHARS] + "..."
+        assert rows[2][1:] == ["task-24", "1", f"{bank.get(ids[24]).mean_reward:.3f}", "up 24"] and rows[2][3] == "0.240"
+        assert board.skill_table(bank).startswith("20 of 27 skills\n")
+
+
+def test_an_episode_is_code_whatever_it_holds():
+    turns = (Turn("# board\r<b>x</b>\x1b[2J", "go\n\n# up", 0.0), Turn("last", "", 1.0))
+    t = Trajectory(0, "t<i>", 1, 0, "", (), (), (), (), turns, 1.0, 0.5, False, "failed", failure="raised: x")
+    text = board.episode(t)
+    assert text.startswith("task t<i>, member 1: failed (raised: x), completion 0.50\n\n    # board\\r<b>x</b>\\x1b[2J\n    → go\n    \n")
+    html = markdown_to_safe_html(text)
+    assert html.count("<pre>") == 1 and "<h1" not in html and "<b>" not in html and "# up" in html
+
+
+def test_histograms_of_finite_numbers():
+    parts = [(torch.tensor([1.0, float("nan")]), torch.tensor([0.5])), (torch.tensor([2.0]), torch.tensor([float("inf"), -0.5]))]
+    found = dict(board.token_histograms(parts))
+    assert {k: v.tolist() for k, v in found.items()} == {"tokens/gap": [1.0, 2.0], "tokens/log_rho": [0.5, -0.5]}
+    assert dict(board.token_histograms([])) == {} == dict(board.token_histograms([(torch.zeros(0), torch.zeros(0))]))
+    assert list(dict(board.token_histograms([(torch.zeros(0), torch.ones(1))]))) == ["tokens/log_rho"]
+
+
+def test_hyperparameters_are_columns():
+    loss = {"class_path": "S", "init_args": {"form": "k3"}}
+    trainer = {"default_root_dir": "/x", "logger": {"class_path": "T", "init_args": {"name": "/x"}}, "callbacks": [{"class_path": "A"}]}
+    model = {"class_path": "M", "init_args": {"loss": loss, "gate": None, "lr": 0.5}}
+    data = {"lengths": [3, 6], "on": True, "empty": []}
+    config = {"seed_everything": 1, "ckpt_path": "last", "config": ["x"], "trainer": trainer, "model": model, "data": data}
+    assert board.hyperparameters(config) == {
+        "seed_everything": 1,
+        "trainer.callbacks.0": "A",
+        "model": "M",
+        "model.init_args.loss": "S",
+        "model.init_args.loss.init_args.form": "k3",
+        "model.init_args.gate": "null",
+        "model.init_args.lr": 0.5,
+        "data.lengths": "[3, 6]",
+        "data.on": "true",
+        "data.empty": "[]",
+    }
