@@ -18,7 +18,7 @@ NAMES = [
     "06_finetuning_qwen3_4b",
 ]  # fmt: skip
 PRIVATE = re.compile(r"import .*\b_\w|\w\._[a-z]|skillsd\._")
-PLOTS = {name: n for name, n in zip(NAMES, (3, 3, 4, 1, 2, 0), strict=True)}
+PLOTS = dict(zip(NAMES, (3, 3, 4, 1, 2, 0), strict=True))
 
 
 def executed(name: str, folder: Path, **variables: str) -> dict[str, Any]:
