@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play, show, study, config, doctor."""
+"""The command line: fit, validate, export, play, show, view, report, skills, study, config, doctor."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ from skillsd import __version__, conf_dir
 from skillsd.analysis.film import Film
 from skillsd.analysis.panel import print_report
 from skillsd.analysis.play import play_model, play_scripted
+from skillsd.begin import guard_run_folder
 from skillsd.callbacks import MemoryPlan, TeacherSync
 from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import LAST, newest_good, read_checkpoint
 from skillsd.class_paths import config
-from skillsd.doctor import doctor
+from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
 from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
-from skillsd.run_folder import CHECKPOINTS, guard_run_folder
+from skillsd.run_folder import CHECKPOINTS
 from skillsd.skills.callback import SkillBankCallback
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Look at a run: skillsd show. Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Look at a run: skillsd show, skillsd view; hand it on: skillsd report. Take its skills to another: skillsd skills. "
+    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
     "Classes by key: skillsd config"
 )
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -147,7 +149,12 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(TeacherSync, "teacher")
         parser.add_lightning_class_args(SkillBankCallback, "skills")
-        parser.add_argument("--overwrite", type=bool, default=False, help="fit: discard an earlier run in the run folder")
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="fit: discard an earlier run in the run folder, and skills that were imported into it",
+        )
         parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
 
     def _parse_ckpt_path(self) -> None:
@@ -374,26 +381,38 @@ def main(args: ArgsType = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if argv[0] == "config":  # it imports nothing that a file names
-        config(resolve_configs(argv)[1:])
-        return 0
-    if argv[0] == "doctor":  # it needs no configuration
-        doctor(argv[1:])
-        return 0
-    if argv[0] == "show":
-        from skillsd.analysis.show import show  # late, as below
+    match argv[0]:  # commands without a configuration; what they import is slow (pandas, matplotlib), so late
+        case "config":  # it imports nothing that a file names
+            config(resolve_configs(argv)[1:])
+        case "doctor":
+            doctor(argv[1:])
+        case "show":
+            from skillsd.analysis.show import show
 
-        show(argv[1:])
-        return 0
-    if argv[0] == "view":
-        from skillsd.analysis.view import view
+            show(argv[1:])
+        case "view":
+            from skillsd.analysis.view import view
 
-        view(argv[1:])
-        return 0
-    if argv[0] == "study":
-        from skillsd.study import study  # late: pandas and matplotlib are slow to import
+            view(argv[1:])
+        case "report":
+            from skillsd.analysis.report import report
 
-        return study(resolve_configs(argv)[1:], _packaged)
+            report(argv[1:], lambda: rows(network=False))
+        case "skills":
+            from skillsd.analysis.skills import skills
+
+            skills(argv[1:])
+        case "study":
+            from skillsd.study import study
+
+            return study(resolve_configs(argv)[1:], _packaged)
+        case _:
+            configured(argv)
+    return 0
+
+
+def configured(argv: list[str]) -> None:
+    """fit, validate, export, play: what a configuration describes."""
     CLI(
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
@@ -406,7 +425,6 @@ def _run(argv: list[str]) -> int:
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
         args=resolve_configs(argv),
     )
-    return 0
 
 
 def _unread() -> bool:

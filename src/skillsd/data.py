@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import time
@@ -36,6 +35,7 @@ from skillsd.rollout import (
     ask,
     demonstrate,
     make_env,
+    read_tasks,
     tasks_of,
 )
 from skillsd.rollout.noise import stream_key
@@ -158,7 +158,7 @@ class RolloutData(L.LightningDataModule):
 
     def _tasks(self, split: str, key: str) -> list[Task]:
         if self.tasks_file is not None:
-            return _read_tasks(Path(self.tasks_file), split, key)
+            return read_tasks(Path(self.tasks_file), split, key)
         env: Any
         with closing(make_env(self.env_id, self.env_kwargs)) as env:
             try:
@@ -404,28 +404,3 @@ def _overrides(env: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise ConfigError(f"data.init_args.env_overrides.{key} is {value!r}: give a dictionary of that environment's env_kwargs.")
     return dict(overrides.get(env, {}))
-
-
-def _read_tasks(path: Path, split: str, key: str) -> list[Task]:
-    """Tasks of one split from a JSONL file; other keys of a line go to `reset(options=...)`."""
-    if not path.is_file():
-        raise ConfigError(f"data.init_args.tasks_file: no file {path}: check the path.")
-    tasks: dict[str, Task] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # of bytes: text has further line ends, which JSON strings may hold
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-            task = Task(
-                str(raw.pop("task_id")), str(raw.pop("split")), str(raw.pop("difficulty", "")), raw, str(raw.pop("scenario", None) or "")
-            )  # fmt: skip
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-            raise ConfigError(f"data.init_args.tasks_file: {path}:{number} needs a JSON object with task_id and split ({e}).") from e
-        if task.split != split:
-            continue
-        if task.task_id in tasks:
-            raise ConfigError(f"data.init_args.tasks_file: {path}:{number} repeats the task_id {task.task_id} of split {split}.")
-        tasks[task.task_id] = task
-    if not tasks:
-        raise ConfigError(f"data.init_args.{key}: {path} has no task of split {split}.")
-    return list(tasks.values())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import BytesIO
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 from tests.analysis.test_run import METRICS, SHORT, append
 
 from skillsd.analysis import Run, plots
@@ -62,4 +64,7 @@ def test_svg_is_the_same_for_the_same_and_takes_the_pages_ink(run):
 
 
 def test_png(run):
-    assert plots.png(plots.curves({"a": run}, "loss/total")).startswith(b"\x89PNG")
+    figure = plots.curves({"a": run}, "loss/total")
+    with Image.open(BytesIO(plots.png(figure))) as image:
+        assert image.format == "PNG" and image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+    assert figure.patch.get_alpha() == 0.0  # as it was

@@ -91,6 +91,29 @@ def test_what_is_appended_is_read_and_what_is_cut_is_forgotten(run):
     assert index.update() and index.read(0) == numbered(1)[0]
 
 
+def test_a_line_is_read_from_the_file_that_was_looked_at(run, monkeypatch):
+    """Another one that takes its place in between is not."""
+    path, other, opened = run.folder / "trajectories.jsonl", run.folder / "other", Path.open
+    rows = numbered(6)
+    run.trajectories  # noqa: B018
+    append(other, [replace(t, reward=9.0) for t in rows])
+    n = 0
+
+    def swapping(self: Path, *args: Any, **kwargs: Any) -> Any:
+        nonlocal n
+        n += 1
+        found = opened(self, *args, **kwargs)
+        other.replace(path)
+        return found
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "open", swapping)
+        assert run.trajectory(2) == rows[2]
+    assert n == 1
+    with pytest.raises(ConfigError, match="was cut back"):
+        run.trajectory(2)
+
+
 def test_a_damaged_line_is_named(run):
     path = run.folder / "trajectories.jsonl"
     data = path.read_bytes()

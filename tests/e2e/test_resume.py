@@ -102,6 +102,29 @@ def test_one_kill(servers: tuple[Server, Server], tmp_path: Path) -> None:
     assert_equal(killed.record(), record)
 
 
+def test_skills_of_another_run(servers: tuple[Server, Server], tmp_path: Path) -> None:
+    """They are there in the first iteration, and again after every kill, also one before the first checkpoint."""
+    from skillsd.analysis.skills import skills
+    from skillsd.skills.exchange import FORMAT
+
+    file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"] | {"trainer": {"max_epochs": 1}})  # 3 iterations
+    whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
+    texts = {"success_analysis": "solved", "mistake_analysis": "none", "golden_workflow": "up"}
+    lines = [json.dumps({"format": FORMAT, "task_id": f"train-{i:04d}", "source_iteration": 5} | texts) for i in (*range(8), 99)]
+    (tmp_path / "skills.jsonl").write_text("\n".join(lines))
+    for run in (whole, killed):
+        skills(["import", str(run.folder), str(tmp_path / "skills.jsonl")])
+    whole.fit()
+    killed.kill("skillsd.callbacks.resume:CheckpointFiles.save_checkpoint", 1, False)  # events, and no checkpoint yet
+    assert len(killed.rows()) == 1 and "--overwrite=true" in killed.fit(code=2)
+    killed.kill("skillsd.callbacks.log:RunLog.on_train_batch_end", 2, True)
+    killed.resume()
+    record = whole.record()
+    assert_equal(killed.record(), record)
+    assert [event[:3] for event in record["event"][:10]] == [*((i, -1, "insert") for i in range(1, 10)), (10, 0, "use")]
+    assert {float(row["teacher/skill_share"]) for row in record["metrics"]} == {1.0}
+
+
 def test_a_new_learning_rate_holds(servers: tuple[Server, Server], tmp_path: Path) -> None:
     """Lightning alone would go on with the checkpoint's."""
     file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"])

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.properties.profile import examples
 
 from skillsd.skills import Skill, SkillBank
+from skillsd.skills.tables import BEFORE
 
 TASKS = st.sampled_from(["a", "b", "é 漢"])
 REWARDS = st.sampled_from([0.0, 0.25, 0.5, 1.0])
@@ -70,7 +71,7 @@ class Banks(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "bank.sqlite"
         self.settings = {"capacity": capacity, "drop": drop, "booking": booking}
-        self.model, self.iteration = Model(**self.settings), 0
+        self.model, self.iteration = Model(**self.settings), BEFORE
         self.bank = SkillBank(self.path, **self.settings)
 
     def teardown(self):
@@ -98,7 +99,7 @@ class Banks(RuleBasedStateMachine):
 
     @rule(back=st.integers(0, 3), wrong=st.booleans())
     def cut(self, back, wrong):
-        iteration = max(0, self.iteration - back)
+        iteration = max(BEFORE, self.iteration - back)
         events = self.model.state()[2]
         kept = Model(**self.settings)
         kept.calls = [call for call in self.model.calls if call[0] < iteration]
@@ -146,6 +147,9 @@ class Banks(RuleBasedStateMachine):
         all_skills, merged, events = self.model.state()
         live = [s for s in all_skills if s["live"]]
         assert self.bank.position == events and len(self.bank) == len(live)
+        imported = Model(**self.settings)
+        imported.calls = [call for call in self.model.calls if call[0] == BEFORE]
+        assert self.bank.imported == imported.state()[2]
         assert self.bank.tasks() == sorted({s["task"] for s in live})
         for s in all_skills:
             got = self.bank.get(s["id"])

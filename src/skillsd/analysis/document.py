@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import get_lexer_by_name
+from skillsd.analysis import syntax
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}th{border-bottom:2px solid #888}
 .name{text-align:left}img{max-width:100%}.wide{overflow-x:auto}"""
-_FORMAT = HtmlFormatter(nowrap=True)
-_MARKS = re.compile(r"[&<>`*_\[\]|\\~$@#]")
+_MARKS = re.compile(r"[&<>`*|\\~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""What begins code, emphasis, a link, a table's cell, mathematics or HTML; a bracket alone or an underscore inside a word does not."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,12 @@ class Code:
     Attributes:
         text: The text.
         language: One that pygments colours; "" for none.
+        folded: In the HTML, the words under which it is folded away; "" shows it.
     """
 
     text: str
     language: str = ""
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Cards:
 
     Attributes:
         cards: The groups.
-        size: Of a card: small, or wide.
+        size: Of a card: small, medium or large.
     """
 
     cards: Sequence[Sequence[Block]]
@@ -91,14 +91,14 @@ Block = Heading | Picture | Table | Code | Cards | list[str] | str
 
 
 def entities(text: str) -> str:
-    """`text` in one line that Markdown shows as it is: what it or HTML would take for markup becomes a numeric entity."""
+    """`text` in one line that Markdown shows as it is, behind another word: what would be taken for markup becomes a numeric entity."""
     return _MARKS.sub(lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
 
 
 def fenced(code: Code) -> str:
     """A Markdown block whose fence is longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code.text)), default=0))
-    return f"{fence}{code.language}\n{code.text}\n{fence}"
+    return f"{fence}{code.language if code.language.isalnum() else ''}\n{code.text}\n{fence}"
 
 
 def markdown(report: Sequence[Block], safe: Callable[[str], str] = str) -> str:
@@ -157,9 +157,8 @@ def _html(b: Block) -> str:
             rows = [_row(b.header, "th", b.names), *(_row(r, "td", b.names) for r in b.rows)]
             return '<div class="wide"><table>\n' + "\n".join(rows) + "\n</table></div>"
         case Code():
-            # Pygments escapes as well. A line feed after <pre> would be swallowed.
-            text = highlight(b.text, get_lexer_by_name(b.language, stripnl=False), _FORMAT) if b.language else escape(b.text)
-            return f"<pre>\n{text.rstrip()}</pre>"
+            text = f"<pre>\n{syntax.action(b.text, b.language) if b.language else escape(b.text)}</pre>"  # its first line feed is not shown
+            return f"<details><summary>{escape(b.folded)}</summary>{text}</details>" if b.folded else text
         case Cards():
             cards = "\n".join(f'<div class="card">{"".join(map(_html, card))}</div>' for card in b.cards)
             return f'<div class="cards {b.size}">\n{cards}\n</div>'

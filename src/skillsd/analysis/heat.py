@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from math import isfinite
 
-STRENGTH = 0.85
-"""Most opaque colour of a background."""
+from skillsd.rollout.guard import visible
+
+STRENGTH = 0.6
+"""Most opaque colour of a background: text of either scheme can be read on it."""
 
 
 def heat(texts: Sequence[str], values: Sequence[float], limit: float = 2.0) -> str:
@@ -33,7 +35,7 @@ def heat(texts: Sequence[str], values: Sequence[float], limit: float = 2.0) -> s
 
 def _token(text: str, value: float, limit: float) -> str:
     if not isfinite(value):
-        return escape(text)
+        return escape(visible(text))
     strength = STRENGTH * min(1.0, abs(value) / limit)
     colour = "0, 114, 178" if value > 0 else "213, 94, 0"  # of Okabe & Ito: told apart with any colour vision
-    return f'<span title="{value:+.3f}" style="background: rgba({colour}, {strength:.2f})">{escape(text)}</span>'
+    return f'<span title="{value:+.3f}" style="background: rgba({colour}, {strength:.2f})">{escape(visible(text))}</span>'

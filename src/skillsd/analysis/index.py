@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from skillsd.errors import ConfigError
 from skillsd.trajectory import Trajectory, outline
@@ -34,13 +35,16 @@ class Index:
         self.rows: list[tuple[Any, ...]] = []
         self.starts, self._tail = [0], b""
 
-    def _stands(self) -> bool:
+    def _opened(self) -> AbstractContextManager[BinaryIO | None]:
+        """The file, once for the look whether it stands and for what is read of it; None if it is missing."""
+        return self.path.open("rb") if self.path.is_file() else nullcontext()
+
+    def _stands(self, f: BinaryIO | None) -> bool:
         """Whether the file still begins with what was read of it."""
-        if not self.path.is_file():
+        if f is None:
             return not self.rows
-        with self.path.open("rb") as f:
-            f.seek(self.starts[-1] - len(self._tail))
-            return f.read(len(self._tail)) == self._tail
+        f.seek(self.starts[-1] - len(self._tail))
+        return f.read(len(self._tail)) == self._tail
 
     def update(self) -> bool:
         """Read what was appended; all of it if a resumed run has cut the file back. A line without its end is still being written.
@@ -51,11 +55,12 @@ class Index:
         Raises:
             ConfigError: a line is no trajectory.
         """
-        n, cut = len(self.rows), not self._stands()
-        if cut:
-            self._forget()
-        if self.path.is_file():
-            with self.path.open("rb") as f:
+        n = len(self.rows)
+        with self._opened() as f:
+            cut = not self._stands(f)
+            if cut:
+                self._forget()
+            if f is not None:
                 f.seek(self.starts[-1])
                 for line in f:
                     if not line.endswith(b"\n"):
@@ -77,9 +82,9 @@ class Index:
         """
         if not 0 <= number < len(self.rows):
             raise IndexError(f"trajectory {number}: {self.path} has {len(self.rows)}")
-        if not self._stands():
-            raise ConfigError(f"{self.path} was cut back since it was read, by a run that goes on: read it again (refresh).")
-        with self.path.open("rb") as f:
+        with self._opened() as f:
+            if f is None or not self._stands(f):
+                raise ConfigError(f"{self.path} was cut back since it was read, by a run that goes on: read it again (refresh).")
             f.seek(self.starts[number])
             line = f.read(self.starts[number + 1] - self.starts[number])
         try:

@@ -33,7 +33,7 @@ def table(panel: Mapping[str, Any]) -> Table:
         panel: What `Run.panel` gives.
     """
     shown = played(panel)
-    rows = [(when, *_shares(panel[when])) for when in shown]
+    rows: list[tuple[str, ...]] = [(when, *_shares(panel[when])) for when in shown]
     if "difference" in panel and "validate" not in shown:
         rows.append(("after - before, paired", *(_points(panel["difference"][k]) for k in ("success", "completion"))))
     return Table(("", "success", "completion"), rows)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
+from numpy.typing import NDArray
 from PIL import Image
 
 from skillsd.analysis.run import Run
 from skillsd.errors import ConfigError
 from skillsd.rollout import make_env
+from skillsd.rollout.guard import Failure, attempt
+from skillsd.rollout.picture import picture_of
 
 
 class Pictures:
@@ -21,18 +27,20 @@ class Pictures:
     actions in `metadata["action_language"]`.
 
     Args:
-        run: The run; an environment that cannot be made here (not installed, say) offers nothing.
+        run: The run; an environment that cannot be made here (its engine is missing, say) has no pictures.
     """
 
     def __init__(self, run: Run) -> None:
         self._env: Any = None
-        data = run.config.get("data", {}).get("init_args", {})
-        try:
+        declared: Any = None
+        with suppress(KeyError, TypeError, AttributeError):
+            data = run.config["data"]["init_args"]
             kwargs = {**(data.get("env_kwargs") or {}), **(data.get("env_overrides") or {}).get(data["env"], {})}
-            self._env = make_env(data["env"], kwargs).unwrapped
-        except (ConfigError, KeyError, TypeError, AttributeError):
-            pass
-        self.language = str((getattr(self._env, "metadata", None) or {}).get("action_language", ""))
+            try:
+                declared = self._env = make_env(data["env"], kwargs).unwrapped
+            except ConfigError:
+                declared = _class_of(data["env"])
+        self.language = str((getattr(declared, "metadata", None) or {}).get("action_language", ""))
         self.png = lru_cache(maxsize=4096)(self._png)
 
     def close(self) -> None:
@@ -40,11 +48,12 @@ class Pictures:
         if self._env is not None:
             self._env.close()
 
-    def array(self, observation: str) -> np.ndarray | None:
-        """[H, W, 3] uint8; None where there is no picture."""
-        picture = getattr(self._env, "picture", None)
-        found = picture(observation) if callable(picture) else None
-        return None if found is None else np.asarray(found, dtype=np.uint8)
+    def array(self, observation: str) -> NDArray[np.uint8] | None:
+        """[H, W, 3]; None where there is no picture, or the environment fails to make one."""
+        if self._env is None:
+            return None
+        found = attempt(lambda: picture_of(self._env, observation))
+        return None if isinstance(found, Failure) else found
 
     def _png(self, observation: str) -> bytes | None:
         """The same as a PNG file."""
@@ -53,3 +62,11 @@ class Pictures:
         out = BytesIO()
         Image.fromarray(found).save(out, format="png")
         return out.getvalue()
+
+
+def _class_of(env_id: str) -> Any:
+    """The class of an environment that cannot be made here (its engine is missing, say); None if it cannot be imported either."""
+    with suppress(gymnasium.error.Error, ImportError, AttributeError):
+        entry: Any = gymnasium.spec(env_id.rpartition(":")[2]).entry_point  # its module was imported when it was to be made
+        return load_env_creator(entry) if isinstance(entry, str) else entry
+    return None

@@ -150,5 +150,8 @@ def png(figure: Figure, dpi: int = 130) -> bytes:
     """As a picture file, black on white."""
     out = BytesIO()
     with _LOCK:
+        alpha = figure.patch.get_alpha()
+        figure.patch.set_alpha(1.0)  # or the white would be as transparent as what it replaces
         figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        figure.patch.set_alpha(alpha)
     return out.getvalue()

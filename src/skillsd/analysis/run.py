@@ -127,8 +127,8 @@ class Run:
     def events(self) -> pd.DataFrame:
         """The bank's log, a row an event, its number from 1 the index `event`.
 
-        Columns: `kind` (insert, merge, use, drop), `iteration`, `task_id`, `skill_id`, and of a use `reward` (mean of the group) and `gap`
-        (outcome-aligned, nats), NaN if they were not given.
+        Columns: `kind` (insert, merge, use, drop), `iteration` (-1: imported, before the run), `task_id`, `skill_id`, and of a use `reward`
+        (mean of the group) and `gap` (outcome-aligned, nats), NaN if they were not given.
         """
         return self._bank.events
 
@@ -152,27 +152,36 @@ class Run:
         return self._bank.skills[int(skill_id)]
 
     @cached_property
-    def _bank(self) -> _Bank:
-        """All of it at one moment."""
-        path = self.folder / BANK_FILE
-        try:
-            with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
-                log = list(bank.events())
-                skills = {e.skill_id: bank.get(e.skill_id) for e in log if e.kind == "insert"}
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
-        rows = [(e.kind, e.iteration, skills[e.skill_id].task_id, e.skill_id, e.reward, e.gap) for e in log]
-        events = pd.DataFrame(rows, columns=list(_EVENT), index=pd.Index([e.seq for e in log], name="event", dtype=int))
-        frame = pd.DataFrame(
-            [[getattr(skill, name) for name in _SKILL] for skill in skills.values()],
-            columns=list(_SKILL), index=pd.Index(skills, name="skill_id", dtype=int),
-        )  # fmt: skip
-        at = {kind: pd.Series({e.skill_id: e.iteration for e in log if e.kind == kind}, dtype="Int64") for kind in ("insert", "drop")}
-        frame = frame.assign(inserted=at["insert"].reindex(frame.index), dropped=at["drop"].reindex(frame.index))
-        return _Bank(events.astype({"reward": float, "gap": float}), frame, skills)
+    def _bank(self) -> Bank:
+        return read_bank(self.folder / BANK_FILE)
 
 
-class _Bank(NamedTuple):
+class Bank(NamedTuple):
+    """A bank at one moment: `Run.events`, `Run.skills`, and the skills themselves by id."""
+
     events: pd.DataFrame
     frame: pd.DataFrame
     skills: dict[int, Skill]
+
+
+def read_bank(path: Path) -> Bank:
+    """A bank's file as data frames; empty ones if there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
+            log = list(bank.events())
+            skills = {e.skill_id: bank.get(e.skill_id) for e in log if e.kind == "insert"}
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    rows = [(e.kind, e.iteration, skills[e.skill_id].task_id, e.skill_id, e.reward, e.gap) for e in log]
+    events = pd.DataFrame(rows, columns=list(_EVENT), index=pd.Index([e.seq for e in log], name="event", dtype=int))
+    frame = pd.DataFrame(
+        [[getattr(skill, name) for name in _SKILL] for skill in skills.values()],
+        columns=list(_SKILL), index=pd.Index(skills, name="skill_id", dtype=int),
+    )  # fmt: skip
+    at = {kind: pd.Series({e.skill_id: e.iteration for e in log if e.kind == kind}, dtype="Int64") for kind in ("insert", "drop")}
+    frame = frame.assign(inserted=at["insert"].reindex(frame.index), dropped=at["drop"].reindex(frame.index))
+    return Bank(events.astype({"reward": float, "gap": float}), frame, skills)

@@ -71,7 +71,7 @@ def overview(run: Run) -> dict[str, Any]:
         "trajectories": len(played),
         "tasks": int(played["task_id"].nunique()),
         "finish_reasons": {str(reason): int(n) for reason, n in played["finish_reason"].value_counts().items()},
-        "metrics": {when: _plain(metrics[shown].iloc[at]) for when, at in (("first", 0), ("last", -1))} if len(metrics) else {},
+        "metrics": {when: plain(metrics[shown].iloc[at]) for when, at in (("first", 0), ("last", -1))} if len(metrics) else {},
         "panel": {when: {k: v for k, v in part.items() if k != "levels"} for when, part in run.panel.items() if isinstance(part, dict)},
         "skills": {"held": int(skills["dropped"].isna().sum()), "ever": len(skills), "tasks": int(skills["task_id"].nunique())},
     }
@@ -117,10 +117,10 @@ def task(run: Run, task_id: str) -> dict[str, Any]:
 
 def skills(run: Run) -> list[dict[str, Any]]:
     """Every skill that entered the bank, as `Run.skills` has it."""
-    return [{"skill_id": int(skill_id)} | _plain(row) for skill_id, row in run.skills.iterrows()]  # type: ignore[call-overload]
+    return [{"skill_id": int(skill_id)} | plain(row) for skill_id, row in run.skills.iterrows()]  # type: ignore[call-overload]
 
 
-def _plain(row: pd.Series[Any]) -> dict[str, Any]:
+def plain(row: pd.Series[Any]) -> dict[str, Any]:
     """Python's own numbers, None for what is missing or no number."""
     return {str(k): None if pd.isna(v) else v.item() if hasattr(v, "item") else v for k, v in row.items()}
 

@@ -11,6 +11,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import JsonLexer, PythonLexer, PythonTracebackLexer, get_lexer_by_name
 from pygments.util import ClassNotFound
 
+from skillsd.rollout.guard import visible
+
 _FENCE = re.compile(r"^(```+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _FORMAT = HtmlFormatter(nowrap=True)
 _MOST = 50_000
@@ -20,7 +22,7 @@ _MOST = 50_000
 def style(light: str = "default", dark: str = "github-dark") -> str:
     """The colours as CSS, in the light and in the dark."""
     rules = [HtmlFormatter(style=name).get_style_defs(".code").splitlines() for name in (light, dark)]
-    kept, darker = ("\n".join(r for r in rule if r.startswith(".code .")) for rule in rules)
+    kept, darker = ("\n".join(r for r in rule if r.startswith(".code .") and ".err " not in r) for rule in rules)
     return f"{kept}\n@media (prefers-color-scheme: dark) {{\n{darker}\n}}\n"
 
 
@@ -34,7 +36,7 @@ def action(text: str, language: str = "") -> str:
     Returns:
         HTML for a `<pre>` of class `code`; text is escaped.
     """
-    out, at = [], 0
+    text, out, at = visible(text), [], 0
     for fence in _FENCE.finditer(text):
         start, end = fence.span(3)
         out += [escape(text[at:start]), _coloured(text[start:end], fence[2] or language)]
@@ -46,6 +48,7 @@ def action(text: str, language: str = "") -> str:
 
 def output(text: str) -> str:
     """What an environment printed: JSON and tracebacks are highlighted. HTML as of `action`."""
+    text = visible(text)
     if "Traceback (most recent call last)" in text:
         return _with(PythonTracebackLexer(), text)
     if text.lstrip()[:1] in ("{", "["):
@@ -60,7 +63,7 @@ def output(text: str) -> str:
 def _coloured(text: str, language: str) -> str:
     try:
         return _with(get_lexer_by_name(language), text) if language else escape(text)
-    except ClassNotFound:
+    except ClassNotFound:  # an environment may say anything
         return escape(text)
 
 
@@ -68,4 +71,5 @@ def _with(lexer: object, text: str) -> str:
     if len(text) > _MOST:
         return escape(text)
     lexer.stripnl = lexer.ensurenl = False  # type: ignore[attr-defined]  # the text stays what it was
-    return str(highlight(text, lexer, _FORMAT))
+    html = str(highlight(text, lexer, _FORMAT))
+    return html if text.endswith("\n") else html.removesuffix("\n")

@@ -6,6 +6,7 @@ from skillsd.rollout.chat import Chat
 from skillsd.rollout.collector import Collector, RolloutSettings, Row, make_env
 from skillsd.rollout.demonstrate import demonstrate
 from skillsd.rollout.engine import Completion, Engine, InProcessEngine, Request, Session
+from skillsd.rollout.tasks_file import read_tasks
 from skillsd.rollout.vllm_engine import VllmEngine
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "demonstrate",
     "make_env",
     "plan_of",
+    "read_tasks",
     "tasks_of",
 ]

@@ -20,7 +20,7 @@ from skillsd.skills import bank_file
 from skillsd.skills.ledger import Elsewhere
 from skillsd.skills.retrieval import SQRT2, Untried, select
 from skillsd.skills.skill import Skill
-from skillsd.skills.tables import Booking, Damaged, Drop, Event, State
+from skillsd.skills.tables import BEFORE, Booking, Damaged, Drop, Event, State
 
 
 class SkillBank:
@@ -76,6 +76,12 @@ class SkillBank:
         """Number of events so far. Put it in a checkpoint and give it to `cut` as `expect`."""
         return self._ledger.tally.seq
 
+    @property
+    def imported(self) -> int:
+        """How many of the events, the first ones, are of `BEFORE`: what `cut(0)` leaves."""
+        with self._told():
+            return self._ledger.length_before(0)
+
     def __len__(self) -> int:
         return self._ledger.tally.live
 
@@ -125,7 +131,7 @@ class SkillBank:
 
         Args:
             skills: With `task_id` and source set. One whose texts its task already holds only adds to that skill's `sources`.
-            iteration: The iteration that is under way, which may be later than the source's.
+            iteration: The iteration that is under way, which may be later than the source's; `BEFORE`: no run has begun.
 
         Returns:
             One id per skill; of a duplicate, the skill it was merged into. A newcomer may have been dropped at once.
@@ -238,7 +244,9 @@ class SkillBank:
         return min(live, key=lambda state: (0.0 if self.drop == "oldest" else state.mean_reward, state.skill_id))
 
     def _check_iteration(self, iteration: int) -> None:
-        last = self._ledger.tally.iteration
+        last = self._ledger.tally.earliest
+        if iteration < BEFORE:
+            raise ValueError(f"iteration {iteration} lies before {BEFORE}, with which a bank begins")
         if iteration < last:
             raise ValueError(f"iteration {iteration} lies before the bank's last event ({last}): call cut({iteration}) when resuming")
 

@@ -196,8 +196,8 @@ class Ledger:
             ValueError: It cannot follow what is there.
         """
         tally, total = self.tally, None
-        if iteration < tally.iteration:
-            raise ValueError(f"an event of iteration {iteration} cannot follow one of {tally.iteration}")
+        if iteration < tally.earliest:
+            raise ValueError(f"an event of iteration {iteration} cannot follow one of {tally.earliest}")
         if isinstance(what, Skill):
             if kind != "insert":
                 raise ValueError(f"an event is of unknown kind {kind!r}")

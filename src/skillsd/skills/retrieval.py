@@ -53,6 +53,19 @@ def ucb_score(mean_reward: float, n_uses: int, total_uses: int, c: float = SQRT2
     return mean_reward + c * math.sqrt(math.log(total_uses) / n_uses)
 
 
+def scores(skills: Sequence[Scored], c: float = SQRT2, untried: Untried = "first") -> list[float]:
+    """The UCB score of each of a task's skills, by which `select` chooses: inf for never-used ones where those come first.
+
+    Args:
+        skills: All of the task's skills.
+        c: Weight of exploration.
+        untried: As for `select`.
+    """
+    counted = [skill.uses if untried == "first" else max(1, skill.uses) for skill in skills]
+    total = sum(counted)
+    return [ucb_score(skill.mean_reward, n, total, c) if n else math.inf for skill, n in zip(skills, counted, strict=True)]
+
+
 def select(skills: Sequence[S], c: float = SQRT2, untried: Untried = "first") -> S | None:
     """The skill to use next, or None if there is none. The order of `skills` does not matter as long as each has its id.
 
@@ -67,8 +80,7 @@ def select(skills: Sequence[S], c: float = SQRT2, untried: Untried = "first") ->
     unused = [skill for skill in skills if skill.uses == 0]
     if unused and untried == "first":
         return _best(unused, [skill.source_reward for skill in unused])
-    total = sum(max(1, skill.uses) for skill in skills)
-    return _best(skills, [ucb_score(skill.mean_reward, max(1, skill.uses), total, c) for skill in skills])
+    return _best(skills, scores(skills, c, untried))
 
 
 def _best(skills: Sequence[S], scores: Sequence[float]) -> S:

@@ -41,7 +41,7 @@ class Skill:
         golden_workflow: The ideal overall process.
         task_id: The task it belongs to.
         skill_id: The bank's id, from 1 upwards; None before insertion.
-        source_iteration: Iteration of the trajectory it was made from.
+        source_iteration: Iteration of the trajectory it was made from; below 0 that of another run, counted back from this one's start.
         source_member: That trajectory's index within its group.
         source_reward: That trajectory's reward.
         source_completion: That trajectory's completion, 0..1.

@@ -25,6 +25,9 @@ Booking = Literal["source", "next_visit", "gap"]
 Drop = Literal["worst", "oldest"]
 Kind = Literal["insert", "merge", "use", "drop"]
 
+BEFORE = -1
+"""The iteration of what a bank holds before its run begins: skills that were imported."""
+
 SCHEMA = (
     "CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     """CREATE TABLE skill (
@@ -62,7 +65,7 @@ class Event(NamedTuple):
     Args:
         kind: `insert` a new skill, `merge` a duplicate into one, `use` it, `drop` it.
         seq: Position in the log, from 1 without holes.
-        iteration: Iteration during which it happened; never decreases along the log.
+        iteration: Iteration during which it happened, or `BEFORE`; never decreases along the log.
         skill_id: The skill.
         reward: Of a use: mean reward of the group, if given.
         gap: Of a use: outcome-aligned gap, if given.
@@ -106,6 +109,11 @@ class Tally:
     merged: int
     dropped: int
     crc_sum: int
+
+    @property
+    def earliest(self) -> int:
+        """The earliest iteration that the next event may be of."""
+        return self.iteration if self.seq else BEFORE
 
 
 class Table:

@@ -11,14 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from skillsd.analysis.plots import COLOURS
 from skillsd.statistics import t_interval
 from skillsd.study.comparison import Comparison
 from skillsd.study.results import PARTS, WINDOW
 from skillsd.study.settings import StudySettings
 from skillsd.study.verdict import ALPHA
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe & Ito (2008) without yellow: told apart with any colour vision."""
 LINES = ("-", "--", ":", "-.")
 AXES = {
     "env_steps": "environment steps",

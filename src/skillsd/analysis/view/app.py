@@ -14,7 +14,6 @@ from typing import Any
 from flask import Flask, Response, abort, redirect, render_template, request, url_for
 from werkzeug.exceptions import HTTPException
 
-from skillsd import __version__
 from skillsd.analysis import syntax
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.site import Opened, Site
@@ -41,14 +40,15 @@ def create_app(site: Site, token: str) -> Flask:
     app = Flask("skillsd.analysis.view", static_url_path="/<token>/static")
     app.jinja_env.finalize = lambda x: visible(x) if type(x) is str else x  # our own markup is Markup, all else is data
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
-    app.jinja_env.globals["version"] = __version__
+    app.jinja_env.globals["url_for"] = _address
     app.jinja_env.filters["number"] = pages.number
 
     @app.before_request
-    def admit() -> None:
+    def admit() -> Response | None:
         given = (request.view_args or {}).pop("token", "")
-        if request.host.rpartition(":")[0] not in HOSTS or not hmac.compare_digest(given.encode(), token.encode()):
-            abort(404)
+        if request.host.rpartition(":")[0] in HOSTS and hmac.compare_digest(given.encode(), token.encode()):
+            return None
+        return Response("404\n", 404, mimetype="text/plain")  # not a page: its links hold the token
 
     @app.url_defaults
     def with_token(_: str, values: dict[str, Any]) -> None:
@@ -140,6 +140,12 @@ def create_app(site: Site, token: str) -> Flask:
             return pages.compare(opened, other)
 
     return app
+
+
+def _address(page: str, /, **where: Any) -> str:
+    """An address can hold no lone surrogate; pages.py knows a task by its visible name."""
+    shown: dict[str, Any] = {key: visible(x) if type(x) is str else x for key, x in where.items()}
+    return url_for(page, **shown)
 
 
 def _html(template: str, **values: Any) -> Response:

@@ -20,6 +20,7 @@ from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
 from skillsd.analysis.view.site import Opened
 from skillsd.errors import ConfigError
+from skillsd.rollout.guard import visible
 from skillsd.skills.skill import FIELDS
 from skillsd.statistics import bootstrap_mean
 
@@ -161,8 +162,9 @@ def tasks(opened: Opened, query: str, only: str, sort: str, page: int) -> dict[s
 
 
 def task(opened: Opened, task_id: str) -> dict[str, Any]:
-    """A task's groups. Raises ConfigError if it was never played."""
-    seen = show.task(opened.run, task_id)
+    """A task's groups; its name as addresses have it. Raises ConfigError if it was never played."""
+    known = opened.once("visible", lambda: {visible(name): name for name in opened.run.trajectories["task_id"].unique()})
+    seen = show.task(opened.run, known.get(task_id, task_id))
     rows = opened.run.trajectories.loc[[n for g in seen["groups"] for n in g["trajectories"]]]
     return seen | {"ends": rows["finish_reason"].to_dict(), "solved": rows["success"].to_dict()}
 
@@ -174,7 +176,10 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
     """An episode turn by turn; `scored` is one of HEATS, or "" for no scores. Raises IndexError if there is no such trajectory."""
     with opened.lock:
         run = opened.run
-        seen, last = show.trajectory(run, n), len(run.trajectories) - 1
+        last = len(run.trajectories) - 1
+        if n > last:
+            raise IndexError(f"There is no trajectory {n}: the last one is {last}.")
+        seen = show.trajectory(run, n)
         skill = seen["skill_id"] and run.skill(seen["skill_id"])
         group = run.trajectories
         group = group[(group["iteration"] == seen["iteration"]) & (group["task_id"] == seen["task_id"])].index.tolist()
@@ -281,7 +286,7 @@ def skill_pair(opened: Opened, a: int, b: int) -> dict[str, Any]:
 
 def _marked(a: str, b: str) -> tuple[Markup, Markup]:
     """Both texts, the words that the other has not in <mark>."""
-    words = a.split(), b.split()
+    words = visible(a).split(), visible(b).split()
     out: tuple[list[Markup], list[Markup]] = ([], [])
     for kind, *spans in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
         for side, (start, end) in enumerate((spans[:2], spans[2:])):

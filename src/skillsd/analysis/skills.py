@@ -1,0 +1,132 @@
+"""`skillsd skills`: a bank's skills as JSON lines, into another run's bank, and searched."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from skillsd.analysis.run import Run, read_bank
+from skillsd.analysis.show import plain
+from skillsd.analysis.similar import SkillIndex
+from skillsd.durable import write
+from skillsd.errors import ConfigError, Parser
+from skillsd.rollout.guard import visible
+from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE
+from skillsd.skills import SkillBank
+from skillsd.skills.exchange import FORMAT, from_lines, to_lines
+from skillsd.skills.imported import counted, earlier
+from skillsd.skills.skill import FIELDS
+from skillsd.skills.tables import BEFORE
+
+_BANK_HELP = f"a run folder (trainer.default_root_dir), also one that is training, or a {BANK_FILE}"
+_SHOWN_CHARS = 200
+
+
+def skills(args: Sequence[str]) -> None:
+    """Write a bank's skills as JSON lines, put such lines into the bank of a run that has not begun, or search a bank.
+
+    Args:
+        args: What follows `skillsd skills`.
+
+    Raises:
+        ConfigError: unknown arguments, no bank or a damaged one, a bad line, or a run that has begun.
+    """
+    parser = Parser(prog="skillsd skills", description="A run's skills: write them out, let another run begin with them, search them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, does: str, run: Callable[[Any], None]) -> Any:
+        made = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
+        made.set_defaults(run=run)
+        return made
+
+    out = command("export", f"print the skills that a bank holds, each a line of JSON (format {FORMAT})", _export)
+    out.add_argument("bank", metavar="RUN_OR_BANK", help=_BANK_HELP)
+    out.add_argument("-o", metavar="FILE", dest="out", help="write there instead")
+    out.add_argument("--all", action="store_true", help="also those that were dropped")
+    into = command(
+        "import", "let a run that has not begun begin with such skills, under its settings (config.yaml) if there are any", _import
+    )
+    into.add_argument("run_folder", metavar="RUN", help="its folder, also one that is not there yet")
+    into.add_argument("file", metavar="FILE", help="what export has written; - is the standard input. All of it enters, or nothing")
+    find = command("search", "print the skills that are most like a text, dropped ones included", _search)
+    find.add_argument("bank", metavar="RUN_OR_BANK", help=_BANK_HELP)
+    find.add_argument("query", metavar="QUERY", help="words, or moves")
+    find.add_argument("-n", type=int, default=10, metavar="N", help="at most so many (10)")
+    find.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    given = parser.parse_args(args)
+    given.run(given)
+
+
+def _export(given: Any) -> None:
+    try:
+        with SkillBank(_bank_file(given.bank), read_only=True) as bank:
+            lines = to_lines(bank, given.all)
+            if given.out is None:
+                for line in lines:
+                    print(line)
+            else:
+                write(Path(given.out), "".join(f"{line}\n" for line in lines).encode())
+    except ValueError as e:
+        raise ConfigError(f"RUN_OR_BANK: {e}") from e
+
+
+def _import(given: Any) -> None:
+    folder = Path(given.run_folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"RUN: {folder} is no folder: name that of the run to come.")
+    if given.file == "-":
+        new = from_lines(sys.stdin.buffer)
+    elif Path(given.file).is_file():
+        with Path(given.file).open("rb") as f:
+            new = from_lines(f)
+    else:
+        raise ConfigError(
+            f"FILE: there is no {given.file}: name a file that `skillsd skills export` has written, or - for the standard input."
+        )
+    if not new:
+        raise ConfigError("FILE: it holds no skill: nothing was imported.")
+    told = Run(folder).config.get("skills") if (folder / CONFIG_FILE).is_file() else None
+    settings = {k: told[k] for k in ("capacity", "drop", "booking") if k in told} if isinstance(told, dict) else {}
+    path = folder / BANK_FILE
+    try:
+        if any((folder / CHECKPOINTS).glob("*.ckpt")) or counted(path)[1]:
+            raise ConfigError(f"RUN: the run in {folder} has begun, and could not go on with other skills: name a new folder.")
+        with SkillBank(path, **settings) as bank:
+            before = bank.stats()
+            bank.insert(earlier(new), BEFORE)
+            after, most = bank.stats(), bank.capacity
+    except (ValueError, TypeError) as e:
+        raise e if isinstance(e, ConfigError) else ConfigError(f"skills: {e}") from e
+    merged, dropped = (int(after[k] - before[k]) for k in ("merged", "dropped"))
+    tasks = len({skill.task_id for skill in new})
+    print(f"imported {len(new)} skills of {tasks} tasks: {path} holds {int(after['size'])}")
+    print(f"{merged} were there already; {dropped} were dropped, as a task keeps {'all' if most is None else most}")
+    others = any(p.name != BANK_FILE for p in folder.iterdir())
+    print(f"begin with them: skillsd fit ... --trainer.default_root_dir={folder}{' --ckpt_path last' if others else ''}")
+
+
+def _search(given: Any) -> None:
+    found = SkillIndex(read_bank(_bank_file(given.bank)).frame).search(given.query, given.n)
+    rows = [{"skill_id": int(skill_id)} | plain(row) for skill_id, row in found.iterrows()]  # type: ignore[call-overload]
+    if given.json:
+        print(json.dumps(rows, indent=1, allow_nan=False))
+        return
+    for s in rows:
+        gone = "" if s["dropped"] is None else f", dropped in iteration {s['dropped']}"
+        head = f"skill {s['skill_id']}, task {s['task_id']}: mean reward {s['mean_reward']:.3f}, {s['uses']} uses{gone}"
+        print(visible(f"{s['similarity']:.3f}  {head}"))
+        for name in FIELDS:
+            text = " ".join(s[name].split())
+            print(visible(f"       {name}: {text[:_SHOWN_CHARS]}{'...' if len(text) > _SHOWN_CHARS else ''}"))
+    if not rows:
+        print("no skill shares a word with it")
+
+
+def _bank_file(given: str) -> Path:
+    path = Path(given) / BANK_FILE if Path(given).is_dir() else Path(given)
+    if not path.is_file():
+        raise ConfigError(f"RUN_OR_BANK: there is no {path}: name a run folder, or a bank's file.")
+    return path

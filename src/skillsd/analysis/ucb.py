@@ -1,0 +1,71 @@
+"""How a task's skills stood with retrieval as a run went on: the bank's log played again, scored by retrieval's own formula."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import groupby
+from typing import Any
+
+import pandas as pd
+
+from skillsd.analysis.run import Run
+from skillsd.errors import ConfigError
+from skillsd.run_folder import BANK_FILE
+from skillsd.skills import SkillBank
+from skillsd.skills.bank_file import connect
+from skillsd.skills.retrieval import SQRT2, Untried, scores, select
+from skillsd.skills.tables import State
+
+
+def ucb_scores(run: Run, tasks: Collection[str] | None = None, c: float | None = None, untried: Untried | None = None) -> pd.DataFrame:
+    """The UCB scores of tasks' skills over time.
+
+    Args:
+        run: The run.
+        tasks: Ids of tasks; None: all of them.
+        c: Weight of exploration; None: the run's.
+        untried: What a never-used skill counts for (`retrieval.select`); None: the run's.
+
+    Returns:
+        A row a skill in the bank at the beginning of an iteration, for each iteration before which something of its task has changed:
+        `iteration`, `task_id`, `skill_id`, `uses`, `mean_reward`, `score` (inf for a never-used skill that comes before all others) and
+        `best`, whether retrieval would take it. Between two of its rows a task stands as in the first.
+
+    Raises:
+        ConfigError: the bank is damaged.
+    """
+    path = run.folder / BANK_FILE
+    given: dict[str, Any] = ((run.config.get("skills") or {}).get("context") or {}).get("init_args") or {}
+    c = float(given.get("c", SQRT2)) if c is None else c
+    untried = given.get("untried", "first") if untried is None else untried
+    rows: list[tuple[Any, ...]] = []
+    try:
+        with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
+            booking, events = bank.booking, list(bank.events())
+            skills = {e.skill_id: bank.get(e.skill_id) for e in events if e.kind == "insert"}
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    ledger = connect(None, booking, read_only=False)
+    try:
+        with ledger.transaction():
+            for iteration, happened in groupby(events, key=lambda event: event.iteration):
+                changed: set[str] = set()
+                for event in happened:
+                    skill = skills[event.skill_id]
+                    what = skill if event.kind == "insert" else ledger.state(event.skill_id)
+                    ledger.append(event.kind, event.iteration, what, event.reward, event.gap)
+                    changed.add(skill.task_id)
+                for task_id in sorted(changed if tasks is None else changed.intersection(tasks)):
+                    rows += _standing(iteration + 1, ledger.live(task_id), c, untried)
+    finally:
+        ledger.close()
+    return pd.DataFrame(rows, columns=["iteration", "task_id", "skill_id", "uses", "mean_reward", "score", "best"])
+
+
+def _standing(iteration: int, live: list[State], c: float, untried: Untried) -> list[tuple[Any, ...]]:
+    states = sorted(live, key=lambda s: s.skill_id)
+    best = select(states, c, untried)
+    return [
+        (iteration, s.task_id, s.skill_id, s.uses, s.mean_reward, score, s is best)
+        for s, score in zip(states, scores(states, c, untried), strict=True)
+    ]

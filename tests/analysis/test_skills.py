@@ -1,0 +1,126 @@
+"""`skillsd skills`: from one run's bank into another's, all or nothing, and what is most like a text."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from skillsd import cli
+from skillsd.skills import Skill, SkillBank
+from skillsd.skills.tables import BEFORE
+
+EVIL = "left \x1b[31m [bold]red[/bold]"
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Path:
+    """Two held skills of two tasks, and one that was dropped."""
+    path = tmp_path / "donor" / "bank.sqlite"
+    with SkillBank(path, capacity=1) as bank:
+        bank.insert([Skill("s", "m", "go up", "t1", source_reward=0.5), Skill("s", "m", "go right", "t1", source_reward=1.0)], 2)
+        bank.insert([Skill("s", EVIL, "down " * 200, EVIL, source_iteration=3)], 3)
+        bank.record_use(2, 4, reward=1.0)
+    return path
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Any:
+    def told(*args: object, code: int = 0) -> str:
+        assert cli.main(["skills", *map(str, args)]) == code
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err and (err == "") == (code == 0) and err.count("\n") == (code != 0)
+        return err or out
+
+    return told
+
+
+def held(path: Path) -> dict[str, list[str]]:
+    with SkillBank(path, read_only=True) as bank:
+        return {task: [skill.golden_workflow for skill in bank.skills(task)] for task in bank.tasks()}
+
+
+def test_from_one_bank_to_another(told, bank, tmp_path):
+    new, file = tmp_path / "new", tmp_path / "skills.jsonl"
+    assert told("export", bank.parent, "-o", file) == ""
+    assert told("export", bank) == file.read_text() and file.read_text().count("\n") == 2
+    said = told("import", new, file)
+    assert "imported 2 skills of 2 tasks" in said and f"--trainer.default_root_dir={new}\n" in said
+    assert held(new / "bank.sqlite") == held(bank)
+    with SkillBank(new / "bank.sqlite") as there:
+        assert {e.iteration for e in there.events()} == {BEFORE}
+        (skill,) = there.skills("t1")
+        assert (skill.source_reward, skill.uses, skill.source_iteration) == (1.0, 0, -4)
+    assert "holds 2\n2 were there already; 0 were dropped, as a task keeps 8" in told("import", new, file)
+
+
+def test_a_pipe(told, bank, tmp_path, monkeypatch):
+    lines = told("export", bank, "--all")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines.encode())))
+    assert "imported 3 skills of 2 tasks" in told("import", tmp_path / "new", "-")
+    assert held(tmp_path / "new" / "bank.sqlite")["t1"] == ["go up", "go right"]
+
+
+def test_the_runs_settings_hold(told, bank, tmp_path):
+    new, file = tmp_path / "new", tmp_path / "skills.jsonl"
+    new.mkdir()
+    (new / "config.yaml").write_text("skills: {capacity: 1, drop: oldest, booking: gap, refresh: epoch}\n")
+    told("export", bank, "--all", "-o", file)
+    said = told("import", new, file)
+    assert "holds 2\n0 were there already; 1 were dropped, as a task keeps 1\n" in said and "--ckpt_path last" in said
+    with SkillBank(new / "bank.sqlite", booking="gap") as there:
+        assert [s.mean_reward for s in there.skills("t1")] == [0.0]
+    (new / "config.yaml").write_text("skills: {capacity: null, booking: source}\n")
+    assert "booked as 'gap', not 'source'" in told("import", new, file, code=2)
+
+
+def test_a_bad_line_imports_nothing(told, bank, tmp_path):
+    new, file = tmp_path / "new", tmp_path / "skills.jsonl"
+    told("export", bank, "-o", file)
+    file.write_text(file.read_text() + "{}\n")
+    assert "FILE: line 3: " in told("import", new, file, code=2) and not new.exists()
+
+
+def test_a_run_that_has_begun_is_left_alone(told, bank, tmp_path):
+    file, other = tmp_path / "skills.jsonl", tmp_path / "other"
+    told("export", bank, "-o", file)
+    before = bank.read_bytes()
+    assert "has begun" in told("import", bank.parent, file, code=2) and bank.read_bytes() == before
+    (other / "checkpoints").mkdir(parents=True)  # a method without skills: no events, and yet the checkpoint counts them
+    (other / "checkpoints" / "last.ckpt").touch()
+    assert "has begun" in told("import", other, file, code=2) and not (other / "bank.sqlite").exists()
+
+
+def test_what_is_no_bank_and_no_file(told, bank, tmp_path):
+    (empty := tmp_path / "empty.jsonl").write_text("\n")
+    (foreign := tmp_path / "foreign").write_text("no bank" * 100)
+    for args, said in (
+        (("export", tmp_path), f"RUN_OR_BANK: there is no {tmp_path / 'bank.sqlite'}"),
+        (("search", tmp_path / "nosuch", "x"), "RUN_OR_BANK: there is no"),
+        (("export", foreign), "RUN_OR_BANK: .*not a skill bank"),
+        (("search", foreign, "x"), "not a skill bank"),
+        (("import", tmp_path / "new", tmp_path / "nosuch"), "FILE: there is no"),
+        (("import", tmp_path / "new", empty), "FILE: it holds no skill"),
+        (("import", foreign, empty), "RUN: .* is no folder"),
+        (("search", bank, "x", "-n", "-1"), "n: -1 "),
+        ((), "command"),
+        (("nosuch",), "nosuch"),
+    ):
+        assert re.search(said, told(*args, code=2)), args
+
+
+def test_search(told, bank):
+    found = json.loads(told("search", bank.parent, "left red", "--json"))
+    assert [(s["skill_id"], s["dropped"]) for s in found] == [(3, None)] and found[0]["mistake_analysis"] == EVIL
+    assert 0 < found[0]["similarity"] < 1
+    lines = told("search", bank, "GO UP", "-n", 2).splitlines()
+    assert re.fullmatch(r"0\.\d{3}  skill 1, task t1: mean reward 0\.500, 0 uses, dropped in iteration 2", lines[0])
+    assert lines[3] == "       golden_workflow: go up" and "skill 2" in lines[4] and "1 uses" in lines[4] and len(lines) == 8
+    assert r"\x1b" in (text := told("search", bank, "down")) and "..." in text and max(map(len, text.splitlines())) < 240
+    assert told("search", bank, "zebra") == "no skill shares a word with it\n" and told("search", bank, "zebra", "--json") == "[]\n"
