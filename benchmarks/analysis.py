@@ -1,4 +1,5 @@
-"""A long run as data frames: how long it takes to open one, to follow it while it grows and to read a trajectory, and in how much memory.
+"""A long run as data frames and in the browser: how long it takes to open one, to follow it while it grows, to read a trajectory and to
+make a page of `skillsd view`, and in how much memory.
 
     python -m benchmarks.analysis                                  # 100,000 trajectories of 400 tokens
     python -m benchmarks.analysis --trajectories 20000 --tokens 4000
@@ -12,11 +13,14 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.bank import resident, timed
 
 from skillsd.analysis import Run
+from skillsd.analysis.view import pages
+from skillsd.analysis.view.site import Opened
 from skillsd.run_folder import CONFIG_FILE, TRAJECTORIES_FILE
 from skillsd.trajectory import Trajectory, Turn
 
@@ -61,9 +65,26 @@ def main() -> None:
 
         more = timed(grown)
         one = sorted(timed(lambda: run.tokens(random.randrange(args.trajectories))) for _ in range(200))[100]
+        opened_run = Opened("run", Path(folder), "cpu")
+        made_pages: dict[str, Callable[[], object]] = {
+            "overview": lambda: pages.overview(opened_run),
+            "tasks": lambda: pages.tasks(opened_run, "", "all", "-reward", 1),
+            "trajectory": lambda: pages.trajectory(opened_run, args.trajectories // 2, ""),
+        }
+
+        def asked(make: Callable[[], object]) -> tuple[float, float]:
+            """Seconds of the page after 64 more trajectories, and asked for again."""
+            with path.open("ab") as f:
+                f.writelines(lines[:64])
+            return timed(lambda: (opened_run.update(), make())), timed(lambda: (opened_run.update(), make()))
+
+        asked(made_pages["tasks"])  # the first page opens the run
+        shown = {name: asked(make) for name, make in made_pages.items()}
         print(f"{args.trajectories:,} trajectories, {size:,.0f} MiB: read as bytes {plain:.1f} s")
         print(f"opened {opened:.1f} s ({opened / plain:.1f} x), {held:,.0f} MiB held")
         print(f"64 more {more * 1000:.0f} ms; the tokens of one {one * 1000:.1f} ms")
+        for name, (new, again) in shown.items():
+            print(f"page {name}: {new * 1000:.0f} ms after 64 more trajectories, {again * 1000:.0f} ms again")
 
 
 if __name__ == "__main__":
