@@ -18,7 +18,7 @@ NAMES = [
     "06_finetuning_qwen3_4b",
 ]  # fmt: skip
 PRIVATE = re.compile(r"import .*\b_\w|\w\._[a-z]|skillsd\._")
-PLOTS = {name: n for name, n in zip(NAMES, (3, 3, 4, 1, 2, 0), strict=True)}
+PLOTS = dict(zip(NAMES, (3, 3, 4, 1, 2, 0), strict=True))
 
 
 def executed(name: str, folder: Path, **variables: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_the_first_notebook_makes_a_run(first):
     run, notebook = first
     check(notebook, NAMES[0])
-    assert len((run / "trajectories.jsonl").read_text().splitlines()) == 12 * 8 * 4
+    assert len((run / "trajectories.jsonl").read_text().splitlines()) == 12 * 6 * 4
 
 
 @pytest.mark.slow
