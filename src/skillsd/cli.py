@@ -23,22 +23,19 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, conf_dir
-from skillsd.analysis.film import Film
 from skillsd.analysis.panel import print_report
-from skillsd.analysis.play import play_model, play_scripted
 from skillsd.begin import guard_run_folder
 from skillsd.callbacks import MemoryPlan, TeacherSync
-from skillsd.callbacks.export import export_adapter
 from skillsd.callbacks.run_config import SaveRunConfig
-from skillsd.checkpoint import LAST, newest_good, read_checkpoint
+from skillsd.checkpoint import read_checkpoint
 from skillsd.class_paths import config
 from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
 from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
-from skillsd.run_folder import CHECKPOINTS
 from skillsd.skills.callback import SkillBankCallback
+from skillsd.trainer import Trainer
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
@@ -59,78 +56,6 @@ TYPES = {
 CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
 """Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
 any function a file names."""
-
-
-class Trainer(L.Trainer):
-    """Lightning's Trainer with two more things to do with a run.
-
-    Attributes:
-        skillsd_config: The resolved configuration, for the loggers.
-    """
-
-    skillsd_config: dict[str, Any]
-
-    def export(self, model: L.LightningModule, datamodule: L.LightningDataModule, out: str, ckpt_path: str = "last") -> None:
-        """Write a checkpoint's student as a PEFT folder.
-
-        Args:
-            model: The module.
-            datamodule: Not used.
-            out: Folder to write.
-            ckpt_path: The checkpoint; `last` is the run folder's own.
-        """
-        steps = _restore(self, model, ckpt_path)
-        print(f"adapter: {export_adapter(model.policy, Path(out), steps)}")
-
-    def play(
-        self,
-        model: L.LightningModule,
-        datamodule: L.LightningDataModule,
-        policy: str = "model",
-        level: int | None = None,
-        task: str | None = None,
-        skill: bool = False,
-        gif: str | None = None,
-        ckpt_path: str | None = None,
-    ) -> None:
-        """Print one episode, turn by turn.
-
-        Args:
-            model: The module.
-            datamodule: The tasks.
-            policy: `model` (greedy), `oracle` (the environment's own solution) or an agent of the environment; the last two load no model.
-            level: Index of the panel's task; 0 if neither it nor `task` is given.
-            task: Instead of `level`, the task_id of a task of the panel or the training split.
-            skill: Put the task's skill in front: the bank's, or one made from the environment's own solution.
-            gif: File to write the episode to as an animation, of an environment that draws.
-            ckpt_path: A checkpoint; null plays the policy as it starts.
-        """
-        if policy != "model":
-            if skill:
-                raise ConfigError(f"skill: --policy {policy} reads no prompt, so a skill would change nothing: leave out --skill.")
-            if ckpt_path is not None:
-                raise ConfigError(f"ckpt_path: --policy {policy} loads no model: leave out --ckpt_path.")
-        with Film(gif, datamodule) as film:
-            if policy != "model":
-                play_scripted(datamodule, policy, level, task, film)
-                return
-            if ckpt_path is not None:
-                _restore(self, model, ckpt_path)
-            else:
-                model.configure_model()
-            play_model(self, model, datamodule, level, task, skill, film)
-
-
-def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
-    folder = Path(trainer.default_root_dir) / CHECKPOINTS
-    path = newest_good(folder) or folder / LAST if ckpt_path == "last" else Path(ckpt_path)
-    if not path.is_file():
-        raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
-    checkpoint = read_checkpoint(path)
-    model.configure_model()
-    model.on_load_checkpoint(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
-    return int(checkpoint["global_step"])
 
 
 class CLI(LightningCLI):

@@ -58,3 +58,6 @@ def test_the_blocks():
         "# A & B", "![an <a>](a.png)", "![b](b.png)", "| n | x\\|y |\n| --- | ---: |\n| <1> | 2 |", "```python\na = '<b>'\n```",
         "```\n <\n```", "one", "```\n1\n```", "two", "- - <i>", "<p>\n",
     ]  # fmt: skip
+    told = markdown(report, entities).split("\n\n")
+    for part in ("- - &#60;i&#62;", "&#60;p&#62;\n", "![an &#60;a&#62;](a.png)", "```python\na = '<b>'\n```"):
+        assert part in told

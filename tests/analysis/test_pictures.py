@@ -41,7 +41,7 @@ def test_a_board(pictures):
 def test_the_language_of_actions(pictures):
     with pictures("skillsd_appworld:skillsd/AppWorld-v0") as drawn:
         assert drawn.png("output") is None
-        assert drawn.language in ("python", "")  # "" where AppWorld is not set up
+        assert drawn.language == "python"  # also where AppWorld is not set up
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,16 @@ def test_the_language_of_actions(pictures):
 def test_an_environment_that_cannot_be_made(pictures, env, data):
     with pictures(env, **data) as drawn:
         assert drawn.png("######") is None and drawn.language == ""
+
+
+class Failing(gymnasium.Env):
+    def picture(self, observation):
+        if observation == "raise":
+            raise ValueError("no")
+        return {"wrong": np.zeros((2, 2)), "right": np.zeros((2, 2, 3), np.uint8)}[observation]
+
+
+def test_an_environment_that_fails_to_draw(pictures, monkeypatch):
+    monkeypatch.setattr("skillsd.analysis.pictures.make_env", lambda *_: Failing())
+    with pictures("x:Failing-v0") as drawn:
+        assert drawn.png("raise") is None and drawn.png("wrong") is None and drawn.png("right").startswith(b"\x89PNG")

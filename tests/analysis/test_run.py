@@ -238,6 +238,13 @@ def test_metrics_panel_and_configuration(run):
             getattr(run, name.partition(".")[0])
 
 
+def test_a_folder_with_an_imported_bank_alone(tmp_path):
+    with SkillBank(tmp_path / "bank.sqlite") as bank:
+        bank.insert([Skill("s", "m", "w", "t1")], -1)
+    run = Run(tmp_path)
+    assert run.skills["inserted"].tolist() == [-1] and run.metrics.empty and run.trajectories.empty and run.config == {}
+
+
 def test_what_is_no_run_folder(tmp_path):
     with pytest.raises(ConfigError, match=r"is no run folder .*name one that fit has made"):
         Run(tmp_path)

@@ -34,7 +34,7 @@ def cells(table):
     return [[unescape(c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row, re.S)] for row in re.findall(r"<tr>(.*?)</tr>", html, re.S)][1:]
 
 
-def test_the_table_of_skills():
+def test_the_table_of_skills(monkeypatch):
     with SkillBank() as bank:
         assert board.skill_table(bank) == ""
         ids = [bank.insert([Skill("good", "bad", f"up {i}", f"task-{i}", source_reward=i / 100)], 0)[0] for i in range(25)]
@@ -49,6 +49,9 @@ def test_the_table_of_skills():
         assert rows[1][4] == ("word " * 1000)[: board.CHARS] + "..."
         assert rows[2][1:] == ["task-24", "1", f"{bank.get(ids[24]).mean_reward:.3f}", "up 24"] and rows[2][3] == "0.240"
         assert board.skill_table(bank).startswith("20 of 27 skills\n")
+        monkeypatch.setattr(board, "READ", 22)  # a bank of millions would take minutes; "z" comes last
+        bounded = board.skill_table(bank)
+        assert bounded.startswith("20 of 27 skills, the most used of 22\n") and long not in [int(r[0]) for r in cells(bounded)]
 
 
 def test_an_episode_is_code_whatever_it_holds():

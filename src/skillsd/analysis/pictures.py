@@ -10,11 +10,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
+from numpy.typing import NDArray
 from PIL import Image
 
 from skillsd.analysis.run import Run
 from skillsd.errors import ConfigError
 from skillsd.rollout import make_env
+from skillsd.rollout.guard import Failure, attempt
+from skillsd.rollout.picture import picture_of
 
 
 class Pictures:
@@ -45,11 +48,12 @@ class Pictures:
         if self._env is not None:
             self._env.close()
 
-    def array(self, observation: str) -> np.ndarray | None:
-        """[H, W, 3] uint8; None where there is no picture."""
-        picture = getattr(self._env, "picture", None)
-        found = picture(observation) if callable(picture) else None
-        return None if found is None else np.asarray(found, dtype=np.uint8)
+    def array(self, observation: str) -> NDArray[np.uint8] | None:
+        """[H, W, 3]; None where there is no picture, or the environment fails to make one."""
+        if self._env is None:
+            return None
+        found = attempt(lambda: picture_of(self._env, observation))
+        return None if isinstance(found, Failure) else found
 
     def _png(self, observation: str) -> bytes | None:
         """The same as a PNG file."""

@@ -35,6 +35,7 @@ th,td{padding:.2rem .9rem .2rem 0;border-bottom:1px solid var(--line);text-align
 pre{font:12.5px/1.45 ui-monospace,monospace;margin:.3rem 0;padding:.4rem .6rem;background:var(--soft);border-radius:4px;
 white-space:pre-wrap;overflow-wrap:anywhere;max-height:20rem;overflow-y:auto}
 td:not(.name){white-space:nowrap}
+@media (max-width:30rem){th,td{font-size:.74rem;padding-right:.4rem}}
 .cards{display:grid;gap:.8rem;margin:.6rem 0}.cards.small{grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr))}
 .cards.medium{grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr))}
 .card{min-width:0}.card>p:first-child{color:var(--dim);font-size:.85rem;margin:0}.small img{width:100%;max-width:12rem;display:block}

@@ -37,9 +37,9 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not any((self.folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE)):
+        if not any((self.folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE, BANK_FILE)):
             raise ConfigError(
-                f"{self.folder} is no run folder (it has neither {CONFIG_FILE} nor {METRICS_FILE}): name one that fit has made."
+                f"{self.folder} is no run folder (it has no {CONFIG_FILE}, {METRICS_FILE} or {BANK_FILE}): name one that fit has made."
             )
         self._index = Index(self.folder / TRAJECTORIES_FILE)
 

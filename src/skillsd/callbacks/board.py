@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import nsmallest
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,8 @@ FRAMES, ACROSS, GAP = 32, 8, 6
 """Most boards of an episode that are shown, boards in a row, pixels between them."""
 ROWS, CHARS = 20, 300
 """Of the table of skills: most rows, and most characters in a cell."""
+READ = 10_000
+"""Skills that are looked at for it, at most: half a second."""
 NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "ckpt_path", "overwrite", "weights_only")
 """Keys that say where a run is and how it was begun; they and what is under them."""
 
@@ -50,12 +53,18 @@ def strip(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 def skill_table(bank: SkillBank) -> str:
     """The skills that were used most, as a Markdown table; "" for an empty bank."""
-    held = (skill for task_id in bank.tasks() for skill in bank.skills(task_id))
+    held = islice((skill for task_id in bank.tasks() for skill in bank.skills(task_id)), READ)
     rows = nsmallest(ROWS, held, key=lambda s: (-s.uses, s.skill_id))
     if not rows:
         return ""
+    most = f", the most used of {READ:,}" * (len(bank) > READ)
     return "\n".join(
-        [f"{len(rows)} of {len(bank)} skills\n", "| id | task | uses | mean reward | workflow |", "|--:|---|--:|--:|---|", *map(_row, rows)]
+        [
+            f"{len(rows)} of {len(bank)} skills{most}\n",
+            "| id | task | uses | mean reward | workflow |",
+            "|--:|---|--:|--:|---|",
+            *map(_row, rows),
+        ]
     )
 
 

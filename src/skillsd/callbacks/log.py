@@ -12,6 +12,7 @@ from typing import Any
 from zlib import crc32
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from skillsd.callbacks import board
@@ -67,7 +68,7 @@ class RunLog(L.Callback):
                 raise ConfigError(f"trainer.default_root_dir: {metrics} has the columns of another version of skillsd: name a new folder.")
         if config := getattr(trainer, "skillsd_config", {}):
             for logger in trainer.loggers:
-                if not isinstance(logger, board.TensorBoardLogger):
+                if not isinstance(logger, TensorBoardLogger):
                     logger.log_hyperparams(board.hyperparameters(config))
             for writer in board.writers(trainer):
                 board.session_start(writer, config)

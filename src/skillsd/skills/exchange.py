@@ -68,8 +68,7 @@ def _skill(line: bytes) -> Skill:
         raise ValueError("task_id is no text")
     task_id.encode()  # a lone surrogate cannot be stored
     source = {name: _number(name, found[name], kind) for name, kind in SOURCE.items() if name in names}
-    texts = {name: found[name] for name in FIELDS}
-    return Skill(**texts, task_id=task_id, **source).admitted()
+    return Skill(**{name: found[name] for name in FIELDS}, task_id=task_id, **source).admitted()
 
 
 def _number(name: str, value: Any, kind: type) -> Any:
