@@ -50,7 +50,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_the_first_notebook_makes_a_run(first):
     run, notebook = first
     check(notebook, NAMES[0])
-    assert len((run / "trajectories.jsonl").read_text().splitlines()) == 12 * 8 * 4
+    assert len((run / "trajectories.jsonl").read_text().splitlines()) == 12 * 6 * 4
 
 
 @pytest.mark.slow

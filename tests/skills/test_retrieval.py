@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from skillsd.skills import select, ucb_score
+from skillsd.skills.retrieval import scores
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,14 @@ def test_untried_as_a_prior_is_one_use(make_skill):
     # ln 6 = 1.792: good 1 + c * 0.669, fair 0.5 + c * 1.339, failed c * 1.339: fair from c = 0.747 on
     assert select([good, failed, fair], c=0.74, untried="prior") is good
     assert select([good, failed, fair], c=0.76, untried="prior") is fair
+
+
+def test_scores_are_what_select_goes_by(make_skill):
+    skills = [
+        make_skill("often", skill_id=1, uses=3, mean_reward=0.5),
+        make_skill("once", skill_id=2, uses=1, mean_reward=0.0),
+        make_skill("never", skill_id=3, mean_reward=0.25),
+    ]
+    assert scores(skills, 1.0) == [ucb_score(0.5, 3, 4, 1.0), ucb_score(0.0, 1, 4, 1.0), math.inf]
+    assert scores(skills, 1.0, "prior") == [ucb_score(0.5, 3, 5, 1.0), ucb_score(0.0, 1, 5, 1.0), ucb_score(0.25, 1, 5, 1.0)]
+    assert scores([]) == []
