@@ -31,7 +31,7 @@ from skillsd.checkpoint import read_checkpoint
 from skillsd.class_paths import config
 from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
-from skillsd.keys import reading, refuse_nulls, refuse_shapes, refusing, specifying
+from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
 from skillsd.skills.callback import SkillBankCallback
@@ -109,7 +109,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         nested = config.as_dict()
-        refuse_secrets(_flat(nested))
+        refuse_secrets(dict(leaves(nested)))
         refuse_shapes(nested, TYPES)
         refuse_nulls(nested, TYPES)
         if config.get("weights_only") is False:
@@ -181,7 +181,7 @@ def refuse_secrets(config: dict[str, Any]) -> None:
         if key.endswith(".api_key_env") and isinstance(value, str):
             hold_secret(value, os.environ.get(value, ""))
     for secret, name in secrets().items():
-        if found := [key for key, value in config.items() if isinstance(value, str) and secret in value]:
+        if found := [key for key, value in config.items() if isinstance(value, str | list) and secret in str(value)]:
             raise ConfigError(
                 f"{found[0]} holds the value of the environment variable {name}, which would be written to the run folder: "
                 "leave it out, or give the variable's name where a key asks for one (api_key_env)."
@@ -190,19 +190,6 @@ def refuse_secrets(config: dict[str, Any]) -> None:
 
 def _run_seed(seed: Any) -> int:
     return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, list):
-            value = dict(enumerate(value))
-        if isinstance(value, dict):
-            out |= _flat(value, f"{name}.")
-        elif isinstance(value, int | float | bool | str):
-            out[name] = value
-    return out
 
 
 def resolve_configs(args: list[str]) -> list[str]:

@@ -12,6 +12,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from skillsd.errors import ConfigError
 
 
+def leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """What a nested configuration holds, by dotted key: all that is no mapping, a list of mappings by number."""
+    listed = isinstance(config, list | tuple) and any(isinstance(x, Mapping) for x in config)
+    inner = dict(enumerate(config)) if listed else config
+    if not isinstance(inner, Mapping) or not inner:
+        yield key, config
+        return
+    for name, value in inner.items():
+        yield from leaves(value, f"{key}.{name}" if key else str(name))
+
+
 def refuse_nulls(config: Mapping[str, Any], types: Mapping[str, type]) -> None:
     """jsonargparse takes a null for "not given", whatever the key's type; the class would get it, and fail now or in the middle of a run.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, inf, isnan, nan, sqrt
+from typing import Any
 
 import numpy as np
 import scipy  # its stats are loaded at first use
@@ -47,6 +48,26 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, draws: int = 10_000, 
 
 
 # -- over seeds: the unit is the seed; an interval over levels describes one run only ------------------------------------------
+
+
+def paired_difference(before: Mapping[str, Any], after: Mapping[str, Any], key: str = "success") -> tuple[float, float, float]:
+    """Mean of after - before over the same episodes, with its 95% bootstrap interval over tasks.
+
+    Args:
+        before: A panel's result: `levels`, each with task_id, member, seed and `key`.
+        after: Another of the same panel.
+        key: `success` or `completion`.
+
+    Raises:
+        ValueError: the two were not played on the same tasks.
+    """
+    names = [[(x["task_id"], x["member"], x["seed"]) for x in result["levels"]] for result in (before, after)]
+    if names[0] != names[1]:
+        raise ValueError("before and after were played on different panels: start a new run folder.")
+    by_task: dict[str, list[float]] = {}
+    for b, a in zip(before["levels"], after["levels"], strict=True):
+        by_task.setdefault(b["task_id"], []).append(float(a[key]) - float(b[key]))
+    return bootstrap_mean([sum(v) / len(v) for v in by_task.values()])
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:

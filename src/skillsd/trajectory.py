@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from zlib import crc32
 
 _CRC = ',"crc32":"'
 
 FinishReason = Literal["done", "length", "horizon", "failed"]
+_REASONS = get_args(FinishReason)
 FAILURES = ("raised", "hung", "observation", "reward", "model", "environment")
 """Why episodes fail: a call of the environment raised, or did not come back; what it said is no text that tokens can hold, or has too many
 characters; a reward or completion is no finite number; the model's log-probs are none; or the environment itself says so."""
@@ -131,6 +132,8 @@ class Trajectory:
             raw["turns"] = tuple(Turn(**t) for t in raw["turns"])
             for key in ("prompt_ids", "token_ids", "action_mask", "logprobs"):
                 raw[key] = tuple(raw[key])
+            if raw["finish_reason"] not in _REASONS:
+                raise ValueError(f"finish_reason is {raw['finish_reason']!a:.80}")
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ValueError(f"the line is no trajectory ({e})") from e
@@ -164,6 +167,8 @@ def outline(line: bytes) -> tuple[Any, ...]:
         return (*(getattr(t, name) for name in FIELDS), len(t.turns), len(t.prompt_ids), len(t.token_ids), t.n_actions)
     try:
         known = json.loads(line[: at[0]] + b"}") | json.loads(b"{" + line[after + 2 :])
+        if known["finish_reason"] not in _REASONS:
+            raise ValueError(f"finish_reason is {known['finish_reason']!a:.80}")
         start = [i + len(name) for i, name in zip(at, _LISTS, strict=True)]
         prompt, tokens = (line.count(b",", start[k], at[k + 1]) + (start[k] < at[k + 1]) for k in (0, 1))
         turns, sampled = line.count(_TURN, start[4] - 1, after), line.count(b"true", start[2], at[3])

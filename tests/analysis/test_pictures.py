@@ -59,6 +59,16 @@ class Failing(gymnasium.Env):
         return {"wrong": np.zeros((2, 2)), "right": np.zeros((2, 2, 3), np.uint8)}[observation]
 
 
+@pytest.mark.parametrize("error", [ImportError("libGL.so.1"), RuntimeError("no display"), SystemError()])
+def test_an_environment_that_fails_to_begin(pictures, monkeypatch, error):
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("skillsd.analysis.pictures.make_env", fail)
+    with pictures(SOKOBAN) as drawn:
+        assert drawn.png("######") is None and drawn.language == ""
+
+
 def test_an_environment_that_fails_to_draw(pictures, monkeypatch):
     monkeypatch.setattr("skillsd.analysis.pictures.make_env", lambda *_: Failing())
     with pictures("x:Failing-v0") as drawn:

@@ -216,7 +216,7 @@ def test_metrics_panel_and_configuration(run):
     assert run.metrics.empty and run.panel == {} and run.config == {"seed_everything": 7, "model": {"class_path": "X"}}
     row = dict.fromkeys(METRICS, "0.1") | {"iteration": "0", "epoch": "0", "loss/total": repr(0.1 + 0.2), "teacher/k3": ""}
     (run.folder / "metrics.csv").write_text(",".join(METRICS) + "\n" + ",".join(row.values()) + "\n")
-    (run.folder / "panel.json").write_text('{"before": {"n": 3}}')
+    (run.folder / "panel.json").write_text('{"before": {"n": 3, "success": 0.5, "success_interval": [0, 1], "levels": []}}')
     run.refresh()
     assert run.metrics.loc[0, "loss/total"] == 0.1 + 0.2 and pd.isna(run.metrics.loc[0, "teacher/k3"]) and run.panel["before"]["n"] == 3
     with (run.folder / "metrics.csv").open("a") as f:
@@ -230,12 +230,30 @@ def test_metrics_panel_and_configuration(run):
     run.refresh()
     assert len(run.metrics) == 0
     metrics = [b"a\n1\n", b"iteration,epoch\n0,x\n", b"\xff\n", b"iteration,epoch\n0\n", b"iteration,epoch\n1,0\n"]
-    bad = [*(("metrics.csv", content) for content in metrics), ("config.yaml", b"{"), ("config.yaml", b"3"), ("panel.json", b"[")]
+    bad = [
+        *(("metrics.csv", content) for content in metrics),
+        ("config.yaml", b"{"),
+        ("config.yaml", b"3"),
+        ("panel.json", b"["),
+        ("panel.json", b'{"after": {"n": 3}}'),
+        ("panel.json", b'{"after": 3}'),
+    ]
     for name, content in bad:
         (run.folder / name).write_bytes(content)
         run.refresh()
         with pytest.raises(ConfigError, match=name):
             getattr(run, name.partition(".")[0])
+
+
+def test_an_unknown_finish_reason_is_none_of_ours(run):
+    """It would be shown as it is."""
+    line = SHORT.to_json().rpartition(',"crc32"')[0].replace('"done"', '"\\u001b[2Jgone"')
+    path = run.folder / "trajectories.jsonl"
+    for text in (f"{line}}}\n", json.dumps(json.loads(f"{line}}}"), indent=None) + "\n"):  # as we write it, and as another program does
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"finish_reason is '\\x1b\[2Jgone'"):
+            run.refresh()
+            _ = run.trajectories
 
 
 def test_a_folder_with_an_imported_bank_alone(tmp_path):

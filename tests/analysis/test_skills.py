@@ -51,19 +51,44 @@ def test_from_one_bank_to_another(told, bank, tmp_path):
     assert told("export", bank.parent, "-o", file) == ""
     assert told("export", bank) == file.read_text() and file.read_text().count("\n") == 2
     said = told("import", new, file)
-    assert "imported 2 skills of 2 tasks" in said and f"--trainer.default_root_dir={new}\n" in said
+    assert "imported 2 new skills of 2 tasks" in said and f"--trainer.default_root_dir={new}\n" in said
     assert held(new / "bank.sqlite") == held(bank)
     with SkillBank(new / "bank.sqlite") as there:
         assert {e.iteration for e in there.events()} == {BEFORE}
         (skill,) = there.skills("t1")
         assert (skill.source_reward, skill.uses, skill.source_iteration) == (1.0, 0, -4)
-    assert "holds 2\n2 were there already; 0 were dropped, as a task keeps 8" in told("import", new, file)
+    said = told("import", new, file)
+    assert "imported 0 new skills" in said and "holds 2\n2 were there already; 0 were dropped, as a task keeps 8" in said
+    with SkillBank(new / "bank.sqlite") as there:
+        assert {s.sources for s in there.skills("t1")} == {1}  # nobody has said it a second time
+
+
+def test_a_bank_that_is_open_elsewhere(told, bank, tmp_path):
+    """A run that is in its first iteration has no event and no checkpoint yet."""
+    new, file = tmp_path / "new", tmp_path / "skills.jsonl"
+    told("export", bank, "-o", file)
+    new.mkdir()
+    with SkillBank(new / "bank.sqlite") as running:
+        assert "is open in another process" in told("import", new, file, code=2)
+        running.insert([Skill("s", "m", "w", "t9")], 0)  # it goes on
+    assert "has begun" in told("import", new, file, code=2)
+    (tmp_path / "killed").mkdir()
+    empty = tmp_path / "empty.sqlite"
+    SkillBank(empty).close()
+    for end in ("", "-wal", "-shm"):  # what SIGKILL leaves before the first event
+        (tmp_path / "killed" / f"bank.sqlite{end}").write_bytes(b"" if end else empty.read_bytes())
+    assert "imported 2 new skills" in told("import", tmp_path / "killed", file)
+
+
+def test_a_file_that_cannot_be_written(told, bank, tmp_path):
+    for out in (tmp_path, bank / "x"):
+        assert "-o: " in told("export", bank, "-o", out, code=2)
 
 
 def test_a_pipe(told, bank, tmp_path, monkeypatch):
     lines = told("export", bank, "--all")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines.encode())))
-    assert "imported 3 skills of 2 tasks" in told("import", tmp_path / "new", "-")
+    assert "imported 3 new skills of 2 tasks" in told("import", tmp_path / "new", "-")
     assert held(tmp_path / "new" / "bank.sqlite")["t1"] == ["go up", "go right"]
 
 

@@ -58,9 +58,18 @@ def test_an_episode_is_code_whatever_it_holds():
     turns = (Turn("# board\r<b>x</b>\x1b[2J", "go\n\n# up", 0.0), Turn("last", "", 1.0))
     t = Trajectory(0, "t<i>", 1, 0, "", (), (), (), (), turns, 1.0, 0.5, False, "failed", failure="raised: x")
     text = board.episode(t)
-    assert text.startswith("task t<i>, member 1: failed (raised: x), completion 0.50\n\n    # board\\r<b>x</b>\\x1b[2J\n    → go\n    \n")
+    assert text.startswith(
+        "task t&#60;i&#62;, member 1: failed &#40;raised&#58; x&#41;, completion 0.50\n\n    # board\\r<b>x</b>\\x1b[2J\n    > go\n    \n"
+    )
     html = markdown_to_safe_html(text)
     assert html.count("<pre>") == 1 and "<h1" not in html and "<b>" not in html and "# up" in html
+
+
+def test_a_failure_is_no_markdown():
+    failed = "raised: ValueError: ![p](http://evil/p.png) [click](http://evil)"
+    t = Trajectory(0, failed, 0, 0, "", (), (), (), (), (), 0.0, 0.0, False, "failed", failure=failed)
+    html = markdown_to_safe_html(board.episode(t))
+    assert "<img" not in html and "<a " not in html and unescape(html).count(failed) == 2
 
 
 def test_histograms_of_finite_numbers():

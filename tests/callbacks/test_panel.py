@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from skillsd.callbacks import Panel
-from skillsd.callbacks.panel import paired_difference, read_panel, summarise, write_panel
+from skillsd.callbacks.panel import read_panel, summarise, write_panel
 from skillsd.errors import ConfigError
-from skillsd.statistics import bootstrap_mean, wilson_interval
+from skillsd.statistics import bootstrap_mean, paired_difference, wilson_interval
 from skillsd.trajectory import Task, Trajectory, Turn
 
 

@@ -91,7 +91,8 @@ def skills(run: Run) -> list[Block]:
     cards: list[list[Block]] = []
     for skill_id, s in ranked.head(SKILLS).iterrows():
         gone = "" if pd.isna(s["dropped"]) else f", dropped in iteration {s['dropped']}"
-        made = f"from iteration {s['source_iteration']}, member {s['source_member']} (reward {s['source_reward']:.3f})"
+        made = f"from iteration {s['source_iteration']}, member {s['source_member']}" if s["inserted"] >= 0 else "imported"
+        made += f" (its source's reward {s['source_reward']:.3f})"
         head = f"Skill {skill_id} of task {said(s['task_id'])}: used {s['uses']} times, mean reward {s['mean_reward']:.3f}, {made}{gone}."
         cards.append([head, _skill(run, int(skill_id))])  # type: ignore[call-overload]
     return [Cards(cards, "medium")] if cards else []

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from skillsd.analysis.run import Run
-from skillsd.errors import ConfigError
 from skillsd.rollout import make_env
 from skillsd.rollout.guard import Failure, attempt
 from skillsd.rollout.picture import picture_of
+
+TRUST = "Boards are drawn by the environment that the run names, which is imported: look at runs of people you trust."
 
 
 class Pictures:
@@ -27,7 +28,8 @@ class Pictures:
     actions in `metadata["action_language"]`.
 
     Args:
-        run: The run; an environment that cannot be made here (its engine is missing, say) has no pictures.
+        run: The run, whose environment is imported and made: look at what people you trust have handed on. One that cannot be made here
+            (its engine is missing, say) has no pictures.
     """
 
     def __init__(self, run: Run) -> None:
@@ -36,10 +38,9 @@ class Pictures:
         with suppress(KeyError, TypeError, AttributeError):
             data = run.config["data"]["init_args"]
             kwargs = {**(data.get("env_kwargs") or {}), **(data.get("env_overrides") or {}).get(data["env"], {})}
-            try:
-                declared = self._env = make_env(data["env"], kwargs).unwrapped
-            except ConfigError:
-                declared = _class_of(data["env"])
+            made = attempt(lambda: make_env(data["env"], kwargs).unwrapped)  # whatever its code does here
+            self._env = None if isinstance(made, Failure) else made
+            declared = self._env or attempt(lambda: _class_of(data["env"]))
         self.language = str((getattr(declared, "metadata", None) or {}).get("action_language", ""))
         self.png = lru_cache(maxsize=4096)(self._png)
 
@@ -65,8 +66,6 @@ class Pictures:
 
 
 def _class_of(env_id: str) -> Any:
-    """The class of an environment that cannot be made here (its engine is missing, say); None if it cannot be imported either."""
-    with suppress(gymnasium.error.Error, ImportError, AttributeError):
-        entry: Any = gymnasium.spec(env_id.rpartition(":")[2]).entry_point  # its module was imported when it was to be made
-        return load_env_creator(entry) if isinstance(entry, str) else entry
-    return None
+    """The class of an environment that cannot be made here (its engine is missing, say)."""
+    entry: Any = gymnasium.spec(env_id.rpartition(":")[2]).entry_point  # its module was imported when it was to be made
+    return load_env_creator(entry) if isinstance(entry, str) else entry

@@ -47,13 +47,16 @@ def curve(run: Run, name: str, window: int | None = None) -> pd.DataFrame:
         KeyError: there is no such metric.
     """
     values = run.metrics[name].dropna()
-    n = len(run.metrics)
-    window = window or max(1, math.ceil(n / POINTS))
+    n, window = len(run.metrics), window or _window(run)
     if name in PLAYED and not run.trajectories.empty:
         return _over_groups(run, PLAYED[name], window)
     place = values.index // window
     mean = values.groupby(place).mean()
     return _frame(mean, np.full(len(mean), np.nan), window, n)
+
+
+def _window(run: Run) -> int:
+    return max(1, math.ceil(len(run.metrics) / POINTS))
 
 
 def _over_groups(run: Run, name: str, window: int) -> pd.DataFrame:
@@ -86,10 +89,11 @@ def curves(runs: Mapping[str, Run], name: str, title: str | None = None) -> Figu
         title: Above the picture; default: the metric's name.
     """
     with _axes(title or name, len(runs) > 1) as ax:
+        window = max((_window(run) for run in runs.values()), default=1)  # one for all: a longer mean looks calmer
         for i, (label, run) in enumerate(runs.items()):
             if name not in run.metrics:
                 continue
-            c = curve(run, name)
+            c = curve(run, name, window)
             colour = COLOURS[i % len(COLOURS)]
             ax.plot(c.index, c["mean"], color=colour, label=label, linewidth=1.6, marker="o" if len(c) == 1 else "")
             if c["low"].notna().any():
@@ -125,7 +129,7 @@ def _axes(title: str, legend: bool) -> Iterator[Axes]:
         yield ax
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xlabel("iteration")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if legend:
             ax.legend(frameon=False, fontsize=9, labelcolor=_INK)
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from skillsd.analysis import examples, origin, panel, plots
 from skillsd.analysis.document import Block, Cards, Code, Heading, Picture, entities, html, markdown
-from skillsd.analysis.pictures import Pictures
+from skillsd.analysis.pictures import TRUST, Pictures
 from skillsd.analysis.run import Run
 from skillsd.durable import write
 from skillsd.errors import ConfigError, Parser, redacted
@@ -57,7 +57,9 @@ def report(args: Sequence[str], checks: Callable[[], Sequence[dict[str, str]]]) 
     Raises:
         ConfigError: unknown arguments, no run folder, or a damaged file.
     """
-    parser = Parser(prog="skillsd report", description="Write a run as one HTML file that needs no other, and as Markdown with pictures.")
+    parser = Parser(
+        prog="skillsd report", description=f"Write a run as one HTML file that needs no other, and as Markdown with pictures. {TRUST}"
+    )
     parser.add_argument("run", metavar="RUN", help="a run folder (trainer.default_root_dir), also one that is training")
     parser.add_argument("-o", "--out", metavar="FOLDER", help="where to; default: RUN/report")
     given = parser.parse_args(args)
@@ -91,7 +93,8 @@ def blocks(run: Run, pictures: Pictures, checks: Sequence[dict[str, str]]) -> li
         out.append("No panel was played yet.")
     out += [Heading("What was run"), origin.facts(run), Heading("Curves")]
     if drawn := [[p] for p in _curves(run)]:
-        out.append("Shaded: 95% intervals (Student's t) over the groups of an iteration, where a metric is measured for each group.")
+        shaded = "over the groups of the iterations that a point stands for, where each group measures a metric"
+        out.append(f"Shaded: 95% intervals (Student's t) {shaded}.")
         out.append(Cards(drawn, "medium"))
     else:
         out.append("No iteration is finished yet.")

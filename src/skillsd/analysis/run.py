@@ -48,7 +48,7 @@ class Run:
 
     def refresh(self) -> None:
         """Forget what was read; of trajectories only what was appended is read again."""
-        for name in ("config", "metrics", "panel", "trajectories", "_lines", "_bank"):
+        for name in ("config", "metrics", "panel", "trajectories", "_lines", "_bank", "bank_size"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -150,6 +150,17 @@ class Run:
     def skill(self, skill_id: int) -> Skill:
         """A skill of the bank. Raises KeyError if there never was one of that id."""
         return self._bank.skills[int(skill_id)]
+
+    @cached_property
+    def bank_size(self) -> dict[str, int]:
+        """How many skills the bank has `held` (now) and `ever`, and how many `tasks` have one; no skill is read."""
+        path = self.folder / BANK_FILE
+        try:
+            with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
+                told = bank.stats()
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
+        return {"held": int(told["size"]), "ever": int(told["size"] + told["dropped"]), "tasks": int(told["tasks"])}
 
     @cached_property
     def _bank(self) -> Bank:

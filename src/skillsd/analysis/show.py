@@ -62,7 +62,7 @@ def _tell(as_json: bool, what: Any, text: Callable[[Any, Console], None], out: C
 
 def overview(run: Run) -> dict[str, Any]:
     """How a run goes: its size, its first and last iteration, how episodes ended, the panel's results and the bank."""
-    metrics, played, skills = run.metrics, run.trajectories, run.skills
+    metrics, played = run.metrics, run.trajectories
     shown = [name for name in _SHOWN if name in metrics]
     return {
         "folder": str(run.folder),
@@ -73,7 +73,7 @@ def overview(run: Run) -> dict[str, Any]:
         "finish_reasons": {str(reason): int(n) for reason, n in played["finish_reason"].value_counts().items()},
         "metrics": {when: plain(metrics[shown].iloc[at]) for when, at in (("first", 0), ("last", -1))} if len(metrics) else {},
         "panel": {when: {k: v for k, v in part.items() if k != "levels"} for when, part in run.panel.items() if isinstance(part, dict)},
-        "skills": {"held": int(skills["dropped"].isna().sum()), "ever": len(skills), "tasks": int(skills["task_id"].nunique())},
+        "skills": run.bank_size,
     }
 
 
@@ -141,8 +141,9 @@ def _number(value: float | None) -> str:
 
 def _print_overview(panel: dict[str, Any], seen: dict[str, Any], out: Console) -> None:
     ends = ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items())
+    ends = f" ({ends})" if ends else ""
     out.print(
-        f"{seen['folder']}: {seen['iterations']} iterations, {seen['trajectories']} trajectories of {seen['tasks']} tasks ({ends})",
+        f"{seen['folder']}: {seen['iterations']} iterations, {seen['trajectories']} trajectories of {seen['tasks']} tasks{ends}",
         soft_wrap=True,
     )
     if seen["metrics"]:
@@ -181,10 +182,11 @@ def _print_task(seen: dict[str, Any], out: Console) -> None:
 
 
 def _print_skills(seen: list[dict[str, Any]], out: Console) -> None:
-    table = _table("skills", "id", "task", "from", "uses", "mean reward", "sources", "dropped", "workflow")
+    table = _table("skills", "id", "task", "from", "uses", "reward", "sources", "dropped", "workflow")
     for s in seen:
         dropped = "" if s["dropped"] is None else str(s["dropped"])
         text = Text(visible(" ".join(s["golden_workflow"].split()))[:200])
-        numbers = (str(s["source_iteration"]), str(s["uses"]), _number(s["mean_reward"]), str(s["sources"]), dropped)
+        origin = "imported" if s["inserted"] < 0 else str(s["source_iteration"])
+        numbers = (origin, str(s["uses"]), _number(s["mean_reward"]), str(s["sources"]), dropped)
         table.add_row(str(s["skill_id"]), Text(visible(s["task_id"])), *numbers, text)
     out.print(table)

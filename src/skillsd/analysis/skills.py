@@ -17,7 +17,7 @@ from skillsd.rollout.guard import visible
 from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE
 from skillsd.skills import SkillBank
 from skillsd.skills.exchange import FORMAT, from_lines, to_lines
-from skillsd.skills.imported import counted, earlier
+from skillsd.skills.imported import counted, earlier, in_use
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.tables import BEFORE
 
@@ -68,9 +68,14 @@ def _export(given: Any) -> None:
                 for line in lines:
                     print(line)
             else:
-                write(Path(given.out), "".join(f"{line}\n" for line in lines).encode())
+                text = "".join(f"{line}\n" for line in lines).encode()
     except ValueError as e:
         raise ConfigError(f"RUN_OR_BANK: {e}") from e
+    if given.out is not None:
+        try:
+            write(Path(given.out), text)
+        except OSError as e:
+            raise ConfigError(f"-o: {given.out} cannot be written ({e.strerror}): name another file.") from e
 
 
 def _import(given: Any) -> None:
@@ -94,16 +99,19 @@ def _import(given: Any) -> None:
     try:
         if any((folder / CHECKPOINTS).glob("*.ckpt")) or counted(path)[1]:
             raise ConfigError(f"RUN: the run in {folder} has begun, and could not go on with other skills: name a new folder.")
+        if in_use(path):
+            raise ConfigError(f"RUN: {path} is open in another process, a run that begins, say: name a new folder.")
         with SkillBank(path, **settings) as bank:
+            known = {(s.task_id, *s.texts) for task_id in {s.task_id for s in new} for s in bank.skills(task_id)}
+            unknown = list({key: s for s in new if (key := (s.task_id, *s.texts)) not in known}.values())
             before = bank.stats()
-            bank.insert(earlier(new), BEFORE)
+            bank.insert(earlier(unknown), BEFORE)
             after, most = bank.stats(), bank.capacity
     except (ValueError, TypeError) as e:
         raise e if isinstance(e, ConfigError) else ConfigError(f"skills: {e}") from e
-    merged, dropped = (int(after[k] - before[k]) for k in ("merged", "dropped"))
-    tasks = len({skill.task_id for skill in new})
-    print(f"imported {len(new)} skills of {tasks} tasks: {path} holds {int(after['size'])}")
-    print(f"{merged} were there already; {dropped} were dropped, as a task keeps {'all' if most is None else most}")
+    dropped, tasks = int(after["dropped"] - before["dropped"]), len({skill.task_id for skill in unknown})
+    print(f"imported {len(unknown)} new skills of {tasks} tasks: {path} holds {int(after['size'])}")
+    print(f"{len(new) - len(unknown)} were there already; {dropped} were dropped, as a task keeps {'all' if most is None else most}")
     others = any(p.name != BANK_FILE for p in folder.iterdir())
     print(f"begin with them: skillsd fit ... --trainer.default_root_dir={folder}{' --ckpt_path last' if others else ''}")
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skillsd.keys import leaves
 from skillsd.rollout.guard import visible
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Trajectory
@@ -35,9 +36,9 @@ def writers(trainer: L.Trainer) -> list[Any]:
 
 def episode(t: Trajectory) -> str:
     """A trajectory as Markdown: a line on how it ended, then what was said as code."""
-    text = "\n\n".join(f"    {turn.observation}\n→ {turn.action}".replace("\n", "\n    ") for turn in t.turns)
+    text = "\n\n".join(f"    {turn.observation}\n> {turn.action}".replace("\n", "\n    ") for turn in t.turns)
     finish = f"{t.finish_reason} ({t.failure})" if t.failure else t.finish_reason
-    return visible(f"task {t.task_id}, member {t.member}: {finish}, completion {t.completion:.2f}\n\n{text}")
+    return f"task {_cell(t.task_id)}, member {t.member}: {_cell(finish)}, completion {t.completion:.2f}\n\n{visible(text)}"
 
 
 def strip(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -94,21 +95,13 @@ def token_histograms(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[s
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, int | float | str]:
     """A resolved configuration, flat: `a.init_args.b` as on the command line; the class of `a` under `a`; null, true and lists as text,
     so that a key which one run sets and another leaves null is a column with two values."""
-    return dict(_flat(config, ""))
-
-
-def _flat(value: Any, key: str) -> Iterator[tuple[str, int | float | str]]:
-    if key in NO_HYPERPARAMETERS:
-        return
-    if isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
-        value = dict(enumerate(value))
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, key if name == "class_path" else f"{key}.{name}".lstrip("."))
-    elif isinstance(value, bool | None | list | tuple):
-        yield key, json.dumps(value, default=str)
-    elif isinstance(value, int | float | str):
-        yield key, value
+    out: dict[str, int | float | str] = {}
+    for key, value in leaves(config):
+        if any(f"{key}.".startswith(f"{skipped}.") for skipped in NO_HYPERPARAMETERS):
+            continue
+        plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+        out[key.removesuffix(".class_path")] = value if plain else json.dumps(value, default=str)
+    return out
 
 
 def session_start(writer: Any, config: Mapping[str, Any]) -> None:

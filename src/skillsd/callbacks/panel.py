@@ -15,7 +15,7 @@ from rich.progress import Progress
 from skillsd.durable import write
 from skillsd.errors import ConfigError
 from skillsd.run_folder import PANEL_FILE, read_panel
-from skillsd.statistics import bootstrap_mean, wilson_interval
+from skillsd.statistics import bootstrap_mean, paired_difference, wilson_interval
 from skillsd.trajectory import Trajectory
 
 SHARES = ("success", "completion", "task_goal_completion", "scenario_goal_completion")
@@ -201,21 +201,6 @@ def _mean(items: Iterable[Collection[bool]]) -> tuple[float, list[float]]:
         return mean, interval
     wins = round(sum(shares))
     return wins / max(1, len(shares)), list(wilson_interval(wins, len(shares)))
-
-
-def paired_difference(before: dict[str, Any], after: dict[str, Any], key: str = "success") -> tuple[float, float, float]:
-    """Mean of after - before over the same episodes, with its 95% bootstrap interval over tasks.
-
-    Raises:
-        ValueError: the two were not played on the same tasks.
-    """
-    names = [[(x["task_id"], x["member"], x["seed"]) for x in result["levels"]] for result in (before, after)]
-    if names[0] != names[1]:
-        raise ValueError("before and after were played on different panels: start a new run folder.")
-    by_task: dict[str, list[float]] = {}
-    for b, a in zip(before["levels"], after["levels"], strict=True):
-        by_task.setdefault(b["task_id"], []).append(float(a[key]) - float(b[key]))
-    return bootstrap_mean([sum(v) / len(v) for v in by_task.values()])
 
 
 def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = ()) -> None:

@@ -55,7 +55,10 @@ def from_lines(lines: Iterable[bytes]) -> list[Skill]:
 
 
 def _skill(line: bytes) -> Skill:
-    found = json.loads(line)
+    try:
+        found = json.loads(line)
+    except ValueError as e:
+        raise ValueError("it is no JSON") from e
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f'it is no skill (a JSON object with "format": "{FORMAT}")')
     names = set(found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,15 @@ def counted(path: Path) -> tuple[int, int]:
         return 0, 0
     with SkillBank(path, read_only=True) as bank:
         return bank.imported, bank.position - bank.imported
+
+
+def in_use(path: Path) -> bool:
+    """Whether another process has the bank open: whoever closes it last takes its -wal file away, also one that a killed run has left."""
+    if not path.is_file():
+        return False
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return path.with_name(f"{path.name}-wal").exists()
 
 
 def cut_to_imported(path: Path) -> int:

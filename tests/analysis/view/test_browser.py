@@ -164,3 +164,14 @@ def test_it_follows_a_run(page, address, site):
     page.wait_for_selector("text=quite new", timeout=20_000)
     assert page.locator("[data-row]").count() == before + 1
     assert page.evaluate("document.activeElement.hasAttribute('data-row')")  # who walks through rows goes on
+
+
+def test_a_choice_is_not_taken_away(page, address, site):
+    """Neither what is chosen on a page of a run that goes on, nor what is open."""
+    run = site.runs["hostile"].run
+    page.goto(f"{address}/run/hostile/skills")
+    page.check("input[name=a] >> nth=1")
+    with page.expect_response(re.compile("run/hostile/skills$"), timeout=20_000):
+        append(run.folder / "trajectories.jsonl", [replace(run.trajectory(0), iteration=3, task_id="later")])
+    page.wait_for_timeout(300)
+    assert page.locator("input[name=a]").nth(1).is_checked()

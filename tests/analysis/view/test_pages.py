@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html import unescape
 from html.parser import HTMLParser
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 from tests.analysis.view.conftest import TOKEN
 
 from skillsd import cli
-from skillsd.analysis import Run, Scorer
+from skillsd.analysis import Run, Scorer, SkillIndex
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.app import create_app
+from skillsd.analysis.view.site import Site
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
@@ -186,7 +189,7 @@ def test_a_teacher_that_saw_no_skill_is_not_given_one(get, site):
     run = site.runs["real"].run
     n = int(run.trajectories.index[run.trajectories["skill_id"].isna()][0])
     assert "with its skill" not in get(f"real/trajectory/{n}")
-    assert "its teacher saw no skill" in get(f"real/trajectory/{n}?heat=skill", 500)
+    assert "saw no skill" in get(f"real/trajectory/{n}?heat=skill", 404)
 
 
 def test_boards_are_pictures(get):
@@ -217,12 +220,13 @@ def test_two_skills_marked():
 
 
 def test_compare():
-    def panel(*success: bool) -> Any:
-        levels = [{"task_id": f"t{i}", "member": 0, "seed": 0, "success": s} for i, s in enumerate(success)]
+    def panel(*success: bool, attempts: int = 1) -> Any:
+        levels = [{"task_id": f"t{i}", "member": m, "seed": 0, "success": s} for i, s in enumerate(success) for m in range(attempts)]
         return SimpleNamespace(panel={"after": {"levels": levels}})
 
     found = pages._difference(panel(True, False, False, False), panel(True, True, True, False))
     assert found is not None and found["n"] == 4 and found["mean"] == 0.5 and 0.0 <= found["low"] <= 0.5 <= found["high"] <= 1.0
+    assert pages._difference(panel(True, False, False, False, attempts=8), panel(True, True, True, False, attempts=8)) == found | {"n": 32}
     assert pages._difference(panel(True), panel(True, True)) is None
     assert pages._difference(SimpleNamespace(panel={}), SimpleNamespace(panel={})) is None
 
@@ -239,4 +243,111 @@ def test_what_is_not_there(get, path):
 
 
 def test_a_task_that_was_never_played(get):
-    assert "has no trajectory of it" in get("real/task?id=nothing", 500)
+    assert "Task nothing was never played" in get("real/task?id=nothing", 404)
+
+
+def test_a_run_that_is_not_shown(get):
+    assert "There is no run nobody here" in get("real/compare?with=nobody", 404)
+
+
+# -- what files may do --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def another(site, tmp_path):
+    """A copy of the real run, and a way to ask for its pages."""
+    folder = tmp_path / "another"
+    shutil.copytree(site.runs["real"].run.folder, folder)
+    with Site([folder, site.runs["hostile"].run.folder]) as own:
+        client = create_app(own, TOKEN).test_client()
+
+        def get(path: str, status: int = 200) -> str:
+            answer = client.get(f"/{TOKEN}/run/another/{path}", headers={"Host": "127.0.0.1"})  # as a browser asks at port 80
+            assert answer.status_code == status, answer.text
+            return str(answer.text)
+
+        yield folder, get
+
+
+def test_a_run_without_its_bank(another):
+    folder, get = another
+    n = int(Run(folder).trajectories["skill_id"].last_valid_index())
+    (folder / "bank.sqlite").unlink()
+    assert re.search(r"Its teacher saw skill \d+, which is not in this", get(f"trajectory/{n}"))
+    for path in ("", "tasks", "skills", "compare", f"trajectory/{n}?heat=none"):
+        get(path)
+
+
+def test_odd_configurations(another):
+    folder, get = another
+    for text in ("skills: null\ndata: null\nmodel: null\n", "data: 5\nmodel: {init_args: {policy: x}}\nskills: [1]\n", ""):
+        (folder / "config.yaml").write_text(text)
+        for path in ("", "trajectory/0", "compare"):
+            get(path)
+
+
+def test_a_damaged_panel_is_told(another):
+    folder, get = another
+    (folder / "panel.json").write_text('{"after": {"n": 3}}')
+    assert "panel.json is damaged (after has no success)" in unescape(get("", 500))
+
+
+def test_a_folder_that_is_gone(another):
+    folder, get = another
+    get("")
+    shutil.rmtree(folder)
+    assert "is gone" in get("", 500)
+
+
+def test_reading_changes_nothing(another, site):
+    folder, get = another
+    first = get("stamp")
+    get("skills")
+    assert get("stamp") == first and get("stamp?with=hostile") == f"{first} {get('stamp?with=hostile').split()[1]}"
+    assert 'stamp?with=hostile"' in get("compare") and f'data-stamp="{get("stamp?with=hostile")}"' in get("compare")
+
+
+def test_titles_of_one_page_are_not_anothers(another):
+    _, get = another
+    assert "reward/success" not in get("") and "reward/success" in get("?all=1") and "episodes solved" in get("")
+
+
+def test_two_pages_that_show_both_runs_wait_for_each_other_and_end(site):
+    app, done = create_app(site, TOKEN), []
+
+    def ask(a: str, b: str) -> None:
+        for _ in range(6):
+            for opened in site.runs.values():
+                opened.stamp = ""  # all is made anew
+            answer = app.test_client().get(f"/{TOKEN}/run/{a}/compare?with={b}", headers={"Host": "localhost:1"})
+            done.append(answer.status_code)
+
+    threads = [Thread(target=ask, args=pair, daemon=True) for pair in (("real", "hostile"), ("hostile", "real"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert done == [200] * 12
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_key_does_one_thing(get, site, path):
+    n = site.runs["real"].run.trajectories["skill_id"].last_valid_index()
+    keys = [a["data-key"] for _, a in Markup(get(f"real/{path}".replace("trajectory/4", f"trajectory/{n}"))).found if "data-key" in a]
+    assert len(keys) == len(set(keys)) and not {"j", "k", "?"} & set(keys)
+
+
+def test_a_search_counts_and_sorts(get, site):
+    run = site.runs["real"].run
+    word = run.skills["golden_workflow"].iloc[0].split()[0]
+    found = SkillIndex(run.skills).search(word, len(run.skills))
+    ids = [int(row[0]) for row in cells(get(f"real/skills?q={word}"))[1:]]
+    assert ids == found.index.tolist() and f"<small>{len(ids)} of {len(run.skills)}</small>" in get(f"real/skills?q={word}")
+    by_uses = [int(row[2]) for row in cells(get(f"real/skills?q={word}&sort=-uses"))[1:]]
+    assert by_uses == sorted(by_uses, reverse=True) and len(by_uses) == len(ids)
+    assert "No skill shares a word with it" in get("real/skills?q=zzzz")
+
+
+def test_long_texts_are_not_compared_word_by_word():
+    long = "u " * 12_000
+    assert pages._marked(long, f"{long}<b>") == (long, f"{long}&lt;b&gt;")

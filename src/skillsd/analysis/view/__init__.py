@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
+import socket
 from collections.abc import Sequence
 
 from werkzeug.serving import make_server
 
+from skillsd.analysis.pictures import TRUST
 from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
 from skillsd.errors import ConfigError, Parser
@@ -25,7 +27,7 @@ def view(args: Sequence[str]) -> None:
         ConfigError: unknown arguments, no run folder, or the port is taken.
     """
     parser = Parser(
-        prog="skillsd view", description="Show runs in the browser, live while they train. Only this machine can open the page."
+        prog="skillsd view", description=f"Show runs in the browser, live while they train. Only this machine can open the page. {TRUST}"
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders (trainer.default_root_dir); of several, two can be compared")
     parser.add_argument("--port", type=int, default=0, help="of 127.0.0.1; default: any that is free")
@@ -40,9 +42,11 @@ def view(args: Sequence[str]) -> None:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line a request
     with Site(given.runs, given.device) as site:
         try:
-            server = make_server(HOST, given.port, create_app(site, token), threaded=True)
-        except (OSError, SystemExit) as e:
-            raise ConfigError(f"--port: {given.port} cannot be used: name another, or leave it out.") from e
+            if given.port:
+                socket.create_server((HOST, given.port)).close()  # werkzeug prints what it thinks of a port that is taken
+        except OSError as e:
+            raise ConfigError(f"--port: {given.port} cannot be used ({e.strerror}): name another, or leave it out.") from e
+        server = make_server(HOST, given.port, create_app(site, token), threaded=True)
         server.daemon_threads = True  # type: ignore[attr-defined]  # Ctrl-C does not wait for a page that is being made
         print(f"http://{HOST}:{server.server_port}/{token}/  (Ctrl-C ends it; keys: ?)", flush=True)
         try:

@@ -46,7 +46,7 @@ def create_app(site: Site, token: str) -> Flask:
     @app.before_request
     def admit() -> Response | None:
         given = (request.view_args or {}).pop("token", "")
-        if request.host.rpartition(":")[0] in HOSTS and hmac.compare_digest(given.encode(), token.encode()):
+        if request.host.partition(":")[0] in HOSTS and hmac.compare_digest(given.encode(), token.encode()):
             return None
         return Response("404\n", 404, mimetype="text/plain")  # not a page: its links hold the token
 
@@ -80,7 +80,8 @@ def create_app(site: Site, token: str) -> Flask:
                         made = make(opened, **where)
                     except (KeyError, IndexError) as e:
                         abort(404, str(e.args[0] if e.args else e))
-                return _html(template, site=site, run=opened.name, live=stamp if locked else "", here=template[:-5], **made)
+                values = {"site": site, "run": opened.name, "live": stamp if locked else "", "here": template[:-5]} | made
+                return _html(template, **values)
 
             app.add_url_rule(f"/<token>/run/<run>/{rule}", make.__name__, shown)
             return make
@@ -97,7 +98,9 @@ def create_app(site: Site, token: str) -> Flask:
 
     @app.get("/<token>/run/<run>/stamp")
     def stamp(run: str) -> str:
-        return site.runs[run].update() if run in site.runs else abort(404)
+        """Of the run, and of another that the page shows as well."""
+        names = [run, *request.args.getlist("with")]
+        return " ".join(site.runs[name].update() if name in site.runs else abort(404) for name in names)
 
     @page("", "overview.html")
     def overview(opened: Opened) -> dict[str, Any]:
@@ -119,11 +122,11 @@ def create_app(site: Site, token: str) -> Flask:
     @page("skills", "skills.html")
     def skills(opened: Opened) -> dict[str, Any]:
         a = request.args
-        return pages.skills(opened, a.get("q", ""), a.get("sort", "skill_id"), a.get("page", 1, int))
+        return pages.skills(opened, a.get("q", ""), a.get("sort", ""), a.get("page", 1, int))
 
     @page("skill/<int:skill_id>", "skill.html")
     def skill(opened: Opened, skill_id: int) -> dict[str, Any]:
-        return pages.skill(opened, skill_id)
+        return pages.skill(opened, skill_id, "near" in request.args)
 
     @page("skills/compare", "skill_pair.html")
     def skill_pair(opened: Opened) -> dict[str, Any]:
@@ -133,11 +136,12 @@ def create_app(site: Site, token: str) -> Flask:
     def compare(opened: Opened) -> dict[str, Any]:
         name = request.args.get("with") or next((n for n in site.runs if n != opened.name), "")
         other = site.runs.get(name)
+        if "with" in request.args and other is None:
+            raise KeyError(f"There is no run {name} here.")
         if other is None or other is opened:
             return {"other": None}
         other.update()
-        with other.lock:
-            return pages.compare(opened, other)
+        return pages.compare(opened, other)
 
     return app
 

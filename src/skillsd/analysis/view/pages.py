@@ -15,14 +15,15 @@ from matplotlib.figure import Figure
 
 from skillsd.analysis import panel, plots, show, syntax
 from skillsd.analysis.heat import heat
+from skillsd.analysis.origin import lookup
 from skillsd.analysis.run import Run
 from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
 from skillsd.analysis.view.site import Opened
-from skillsd.errors import ConfigError
+from skillsd.keys import leaves
 from skillsd.rollout.guard import visible
-from skillsd.skills.skill import FIELDS
-from skillsd.statistics import bootstrap_mean
+from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE
+from skillsd.statistics import paired_difference
 
 CURVES = {
     "reward/success": "episodes solved, share",
@@ -37,10 +38,14 @@ CURVES = {
 """Of the metrics, those that the overview shows at first."""
 ROWS = 100
 """Of a table on one page."""
+NEAR = 20_000
+"""Of so many skills an index is made without being asked for: seconds."""
+WORDS = 2000
+"""Texts of more are not compared word by word, which takes the square of them."""
 LATEST = 32
 """Trajectories that the overview names, at most."""
-HEATS = {"skill": "with its skill", "none": "without a skill", "shuffled": "with another task's skill"}
-"""What the teacher sees while tokens are scored."""
+HEATS = {"skill": ("i", "with its skill"), "none": ("o", "without a skill"), "shuffled": ("r", "with another task's skill")}
+"""What the teacher sees while tokens are scored, and the key that asks for it."""
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -75,17 +80,16 @@ def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
     run = opened.run
     names = {name: name for name in run.metrics.columns if name != "epoch"} if everything else CURVES
     measured = [name for name in names if name in run.metrics and run.metrics[name].notna().any()]
-    figures = [opened.once(("curve", name), partial(_curve, {"": run}, name, names[name])) for name in measured]
+    figures = [opened.once(("curve", name, names[name]), partial(_curve, {"": run}, name, names[name])) for name in measured]
     seen = show.overview(run)
-    config = run.config
-    model = config.get("model", {}).get("init_args", {}) if isinstance(config.get("model"), dict) else {}
     facts = {
-        "model": model.get("policy", {}).get("model"),
-        "environment": config.get("data", {}).get("init_args", {}).get("env"),
+        "model": lookup(run.config, "model.init_args.policy.model"),
+        "environment": lookup(run.config, "data.init_args.env"),
         "seed": seen["seed"],
         "iterations": seen["iterations"],
         "trajectories": seen["trajectories"],
         "tasks": seen["tasks"],
+        "last written": opened.written(),
         "ended": ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items()),
         "skills": f"{seen['skills']['held']} held, {seen['skills']['ever']} ever, of {seen['skills']['tasks']} tasks",
         **_costs(run),
@@ -101,7 +105,7 @@ def _costs(run: Run) -> dict[str, str]:
     """Seconds an iteration by part, and the most memory."""
     parts = {"rollout": "time/rollout_s", "teacher": "time/teacher_s", "update": "time/update_s", "summaries": "time/summary_s"}
     times = {part: run.metrics[name].mean() for part, name in parts.items() if name in run.metrics}
-    told = ", ".join(f"{part} {value:.3g}" for part, value in times.items() if not math.isnan(value))
+    told = ", ".join(f"{part} {value:.2f}" for part, value in times.items() if not math.isnan(value))
     memory = run.metrics["memory/peak_gib"].max() if "memory/peak_gib" in run.metrics else math.nan
     return {"seconds an iteration": told} | ({} if math.isnan(memory) else {"peak memory": f"{memory:.2f} GiB"})
 
@@ -162,9 +166,11 @@ def tasks(opened: Opened, query: str, only: str, sort: str, page: int) -> dict[s
 
 
 def task(opened: Opened, task_id: str) -> dict[str, Any]:
-    """A task's groups; its name as addresses have it. Raises ConfigError if it was never played."""
+    """A task's groups; its name as addresses have it. Raises KeyError if it was never played."""
     known = opened.once("visible", lambda: {visible(name): name for name in opened.run.trajectories["task_id"].unique()})
-    seen = show.task(opened.run, known.get(task_id, task_id))
+    if task_id not in known:
+        raise KeyError(f"Task {task_id} was never played in this run.")
+    seen = show.task(opened.run, known[task_id])
     rows = opened.run.trajectories.loc[[n for g in seen["groups"] for n in g["trajectories"]]]
     return seen | {"ends": rows["finish_reason"].to_dict(), "solved": rows["success"].to_dict()}
 
@@ -178,9 +184,9 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
         run = opened.run
         last = len(run.trajectories) - 1
         if n > last:
-            raise IndexError(f"There is no trajectory {n}: the last one is {last}.")
+            raise IndexError(f"There is no trajectory {n}: " + (f"the last one is {last}." if last >= 0 else "there are none yet."))
         seen = show.trajectory(run, n)
-        skill = seen["skill_id"] and run.skill(seen["skill_id"])
+        skill = run.skill(seen["skill_id"]) if seen["skill_id"] in run.skills.index else None  # a bank may be lost
         group = run.trajectories
         group = group[(group["iteration"] == seen["iteration"]) & (group["task_id"] == seen["task_id"])].index.tolist()
     turns = [
@@ -192,8 +198,8 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
         }
         for turn in seen["turns"]
     ]
-    template = str(opened.run.config.get("skills", {}).get("template") or "")
-    told = {"skill": skill, "text": skill and (skill.render(template) if template else skill.render())}
+    template = lookup(opened.run.config, "skills.template")
+    told = {"skill": skill, "text": skill and skill.render(template if isinstance(template, str) and template else SKILL_TEMPLATE)}
     found = _scores(opened, n, scored) if scored in HEATS else None
     return {"t": seen, "turns": turns, "last": last, "group": group, "told": told, "heats": HEATS, "scored": found}
 
@@ -209,7 +215,7 @@ def _scores(opened: Opened, n: int, kind: str) -> dict[str, Any]:
         run = scorer.run
         own = run.trajectories["skill_id"][n]
         if kind == "skill" and own is pd.NA:
-            raise ConfigError(f"trajectory {n}: its teacher saw no skill: look at it without one, or with another task's.")
+            raise KeyError(f"The teacher of trajectory {n} saw no skill: look at it without one, or with another task's.")
         told: int | str = "" if kind == "none" else int(own) if kind == "skill" else _other(run, run.trajectories["task_id"][n], n)
         student, teacher = scorer.logprobs(n), scorer.logprobs(n, "teacher", told)
         tokens = run.tokens(n).assign(text=scorer.texts(n), gap=(teacher - student).astype(float), student=student, teacher=teacher)
@@ -228,7 +234,7 @@ def _other(run: Run, task_id: str, n: int) -> int:
     """A skill of another task: the n-th, counted round."""
     others = run.skills.index[run.skills["task_id"] != task_id]
     if others.empty:
-        raise ConfigError("the bank holds no skill of another task.")
+        raise KeyError("The bank holds no skill of another task.")
     return int(others[n % len(others)])
 
 
@@ -240,10 +246,8 @@ def skills(opened: Opened, query: str, sort: str, page: int) -> dict[str, Any]:
     run = opened.run
     frame, last = run.skills, max(1, len(run.metrics))
     if query:
-        frame = opened.once("index", lambda: SkillIndex(run.skills)).search(query, ROWS)
-        shown = {"rows": frame, "n": len(frame), "page": 1, "pages": 1, "sort": ""}
-    else:
-        shown = _paged(frame, sort, page)
+        frame = _index(opened).search(query, len(frame))
+    shown = _paged(frame, sort or ("-similarity" if query else "skill_id"), page)
     return shown | {"query": query, "last": last, "figure": opened.once("growth", lambda: _growth(run)), "all": len(run.skills)}
 
 
@@ -257,8 +261,18 @@ def _growth(run: Run) -> Markup | None:
     return _svg(plots.lines(lines, "skills, and how often they were retrieved"))
 
 
-def skill(opened: Opened, skill_id: int) -> dict[str, Any]:
-    """A skill, where it came from, when it was retrieved, and which are like it. Raises KeyError if there never was one of that id."""
+def _index(opened: Opened) -> SkillIndex:
+    """Made anew when the last skill is another one: what a skill says does not change."""
+    frame = opened.run.skills
+    return opened.once("index", lambda: SkillIndex(frame), (len(frame), *frame[list(FIELDS)].tail(1).to_numpy().ravel()))
+
+
+def skill(opened: Opened, skill_id: int, near: bool = False) -> dict[str, Any]:
+    """A skill, where it came from, when it was retrieved, and which are like it (in a bank of more than NEAR, if `near`).
+
+    Raises:
+        KeyError: there never was one of that id.
+    """
     run = opened.run
     if skill_id not in run.skills.index:
         raise KeyError(f"There is no skill {skill_id} in this bank.")
@@ -273,20 +287,25 @@ def skill(opened: Opened, skill_id: int) -> dict[str, Any]:
         "id": skill_id, "skill": row, "fields": FIELDS, "uses": uses.reset_index().to_dict("records"),
         "source": int(source.index[0]) if len(source) else None,
         "figure": _svg(plots.lines(lines, "at its retrievals: the group's mean reward, gap (nats)", "o-")) if len(uses) else None,
-        "near": opened.once("index", lambda: SkillIndex(run.skills)).neighbours(skill_id),
+        "near": _index(opened).neighbours(skill_id) if near or len(run.skills) <= NEAR else None,
     }  # fmt: skip
 
 
 def skill_pair(opened: Opened, a: int, b: int) -> dict[str, Any]:
     """Two skills side by side, what one has and the other has not marked. Raises KeyError if there is no such skill."""
-    both = [skill(opened, i) for i in (a, b)]
-    texts = {name: _marked(both[0]["skill"][name], both[1]["skill"][name]) for name in FIELDS}
+    frame = opened.run.skills
+    if missing := [i for i in (a, b) if i not in frame.index]:
+        raise KeyError(f"There is no skill {missing[0]} in this bank.")
+    both = [{"id": i, "skill": frame.loc[i].to_dict()} for i in (a, b)]
+    texts = {name: _marked(*(one["skill"][name] for one in both)) for name in FIELDS}
     return {"both": both, "texts": texts, "fields": FIELDS}
 
 
 def _marked(a: str, b: str) -> tuple[Markup, Markup]:
     """Both texts, the words that the other has not in <mark>."""
     words = visible(a).split(), visible(b).split()
+    if max(map(len, words)) > WORDS:
+        return escape(visible(a)), escape(visible(b))
     out: tuple[list[Markup], list[Markup]] = ([], [])
     for kind, *spans in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
         for side, (start, end) in enumerate((spans[:2], spans[2:])):
@@ -301,14 +320,14 @@ def _marked(a: str, b: str) -> tuple[Markup, Markup]:
 
 def compare(one: Opened, other: Opened) -> dict[str, Any]:
     """Two runs: their curves, their panels, and in what their configurations differ."""
-    runs = {one.name: one.run, other.name: other.run}
+    runs, stamp = {one.name: one.run, other.name: other.run}, f"{one.stamp} {other.stamp}"
     names = [name for name in CURVES if any(name in r.metrics and r.metrics[name].notna().any() for r in runs.values())]
-    key = "compare", other.name, other.stamp
-    flat = [_flat(r.config) for r in runs.values()]
+    flat = [{key: str(value) for key, value in leaves(r.config)} for r in runs.values()]
     differing = [k for k in sorted({*flat[0], *flat[1]}) if flat[0].get(k) != flat[1].get(k)]
     return {
         "other": other.name,
-        "figures": [one.once((*key, name), partial(_curve, runs, name, CURVES[name])) for name in names],
+        "live": stamp,
+        "figures": [one.once(("compare", name), partial(_curve, runs, name, CURVES[name]), stamp) for name in names],
         "panels": {name: _panel(r) for name, r in runs.items()},
         "difference": _difference(one.run, other.run),
         "settings": [(k, *(f.get(k, "-") for f in flat)) for k in differing],
@@ -316,19 +335,12 @@ def compare(one: Opened, other: Opened) -> dict[str, Any]:
 
 
 def _difference(a: Run, b: Run) -> dict[str, Any] | None:
-    """Success after training, b - a, with its 95% bootstrap interval, paired by the panel's levels; None where they are not the same."""
-    levels = [{(x["task_id"], x["member"], x["seed"]): x["success"] for x in r.panel.get("after", {}).get("levels", [])} for r in (a, b)]
-    if not levels[0] or set(levels[0]) != set(levels[1]):
+    """Success after training, b - a, with its 95% interval, paired by the panel's episodes; None where they are not the same."""
+    one, other = (r.panel.get("after") for r in (a, b))
+    if not one or not other:
         return None
-    mean, low, high = bootstrap_mean([float(levels[1][k]) - float(levels[0][k]) for k in levels[0]])
-    return {"n": len(levels[0]), "mean": mean, "low": low, "high": high}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    out: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = str(value)
-    return out
+    try:
+        mean, low, high = paired_difference(one, other)
+    except ValueError:
+        return None
+    return {"n": len(one["levels"]), "mean": mean, "low": low, "high": high}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
@@ -24,12 +26,13 @@ class Opened:
 
     Attributes:
         name: In addresses.
+        lock: Held while its frames are read.
         stamp: Changes when a file of the run has changed.
     """
 
-    def __init__(self, name: str, folder: Path, device: str) -> None:
+    def __init__(self, name: str, folder: Path, device: str, lock: AbstractContextManager[Any]) -> None:
         self.name, self.run, self.device = name, Run(folder), device
-        self.lock, self._scoring = RLock(), RLock()
+        self.lock, self._scoring = lock, RLock()
         self.stamp, self._made = "", dict[Any, Any]()
         self._scorer: Scorer | None = None
         self._checkpoint: Any = None  # what it was loaded from
@@ -37,27 +40,37 @@ class Opened:
         self.pictures = Pictures(self.run)
 
     def update(self) -> str:
-        """Forget what was read of files that have changed; the new stamp."""
+        """Forget what was read of files that have changed; the new stamp. Raises ConfigError if there are none any more."""
         stamps = []
         for name in FILES:
+            if name.endswith("-shm"):  # readers write into it
+                continue
             try:
                 s = (self.run.folder / name).stat()
                 stamps.append(f"{s.st_mtime_ns:x}.{s.st_size:x}")
             except OSError:
                 stamps.append("")
+        if not any(stamps):
+            raise ConfigError(f"{self.run.folder} is gone, or holds no run any more.")
         with self.lock:
             if (stamp := "-".join(stamps)) != self.stamp:
                 self.run.refresh()
-                self._made.clear()
                 self.stamp = stamp
             return stamp
 
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` gives, until a file changes."""
+    def written(self) -> str:
+        """When a file was written last, in local time."""
+        times = [path.stat().st_mtime for name in FILES if not name.endswith("-shm") and (path := self.run.folder / name).exists()]
+        return f"{datetime.fromtimestamp(max(times)):%Y-%m-%d %H:%M:%S}" if times else ""
+
+    def once(self, key: Any, make: Callable[[], T], version: Any = None) -> T:
+        """What `make` gives, until a file changes, or until another `version` is asked for."""
+        version = self.stamp if version is None else version
         with self.lock:
-            if key not in self._made:
-                self._made[key] = make()
-            return self._made[key]
+            if key not in self._made or self._made[key][0] != version:
+                self._made[key] = version, make()
+            found: T = self._made[key][1]
+            return found
 
     def scored(self, key: Any, ask: Callable[[Scorer], T]) -> T:
         """What `ask` gives of the run's newest checkpoint, kept by `key` until there is a newer one. The pages wait for no score: the model
@@ -96,13 +109,14 @@ class Site:
 
     def __init__(self, folders: Sequence[str | Path], device: str = "cpu") -> None:
         self.runs: dict[str, Opened] = {}
+        lock = RLock()  # one for all: a page may show two of them
         for folder in map(Path, folders):
             base = name = folder.resolve().name or "run"
             count = 1
             while name in self.runs:
                 count += 1
                 name = f"{base}-{count}"
-            self.runs[name] = Opened(name, folder, device)
+            self.runs[name] = Opened(name, folder, device, lock)
 
     def __enter__(self) -> Site:
         return self

@@ -41,9 +41,13 @@ async function follow() {
   if (now === stamp) return;
   const page = new DOMParser().parseFromString(await (await fetch(location.href)).text(), "text/html");
   const active = document.activeElement;
-  if (document.querySelector("main").contains(active) && editing({ target: active })) return; // somebody is typing
+  const main = document.querySelector("main");
+  const begun = (e) => e.value !== (e.defaultValue ?? e.value) || e.checked !== e.defaultChecked;
+  if ([...main.querySelectorAll("input")].some(begun) || (main.contains(active) && editing({ target: active }))) return; // somebody chooses
+  const open = [...main.querySelectorAll("details")].map((e) => e.open);
   const row = [...document.querySelectorAll("[data-row]")].indexOf(active);
-  document.querySelector("main").replaceWith(page.querySelector("main"));
+  main.replaceWith(page.querySelector("main"));
+  document.querySelectorAll("main details").forEach((e, i) => (e.open = open[i] ?? false));
   document.querySelectorAll("[data-row]")[row]?.focus();
   document.body.dataset.stamp = page.body.dataset.stamp;
 }
