@@ -101,18 +101,18 @@ def curves(runs: Mapping[str, Run], name: str, title: str | None = None) -> Figu
     return _whole(ax)
 
 
-def lines(series: Mapping[str, pd.Series[Any]], title: str, style: str = "-") -> Figure:
+def lines(series: Mapping[str, pd.Series[Any]], title: str, marker: str = "") -> Figure:
     """Numbers by iteration, one line each.
 
     Args:
         series: By the names they get in the legend; empty ones are left out.
         title: Above the picture.
-        style: matplotlib's format of the lines.
+        marker: At each number, as matplotlib names it.
     """
     shown = {name: s for name, s in series.items() if len(s)}
     with _axes(title, bool(shown)) as ax:
-        for colour, (name, s) in zip(cycle(COLOURS), shown.items(), strict=False):
-            ax.plot(s.index, s, style, color=colour, label=name, linewidth=1.6, markersize=4)
+        for colour, dash, (name, s) in zip(cycle(COLOURS), cycle(("-", "--", ":")), shown.items(), strict=False):
+            ax.plot(s.index, s, marker, linestyle=dash, color=colour, label=name, linewidth=1.6, markersize=4)  # equal ones are both seen
     return _whole(ax)
 
 

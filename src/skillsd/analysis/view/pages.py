@@ -286,7 +286,7 @@ def skill(opened: Opened, skill_id: int, near: bool = False) -> dict[str, Any]:
     return {
         "id": skill_id, "skill": row, "fields": FIELDS, "uses": uses.reset_index().to_dict("records"),
         "source": int(source.index[0]) if len(source) else None,
-        "figure": _svg(plots.lines(lines, "at its retrievals: the group's mean reward, gap (nats)", "o-")) if len(uses) else None,
+        "figure": _svg(plots.lines(lines, "at its retrievals: the group's mean reward, gap (nats)", "o")) if len(uses) else None,
         "near": _index(opened).neighbours(skill_id) if near or len(run.skills) <= NEAR else None,
     }  # fmt: skip
 
