@@ -215,7 +215,9 @@ def test_tensorboard(finished):
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
     assert [e.step for e in events.Scalars("loss/total")] == [0, 1, 2, 3] == [int(r["iteration"]) for r in rows]
     assert [e.value for e in events.Scalars("loss/total")] == pytest.approx([float(r["loss/total"]) for r in rows], rel=1e-5, abs=1e-9)
-    assert events.Scalars("panel/success")[-1].value == pytest.approx(panel(finished)["after"]["success"])
+    shares = events.Scalars("panel/success")
+    assert [shares[k].value for k in (0, -1)] == pytest.approx([panel(finished)[when]["success"] for when in ("before", "after")])
+    assert shares[0].step == 0
     # An episode and the bank's skills, at each epoch's start.
     first = [next(t for t in trajectories(finished) if t.iteration == i) for i in (0, 2)]
     texts = {
@@ -694,7 +696,7 @@ def test_a_panel_in_between(tell, tmp_path):
     tell("fit", tmp_path / "run", "--trainer.limit_val_batches=1.0", "--trainer.check_val_every_n_epoch=1")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert len(events.Scalars("panel/success")) == 3  # after each epoch, and at the end
+    assert len(events.Scalars("panel/success")) == 4  # before, after each epoch, and at the end
     assert list(panel(tmp_path / "run")) == ["before", "after", "difference"]
 
 

@@ -75,8 +75,6 @@ class Panel(L.Callback):
             self.result = stored
         elif self.after:
             self._keep(trainer, "after")
-            for logger in trainer.loggers:
-                logger.log_metrics({f"panel/{k}": v for k, v in _shares(self.result).items()}, trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.played = []
@@ -102,6 +100,8 @@ class Panel(L.Callback):
     def _keep(self, trainer: L.Trainer, when: str) -> None:
         self.result = self._play(trainer, when) | {"device": _device_name(trainer)}
         write_panel(trainer.default_root_dir, {when: self.result})
+        for logger in trainer.loggers:
+            logger.log_metrics({f"panel/{k}": v for k, v in _shares(self.result).items()}, trainer.global_step)
 
     def _play(self, trainer: L.Trainer, when: str) -> dict[str, Any]:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
