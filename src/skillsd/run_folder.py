@@ -24,10 +24,6 @@ FILES = (
 )
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
-ROUNDS = ("before", "after", "validate")
-"""Of the panel, in panel.json."""
-NEEDED = ("n", "success", "success_interval", "levels")
-"""What each of them has at least."""
 FOLDERS = (CHECKPOINTS, ADAPTER, "tensorboard")
 
 
@@ -39,10 +35,6 @@ def read_panel(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / PANEL_FILE
     try:
-        found = dict(json.loads(path.read_bytes())) if path.is_file() else {}
-        for when in ROUNDS:
-            if when in found and (missing := [key for key in NEEDED if key not in dict(found[when])]):
-                raise ValueError(f"{when} has no {missing[0]}")
-        return found
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (ValueError, TypeError, RecursionError) as e:
         raise ConfigError(f"trainer.default_root_dir: {path} is damaged ({e}): move it away, or name another folder.") from e

@@ -14,12 +14,14 @@ import yaml
 from skillsd.analysis.index import Index
 from skillsd.analysis.metrics import read_metrics
 from skillsd.errors import ConfigError
-from skillsd.run_folder import BANK_FILE, CONFIG_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_panel
+from skillsd.run_folder import BANK_FILE, CONFIG_FILE, METRICS_FILE, PANEL_FILE, TRAJECTORIES_FILE, read_panel
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.skill import FIELDS as TEXTS
 from skillsd.trajectory import COUNTS, FIELDS, Trajectory
 
 _SKILL = ("task_id", "source_iteration", "source_member", "source_reward", "source_completion", "uses", "mean_reward", "sources", *TEXTS)
+_ROUND = ("n", "success", "success_interval", "levels")
+"""What the panel's result of a round has at least."""
 _EVENT = ("kind", "iteration", "task_id", "skill_id", "reward", "gap")
 
 
@@ -63,7 +65,12 @@ class Run:
     @cached_property
     def panel(self) -> dict[str, Any]:
         """What panel.json holds: results on the held-out tasks `before` and `after`, with intervals; empty if it is missing."""
-        return read_panel(self.folder)
+        found = read_panel(self.folder)
+        for when in ("before", "after", "validate"):
+            part = found.get(when, dict.fromkeys(_ROUND))
+            if missing := [name for name in _ROUND if not isinstance(part, dict) or name not in part]:
+                raise ConfigError(f"{self.folder / PANEL_FILE} is damaged ({when} has no {missing[0]}): move it away.")
+        return found
 
     @cached_property
     def metrics(self) -> pd.DataFrame:

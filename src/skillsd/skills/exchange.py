@@ -58,7 +58,7 @@ def _skill(line: bytes) -> Skill:
     try:
         found = json.loads(line)
     except ValueError as e:
-        raise ValueError("it is no JSON") from e
+        raise ValueError(f"it is no JSON ({e})") from e
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f'it is no skill (a JSON object with "format": "{FORMAT}")')
     names = set(found)
