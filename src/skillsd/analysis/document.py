@@ -101,6 +101,11 @@ def fenced(code: Code) -> str:
     return f"{fence}{code.language if code.language.isalnum() else ''}\n{code.text}\n{fence}"
 
 
+def data_uri(png: bytes) -> str:
+    """A picture file as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
 def markdown(report: Sequence[Block], safe: Callable[[str], str] = str) -> str:
     """The report as Markdown.
 
@@ -150,7 +155,7 @@ def _html(b: Block) -> str:
         case Heading():
             return f"<h{b.level}>{escape(b.text)}</h{b.level}>"
         case Picture(svg=""):
-            return f'<p><img alt="{escape(b.alt)}" src="data:image/png;base64,{base64.b64encode(b.png).decode()}"></p>'
+            return f'<p><img alt="{escape(b.alt)}" src="{data_uri(b.png)}"></p>'
         case Picture():
             return f'<figure role="img" aria-label="{escape(b.alt)}">{b.svg}</figure>'
         case Table():

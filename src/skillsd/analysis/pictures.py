@@ -36,11 +36,10 @@ class Pictures:
         self._env: Any = None
         declared: Any = None
         with suppress(KeyError, TypeError, AttributeError):
-            data = run.config["data"]["init_args"]
-            kwargs = {**(data.get("env_kwargs") or {}), **(data.get("env_overrides") or {}).get(data["env"], {})}
-            made = attempt(lambda: make_env(data["env"], kwargs).unwrapped)  # whatever its code does here
+            env_id, kwargs = run.environment
+            made = attempt(lambda: make_env(env_id, kwargs).unwrapped)  # whatever its code does here
             self._env = None if isinstance(made, Failure) else made
-            declared = self._env or attempt(lambda: _class_of(data["env"]))
+            declared = self._env or attempt(lambda: _class_of(env_id))
         self.language = str((getattr(declared, "metadata", None) or {}).get("action_language", ""))
         self.png = lru_cache(maxsize=4096)(self._png)
 

@@ -128,7 +128,6 @@ def _play(
     scorer: Scorer, data: dict[str, Any], rows: Sequence[Row], adapter: str | None, temperature: float | None, seed: int
 ) -> list[Trajectory]:
     policy, settings = scorer.policy, RolloutSettings(**(data.get("rollout") or {}))
-    kwargs = {**(data.get("env_kwargs") or {}), **(data.get("env_overrides") or {}).get(data["env"], {})}
     engine = InProcessEngine(policy, settings.cuda_graphs, settings.kernels)
-    with closing(engine), closing(Collector(data["env"], kwargs, scorer.chat, engine, settings, policy.context_length)) as collector:
+    with closing(engine), closing(Collector(*scorer.run.environment, scorer.chat, engine, settings, policy.context_length)) as collector:
         return collector.collect(rows, seed=seed, iteration=0, temperature=temperature, adapter=adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -61,6 +62,12 @@ class Run:
             return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
         except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as e:
             raise ConfigError(f"{path} is no configuration ({' '.join(str(e).split())}).") from e
+
+    @property
+    def environment(self) -> tuple[str, dict[str, Any]]:
+        """Gymnasium id and keyword arguments. Raises KeyError, TypeError or AttributeError if the configuration does not say them."""
+        data = self.config["data"]["init_args"]
+        return data["env"], {**(data.get("env_kwargs") or {}), **(data.get("env_overrides") or {}).get(data["env"], {})}
 
     @cached_property
     def panel(self) -> dict[str, Any]:
@@ -161,12 +168,8 @@ class Run:
     @cached_property
     def bank_size(self) -> dict[str, int]:
         """How many skills the bank has `held` (now) and `ever`, and how many `tasks` have one; no skill is read."""
-        path = self.folder / BANK_FILE
-        try:
-            with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
-                told = bank.stats()
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
+        with opened_bank(self.folder / BANK_FILE) as bank:
+            told = bank.stats()
         return {"held": int(told["size"]), "ever": int(told["size"] + told["dropped"]), "tasks": int(told["tasks"])}
 
     @cached_property
@@ -182,18 +185,25 @@ class Bank(NamedTuple):
     skills: dict[int, Skill]
 
 
+@contextmanager
+def opened_bank(path: Path) -> Iterator[SkillBank]:
+    """A bank's file for reading; an empty bank if there is none. What is damaged in it is a ConfigError, also within the block."""
+    try:
+        with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
+            yield bank
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+
+
 def read_bank(path: Path) -> Bank:
     """A bank's file as data frames; empty ones if there is none.
 
     Raises:
         ConfigError: it is damaged.
     """
-    try:
-        with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
-            log = list(bank.events())
-            skills = {e.skill_id: bank.get(e.skill_id) for e in log if e.kind == "insert"}
-    except ValueError as e:
-        raise ConfigError(str(e)) from e
+    with opened_bank(path) as bank:
+        log = list(bank.events())
+        skills = {e.skill_id: bank.get(e.skill_id) for e in log if e.kind == "insert"}
     rows = [(e.kind, e.iteration, skills[e.skill_id].task_id, e.skill_id, e.reward, e.gap) for e in log]
     events = pd.DataFrame(rows, columns=list(_EVENT), index=pd.Index([e.seq for e in log], name="event", dtype=int))
     frame = pd.DataFrame(

@@ -8,10 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from skillsd.analysis.run import Run
-from skillsd.errors import ConfigError
+from skillsd.analysis.run import Run, opened_bank
 from skillsd.run_folder import BANK_FILE
-from skillsd.skills import SkillBank
 from skillsd.skills.bank_file import connect
 from skillsd.skills.retrieval import SQRT2, Untried, scores, select
 from skillsd.skills.tables import State
@@ -34,17 +32,13 @@ def ucb_scores(run: Run, tasks: Collection[str] | None = None, c: float | None =
     Raises:
         ConfigError: the bank is damaged.
     """
-    path = run.folder / BANK_FILE
     given: dict[str, Any] = ((run.config.get("skills") or {}).get("context") or {}).get("init_args") or {}
     c = float(given.get("c", SQRT2)) if c is None else c
     untried = given.get("untried", "first") if untried is None else untried
     rows: list[tuple[Any, ...]] = []
-    try:
-        with SkillBank(path, read_only=True) if path.is_file() else SkillBank() as bank:
-            booking, events = bank.booking, list(bank.events())
-            skills = {e.skill_id: bank.get(e.skill_id) for e in events if e.kind == "insert"}
-    except ValueError as e:
-        raise ConfigError(str(e)) from e
+    with opened_bank(run.folder / BANK_FILE) as bank:
+        booking, events = bank.booking, list(bank.events())
+        skills = {e.skill_id: bank.get(e.skill_id) for e in events if e.kind == "insert"}
     ledger = connect(None, booking, read_only=False)
     try:
         with ledger.transaction():

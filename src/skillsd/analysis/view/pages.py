@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
 import math
 from functools import partial
@@ -14,6 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from skillsd.analysis import panel, plots, show, syntax
+from skillsd.analysis.document import data_uri
 from skillsd.analysis.heat import heat
 from skillsd.analysis.origin import lookup
 from skillsd.analysis.run import Run
@@ -191,7 +191,7 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
         group = group[(group["iteration"] == seen["iteration"]) & (group["task_id"] == seen["task_id"])].index.tolist()
     turns = [
         {
-            "picture": _data_uri(opened.pictures.png(turn["observation"])),
+            "picture": (png := opened.pictures.png(turn["observation"])) and data_uri(png),
             "observation": Markup(syntax.output(turn["observation"])),
             "action": Markup(syntax.action(turn["action"], opened.pictures.language)),
             "reward": turn["reward"],
@@ -202,10 +202,6 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
     told = {"skill": skill, "text": skill and skill.render(template if isinstance(template, str) and template else SKILL_TEMPLATE)}
     found = _scores(opened, n, scored) if scored in HEATS else None
     return {"t": seen, "turns": turns, "last": last, "group": group, "told": told, "heats": HEATS, "scored": found}
-
-
-def _data_uri(png: bytes | None) -> str | None:
-    return None if png is None else f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _scores(opened: Opened, n: int, kind: str) -> dict[str, Any]:
