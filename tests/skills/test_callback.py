@@ -247,7 +247,7 @@ def test_a_use_is_booked(groups, tmp_path, booking, means):
 def test_a_group_of_one(groups):
     (a, _), _ = groups(0)
     callback = make(HindsightContext())
-    assert callback.texts([[a]]) == [["t1.0.0"]] and end(callback, [[a]], 0)["skills/bank"] == 1
+    assert callback.texts([[a]], 0) == [["t1.0.0"]] and end(callback, [[a]], 0)["skills/bank"] == 1
 
 
 @pytest.mark.parametrize("context", [BankContext, HindsightContext])
