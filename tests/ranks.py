@@ -116,7 +116,7 @@ def near(a: Any, b: Any, tolerance: float = 1e-6, where: str = "") -> None:
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         off, size = float((a - b).norm()), float(b.norm())
-        assert off <= tolerance * max(size, 0.1), f"{where}: {off} of {size}"
+        assert off <= tolerance * max(size, 1.0), f"{where}: {off} of {size}"
     elif isinstance(a, dict):
         assert list(a) == list(b), where
         for key in a:
