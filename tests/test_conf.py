@@ -125,7 +125,8 @@ def test_every_file_instantiates(fit, name, tmp_path, monkeypatch):
 
 def test_method_model_and_hardware_stack(fit, tiny_model):
     base = fit(["sokoban.yaml"])
-    cli = fit(["sokoban.yaml", "method/grpo.yaml", "model/smollm2-sokoban.yaml", "hardware/8gb.yaml"])
+    cli = fit(["sokoban.yaml", "method/grpo.yaml", "model/smollm2-sokoban.yaml", "hardware/8gb.yaml", "hardware/2gpu.yaml"])
+    assert (cli.trainer.world_size, type(cli.trainer.strategy).__name__) == (2, "DDPStrategy")
     model, data = cli.model, cli.datamodule
     assert model.objective.distillation_weight == 0 and model.objective.clip_high == 0.28  # method
     assert (model.settings.model, model.settings.lora.targets) == (tiny_model("llama"), "all-linear")  # model
