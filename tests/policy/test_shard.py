@@ -53,7 +53,7 @@ def batches(rank, size=2):
 
 
 def learn(policy, parts):
-    """A step of AdamW on micro-batches, in the rounds that all ranks agree on: log-probs, the gradient, that of the gap alone, and weights."""
+    """AdamW's step on micro-batches, in rounds that all ranks agree on: log-probs, the gradient, that of the gap alone, and weights."""
     params, logps, apart = policy.student_parameters(), [], None
     for i in range(policy.agree(len(parts))):
         if i < len(parts):

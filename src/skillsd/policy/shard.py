@@ -22,13 +22,13 @@ from skillsd import ranks
 from skillsd.errors import ConfigError
 
 OUT_OF_MEMORY = (
-    "policy.shard: out of memory in a forward that other ranks take part in, so that it cannot be repeated: set policy.gradient_checkpointing, "
-    "or smaller model.init_args.micro_batch_tokens, policy.head_chunk or data.init_args.rollout.max_rows."
+    "policy.shard: out of memory in a forward that other ranks take part in, so that it cannot be repeated: set "
+    "policy.gradient_checkpointing, or smaller model.init_args.micro_batch_tokens, policy.head_chunk or data.init_args.rollout.max_rows."
 )
 
 
 def of_the_base(module: nn.Module) -> list[str]:
-    """Names of all parameters and buffers of `module` that are no adapter's: equal on all ranks or sharded, so that nobody need send them."""
+    """Names of a module's parameters and buffers that are no adapter's: equal on all ranks or sharded, nobody need send them."""
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     return [n for n, _ in named if "lora_" not in n]
 
