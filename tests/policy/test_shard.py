@@ -1,11 +1,11 @@
 """A base that is split over two processes (gloo, on the CPU) against the whole one."""
 
 import logging
-import multiprocessing
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.forked import on_ranks
 from tests.policy.test_score import sequences
 from tests.rollout.test_engine import play
 
@@ -24,26 +24,7 @@ ROWS = 2, 3  # of each rank
 
 @pytest.fixture
 def two_ranks(tmp_path):
-    """Runs `work(rank)` in two processes, which begin with a copy of this one, and gives what they return."""
-
-    def begin(rank, work):
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
-        torch.save(work(rank), tmp_path / f"{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-
-    def run(work):
-        context = multiprocessing.get_context("fork")
-        ranks = [context.Process(target=begin, args=(r, work), daemon=True) for r in range(2)]
-        for p in ranks:
-            p.start()
-        for p in ranks:
-            p.join(60)
-        assert [p.exitcode for p in ranks] == [0, 0]
-        return [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2)]
-
-    return run
+    return lambda work: on_ranks(2, tmp_path / "ranks", work)
 
 
 def batches(rank, size=2):
