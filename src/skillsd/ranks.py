@@ -155,5 +155,7 @@ def _waiting() -> Any:
 
 
 def _lost(e: Exception) -> PeerLost:
-    said = " ".join(str(e).split())[:200]
-    return PeerLost(f"another rank has ended; its own message says why ({said}). Go on from the last checkpoint, on any number of ranks.")
+    said = " ".join(str(e).split()).rpartition("] ")[2] if "Connection" not in str(e) else "the connection is closed"
+    return PeerLost(
+        f"another rank has ended ({said[:200]}), and its own message says why: go on with --ckpt_path last, on any number of ranks."
+    )
