@@ -141,8 +141,8 @@ class SkillSD(L.LightningModule):
         """
         if len(set(ranks.gather(self.global_step))) > 1:
             raise ConfigError(
-                f"trainer.default_root_dir: {self.trainer.default_root_dir} is not the same folder on every node, so not all ranks have read "
-                "its checkpoint: name one on a filesystem that they share."
+                f"trainer.default_root_dir: {self.trainer.default_root_dir} is not the same folder on every node, so not all ranks have "
+                "read its checkpoint: name one on a filesystem that they share."
             )
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
