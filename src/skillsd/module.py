@@ -136,7 +136,16 @@ class SkillSD(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
     def on_train_start(self) -> None:
-        """The configuration's lr and weight decay hold, whatever a checkpoint brought along: "set a smaller lr" must help."""
+        """The configuration's lr and weight decay hold, whatever a checkpoint brought along: "set a smaller lr" must help.
+
+        Raises:
+            ConfigError: the ranks have not all read the same checkpoint.
+        """
+        if len(set(ranks.gather(self.global_step))) > 1:
+            raise ConfigError(
+                f"trainer.default_root_dir: {self.trainer.default_root_dir} is not the same folder on every node, so not all ranks have "
+                "read its checkpoint: name one on a filesystem that they share."
+            )
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         schedule.base_lrs = [self.optim.lr]
@@ -468,10 +477,11 @@ def _reduce(done: _Update, params: Sequence[torch.nn.Parameter]) -> None:
     done.peak_gib = peak_gib(params[0].device)
     if ranks.world() == 1:
         return
-    trained = any(p.grad is not None for p in params)
-    told = ranks.gather(
-        (trained, dict(done.sums), done.gaps, done.largest_drift, done.peak_gib, [(a.cpu(), b.cpu()) for a, b in done.tokens])
-    )
+    trained, size = any(p.grad is not None for p in params), _norm([p.detach() for p in params])
+    tokens = [(gap.cpu(), rho.cpu()) for gap, rho in done.tokens]
+    told = ranks.gather((trained, dict(done.sums), done.gaps, done.largest_drift, done.peak_gib, tokens, size))
+    if not all(math.isclose(x[6], size, rel_tol=1e-3) for x in told):  # far beyond what rounding on unlike GPUs does
+        raise ConfigError(f"the ranks' students differ (norms {[x[6] for x in told]}): start them with the same code, files and settings.")
     if any(x[0] for x in told):
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
