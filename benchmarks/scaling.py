@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import torch
 import yaml
 from benchmarks.iteration import CONF, fit
 from benchmarks.random_model import random_model
-from benchmarks.scaling_paper import Links, Work, predict
+from benchmarks.scaling_paper import Links, Work, predict, straggler
 
 SHAPES = {"nano": (64, 4, (2, 4)), "tiny": (64, 4, (2, 4))}
 """Prompt, tokens of a turn and turns of sizes that are there to see whether it runs."""
@@ -37,6 +39,7 @@ RATES = {"rollout": ("rollout/tokens", "stream"), "learner": ("learner/tokens", 
 TOKENS = ("rollout/tokens", "rollout/action_tokens", "learner/tokens", "own_tokens")
 NETWORK = Links(1.25e9, 1.25e9)
 """10 Gbit/s between hosts."""
+SPREADS = (0.1, 0.2, 0.5, 1.0)
 
 
 def overlay(a: argparse.Namespace, model: str, ranks: int) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def summary(told: list[list[dict[str, Any]]]) -> dict[str, Any]:
     lengths = [x for line in lead for x in line["lengths"]]
     mean = statistics.mean
     return {
+        "rows": len(lead[0]["lengths"]) // len(told),
         "rates": {
             **{k: median(lead, lambda x, t=tokens, p=p: x[t] / x["seconds"][p]) for k, (tokens, p) in RATES.items()},
             "iteration": median(lead, lambda x: x["rollout/tokens"] / x["whole_s"]),
@@ -115,11 +119,13 @@ def summary(told: list[list[dict[str, Any]]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def on_paper(a: argparse.Namespace, one: dict[str, Any], most: dict[str, Any], ranks: int) -> tuple[Work, Links]:
-    """One rank's work, and the links that explain what the gather and the reduction took among `ranks`."""
+def on_paper(found: dict[int, dict[str, Any]]) -> tuple[Work, Links]:
+    """One rank's work, and the links that explain what the gather and the reduction took among the most ranks."""
+    ranks = max(found)
+    one, most = found[1], found[ranks]
     s, x, lengths = one["seconds"], one["per_token"], one["lengths"]
     work = Work(
-        rollout_s=s["rollout"], update_s=s["update"], tokens=one["tokens"]["rollout/tokens"], rows=a.rows,
+        rollout_s=s["rollout"], update_s=s["update"], tokens=one["tokens"]["rollout/tokens"], rows=one["rows"],
         spread=lengths["sd"] / lengths["mean"], longest=lengths["longest"] / lengths["mean"], bytes_per_token=x["bytes"],
         pickle_s=x["pickle_s"], unpickle_s=x["unpickle_s"], gradient_bytes=most["gradient_bytes"],
         leader_s=s["log"] + s["bank"] + s["batch"], step_s=s["learner"] - s["update"] - s["batch"],
@@ -132,19 +138,27 @@ def on_paper(a: argparse.Namespace, one: dict[str, Any], most: dict[str, Any], r
     return work, links
 
 
-def show(found: dict[int, dict[str, Any]], rows: int) -> None:
+def show(report: dict[str, Any]) -> None:
+    found = {int(n): x for n, x in report["ranks"].items()}
+    print(f"\n{report['settings']['size']}, {report['device']}, torch {report['torch']}, {found[1]['rows']} trajectories a rank")
+    show_rates(found)
+    if len(found) > 1:
+        show_paper(found)
+
+
+def show_rates(found: dict[int, dict[str, Any]]) -> None:
     one = found[min(found)]
     print("\n| ranks | rollout tok/s | learner tok/s | iteration tok/s |\n|---:|" + "---:|" * 3)
     for n, x in found.items():
         print(f"| {n} | " + " | ".join(f"{v:.0f} (x {v / one['rates'][k]:.2f})" for k, v in x["rates"].items()) + " |")
-    print("\n| seconds | " + " | ".join(f"{n} ranks" for n in found) + " |\n|---|" + "---:|" * len(found))
+    print("\n| seconds | " + " | ".join(f"ranks: {n}" for n in found) + " |\n|---|" + "---:|" * len(found))
     for k in one["seconds"]:
         print(f"| {k} | " + " | ".join(f"{x['seconds'][k]:.4f}" for x in found.values()) + " |")
     for n, x in found.items():
         t, z, p = x["tokens"], x["lengths"], x["per_token"]
-        of = n * rows
+        of = n * x["rows"]
         print(
-            f"\n{n} ranks: {of} trajectories of {t['rollout/tokens'] / of:.0f} tokens, {t['rollout/action_tokens'] / of:.0f} of them "
+            f"\nranks: {n}. {of} trajectories of {t['rollout/tokens'] / of:.0f} tokens, {t['rollout/action_tokens'] / of:.0f} of them "
             f"sampled; behind the prompt {z['shortest']} to {z['longest']}, mean {z['mean']:.0f}, sd {z['sd'] / z['mean']:.0%} of it. "
             f"Gathered: {p['bytes']:.1f} bytes a token, {1e6 * p['pickle_s']:.2f} us to pickle, {1e6 * p['unpickle_s']:.2f} to unpickle; "
             f"{t['own_tokens'] * p['bytes'] / 2**20:.1f} MiB a rank. Reduced: {x['gradient_bytes'] / 2**20:.1f} MiB. "
@@ -152,7 +166,8 @@ def show(found: dict[int, dict[str, Any]], rows: int) -> None:
         )
 
 
-def show_paper(work: Work, links: Links, found: dict[int, dict[str, Any]]) -> None:
+def show_paper(found: dict[int, dict[str, Any]]) -> None:
+    work, links = on_paper(found)
     print(f"\nOn paper; links as fitted: gather {links.gather / 1e9:.2f} GB/s, reduction {links.reduce / 1e9:.2f} GB/s")
     keys = ("rollout", "gather", "update", "reduce", "leader", "step", "fixed", "seconds")
     print("\n| ranks | links | " + " | ".join(keys) + " | iteration tok/s | of W times one | measured |\n|---:|---|" + "---:|" * 11)
@@ -167,6 +182,11 @@ def show_paper(work: Work, links: Links, found: dict[int, dict[str, Any]]) -> No
                 + " | ".join(f"{p.as_dict()[k]:.2f}" for k in keys)
                 + f" | {rate:.0f} | {rate / n / one:.0%} | {seen} |"
             )
+    print("\nHow much longer the longest episode of all ranks is than that of one, by the lengths' sd / mean, without a limit of turns:")
+    print("\n| ranks | " + " | ".join(f"{x:g}" for x in SPREADS) + " |\n|---:|" + "---:|" * len(SPREADS))
+    for n in (2, 8, 64):
+        factors = (straggler(replace(work, spread=x, longest=math.inf, noise=0.0), n) for x in SPREADS)
+        print(f"| {n} | " + " | ".join(f"{f:.2f}" for f in factors) + " |")
 
 
 def main() -> None:
@@ -183,7 +203,11 @@ def main() -> None:
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the weights")
     parser.add_argument("--out", type=Path, help="for scaling.json")
+    parser.add_argument("--show", type=Path, help="a scaling.json: print its tables and run nothing")
     a, further = parser.parse_known_args()
+    if a.show:
+        show(json.loads(a.show.read_text()))
+        return
     if a.ranks[0] != 1 or a.rows % a.group or a.iterations < 2:
         parser.error("--ranks begins with 1, --rows is a multiple of --group, and there are two --iterations or more")
     prompt, turn_tokens, turns = SHAPES.get(a.size, (1024, 32, (8, 16)))
@@ -196,23 +220,14 @@ def main() -> None:
     found: dict[int, dict[str, Any]] = {}
     report: dict[str, Any] = {"device": device, "torch": torch.__version__, "settings": {k: str(v) for k, v in vars(a).items()}}
     for n in a.ranks:
-        print(f"\n{n} ranks", flush=True)
+        print(f"\nranks: {n}", flush=True)
         told = measure(a, model, n, further)
         found[n] = summary(told)
         report |= {"ranks": found, "lines": {**report.get("lines", {}), n: told}}
-        if n > 1:
-            work, links = on_paper(a, found[1], found[n], n)
-            report["paper"] = {"work": vars(work), "links": vars(links), "seconds": {
-                k: {where: predict(work, which, k).as_dict() for where, which in (("fitted", links), ("10 Gbit/s", NETWORK))}
-                for k in (*found, 8, 64)
-            }}  # fmt: skip
         if a.out:
             a.out.mkdir(parents=True, exist_ok=True)
             (a.out / "scaling.json").write_text(json.dumps(report, indent=1))
-    print(f"\n{a.size}, {device}, {a.rows} trajectories a rank")
-    show(found, a.rows)
-    if len(found) > 1:
-        show_paper(work, links, found)
+    show(report)
 
 
 if __name__ == "__main__":
