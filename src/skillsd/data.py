@@ -213,7 +213,7 @@ class RolloutData(L.LightningDataModule):
 
     def train_dataloader(self) -> GroupStream:
         if self.bank is not None:
-            self.bank.bind(self.generate, self.solution)
+            self.bank.bind(self.generate, self.solution, lambda: self.policy.together())
         self._stream = GroupStream(self)
         self._stream.position = self._resume_at
         return self._stream
@@ -321,7 +321,8 @@ class GroupStream:
             skills = d.bank.choose([t.task_id for t in tasks], every, d.seed, epoch, epoch_start=index == 0)
         started = time.perf_counter()
         share = ranks.share(len(tasks))
-        played = self._play([tasks[i] for i in share], [text for _, text in skills[share.start : share.stop]], iteration)
+        with d.policy.together():
+            played = self._play([tasks[i] for i in share], [text for _, text in skills[share.start : share.stop]], iteration)
         mine = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
         d.rollout_s = time.perf_counter() - started
         after = d.bank.texts(mine, iteration) if d.bank is not None else None
@@ -405,9 +406,10 @@ class PanelStream:
             part = self.rows[start : start + self.size]
             mine = [part[i] for i in ranks.share(len(part))]
             played: list[Trajectory] = []
-            for seed in dict.fromkeys(s for s, _ in mine):
-                rows = [r for s, r in mine if s == seed]
-                played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
+            with d.policy.together():
+                for seed in dict.fromkeys(s for s, _ in mine):
+                    rows = [r for s, r in mine if s == seed]
+                    played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
             yield [t for theirs in ranks.gather(played) for t in theirs]
 
 

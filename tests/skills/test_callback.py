@@ -257,7 +257,7 @@ def test_seconds_of_summaries(groups, context, monkeypatch):
     queue: Any = callback.summariser
     monkeypatch.setattr("skillsd.skills.callback.time", SimpleNamespace(perf_counter=lambda: queue.clock))
     for i in (0, 1):
-        callback.texts(groups(i))
+        callback.texts(groups(i), i)
         assert end(callback, groups(i))["time/summary_s"] == 1.0
     assert len(queue.submitted) == 2
 
