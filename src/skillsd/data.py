@@ -26,14 +26,12 @@ from skillsd.rollout import (
     Chat,
     Collector,
     Completion,
-    Engine,
-    InProcessEngine,
     Request,
     RolloutSettings,
     Row,
-    VllmEngine,
     ask,
     demonstrate,
+    make_engine,
     make_env,
     read_tasks,
     tasks_of,
@@ -197,10 +195,7 @@ class RolloutData(L.LightningDataModule):
         if self._collector is None:
             policy = self.policy
             chat = Chat(policy.tokenizer, policy.stop_ids)
-            r = self.rollout
-            engine: Engine = (
-                VllmEngine(policy, r.max_rows, r.vllm_memory) if r.engine == "vllm" else InProcessEngine(policy, r.cuda_graphs, r.kernels)
-            )
+            engine = make_engine(policy, self.rollout)
             self._collector = Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length)
         return self._collector
 
