@@ -49,14 +49,14 @@ class FakeServer:
 
     def __init__(self, model, key="", port=0):
         self.model, self.key = model, key
-        self.adapters, self.ever, self.asked, self.loads, self.unloads = {}, {}, [], [], []
+        self.adapters, self.asked, self.loads, self.unloads = {}, [], [], []
         self.broken, self.before = {}, lambda body: None
         self.processor, self.mode = Noise, "processed_logits"
         self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"fake": self}))
         self.http.daemon_threads, self.http.block_on_close = True, False
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.dead = False
+        self.dead, self.lock = False, threading.Lock()
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def kill(self):
@@ -100,14 +100,15 @@ class FakeServer:
             return self.complete(body)
         if path == "/v1/load_lora_adapter":
             name = body["lora_name"]
-            if name in self.adapters:
-                return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}
-            try:
-                self.model.load(name, body["lora_path"])
-            except (OSError, ValueError) as e:
-                return 500, {"error": {"message": str(e)}}
-            self.adapters[name] = body["lora_path"]
-            self.loads.append(name)
+            with self.lock:
+                if name in self.adapters:
+                    return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}
+                try:
+                    self.model.load(name, body["lora_path"])
+                except (OSError, ValueError) as e:
+                    return 500, {"error": {"message": str(e)}}
+                self.adapters[name] = body["lora_path"]
+                self.loads.append(name)
             return 200, "Success"
         if path == "/v1/unload_lora_adapter":
             self.unloads.append(body["lora_name"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from skillsd.rollout.engine import Completion, Request
 from skillsd.rollout.line import Line, Lost
-from skillsd.rollout.versions import Version
 from skillsd.rollout.vllm_engine import LEAST
 
 SHORT = 1 << 20
@@ -30,8 +30,12 @@ class VllmApi:
             raise Lost(f"its --max-model-len {length} is below policy.context_length {context}: change either")
         # At this temperature every token is as likely as any other, which only a server that draws with our noise and tells of it knows.
         one = Request(0, (), 0, 0, 1)
-        (logprob,) = self.completion(line.ask("/v1/completions", SHORT, self.body(base, [0], one, 1e9)), one).logprobs
-        if not abs(logprob + math.log(self.vocabulary)) < 0.1:
+        text = line.ask("/v1/completions", SHORT, self.body(base, [1, 2, 3], one, 1e9))
+        try:
+            (logprob,) = self.completion(text, one).logprobs
+        except Lost:
+            logprob = math.nan
+        if not abs(logprob + math.log(self.vocabulary)) < 0.01:
             raise Lost(
                 "it does not draw with our noise, or has another vocabulary: start it with --logprobs-mode processed_logits "
                 "--logits-processors skillsd.rollout.vllm_engine:NoiseProcessor"
@@ -48,13 +52,13 @@ class VllmApi:
         except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError) as e:
             raise Lost("what it says at /v1/models is no list of models") from e
 
-    def load(self, line: Line, version: Version) -> None:
-        """Raises Lost."""
-        body = {"lora_name": version.name, "lora_path": str(version.folder)}  # load_inplace would have it read again at every step
+    def load(self, line: Line, name: str, folder: Path) -> None:
+        """An adapter. Raises Lost."""
+        body = {"lora_name": name, "lora_path": str(folder)}  # load_inplace would have it read again at every step
         try:
             line.ask("/v1/load_lora_adapter", SHORT, body)
         except Lost as e:
-            if e.status != 400 or version.name not in self._models(line)[2]:  # another rank was faster
+            if e.status != 400 or name not in self._models(line)[2]:  # another rank was faster
                 raise
 
     @staticmethod

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 from weakref import WeakSet
@@ -177,8 +178,9 @@ class VllmServers:
             self._hang_up(lambda asked: id(asked) not in users)
             self._each([s for s in self.servers if not s.live], self._greet, GREET_S)
             if version is not None:
-                lacking = [s for s in self.servers if s.live and version.name not in s.loaded]
-                self._each(lacking, lambda server, line: self._load(server, line, version), LOAD_S)
+                name, folder = version.name, version.folder  # an idle thread holds on to its last call, which is not to hold the version
+                lacking = [s for s in self.servers if s.live and name not in s.loaded]
+                self._each(lacking, lambda server, line: self._load(server, line, name, folder), LOAD_S)
             self._check_left()
 
     def _check_left(self) -> None:
@@ -195,9 +197,9 @@ class VllmServers:
             log.warning("rollout.servers: %s is back.", server.url)
         server.why = ""
 
-    def _load(self, server: _Server, line: Line, version: Version) -> None:
-        self.api.load(line, version)
-        server.loaded.add(version.name)
+    def _load(self, server: _Server, line: Line, name: str, folder: Path) -> None:
+        self.api.load(line, name, folder)
+        server.loaded.add(name)
 
     def _each(self, servers: Sequence[_Server], do: Callable[[_Server, Line], None], seconds: float) -> None:
         """The same with several servers at one time. One that fails is dropped."""
@@ -214,11 +216,12 @@ class VllmServers:
     def drop(self, server: _Server, life: int, why: str) -> None:
         """A server is lost, unless it has come back since. What it was asked for ends."""
         with self.lock:
-            if server.lives != life or not (server.live or why != server.why):
+            if server.lives != life:
                 return
-            left = sum(s.live for s in self.servers) - server.live
+            if server.live or not server.why:
+                left = sum(s.live for s in self.servers) - server.live
+                log.warning("rollout.servers: %s is lost (%s); %d left.", server.url, why, left)
             server.live, server.loaded, server.why = False, set(), why
-            log.warning("rollout.servers: %s is lost (%s); %d left.", server.url, why, left)
             self._hang_up(lambda asked: asked.server is server)
 
     def _hang_up(self, which: Callable[[_Asked], bool]) -> None:
@@ -242,17 +245,18 @@ class VllmServers:
     def ask(self, session: ServersSession, server: _Server, ids: list[int], request: Request) -> _Asked:
         """Begin a turn. What comes of it goes to `session.arrived`."""
         asked = _Asked(request, server, server.lives, Line(server.url, self.key, self.seconds))
-        version, arrived = session.version, session.arrived
-        body = self.api.body(version.name if version is not None else server.base, ids, request, session.temperature)
+        arrived, version = session.arrived, session.version
+        name, folder = (version.name, version.folder) if version is not None else (server.base, None)
+        body = self.api.body(name, ids, request, session.temperature)
         most = self.api.most(ids, request)
 
         def work() -> Completion:
             try:
                 answer = asked.line.ask("/v1/completions", most, body)
             except Lost as e:
-                if e.status != 404 or version is None:
+                if e.status != 404 or folder is None:
                     raise
-                self._load(server, asked.line, version)  # it was started anew, or somebody has unloaded it
+                self._load(server, asked.line, name, folder)  # it was started anew, or somebody has unloaded it
                 answer = asked.line.ask("/v1/completions", most, body)
             return self.api.completion(answer, request)
 
