@@ -22,7 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from skillsd import __version__, conf_dir
+from skillsd import __version__, conf_dir, ranks
 from skillsd.analysis.panel import print_report
 from skillsd.begin import guard_run_folder
 from skillsd.callbacks import MemoryPlan, TeacherSync
@@ -117,7 +117,7 @@ class CLI(LightningCLI):
         given = config.get("ckpt_path")
         if given is not None and given not in KEYWORDS and "://" not in given and not Path(given).exists():
             raise ConfigError(f"ckpt_path: no checkpoint at {given}: name one, `last`, or leave it out.")
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and ranks.leads():
             guard_run_folder(Path(config.trainer.default_root_dir or "."), config.get("ckpt_path"), config.get("overwrite"))
 
     def instantiate_classes(self) -> None:
@@ -160,10 +160,12 @@ class CLI(LightningCLI):
                 callback.remember(self.trainer)
 
     def after_fit(self) -> None:
-        print_report(Path(self.trainer.default_root_dir))
+        if ranks.leads():
+            print_report(Path(self.trainer.default_root_dir))
 
     def after_validate(self) -> None:
-        print_report(Path(self.trainer.default_root_dir))
+        if ranks.leads():
+            print_report(Path(self.trainer.default_root_dir))
 
 
 def _ours(error: BaseException) -> bool:
@@ -282,7 +284,7 @@ def main(args: ArgsType = None) -> int:
         except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
             if os.environ.get("SKILLSD_DEBUG") == "1" or not users_business(e):
                 raise
-            print(f"error: {redacted(told(e))}", file=sys.stderr)
+            print(f"{ranks.name()}error: {redacted(told(e))}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, SystemExit) as e:
             if isinstance(e, SystemExit) and not isinstance(e.__context__, KeyboardInterrupt):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from skillsd import ranks
 from skillsd.errors import ConfigError
 from skillsd.module import last_checkpoint
 from skillsd.policy import Policy
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class RolloutData(L.LightningDataModule):
-    """Streams rollouts of a text environment.
+    """Streams rollouts of a text environment. With several ranks each plays its share of an iteration's tasks, and all get the whole batch.
 
     Args:
         env: Gymnasium id, `module:Id-v0`; the environment fulfils `skillsd.testing.check_text_env`.
@@ -309,12 +310,30 @@ class GroupStream:
         d = self.data
         epoch, index = divmod(iteration, len(self))
         tasks = self.order(epoch)[index * d.batch_tasks : (index + 1) * d.batch_tasks]
+        skills: list[tuple[int | None, str]] = [(None, "")] * len(tasks)
         if d.bank is not None:
-            d.bank.refresh([t.task_id for t in d.train_tasks], d.seed, epoch, epoch_start=index == 0)
-        skills = [d.bank.skill_for(t.task_id) if d.bank is not None else (None, "") for t in tasks]
-        first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
-        rows = [Row(t, k, text if k >= first else "") for t, (_, text) in zip(tasks, skills, strict=True) for k in range(d.group_size)]
+            every = [t.task_id for t in d.train_tasks]
+            skills = d.bank.choose([t.task_id for t in tasks], every, d.seed, epoch, epoch_start=index == 0)
         started = time.perf_counter()
+        share = ranks.share(len(tasks))
+        played = self._play([tasks[i] for i in share], [text for _, text in skills[share.start : share.stop]], iteration)
+        mine = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
+        d.rollout_s = time.perf_counter() - started
+        after = d.bank.texts(mine, iteration) if d.bank is not None else None
+        groups = [
+            self._group(tasks[i], g, skills[i][0], after[k] if after else [skills[i][1]] * len(g))
+            for k, (i, g) in enumerate(zip(share, mine, strict=True))
+        ]
+        told = ranks.gather((d.rollout_s, groups))  # from here on every rank has the whole batch
+        d.rollout_s = max(seconds for seconds, _ in told)
+        self._check_failed([t for _, part in told for g in part for t in g.trajectories], iteration)
+        return [g for _, part in told for g in part]
+
+    def _play(self, tasks: Sequence[Task], skills: Sequence[str], iteration: int) -> list[Trajectory]:
+        """The tasks' groups, one after another."""
+        d = self.data
+        first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
+        rows = [Row(t, k, text if k >= first else "") for t, text in zip(tasks, skills, strict=True) for k in range(d.group_size)]
         adapter = "teacher" if d.actor == "teacher" else "student"
         played = d.collector.collect(rows, seed=d.seed, iteration=iteration, adapter=adapter)
         # A skill that leaves no room to act is left out: an episode that was not played would count as a reward of 0.
@@ -324,17 +343,14 @@ class GroupStream:
             for i, t in zip(crowded, d.collector.collect(plain, seed=d.seed, iteration=iteration, adapter=adapter), strict=True):
                 played[i] = t
         d.collector.engine.release()
-        d.rollout_s = time.perf_counter() - started
-        if failed := [t for t in played if t.failed]:
+        return played
+
+    def _check_failed(self, played: Sequence[Trajectory], iteration: int) -> None:
+        failed = [t for t in played if t.failed]
+        if failed and ranks.leads():
             log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)
-        if len(failed) > d.rollout.max_failed * len(played):
+        if len(failed) > self.data.rollout.max_failed * len(played):
             raise ConfigError(self._summary(iteration, failed, len(played)))
-        groups = [played[i * d.group_size : (i + 1) * d.group_size] for i in range(len(tasks))]
-        after = d.bank.texts(groups) if d.bank is not None else None
-        return [
-            self._group(t, g, skill_id, after[i] if after else [text] * len(g))
-            for i, (t, g, (skill_id, text)) in enumerate(zip(tasks, groups, skills, strict=True))
-        ]
 
     def _summary(self, iteration: int, failed: Sequence[Trajectory], episodes: int) -> str:
         kinds = Counter(t.failure_kind for t in failed)
@@ -368,12 +384,12 @@ class GroupStream:
 
 
 class PanelStream:
-    """The validation loader: batches of played held-out episodes, in the panel's order. It is played anew each time."""
+    """The validation loader: batches of held-out episodes in the panel's order, of which each rank plays a share. Played anew each time."""
 
     def __init__(self, data: RolloutData) -> None:
         self.data = data
         self.rows = [(seed, Row(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
-        self.size = 4 * data.rollout.max_rows
+        self.size = 4 * data.rollout.max_rows * ranks.world()
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
@@ -382,11 +398,12 @@ class PanelStream:
         d = self.data
         for start in range(0, len(self.rows), self.size):
             part = self.rows[start : start + self.size]
+            mine = [part[i] for i in ranks.share(len(part))]
             played: list[Trajectory] = []
-            for seed in dict.fromkeys(s for s, _ in part):
-                rows = [r for s, r in part if s == seed]
+            for seed in dict.fromkeys(s for s, _ in mine):
+                rows = [r for s, r in mine if s == seed]
                 played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
-            yield played
+            yield [t for theirs in ranks.gather(played) for t in theirs]
 
 
 def _overrides(env: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

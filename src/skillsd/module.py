@@ -12,6 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,9 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from skillsd import ranks
 from skillsd.checkpoint import LAST, check_base
 from skillsd.errors import ConfigError
 from skillsd.objective import Objective, group_advantages
@@ -158,6 +161,7 @@ class SkillSD(L.LightningModule):
             return self._accumulate(batch, advantage, n, weight, teacher_rows, temperature, params if apart else [])
 
         done = self._within_memory(update, batch)
+        _reduce(done, params)
         norm = self._step(optimizer, params, done)
         self._record(batch, done, n, weight, teacher_rows, norm, params, time.perf_counter() - started)
         sizes = [len(g.trajectories) for g in groups]
@@ -196,13 +200,14 @@ class SkillSD(L.LightningModule):
         self, batch: _Batch, advantage: Tensor, n: int, weight: float, teacher_rows: Collection[int], temperature: float,
         apart: Sequence[torch.nn.Parameter],
     ) -> _Update:  # fmt: skip
-        """The gradient of the whole batch, a micro-batch at a time; that of the distillation alone for the parameters in `apart`."""
+        """This rank's share of the gradient, a micro-batch at a time; that of the distillation alone for the parameters in `apart`."""
         rows = batch.rows
-        torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration)  # for dropout: a resumed run draws the same
+        torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration + (ranks.rank() << 40))  # for dropout: a resumed run draws the same
         out = _Update(torch.zeros(len(rows)), [torch.zeros_like(p) for p in apart])
         self.teacher_s = 0.0
-        for part in micro_batches([len(batch.student[i]) for i in batch.kept], self.micro_batch_tokens, not self.policy.packs):
-            index = [batch.kept[k] for k in part]
+        mine = batch.share(teacher_rows)
+        for part in micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs):
+            index = [mine[k] for k in part]
             mask, recorded = _padded([rows[i] for i in index], self.policy.device)
             student = self.policy.score("student", [batch.student[i] for i in index], temperature)
             logp = student.logp
@@ -223,7 +228,7 @@ class SkillSD(L.LightningModule):
                         total += g
             loss = self.objective.total(terms, n)
             if loss.requires_grad:  # without a reward, rows that no teacher speaks to teach nothing
-                with self.policy.recomputing():
+                with self.policy.recomputing(), self._alone():
                     self.manual_backward(loss)
 
             out.gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
@@ -237,6 +242,11 @@ class SkillSD(L.LightningModule):
                 out.sums[key] += value
             out.largest_drift = max(out.largest_drift, most)
         return out
+
+    def _alone(self) -> Any:
+        """A backward that tells no other rank: micro-batches differ in number, and there is one reduction after the last."""
+        model = self.trainer.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def _advantages(self, groups: Sequence[TrajectoryGroup]) -> Tensor:
         """[B * G], float32; 0 for failed episodes. Without a policy loss a group may have one member and no baseline."""
@@ -358,7 +368,7 @@ class SkillSD(L.LightningModule):
             "rollout/finish_length": _mean(t.finish_reason == "length" for t in rows),
             "rollout/failed": _mean(t.failed for t in rows), **{f"rollout/failed_{k}": float(failed.count(k)) for k in FAILURES},
             "policy/skipped_steps": float(self.skipped),
-            "learner/tokens": float(scored), "memory/peak_gib": peak_gib(self.policy.device),
+            "learner/tokens": float(scored), "memory/peak_gib": done.peak_gib,
             "memory/micro_batch_tokens": float(self.micro_batch_tokens),
             "time/teacher_s": self.teacher_s, "time/update_s": seconds - self.teacher_s,
             "time/learner_tokens_per_s": scored / seconds,
@@ -411,6 +421,7 @@ class _Update:
         distillation_grad: The distillation's own gradient.
         sums: What is logged as a mean.
         largest_drift: Of |recorded - recomputed log-prob|, nats.
+        peak_gib: Of the rank that took most.
         tokens: Where asked for, of each micro-batch the gap of action tokens that a teacher spoke to and log rho of all, [n] each.
     """
 
@@ -418,7 +429,27 @@ class _Update:
     distillation_grad: list[Tensor]
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     largest_drift: float = 0.0
+    peak_gib: float = math.nan
     tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+def _reduce(done: _Update, params: Sequence[torch.nn.Parameter]) -> None:
+    """Add up what the ranks have: one reduction for the gradients, and what is logged."""
+    done.peak_gib = peak_gib(params[0].device)
+    if ranks.world() == 1:
+        return
+    trained = any(p.grad is not None for p in params)
+    told = ranks.gather(
+        (trained, dict(done.sums), done.gaps, done.largest_drift, done.peak_gib, [(a.cpu(), b.cpu()) for a, b in done.tokens])
+    )
+    if any(x[0] for x in told):
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        ranks.add([*(p.grad for p in params if p.grad is not None), *done.distillation_grad])
+    done.sums = defaultdict(float, {k: sum(x[1].get(k, 0.0) for x in told) for k in dict.fromkeys(k for x in told for k in x[1])})
+    done.gaps = torch.stack([x[2] for x in told]).sum(0)
+    done.largest_drift, done.peak_gib = max(x[3] for x in told), max(x[4] for x in told)
+    done.tokens = [pair for x in told for pair in x[5]]
 
 
 class _Batch:
@@ -444,6 +475,11 @@ class _Batch:
         self.zero_variance = [len({t.reward for t in g.counted}) == 1 if g.counted else None for g in groups]
         flat = [drop_zero_variance and z for g, z in zip(groups, self.zero_variance, strict=True) for _ in g.trajectories]
         self.kept = [i for i, t in enumerate(self.rows) if t.n_actions and not t.failed and not flat[i]]
+
+    def share(self, teacher_rows: Collection[int]) -> list[int]:
+        """Of `kept` this rank's rows, of about as much work as every other's: a teacher's forward costs a third of a student's pass."""
+        costs = [len(self.student[i]) + len(self.teacher[i]) / 3 * (i in teacher_rows) for i in self.kept]
+        return [self.kept[k] for k in ranks.balanced(costs)]
 
 
 def _return_gap(g: TrajectoryGroup, member: int) -> float:

@@ -105,14 +105,14 @@ def test_hindsight_waits_for_this_iteration_s_summaries(groups):
     queue: Any = callback.summariser
     callback.checked.submit(0, [t for g in groups(0) for t in g])  # from before a change of the context, say
     queue.ready = 1
-    assert callback.texts(groups(1)) == [["t1.0.1", "t1.1.1"], ["t2.0.1", "t2.1.1"]]
+    assert callback.texts(groups(1), 1) == [["t1.0.1", "t1.1.1"], ["t2.0.1", "t2.1.1"]]
     assert workflows(callback, "t1") == ["t1.0.0", "t1.1.0"]
     metrics = end(callback, groups(1))
     assert workflows(callback, "t1") == ["t1.0.0", "t1.1.0", "t1.0.1", "t1.1.1"] and metrics["skills/bank"] == 8
     everybody = [("t1", 0), ("t1", 1), ("t2", 0), ("t2", 1)]
     assert queue.submitted == [(0, everybody), (1, everybody)] and queue.collect() == []
     assert metrics["time/summary_s"] > 0
-    assert callback.texts(groups(2)) == [["t1.0.2", "t1.1.2"], ["t2.0.2", "t2.1.2"]]
+    assert callback.texts(groups(2), 2) == [["t1.0.2", "t1.1.2"], ["t2.0.2", "t2.1.2"]]
 
 
 def test_hindsight_that_fails_says_nothing(groups):
@@ -121,25 +121,25 @@ def test_hindsight_that_fails_says_nothing(groups):
     blank = replace(a, turns=tuple(replace(t, action=" ") for t in a.turns))
     rows = [[blank, b], [replace(c, turns=()), replace(d, failure="killed", finish_reason="failed")]]
     callback = make(HindsightContext())
-    assert callback.texts(rows) == [["", "t1.1.0"], ["", ""]]
+    assert callback.texts(rows, 0) == [["", "t1.1.0"], ["", ""]]
     metrics = end(callback, rows)
     assert (metrics["skills/bank"], metrics["skills/failed"]) == (1, 1)
     none = [[replace(a, turns=()), replace(b, turns=())]]
-    assert callback.texts(none) == [["", ""]] and end(callback, none)["skills/bank"] == 1
+    assert callback.texts(none, 0) == [["", ""]] and end(callback, none)["skills/bank"] == 1
 
 
 def test_the_bank_is_filled_whatever_is_shown(groups):
     """A sibling's attempt is read, the bank is not; without a context nothing is summarised."""
     callback = make(SiblingContext(), transcript_template="{actions}|")
     queue: Any = callback.summariser
-    assert callback.texts(groups(0)) == [["t1.1.0|", "t1.0.0|"], ["t2.1.0|", "t2.0.0|"]] and queue.submitted == []
+    assert callback.texts(groups(0), 0) == [["t1.1.0|", "t1.0.0|"], ["t2.1.0|", "t2.0.0|"]] and queue.submitted == []
     end(callback, groups(0))
     assert len(queue.submitted) == 1 and workflows(callback, "t1") == []  # not ready
     end(callback, groups(1), last=True)
     assert workflows(callback, "t1") == ["t1.0.0", "t1.1.0", "t1.0.1", "t1.1.1"]
     assert callback.skill_for("t1") == (None, "")
     callback = make(NoContext())
-    assert callback.texts(groups(0)) is None
+    assert callback.texts(groups(0), 0) is None
     assert end(callback, groups(0))["skills/bank"] == 0 and callback.summariser.submitted == []  # type: ignore[attr-defined]
 
 
@@ -159,7 +159,7 @@ def test_failures_stay_out_of_the_bank(groups):
 def test_a_transcript_is_the_conversation(make_trajectory):
     long = make_trajectory(member=1, pairs=[(f"see {i} " + "x" * 900, f"do {i}") for i in range(60)])
     callback = make(SiblingContext())
-    ((text, other),) = callback.texts([[make_trajectory(completion=0.0), long]])  # type: ignore[misc]
+    ((text, other),) = callback.texts([[make_trajectory(completion=0.0), long]], 0)  # type: ignore[misc]
     assert (text, other) == (TRANSCRIPT_TEMPLATE.format(transcript=conversation(long)), "")
     assert text.startswith("# An earlier attempt at this task, which succeeded\n") and text.endswith("\n\n# Your attempt\n")
     assert len(text) < 24_200 and "do 0" in text and "do 59" in text and "left out" in text
@@ -247,7 +247,7 @@ def test_a_use_is_booked(groups, tmp_path, booking, means):
 def test_a_group_of_one(groups):
     (a, _), _ = groups(0)
     callback = make(HindsightContext())
-    assert callback.texts([[a]]) == [["t1.0.0"]] and end(callback, [[a]])["skills/bank"] == 1
+    assert callback.texts([[a]], 0) == [["t1.0.0"]] and end(callback, [[a]], 0)["skills/bank"] == 1
 
 
 @pytest.mark.parametrize("context", [BankContext, HindsightContext])
@@ -257,14 +257,14 @@ def test_seconds_of_summaries(groups, context, monkeypatch):
     queue: Any = callback.summariser
     monkeypatch.setattr("skillsd.skills.callback.time", SimpleNamespace(perf_counter=lambda: queue.clock))
     for i in (0, 1):
-        callback.texts(groups(i))
+        callback.texts(groups(i), i)
         assert end(callback, groups(i))["time/summary_s"] == 1.0
     assert len(queue.submitted) == 2
 
 
 def test_answers_alone_have_spaces_between_them(make_trajectory):
     callback = make(SiblingContext(), transcript_template="{actions}|")
-    assert callback.texts([[make_trajectory(), make_trajectory(member=1)]]) == [["up left|", "up left|"]]
+    assert callback.texts([[make_trajectory(), make_trajectory(member=1)]], 0) == [["up left|", "up left|"]]
 
 
 def test_a_summariser_gets_the_model_s_voice(groups):

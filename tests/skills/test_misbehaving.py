@@ -237,7 +237,7 @@ def test_what_is_left_out_is_said_and_the_rest_is_taken(make_trajectory, caplog)
 def test_a_skill_of_the_ground_truth_is_checked_too(make_trajectory, given):
     callback = SkillBankCallback(Third(given), GroundTruthContext())  # type: ignore[arg-type]
     callback.bind(lambda *_: [], lambda task_id, summariser: summariser.summarise([make_trajectory(task_id)])[0])
-    assert callback.texts([[make_trajectory()]]) == [[""]]
+    assert callback.texts([[make_trajectory()]], 0) == [[""]]
 
 
 def test_the_run_goes_on_and_counts(make_trajectory):

@@ -29,6 +29,11 @@ NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "c
 """Keys that say where a run is and how it was begun; they and what is under them."""
 
 
+def shown(trainer: L.Trainer) -> bool:
+    """Whether the run has a TensorBoard logger."""
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+
+
 def writers(trainer: L.Trainer) -> list[Any]:
     """The SummaryWriter of each TensorBoard logger."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

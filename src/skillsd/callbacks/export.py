@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from skillsd import ranks
 from skillsd.durable import seal_folder, sync
 from skillsd.run_folder import ADAPTER
 
@@ -52,4 +53,5 @@ class AdapterExport(L.Callback):
     """Writes adapter/student in the run folder when training ends."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        export_adapter(pl_module.policy, Path(trainer.default_root_dir) / ADAPTER / "student", trainer.global_step)
+        if ranks.leads():
+            export_adapter(pl_module.policy, Path(trainer.default_root_dir) / ADAPTER / "student", trainer.global_step)

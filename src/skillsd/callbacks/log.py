@@ -15,6 +15,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
+from skillsd import ranks
 from skillsd.callbacks import board
 from skillsd.durable import DamagedError, checksum, named, sync
 from skillsd.errors import ConfigError
@@ -36,7 +37,7 @@ class RunLog(L.Callback):
 
     A checkpoint holds the length and the CRC-32 of both files; a resumed run cuts them back to it, so that nothing stands twice. One that
     was moved away begins anew. TensorBoard gets an episode and the bank's skills at each epoch's start, histograms of tokens, and the
-    hyper-parameters.
+    hyper-parameters. Of several ranks rank 0 writes.
 
     Args:
         trajectories: Write trajectories.jsonl.
@@ -57,6 +58,8 @@ class RunLog(L.Callback):
             raise ConfigError("callbacks: SkillBankCallback comes after RunLog, which writes its numbers: give it before.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not ranks.leads():
+            return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.seen = {name: self._take_up(folder / name, *self.seen.get(name, (0, 0))) for name in LOGS}
@@ -75,7 +78,7 @@ class RunLog(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         due = self.histogram_every and batch[0].trajectories[0].iteration % self.histogram_every == 0
-        pl_module.keep_tokens = bool(due and board.writers(trainer))  # type: ignore[assignment]
+        pl_module.keep_tokens = bool(due and board.shown(trainer))  # type: ignore[assignment]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         groups: Sequence[TrajectoryGroup] = batch
@@ -86,6 +89,8 @@ class RunLog(L.Callback):
         pl_module.log_dict({k: metrics[k] for k in ("time/rollout_s", "time/rollout_tokens_per_s")}, batch_size=1)  # type: ignore[index]
         busy = sum(metrics[f"time/{k}_s"] for k in ("rollout", "teacher", "update"))  # type: ignore[index]
         pl_module.log("tokens/s", metrics["rollout/tokens"] / busy, prog_bar=True, logger=False, batch_size=1)  # type: ignore[index]
+        if not ranks.leads():
+            return
         iteration = groups[0].trajectories[0].iteration
         row = {"iteration": iteration, "epoch": trainer.current_epoch} | {
             k: "" if math.isnan(v) else repr(float(v))
@@ -103,6 +108,8 @@ class RunLog(L.Callback):
                 self._show(trainer, writer, groups[0].trajectories[0])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not ranks.leads():
+            return
         panel: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Panel"), None)  # type: ignore[attr-defined]
         final = {f"final/{k}": panel.result[k] for k in ("success", "completion")} if panel is not None and panel.result else {}
         for logger in trainer.loggers if final else ():

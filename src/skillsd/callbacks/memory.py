@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from skillsd import ranks
 from skillsd.errors import ConfigError
 from skillsd.module import SkillSD
 from skillsd.policy import Demand, Footprint
@@ -34,7 +35,7 @@ class MemoryPlan(L.Callback):
         if isinstance(pl_module, SkillSD) and pl_module.policy.device.type == "cuda":
             engine: Engine = data.collector.engine
             text, engine.room = plan(pl_module, data.rollout, available(pl_module.policy.device), engine.held)
-            print(text, flush=True)
+            ranks.say(text)
 
 
 def available(device: torch.device) -> int:

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from rich.progress import Progress
 
+from skillsd import ranks
 from skillsd.durable import write
 from skillsd.errors import ConfigError
 from skillsd.run_folder import PANEL_FILE, read_panel
@@ -25,7 +26,8 @@ SHARES = ("success", "completion", "task_goal_completion", "scenario_goal_comple
 class Panel(L.Callback):
     """Plays the data module's held-out tasks before the first and after the last iteration and writes panel.json.
 
-    Lightning's own validation (`skillsd validate`, or `trainer.check_val_every_n_epoch` during a fit) plays the same panel.
+    Lightning's own validation (`skillsd validate`, or `trainer.check_val_every_n_epoch` during a fit) plays the same panel. Of several
+    ranks each plays a share.
 
     Args:
         before: Play it before training (a resumed run reads panel.json instead).
@@ -44,7 +46,7 @@ class Panel(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.trained = False
-        stored = read_panel(trainer.default_root_dir)
+        stored = _stored(trainer)
         if "before" in stored and self.after and not self._same(trainer, stored["before"]):
             raise ConfigError(
                 f"data.init_args: the panel of {trainer.default_root_dir} was played on other episodes: set the environment, the split, "
@@ -52,7 +54,7 @@ class Panel(L.Callback):
             )
         if self.before and "before" not in stored:
             if trainer.global_step:
-                print("panel: this run was resumed and panel.json has no `before`; it is left out.")
+                ranks.say("panel: this run was resumed and panel.json has no `before`; it is left out.")
                 return
             self._keep(trainer, "before")
 
@@ -66,11 +68,11 @@ class Panel(L.Callback):
         if self.every and step % self.every == 0 and step < trainer.estimated_stepping_batches and not trainer.should_stop:
             result = self._play(trainer, f"after {step} iterations")
             # A resumed run plays some again, with the same result.
-            during = read_panel(trainer.default_root_dir).get("during", {}) | {str(step): {"n": result["n"], **_shares(result)}}
+            during = _stored(trainer).get("during", {}) | {str(step): {"n": result["n"], **_shares(result)}}
             write_panel(trainer.default_root_dir, {"during": during})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        stored = read_panel(trainer.default_root_dir).get("after")
+        stored = _stored(trainer).get("after")
         if self.after and not self.trained and stored is not None and self._same(trainer, stored):
             self.result = stored
         elif self.after:
@@ -106,21 +108,26 @@ class Panel(L.Callback):
     def _play(self, trainer: L.Trainer, when: str) -> dict[str, Any]:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         played: list[Trajectory] = []
-        with Progress(disable=not trainer.progress_bar_callback, transient=True) as bar:
+        with Progress(disable=not (trainer.progress_bar_callback and ranks.leads()), transient=True) as bar:
             if not bar.console.is_terminal:  # a log file shows no bar
-                print(f"panel {when}: {len(loader.rows)} episodes", flush=True)
+                ranks.say(f"panel {when}: {len(loader.rows)} episodes")
             task = bar.add_task(f"panel {when}", total=len(loader))
             for batch in loader:
                 played += batch
                 bar.advance(task)
         result = summarise(played, _scenarios(trainer))
-        print(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(result).items()))
+        ranks.say(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(result).items()))
         return result
 
 
 def _device_name(trainer: L.Trainer) -> str:
     device = trainer.strategy.root_device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _stored(trainer: L.Trainer) -> dict[str, Any]:
+    """panel.json as rank 0 finds it."""
+    return ranks.broadcast(read_panel(trainer.default_root_dir) if ranks.leads() else {})
 
 
 def _scenarios(trainer: L.Trainer) -> dict[str, str]:
@@ -204,7 +211,9 @@ def _mean(items: Iterable[Collection[bool]]) -> tuple[float, list[float]]:
 
 
 def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = ()) -> None:
-    """Add a part to panel.json and leave others out."""
+    """Add a part to panel.json and leave others out. Of several ranks rank 0 writes."""
+    if not ranks.leads():
+        return
     path = Path(folder) / PANEL_FILE
     content = {k: v for k, v in read_panel(folder).items() if k not in drop} | part
     if drop and content == read_panel(folder):

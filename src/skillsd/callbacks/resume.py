@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from skillsd import ranks
 from skillsd.checkpoint import LAST, PREVIOUS, newest_good, read_checkpoint
 from skillsd.durable import seal, write
 from skillsd.run_folder import CHECKPOINTS
@@ -57,7 +58,7 @@ class RunCheckpoint(ModelCheckpoint):
         every = self._every_n_train_steps
         if trainer.global_step >= trainer.estimated_stepping_batches or (every and trainer.global_step % every == 0):
             self._save(trainer)
-        elif self.save_last:
+        elif self.save_last and ranks.leads():
             self._io.hold(trainer._checkpoint_connector.dump_checkpoint(False), Path(str(self.dirpath)) / LAST)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,7 +70,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._io.flush()
         except OSError as e:
             print(f"the last iteration could not be saved ({e}); the checkpoint before it is in place.", file=sys.stderr)
-        if isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt) and ranks.leads():
             last = Path(str(self.dirpath)) / LAST
             there = f"{last} holds the last finished iteration: go on with the same command and --ckpt_path last"
             print(f"\nstopped; {there if last.is_file() else 'no iteration was finished'}.", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
+from skillsd import ranks
 from skillsd.durable import write
 from skillsd.run_folder import CONFIG_FILE
 
@@ -26,7 +27,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lightning opens its loggers before anything is checked: remove what they made."""
-        if getattr(self, "started", False):
+        if getattr(self, "started", False) or not ranks.leads():
             return
         for folder, found in self.logs.items():
             for path in sorted({folder, *folder.rglob("*")} - found, reverse=True):
@@ -36,6 +37,8 @@ class SaveRunConfig(SaveConfigCallback):
             Path(trainer.default_root_dir).rmdir()  # if it is empty
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not ranks.leads():
+            return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.started = True

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from skillsd import ranks
 from skillsd.errors import ConfigError
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills.bank import SkillBank
@@ -31,6 +32,7 @@ TRANSCRIPT_TEMPLATE = """\
 class SkillBankCallback(L.Callback):
     """Summarises trajectories into skills, keeps them in a bank, and gives each task's teacher its prompt.
 
+    With several ranks, rank 0 alone has the bank: it chooses for all, and each summarises what it has played.
     The summaries of iteration i enter the bank, in (task, member) order, at the first iteration boundary at which they are
     ready; with `rules` and `base` that is always the next one. What a summariser returns is data: see CheckedSummariser.
 
@@ -84,17 +86,17 @@ class SkillBankCallback(L.Callback):
         self._state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.bank is None:  # opened late: input that is refused before leaves no file behind
+        if self.bank is None and ranks.leads():  # opened late: input that is refused before leaves no file behind
             try:
                 self.bank = SkillBank(Path(trainer.default_root_dir) / BANK_FILE, **self.bank_settings)
             except (ValueError, sqlite3.Error) as e:
                 raise ConfigError(f"skills: {e}") from e
-        if self._state is not None:
+        if self._state is not None and self.bank is not None:
             self._rewind(self._state)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.checked.close()
         if self.bank is not None:
-            self.checked.close()
             self.bank.close()
             self.bank = None
 
@@ -106,6 +108,16 @@ class SkillBankCallback(L.Callback):
             self.context.bind(lambda task_id: solve(task_id, self.checked))
 
     # -- what the stream asks for ------------------------------------------------------------------------------------------
+
+    def choose(
+        self, task_ids: Sequence[str], every: Sequence[str], seed: int, epoch: int, epoch_start: bool
+    ) -> list[tuple[int | None, str]]:
+        """`skill_for` each of an iteration's tasks, after a `refresh` of `every` training task: rank 0 chooses and tells the others."""
+        found: list[tuple[int | None, str]] = []
+        if ranks.leads():
+            self.refresh(every, seed, epoch, epoch_start)
+            found = [self.skill_for(t) for t in task_ids]
+        return ranks.broadcast(found)
 
     def refresh(self, task_ids: Sequence[str], seed: int, epoch: int, epoch_start: bool) -> None:
         """Choose every task's skill anew where it is due. Called before each iteration's rollout."""
@@ -133,15 +145,15 @@ class SkillBankCallback(L.Callback):
             raise RuntimeError(f"task {task_id} has {len(self.bank.skills(task_id))} skills, and its teacher got none")
         return None, ""
 
-    def texts(self, groups: Sequence[Sequence[Trajectory]]) -> list[list[str]] | None:
-        """What a `GroupContext` puts in front of each member's teacher prompt; None with a context of the other kind."""
+    def texts(self, groups: Sequence[Sequence[Trajectory]], iteration: int) -> list[list[str]] | None:
+        """What a `GroupContext` puts in front of each member's teacher prompt, of this rank's groups; None with one of the other kind."""
         if not isinstance(self.context, GroupContext):
             return None
         skills: dict[tuple[str, int], Skill] = {}
         if self.context.needs_skills:
             started = time.perf_counter()
-            self._insert(groups[0][0].iteration)  # what is ready from before stays apart
-            self._submit(groups)
+            self._insert(iteration)  # what is ready from before stays apart
+            self._submit(groups, iteration)
             self.checked.drain()
             self._hindsight = self.checked.collect()
             skills = {(s.task_id, s.source_member): s for done in self._hindsight for s in done.skills}
@@ -157,40 +169,52 @@ class SkillBankCallback(L.Callback):
     # -- what an iteration leaves ------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert self.bank is not None
         groups: Sequence[TrajectoryGroup] = batch
         iteration = groups[0].trajectories[0].iteration
-        for g, gap in zip(groups, outputs["group_gap"].tolist(), strict=True):
-            if g.skill_id is not None and g.counted:  # a use of which nothing is known is none
-                reward = sum(t.reward for t in g.counted) / len(g.counted)
-                self.bank.record_use(g.skill_id, iteration, reward=reward, gap=gap)
+        if self.bank is not None:
+            self._book(self.bank, groups, outputs["group_gap"].tolist(), iteration)
         started = time.perf_counter()
         if self._hindsight is None and not isinstance(self.context, NoContext):
-            self._submit([g.trajectories for g in groups], self.min_reward)  # what would not enter costs no summary
+            mine = [groups[i].trajectories for i in ranks.share(len(groups))]
+            self._submit(mine, iteration, self.min_reward)  # what would not enter costs no summary
         if trainer.should_stop or trainer.global_step >= trainer.estimated_stepping_batches:
             self.checked.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
-        self._insert(iteration)
+        size = self._insert(iteration)
         self.summary_s += time.perf_counter() - started
         metrics: Any = pl_module.metrics
-        metrics["skills/bank"], metrics["skills/failed"] = float(len(self.bank)), float(self.failed)
+        metrics["skills/bank"], metrics["skills/failed"] = float(size), float(self.failed)
         metrics["time/summary_s"], self.summary_s = self.summary_s, 0.0
         pl_module.log_dict({k: metrics[k] for k in ("skills/bank", "skills/failed", "time/summary_s")}, batch_size=1)
 
-    def _submit(self, groups: Sequence[Sequence[Trajectory]], least: float = -math.inf) -> None:
-        rows = [t for g in groups for t in g if t.turns and not t.failure and t.reward >= least]
-        self.checked.submit(groups[0][0].iteration, rows)
+    def _book(self, bank: SkillBank, groups: Sequence[TrajectoryGroup], gaps: Sequence[float], iteration: int) -> None:
+        for g, gap in zip(groups, gaps, strict=True):
+            if g.skill_id is not None and g.counted:  # a use of which nothing is known is none
+                reward = sum(t.reward for t in g.counted) / len(g.counted)
+                bank.record_use(g.skill_id, iteration, reward=reward, gap=gap)
 
-    def _insert(self, iteration: int) -> None:
-        assert self.bank is not None
+    def _submit(self, groups: Sequence[Sequence[Trajectory]], iteration: int, least: float = -math.inf) -> None:
+        rows = [t for g in groups for t in g if t.turns and not t.failure and t.reward >= least]
+        self.checked.submit(iteration, rows)
+
+    def _insert(self, iteration: int) -> int:
+        """Put what is ready on any rank into the bank, in the order that one rank would; the bank's size."""
         finished, self._hindsight = [*(self._hindsight or []), *self.checked.collect()], None
-        for done in finished:
-            self.failed += done.n_failed
-            self.bank.insert([s for s in done.skills if s.source_reward >= self.min_reward], iteration)
+        told = [done for theirs in ranks.gather(finished) for done in theirs]
+        self.failed += sum(done.n_failed for done in told)
+        size = 0
+        if self.bank is not None:
+            for since in sorted({done.iteration for done in told}):
+                skills = [s for d in told if d.iteration == since for s in d.skills if s.source_reward >= self.min_reward]
+                self.bank.insert(sorted(skills, key=lambda s: (s.task_id, s.source_member)), iteration)
+            size = len(self.bank)
+        size, self.failed = ranks.broadcast((size, self.failed))
+        return size
 
     # -- checkpoints -------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert self.bank is not None
+        if self.bank is None:
+            return  # rank 0 has it, and writes the checkpoint
         self.bank.sync()  # the checkpoint says how far it is
         checkpoint["skill_bank"] = {
             "iteration": trainer.global_step, "position": self.bank.position, "prompts": dict(self.prompts), "failed": self.failed,

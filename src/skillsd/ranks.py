@@ -1,0 +1,143 @@
+"""Several processes, one run: which one this is, its share of the work, and what they tell each other.
+
+Ranks wait for each other here, on the CPU, and as long as it takes: one may play an episode of forty turns while the others have none.
+Whether a rank is gone is another question (callbacks/peers.py). Without torch.distributed there is one rank, 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from skillsd.errors import ConfigError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=30)
+_groups: dict[Any, Any] = {}  # default group -> the one that waits
+
+
+class PeerLost(ConfigError):
+    """Another rank has ended in the middle of the run."""
+
+
+def world() -> int:
+    """How many ranks there are; 1 until they have met."""
+    return dist.get_world_size() if _met() else 1
+
+
+def rank() -> int:
+    """This one's number: 0 leads. Until they have met, as the launcher (torchrun, SLURM, Lightning) gave it."""
+    if _met():
+        return dist.get_rank()
+    for name in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    # Lightning's own variables give no number before it counts the processes of a node: that it is not 0 is all that matters here.
+    return next(
+        (int(n) for name in ("NODE_RANK", "GROUP_RANK", "LOCAL_RANK") if (n := os.environ.get(name, "0")).isdigit() and n != "0"), 0
+    )
+
+
+def leads() -> bool:
+    """Whether this is rank 0, the only one that writes: bank, logs, checkpoints, panel."""
+    return rank() == 0
+
+
+def name() -> str:
+    """What stands before a message of this rank: nothing for rank 0."""
+    return "" if leads() else f"rank {rank()}: "
+
+
+def say(text: str) -> None:
+    """Print a line, if this is rank 0."""
+    if leads():
+        print(text, flush=True)
+
+
+def share(n: int, of: int | None = None) -> range:
+    """Which of `n` things, in their order, are rank `of`'s (default: this one's): neighbours, and at most one more than others have."""
+    mine, ranks = rank() if of is None else of, world()
+    return range(n * mine // ranks, n * (mine + 1) // ranks)
+
+
+def balanced(costs: Sequence[float]) -> list[int]:
+    """Which things are this rank's, in their order, so that all ranks have about equal sums: the largest first, each to who has least."""
+    sums, mine = [0.0] * world(), []
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = sums.index(min(sums))
+        sums[least] += costs[i]
+        mine += [i] * (least == rank())
+    return sorted(mine)
+
+
+def gather(mine: T) -> list[T]:
+    """What every rank has given, by rank, on every rank. All have to call it.
+
+    Raises:
+        PeerLost: Another rank has ended.
+    """
+    if world() == 1:
+        return [mine]
+    found: list[Any] = [None] * world()
+    try:
+        dist.all_gather_object(found, mine, group=_waiting())
+    except RuntimeError as e:
+        raise _lost(e) from e
+    found[rank()] = mine
+    return found
+
+
+def broadcast(mine: T) -> T:
+    """What rank 0 has given, on every rank. All have to call it.
+
+    Raises:
+        PeerLost: Another rank has ended.
+    """
+    if world() == 1:
+        return mine
+    told: list[Any] = [mine]
+    try:
+        dist.broadcast_object_list(told, src=0, group=_waiting(), device=torch.device("cpu"))
+    except RuntimeError as e:
+        raise _lost(e) from e
+    return mine if leads() else told[0]  # type: ignore[no-any-return]
+
+
+def add(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one dtype and device by their sums over all ranks, in one reduction. All have to call it.
+
+    Raises:
+        PeerLost: Another rank has ended.
+    """
+    if world() == 1 or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as e:
+        raise _lost(e) from e
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(total.view_as(t))
+
+
+def _met() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _waiting() -> Any:
+    """The group for what is waited for. The default one loses patience after minutes, and on GPUs it would keep them busy."""
+    default = dist.group.WORLD
+    if default not in _groups:
+        _groups[default] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _groups[default]
+
+
+def _lost(e: Exception) -> PeerLost:
+    said = " ".join(str(e).split())[:200]
+    return PeerLost(f"another rank has ended; its own message says why ({said}). Go on from the last checkpoint, on any number of ranks.")
