@@ -1,6 +1,7 @@
 """From tasks to trajectories: conversation format, sampling noise, engines and the collector."""
 
 from skillsd.rollout.ask import ask, plan_of, tasks_of
+from skillsd.rollout.background import Background
 from skillsd.rollout.cache import CacheFull, Room
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.collector import Collector, Row, make_env
@@ -13,6 +14,7 @@ from skillsd.rollout.vllm_engine import VllmEngine
 from skillsd.rollout.vllm_server import VllmServers
 
 __all__ = [
+    "Background",
     "CacheFull",
     "Chat",
     "Collector",

@@ -150,6 +150,7 @@ class VllmServers:
         """An adapter as it is now. Those before it that nobody uses any more are unloaded."""
         with self.lock:
             version, over = self.versions.now(adapter)
+            # A new one exists after an update, to which no rank comes before all have played with those that nobody holds here.
             self._unload(over)
             return version
 
