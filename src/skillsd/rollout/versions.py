@@ -57,7 +57,7 @@ class Versions:
         digest = blake2b(self.policy.base_name.encode(), digest_size=10)
         for k, p in sorted(self.policy.adapter(adapter).items()):
             digest.update(k.encode())
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         name = f"skillsd-{digest.hexdigest()}"
         folder = self.folder / name
         if not folder.is_dir():

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -205,7 +206,7 @@ class VllmServers:
     def _each(self, servers: Sequence[_Server], do: Callable[[_Server, Line], None], seconds: float) -> None:
         """The same with several servers at one time. One that fails is dropped."""
         lines = [Line(s.url, self.key, seconds) for s in servers]
-        calls = [self.clerks.submit(lambda s=s, line=line: do(s, line)) for s, line in zip(servers, lines, strict=True)]
+        calls = [self.clerks.submit(partial(do, s, line)) for s, line in zip(servers, lines, strict=True)]
         _, late = futures.wait(calls, seconds)
         for line, call in zip(lines, calls, strict=True):
             if call in late:
