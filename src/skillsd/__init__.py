@@ -8,6 +8,9 @@ from skillsd._conf import conf_dir
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
+# Likewise. A rank that is gone gives one line of ours; PyTorch's sockets give a page each.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "conf_dir"]

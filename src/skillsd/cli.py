@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from skillsd import __version__, conf_dir, ranks
 from skillsd.analysis.panel import print_report
 from skillsd.begin import guard_run_folder
-from skillsd.callbacks import MemoryPlan, TeacherSync
+from skillsd.callbacks import MemoryPlan, PeerWatch, TeacherSync
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import read_checkpoint
 from skillsd.class_paths import config
@@ -139,7 +139,8 @@ class CLI(LightningCLI):
                 raise ConfigError(f"trainer.callbacks: every run has one {kind.__name__}: give its settings under `{key}:` instead.")
         if isinstance(self.model, Cloning):  # pre-training has neither
             callbacks = [c for c in callbacks if not isinstance(c, TeacherSync | SkillBankCallback)]
-        return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given, MemoryPlan()]}, [])
+        watch = [] if any(isinstance(c, PeerWatch) for c in given) else [PeerWatch()]
+        return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given, MemoryPlan(), *watch]}, [])
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer

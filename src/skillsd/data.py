@@ -219,7 +219,7 @@ class RolloutData(L.LightningDataModule):
 
     def train_dataloader(self) -> GroupStream:
         if self.bank is not None:
-            self.bank.bind(self.generate, self.solution)
+            self.bank.bind(self.generate, self.solution, lambda: self.policy.together())
         self._stream = GroupStream(self)
         self._stream.position = self._resume_at
         return self._stream

@@ -26,7 +26,7 @@ from skillsd import ranks
 from skillsd.checkpoint import LAST, check_base
 from skillsd.errors import ConfigError
 from skillsd.objective import Objective, group_advantages
-from skillsd.policy import Policy, PolicySettings, Scores, TokenSequence, micro_batches
+from skillsd.policy import OUT_OF_MEMORY, Policy, PolicySettings, Scores, TokenSequence, micro_batches, of_the_base
 from skillsd.run_folder import CHECKPOINTS
 from skillsd.trajectory import FAILURES, Trajectory, TrajectoryGroup
 
@@ -119,6 +119,8 @@ class SkillSD(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is None:
             self.policy = Policy(self.settings, self.device)
+            # DDP would send every rank what it has loaded itself, or its part of it.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, of_the_base(self))
 
     def configure_optimizers(self) -> Any:
         o = self.optim
@@ -134,7 +136,16 @@ class SkillSD(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
     def on_train_start(self) -> None:
-        """The configuration's lr and weight decay hold, whatever a checkpoint brought along: "set a smaller lr" must help."""
+        """The configuration's lr and weight decay hold, whatever a checkpoint brought along: "set a smaller lr" must help.
+
+        Raises:
+            ConfigError: the ranks have not all read the same checkpoint.
+        """
+        if len(set(ranks.gather(self.global_step))) > 1:
+            raise ConfigError(
+                f"trainer.default_root_dir: {self.trainer.default_root_dir} is not the same folder on every node, so not all ranks have "
+                "read its checkpoint: name one on a filesystem that they share."
+            )
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         schedule.base_lrs = [self.optim.lr]
@@ -178,13 +189,15 @@ class SkillSD(L.LightningModule):
         """`update`, from its beginning with half the micro-batch whenever memory runs out: the gradient is the same.
 
         Raises:
-            ConfigError: a row that stands alone does not fit.
+            ConfigError: a row that stands alone does not fit, or others would have to repeat it too, on a sharded base.
         """
         while True:
             try:
                 return update()
-            except torch.OutOfMemoryError:
-                pass  # go on outside: the exception holds the tensors of the failed attempt
+            except torch.OutOfMemoryError as e:
+                if self.policy.sharded:
+                    raise ConfigError(OUT_OF_MEMORY) from e
+                # go on outside: the exception holds the tensors of the failed attempt
             longest = max(len(batch.student[i]) for i in batch.kept)
             if self.micro_batch_tokens <= longest:
                 raise ConfigError(
@@ -206,8 +219,12 @@ class SkillSD(L.LightningModule):
         out = _Update(torch.zeros(len(rows)), [torch.zeros_like(p) for p in apart])
         self.teacher_s = 0.0
         mine = batch.share(teacher_rows)
-        for part in micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs):
-            index = [mine[k] for k in part]
+        parts = micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs)
+        for at in range(self.policy.agree(len(parts))):
+            if at >= len(parts):
+                self._idle(apart)
+                continue
+            index = [mine[k] for k in parts[at]]
             mask, recorded = _padded([rows[i] for i in index], self.policy.device)
             student = self.policy.score("student", [batch.student[i] for i in index], temperature)
             logp = student.logp
@@ -220,16 +237,11 @@ class SkillSD(L.LightningModule):
                 success=torch.tensor([rows[i].success for i in index], device=mask.device),
                 return_gap=batch.return_gap[index].to(logp), divergence=divergence,
             )  # fmt: skip
-            if apart and terms.distillation.requires_grad:
-                with self.policy.recomputing():
-                    grads = torch.autograd.grad(terms.distillation / n, list(apart), retain_graph=True, allow_unused=True)
-                for total, g in zip(out.distillation_grad, grads, strict=True):
+            if apart:
+                for total, g in zip(out.distillation_grad, self._backward(terms.distillation / n, logp, apart), strict=False):
                     if g is not None:
                         total += g
-            loss = self.objective.total(terms, n)
-            if loss.requires_grad:  # without a reward, rows that no teacher speaks to teach nothing
-                with self.policy.recomputing(), self._alone():
-                    self.manual_backward(loss)
+            self._backward(self.objective.total(terms, n), logp)
 
             out.gaps[index] = ((teacher - logp.detach()) * mask).sum(1).cpu()
             if self.keep_tokens:
@@ -242,6 +254,29 @@ class SkillSD(L.LightningModule):
                 out.sums[key] += value
             out.largest_drift = max(out.largest_drift, most)
         return out
+
+    def _backward(self, loss: Tensor, student: Tensor, apart: Sequence[torch.nn.Parameter] = ()) -> Sequence[Tensor | None]:
+        """Adds the gradient of `loss` to the parameters', or gives that of those in `apart`, if there is one.
+
+        Without a reward, rows that no teacher speaks to teach nothing. On a sharded base all ranks have a backward if one has.
+        """
+        if not self.policy.agree(int(loss.requires_grad)):
+            return ()
+        loss = loss if loss.requires_grad else student.sum() * 0.0
+        with self.policy.recomputing(), self._alone():
+            if apart:
+                return torch.autograd.grad(loss, list(apart), retain_graph=True, allow_unused=True)
+            self.manual_backward(loss)
+        return ()
+
+    def _idle(self, apart: Sequence[torch.nn.Parameter]) -> None:
+        """Other ranks on the sharded base have one more micro-batch: the same forwards and backwards, of nothing."""
+        student = self.policy.idle(grad=True)
+        for _ in range(self.policy.agree(0)):
+            self.policy.idle()
+        if apart:
+            self._backward(student.detach(), student, apart)
+        self._backward(student.detach(), student)
 
     def _alone(self) -> Any:
         """A backward that tells no other rank: micro-batches differ in number, and there is one reduction after the last."""
@@ -280,7 +315,9 @@ class SkillSD(L.LightningModule):
             divergence = torch.zeros_like(student.logp)
             place = (mask.flatten().cumsum(0) - 1).view_as(mask)  # of each action token in `hidden`
         taught = [k for k, i in enumerate(index) if i in teacher_rows]
-        for part in micro_batches([len(batch.teacher[index[k]]) for k in taught], self.micro_batch_tokens, not self.policy.packs):
+        parts = micro_batches([len(batch.teacher[index[k]]) for k in taught], self.micro_batch_tokens, not self.policy.packs)
+        idle = self.policy.agree(len(parts)) - len(parts)
+        for part in parts:
             chosen = [taught[j] for j in part]
             at = torch.tensor(chosen, device=mask.device)
             with torch.no_grad():
@@ -291,6 +328,8 @@ class SkillSD(L.LightningModule):
                 own = student.hidden[place[at][where]]
                 value = self.policy.compare(own, scores.hidden, signal.divergence, temperature)
                 divergence = divergence.index_put((at[where[0]], where[1]), value)
+        for _ in range(idle):
+            self.policy.idle()
         self.teacher_s += self._now() - started
         return out, divergence
 
@@ -438,10 +477,11 @@ def _reduce(done: _Update, params: Sequence[torch.nn.Parameter]) -> None:
     done.peak_gib = peak_gib(params[0].device)
     if ranks.world() == 1:
         return
-    trained = any(p.grad is not None for p in params)
-    told = ranks.gather(
-        (trained, dict(done.sums), done.gaps, done.largest_drift, done.peak_gib, [(a.cpu(), b.cpu()) for a, b in done.tokens])
-    )
+    trained, size = any(p.grad is not None for p in params), _norm([p.detach() for p in params])
+    tokens = [(gap.cpu(), rho.cpu()) for gap, rho in done.tokens]
+    told = ranks.gather((trained, dict(done.sums), done.gaps, done.largest_drift, done.peak_gib, tokens, size))
+    if not all(math.isclose(x[6], size, rel_tol=1e-3) for x in told):  # far beyond what rounding on unlike GPUs does
+        raise ConfigError(f"the ranks' students differ (norms {[x[6] for x in told]}): start them with the same code, files and settings.")
     if any(x[0] for x in told):
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

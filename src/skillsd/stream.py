@@ -62,7 +62,8 @@ class GroupStream:
             if j not in self._launched:
                 self._launched[j] = self._launch(j)
         tasks, skills, share, play = self._launched.pop(iteration)
-        played, d.rollout_s = play()
+        with d.policy.together():
+            played, d.rollout_s = play()
         mine = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
         after = d.bank.texts(mine, iteration) if d.bank is not None else None
         groups = [
@@ -170,7 +171,8 @@ class PanelStream:
             part = self.rows[start : start + self.size]
             mine = [part[i] for i in ranks.share(len(part))]
             played: list[Trajectory] = []
-            for seed in dict.fromkeys(s for s, _ in mine):
-                rows = [r for s, r in mine if s == seed]
-                played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
+            with d.policy.together():
+                for seed in dict.fromkeys(s for s, _ in mine):
+                    rows = [r for s, r in mine if s == seed]
+                    played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
             yield [t for theirs in ranks.gather(played) for t in theirs]

@@ -94,11 +94,12 @@ class Server:
 
     Args:
         preload: A shared library that stands in for functions of libc (`faults.c`).
+        environment: More variables.
     """
 
-    def __init__(self, preload: Path | None = None) -> None:
+    def __init__(self, preload: Path | None = None, environment: dict[str, str] | None = None) -> None:
         self.preload = preload
-        more = {"CUDA_VISIBLE_DEVICES": ""}  # on a CPU numbers are equal to the bit
+        more = {"CUDA_VISIBLE_DEVICES": ""} | (environment or {})  # on a CPU numbers are equal to the bit
         self.process = self._python(more if preload is None else more | {"LD_PRELOAD": str(preload)})
 
     def start(self, args: list[str], log: Path, fuse: Bomb | None = None, fault: Fault | None = None) -> int:

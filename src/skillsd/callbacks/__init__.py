@@ -5,7 +5,8 @@ from skillsd.callbacks.export import AdapterExport, export_adapter
 from skillsd.callbacks.log import RunLog
 from skillsd.callbacks.memory import MemoryPlan
 from skillsd.callbacks.panel import Panel
+from skillsd.callbacks.peers import PeerWatch
 from skillsd.callbacks.resume import RunCheckpoint
 from skillsd.callbacks.teacher import TeacherSync
 
-__all__ = ["AdapterExport", "EnvStepBudget", "MemoryPlan", "Panel", "RunCheckpoint", "RunLog", "TeacherSync", "export_adapter"]
+__all__ = ["AdapterExport", "EnvStepBudget", "MemoryPlan", "Panel", "PeerWatch", "RunCheckpoint", "RunLog", "TeacherSync", "export_adapter"]

@@ -77,7 +77,8 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) 
     keep = fitting == rollout.max_rows and max(update, read) + cache(fitting) <= left
     peak = held + size.static + (cache(fitting) + max(update, read) if keep else max(update, cache(fitting) + read))
     parts = {
-        "weights": _gib(size.weights), "adapters": _gib(size.adapters), "optimizer": _gib(size.optimizer),
+        "weights": _gib(size.weights), **({"gathered layers": _gib(size.gathered)} if size.gathered else {}),
+        "adapters": _gib(size.adapters), "optimizer": _gib(size.optimizer),
         "activations": f"{_gib(size.activations(d))} ({d.tokens} tokens)",
         "logits": f"{_gib(size.logits(d))} ({min(d.chunk, d.tokens)} tokens)",
     }  # fmt: skip

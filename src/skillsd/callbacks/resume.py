@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,18 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the last finished iteration; after an interruption say how to go on."""
-        try:
-            self._io.flush()
-        except OSError as e:
-            print(f"the last iteration could not be saved ({e}); the checkpoint before it is in place.", file=sys.stderr)
+        self.rescue()
         if isinstance(exception, KeyboardInterrupt) and ranks.leads():
             last = Path(str(self.dirpath)) / LAST
             there = f"{last} holds the last finished iteration: go on with the same command and --ckpt_path last"
             print(f"\nstopped; {there if last.is_file() else 'no iteration was finished'}.", file=sys.stderr, flush=True)
+
+    def rescue(self) -> None:
+        """Write the last finished iteration if it is in memory alone. From any thread: the main one may wait for a rank that is gone."""
+        try:
+            self._io.flush()
+        except OSError as e:
+            print(f"the last iteration could not be saved ({e}); the checkpoint before it is in place.", file=sys.stderr)
 
     def _save(self, trainer: L.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):  # among others: this step is saved already
@@ -105,21 +110,25 @@ class CheckpointFiles(TorchCheckpointIO):
     def __init__(self) -> None:
         super().__init__()
         self.unwritten: tuple[Path, memoryview] | None = None
+        self.writing = threading.RLock()
         self.good: set[Path] = set()  # written or read here: a damaged one does not replace the one before it
 
     def hold(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Keep a checkpoint in memory, for `flush`."""
         buffer = BytesIO()
         torch.save(checkpoint, buffer)
-        self.unwritten = path, seal(buffer)
+        data = seal(buffer)
+        with self.writing:
+            self.unwritten = path, data
 
     def flush(self) -> None:
         """Write what is held, or was being written when an exception came."""
-        if self.unwritten is not None:
-            path, data = self.unwritten
-            write(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST and path in self.good else None)
-            self.unwritten = None
-            self.good.add(path)
+        with self.writing:
+            if self.unwritten is not None:
+                path, data = self.unwritten
+                write(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST and path in self.good else None)
+                self.unwritten = None
+                self.good.add(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.hold(checkpoint, Path(path))

@@ -1,0 +1,116 @@
+"""Several ranks: the end of one is the end of the run, soon and with a checkpoint; a slow one is waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import lightning as L
+from torch.distributed import distributed_c10d as c10d
+
+from skillsd import ranks
+from skillsd.errors import ConfigError
+
+BEAT = 2.0
+"""Seconds between two signs of life."""
+LEFT, FAILED = 1 << 40, 1 << 41
+"""Added to a rank's count of them when it ends, as it should or with an error."""
+GRACE = 10.0
+"""Seconds in which a rank may end by itself, after another has, before it is ended: it may wait for ever in a collective."""
+
+
+class PeerWatch(L.Callback):
+    """Ends a run of several ranks when one of them is gone; every run has one.
+
+    Each rank gives a sign of life every two seconds through the store by which the ranks met. One that gives none for `patience` seconds,
+    or whose process has ended, is gone: the others write the last finished iteration (see RunCheckpoint) and end. A rank that is only
+    slow goes on giving them, and is waited for.
+
+    Args:
+        patience: Seconds, above 5. Code that holds Python's lock for so long without a break looks as if it were gone.
+    """
+
+    _runs = 0  # of this process: keys of an earlier one are not looked at
+
+    def __init__(self, patience: float = 30.0) -> None:
+        super().__init__()
+        if not patience > 5:
+            raise ConfigError(f"PeerWatch.patience is {patience}: give more than 5 seconds.")
+        self.patience = patience
+        self.over = threading.Event()
+        self.watching = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if ranks.world() == 1 or self.watching:
+            return
+        PeerWatch._runs += 1
+        self.watching, self.over = True, threading.Event()
+        met: Any = c10d._get_default_store()
+        self.store: Any = c10d.PrefixStore(f"skillsd/peers/{PeerWatch._runs}", met.clone())  # the main thread may hold the other for long
+        self.seen = {r: (0, time.monotonic()) for r in range(ranks.world())}  # rank -> its count, and since when it is that
+        self.failed: set[int] = set()
+        self.children = getattr(trainer.strategy.launcher, "procs", [])
+        for thread in threading.enumerate():  # Lightning's own would kill this process before it has saved anything
+            if thread.name == "child-process-observer":
+                thread._finished = True  # type: ignore[attr-defined]
+        for name, loop in (("signs of life", self._live), ("peer watch", lambda: self._watch(trainer))):
+            threading.Thread(target=loop, name=name, daemon=True).start()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._leave(LEFT)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._leave(FAILED)
+
+    def _leave(self, how: int) -> None:
+        """Tell the others, and look after them no longer."""
+        if self.watching:
+            self.watching = False
+            self.over.set()
+            with suppress(RuntimeError):  # rank 0, which keeps the store, may have left before
+                self.store.add(str(ranks.rank()), how)
+
+    def _live(self) -> None:
+        """Give signs of life, and take those of the others. When rank 0's process has ended, the store does not answer."""
+        me = ranks.rank()
+        while not self.over.is_set():
+            try:
+                count = {r: self.store.add(str(r), int(r == me)) for r in self.seen}
+            except RuntimeError:
+                self.failed.add(0)
+                return
+            now = time.monotonic()
+            self.failed |= {r for r, n in count.items() if n >= FAILED}
+            self.seen |= {r: (n, now) for r, n in count.items() if n != self.seen[r][0] or n >= LEFT}
+            self.over.wait(BEAT)
+
+    def _watch(self, trainer: L.Trainer) -> None:
+        me = ranks.rank()
+        while not self.over.wait(BEAT):
+            now = time.monotonic()
+            ended = {me + 1 + i for i, child in enumerate(self.children) if child.poll()}
+            silent = {r for r, (_, since) in self.seen.items() if now - since > self.patience and r != me}
+            if gone := sorted((ended | silent | self.failed) - {me}):
+                self._end(trainer, gone)
+                return
+
+    def _end(self, trainer: L.Trainer, gone: list[int]) -> None:
+        """The main thread is asked first: it may be in the middle of something, or wait for ever."""
+        if self.over.wait(3 * BEAT):  # the others' error is this rank's as well, and it says so better
+            return
+        who = "rank " + ", ".join(map(str, gone))
+        saver: Any = trainer.checkpoint_callback
+        if ranks.leads() or 0 in gone:
+            print(f"\n{ranks.name()}{who} has ended, or is silent for {self.patience:g} s: the run stops.", file=sys.stderr, flush=True)
+        if ranks.leads() and hasattr(saver, "rescue"):
+            saver.rescue()
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self.over.wait(GRACE):
+            os._exit(1)
+        time.sleep(GRACE)
+        os._exit(1)
