@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
     pytest.mark.filterwarnings("ignore:.*Trying to infer the `batch_size`"),
 ]
-SHAPED = KWARGS | {"distance_reward": 0.1, "invalid_penalty": 0.1}  # rewards that differ within each group
+SHAPED = KWARGS | {"distance_reward": 0.1, "invalid_penalty": 0.1, "splits": {"train": {"short": 4}, "test": {"short": 1}}}
+"""Rewards that differ within each group; an epoch has two iterations."""
 
 
 class Look(L.Callback):
@@ -69,14 +70,14 @@ def gradients(module: Any, groups: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def fit(make_policy, tmp_path):
-    def run(steps: int = 3, epochs: int = 1, lr: float = 1e-3, look: Look | None = None, **rollout: Any) -> Look:
+    def run(epochs: int = 1, lr: float = 1e-3, look: Look | None = None, **rollout: Any) -> Look:
         policy, look = make_policy(), look or Look()
         module = SkillSD(policy.settings, Objective(distillation_weight=0.5), OptimizerSettings(lr=lr, gradient_clip_norm=0.0))
         module.policy = policy
         settings = RolloutSettings(max_turn_tokens=2, max_rows=8, **rollout)
         data = RolloutData(ENV, SHAPED, batch_tasks=2, group_size=2, rollout=settings)
         L.Trainer(
-            accelerator="cpu", max_epochs=epochs, limit_train_batches=steps, logger=False, enable_checkpointing=False,
+            accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[look],
         ).fit(module, datamodule=data)  # fmt: skip
         return look
@@ -104,16 +105,16 @@ def test_without_staleness_it_is_the_default_engine(fit, tiny_model):
     for a, b in zip(own.played, theirs.played, strict=True):
         assert (a.token_ids, a.turns, a.reward) == (b.token_ids, b.turns, b.reward)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
-    assert used(servers, theirs) == [{v} for v in theirs.versions] and len(set(theirs.versions)) == 3
+    assert used(servers, theirs) == [{v} for v in theirs.versions] and len(set(theirs.versions)) == 2
     assert all(m["policy/logp_drift_max"] < 1e-5 for m in theirs.metrics)
-    assert all(not s.adapters for s in servers) and all(len(s.loads) == 3 for s in servers)
+    assert all(not s.adapters for s in servers) and all(len(s.loads) == 2 for s in servers)
 
 
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_staleness(fit, tiny_model, staleness):
     """Iteration j is sampled with the version after j - s updates, over an epoch's end too; the loss knows, and the drift shows it."""
     with serving(tiny_model("qwen3")) as (server,):
-        look = fit(steps=2, epochs=2, lr=1e-2, engine="servers", servers=[server.url], staleness=staleness, env_workers=1)
+        look = fit(epochs=2, lr=1e-2, engine="servers", servers=[server.url], staleness=staleness, env_workers=1)
     v = look.versions
     assert len(set(v)) == 4 and used([server], look) == [{v[max(0, j - staleness)]} for j in range(4)]
     assert server.loads == v[: 4 - staleness], "none is launched beyond the run's end"
@@ -136,7 +137,7 @@ def test_it_goes_on_meanwhile(fit, tiny_model):
 
         look.on_train_batch_start = wait
         look.on_train_batch_end = lambda *_: ahead.append(len(server.asked))
-        fit(steps=2, look=look, engine="servers", servers=[server.url], staleness=1, env_workers=1)
+        fit(look=look, engine="servers", servers=[server.url], staleness=1, env_workers=1)
         assert ahead[0] == ahead[1] == ahead[2] > 2 * 2 * 2, "and there is no third iteration"
 
 
