@@ -1,6 +1,7 @@
 """A base that is split over two processes (gloo, on the CPU) against the whole one."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from tests.forked import on_ranks
 from tests.policy.test_score import sequences
 from tests.rollout.test_engine import play
+from torch.distributed.fsdp import fully_shard
 
 from skillsd.errors import ConfigError
 from skillsd.policy import Footprint, Policy, PolicySettings
@@ -80,6 +82,20 @@ def test_a_step_of_the_sharded_policy_is_that_of_the_whole(make_policy, two_rank
             assert (a - b).norm() <= 1e-6 * max(w.norm() for w in want[1])
         for k, v in got[3].items():
             torch.testing.assert_close(v, want[3][k], atol=1e-6, rtol=1e-6)
+
+
+def test_the_base_never_lies_whole_on_the_device(make_policy, two_ranks, monkeypatch):
+    """Nobody holds on to a layer's weights when it has been split."""
+    make_policy()
+
+    def watched(module, ignored_params, **kwargs):
+        weights = [weakref.ref(p) for p in module.parameters() if p not in ignored_params and not hasattr(p, "to_local")]
+        fully_shard(module, ignored_params=ignored_params, **kwargs)
+        freed.append([p() is None for p in weights])
+
+    freed = []
+    monkeypatch.setattr("skillsd.policy.shard.fully_shard", watched)
+    assert two_ranks(lambda rank: make_policy(shard=True) and freed) == [[[True] * 11, [True] * 11, []]] * 2
 
 
 def test_ranks_that_play_shorter_wait_for_the_others(make_policy, two_ranks):

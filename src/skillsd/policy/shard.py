@@ -53,17 +53,18 @@ class Shards:
         layers = [m for m in self.backbone.modules() if type(m).__name__ in kinds]
         if not layers:
             raise ConfigError(f"policy.shard: {type(base).__name__} names no decoder layers: set it to false.")
-        whole = {p for n, p in base.named_parameters() if "lora_" in n}
-        inside = {p for m in layers for p in m.parameters()} - whole
-        self.gathered = 3 * max(sum(p.numel() * p.element_size() for p in m.parameters() if p in inside) for m in layers)
+        # Nothing here may hold on to a layer's weights: what `fully_shard` has moved to the device is to be freed when it returns.
+        sizes = [sum(p.numel() * p.element_size() for n, p in m.named_parameters() if "lora_" not in n) for m in layers]
+        self.gathered = 3 * max(sizes)
+        adapters = {p for n, p in base.named_parameters() if "lora_" in n}
         mesh = init_device_mesh(device.type, (ranks.world(),))
         for m in layers:
-            fully_shard(m, mesh=mesh, ignored_params=whole)
+            fully_shard(m, mesh=mesh, ignored_params=adapters)
         # Without weights of its own: the layers' gathers are overlapped under one root.
-        fully_shard(self.backbone, mesh=mesh, ignored_params={p for p in self.backbone.parameters() if p not in inside})
-        for t in (*base.parameters(), *base.buffers()):
-            if not hasattr(t, "to_local"):  # the others are there
-                t.data = t.data.to(device)
+        plain = [t for t in (*base.parameters(), *base.buffers()) if not hasattr(t, "to_local")]
+        fully_shard(self.backbone, mesh=mesh, ignored_params=set(plain))
+        for t in plain:
+            t.data = t.data.to(device)
         self._asking = False
         self.backbone.register_forward_pre_hook(self._ask)
 
