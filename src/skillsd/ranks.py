@@ -109,6 +109,22 @@ def broadcast(mine: T) -> T:
     return mine if leads() else told[0]  # type: ignore[no-any-return]
 
 
+def most(n: int) -> int:
+    """The largest that any rank has given. All have to call it.
+
+    Raises:
+        PeerLost: Another rank has ended.
+    """
+    if world() == 1:
+        return n
+    told = torch.tensor(n, device="cpu")  # where a model is made, Lightning sets another default
+    try:
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=_waiting())
+    except RuntimeError as e:
+        raise _lost(e) from e
+    return int(told)
+
+
 def add(tensors: Sequence[Tensor]) -> None:
     """Replace tensors of one dtype and device by their sums over all ranks, in one reduction. All have to call it.
 
@@ -141,5 +157,5 @@ def _waiting() -> Any:
 def _lost(e: Exception) -> PeerLost:
     said = " ".join(str(e).split()).rpartition("] ")[2] if "Connection" not in str(e) else "the connection is closed"
     return PeerLost(
-        f"another rank has ended ({said[:200]}), and its own message says why: go on with --ckpt_path last, on any number of ranks."
+        f"another rank has ended ({said[:200]}): see its own message, if it left one. Go on with --ckpt_path last, on any number of ranks."
     )

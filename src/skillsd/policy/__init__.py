@@ -10,8 +10,10 @@ from skillsd.policy.fused import Fused, fuse  # noqa: E402
 from skillsd.policy.load import model_folder  # noqa: E402
 from skillsd.policy.memory import Demand, Footprint, cache_bytes  # noqa: E402
 from skillsd.policy.policy import Policy, Scores, TokenSequence, micro_batches  # noqa: E402
+from skillsd.policy.shard import OUT_OF_MEMORY, of_the_base  # noqa: E402
 
 __all__ = [
+    "OUT_OF_MEMORY",
     "Demand",
     "Footprint",
     "Fused",
@@ -24,4 +26,5 @@ __all__ = [
     "fuse",
     "micro_batches",
     "model_folder",
+    "of_the_base",
 ]

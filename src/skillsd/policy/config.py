@@ -34,6 +34,8 @@ class PolicySettings:
     """`nf4`: the base in 4-bit NormalFloat with double quantisation (QLoRA)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Precision of the base; `auto` is the model's own on a GPU, float32 on a CPU and bfloat16 when quantised. Adapters stay float32."""
+    shard: bool = False
+    """Split the base's weights over all ranks (FSDP2), bfloat16 or float32; the adapters stay whole on each. Slow: see docs/scaling.md."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapters."""
     chat_template: str | None = None
@@ -50,6 +52,8 @@ class PolicySettings:
     """On a GPU, score a bfloat16 base, in nf4 or not, with kernels of our own in Triton; the log says why where they can't be used."""
 
     def __post_init__(self) -> None:
+        if self.shard and self.quantise == "nf4":
+            raise ConfigError("policy.shard: a base in 4 bits stays whole on each GPU: set it to false, or policy.quantise to none.")
         if self.lora.r < 1:
             raise ConfigError(f"policy.lora.r is {self.lora.r}: give a rank of at least 1.")
         if self.attention not in (None, "sdpa", "eager"):

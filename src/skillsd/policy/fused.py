@@ -32,7 +32,7 @@ TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 def fuse(policy: Any) -> Fused | None:
     """The kernels for a policy, or None, with the reason in the log, where they can't serve it."""
-    reason = why_not(policy.device, policy.base.dtype)
+    reason = "the base is sharded" if policy.sharded else why_not(policy.device, policy.base.dtype)
     if reason:
         log.info("rollout.kernels: %s: decoding goes on without them.", reason)
         return None

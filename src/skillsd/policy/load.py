@@ -92,8 +92,13 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel:
-    """The base model on `device`, in evaluation mode, without gradients.
+def load_base(settings: PolicySettings, device: torch.device, place: torch.device | None = None) -> PreTrainedModel:
+    """The base model for `device`, in evaluation mode, without gradients.
+
+    Args:
+        settings: Which.
+        device: Where it is to be used: this decides its dtype.
+        place: Where it is put at first; null is `device`.
 
     Raises:
         ConfigError: a name that is neither packaged, nor a folder with weights, nor reachable on the hub.
@@ -102,7 +107,7 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
     if settings.model == UNTRAINED:
         if nf4:
             raise ConfigError(f"policy.quantise: {UNTRAINED} has no weights to quantise: set it to none.")
-        return _untrained(device)
+        return _untrained(place or device)
     dtype: torch.dtype | str
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
@@ -110,7 +115,7 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
         dtype = torch.bfloat16  # on a CPU the fastest compute type of nf4, and fp32 the slowest of all
     else:
         dtype = "auto" if device.type == "cuda" else torch.float32
-    kwargs: dict[str, object] = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": False, "use_safetensors": True}
+    kwargs: dict[str, object] = {"dtype": dtype, "device_map": {"": place or device}, "trust_remote_code": False, "use_safetensors": True}
     if settings.attention is not None:
         kwargs["attn_implementation"] = settings.attention
     if nf4:

@@ -48,7 +48,8 @@ class Footprint:
         decodes: Whether it is sampled from, too, and not a copy of it elsewhere.
 
     Attributes:
-        weights: Of the base, as it lies in memory.
+        weights: Of the base, as it lies in memory; of a sharded one what is this rank's.
+        gathered: Of a sharded base's layers while they are whole.
         adapters: Student and teacher in float32, and in the base's dtype where kernels serve the learner.
         optimizer: AdamW's two moments and the gradient.
         token_cache: Keys and values of one token.
@@ -58,6 +59,7 @@ class Footprint:
         c = policy.base.config.get_text_config()
         self.kernels, self.size = policy.learner is not None, policy.base.dtype.itemsize
         self.weights = sum(t.numel() * t.element_size() for n, p in policy.base.named_parameters() if "lora_" not in n for t in _parts(p))
+        self.gathered = policy.shards.gathered if policy.shards is not None else 0
         self.student = sum(p.numel() * 4 for p in policy.adapter("student").values())
         self.adapters = 2 * self.student * (4 + self.size * self.kernels) // 4
         self.optimizer = 3 * self.student
@@ -73,7 +75,7 @@ class Footprint:
     @property
     def static(self) -> int:
         """What is there all the time."""
-        return self.weights + self.adapters + self.optimizer + WORK
+        return self.weights + self.gathered + self.adapters + self.optimizer + WORK
 
     def activations(self, d: Demand) -> int:
         """Of the student's forward and backward, without the head."""
@@ -123,7 +125,7 @@ class Footprint:
 
 def _parts(p: Tensor) -> Iterator[Tensor]:
     """A parameter's own memory and that of its quantisation."""
-    yield p
+    yield p.to_local() if hasattr(p, "to_local") else p
     state = getattr(p, "quant_state", None)
     while state is not None:
         yield from (t for t in (state.absmax, state.code) if t is not None)

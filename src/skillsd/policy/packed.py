@@ -109,9 +109,9 @@ def _but_last(lengths: Tensor) -> Tensor:
     return keep
 
 
-def learn(base: Any, wanted: bool) -> Learner | None:
-    """What stands in for the modules of `base` in the learner's forward, or None, with the reason in the log."""
-    reason = why_not(base.device, base.dtype) if wanted else "it is set to false"
+def learn(base: Any, wanted: bool, device: torch.device) -> Learner | None:
+    """What stands in for the modules of `base` in the learner's forward on `device`, or None, with the reason in the log."""
+    reason = why_not(device, base.dtype) if wanted else "it is set to false"
     if reason:
         log.info("policy.kernels: %s: the learner goes on without them.", reason)
         return None
@@ -140,7 +140,7 @@ class Learner(Replacement):
             if isinstance(m, LoraLayer):
                 continue
             if (eps := rms_eps(m)) is not None and not m.weight.requires_grad:
-                self.forwards.append((m, lambda x, w=m.weight, e=eps: training.RmsNorm.apply(x, w, e)))
+                self.forwards.append((m, lambda x, m=m, e=eps: training.RmsNorm.apply(x, m.weight, e)))
             elif is_swiglu(m):
                 self.forwards.append((m, lambda x, m=m: m.down_proj(training.SiluMul.apply(m.gate_proj(x), m.up_proj(x)))))
         self.rotary = {n: rotation(getattr(sys.modules[n], ROTARY), training.Rotate.apply) for n in rotary_modules(base)}

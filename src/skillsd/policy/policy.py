@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from skillsd import ranks
 from skillsd.durable import check_folder
 from skillsd.errors import ConfigError
 from skillsd.policy.config import PolicySettings
@@ -21,6 +23,9 @@ from skillsd.policy.load import adapter_folder, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
 from skillsd.policy.packed import TokenSequence, learn, pack
 from skillsd.policy.replace import Again
+from skillsd.policy.shard import OUT_OF_MEMORY, Shards
+
+log = logging.getLogger(__name__)
 
 ADAPTERS = ("student", "teacher")
 
@@ -50,16 +55,25 @@ class Policy(nn.Module):
     Attributes:
         base: The causal language model.
         model: The same with its adapters around it.
+        shards: Its split over all ranks, with `settings.shard` and several of them.
         teacher_is_student: Whether the two adapters hold equal weights, so that an empty skill needs no teacher forward. Whoever
             steps the optimizer says so with `student_changed`.
         updates: How often each adapter was changed.
+
+    Raises:
+        ConfigError: the settings do not fit the model.
     """
 
     def __init__(self, settings: PolicySettings, device: torch.device | str = "cpu", adapters: bool = True) -> None:
         super().__init__()
         self.settings = settings
-        self.tokenizer = load_tokenizer(settings)
-        self.base: Any = load_base(settings, torch.device(device))
+        self.tokenizer, device = load_tokenizer(settings), torch.device(device)
+        shard = settings.shard and ranks.world() > 1
+        if settings.shard and not (shard and adapters):
+            if not adapters:
+                raise ConfigError("policy.shard: training all weights of the base takes it whole: set it to false.")
+            log.warning("policy.shard: there is one rank, so the base lies whole on it.")
+        self.base: Any = load_base(settings, device, torch.device("cpu") if shard else device)
         base = self.base
         limit = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
         self.context_length = min(settings.context_length or limit, limit)
@@ -80,8 +94,10 @@ class Policy(nn.Module):
                 gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._checkpoint_contexts}
             )
         if adapters:
-            self._add_adapters()
-        self.learner = learn(base, settings.kernels) if adapters else None  # its kernels have no gradients for weights of the base
+            self._add_adapters(device)
+        # Its kernels have no gradients for weights of the base. It tries modules on examples: before they are sharded.
+        self.learner = learn(base, settings.kernels, device) if adapters else None
+        self.shards = Shards(base, device) if shard else None
         # The base stays in evaluation mode for good. These alone are on in the student's forward with gradient, and stay on until
         # its backward has recomputed what it needs; `acting` turns them off.
         self._train_only = [
@@ -91,10 +107,10 @@ class Policy(nn.Module):
         for m in self._train_only:
             m.training = True
 
-    def _add_adapters(self) -> None:
+    def _add_adapters(self, device: torch.device) -> None:
         lora = self.settings.lora
         config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets, task_type="CAUSAL_LM")
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)  # the adapters' first values do not depend on what was drawn before
             try:
                 self.model = get_peft_model(self.base, config, adapter_name="student")
@@ -165,7 +181,11 @@ class Policy(nn.Module):
 
     @contextmanager
     def acting(self, adapter: str | None) -> Iterator[None]:
-        """One adapter, or the untouched base (None), for inference: no gradient, no dropout, no checkpointing. The student after it."""
+        """One adapter, or the untouched base (None), for inference: no gradient, no dropout, no checkpointing. The student after it.
+
+        Raises:
+            ConfigError: out of memory, with a sharded base: other ranks wait in a forward that cannot be repeated.
+        """
         modes = [m.training for m in self._train_only]
         for m in self._train_only:
             m.training = False
@@ -173,6 +193,10 @@ class Policy(nn.Module):
             self._switch(adapter)
             with torch.no_grad():
                 yield
+        except torch.OutOfMemoryError as e:
+            if self.sharded:
+                raise ConfigError(OUT_OF_MEMORY) from e
+            raise
         finally:
             for m, mode in zip(self._train_only, modes, strict=True):
                 m.training = mode
@@ -253,6 +277,26 @@ class Policy(nn.Module):
             self.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         except SafetensorError as e:  # its text alone says what the system answered
             raise OSError(f"{folder / name}: {e}. Free the disk, and resume") from e
+
+    # -- ranks ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every forward and backward is one of all ranks."""
+        return self.shards is not None
+
+    def together(self) -> AbstractContextManager[None]:
+        """Forwards without gradient, as many as each rank likes: see `Shards.together`. Does nothing where the base is whole."""
+        return self.shards.together(self.idle) if self.shards is not None else nullcontext()
+
+    def agree(self, n: int) -> int:
+        """How often all ranks must do what this one does `n` times: as often as any of them; `n` where the base is whole."""
+        return ranks.most(n) if self.sharded else n
+
+    def idle(self, grad: bool = False) -> Tensor:
+        """Takes part in a forward of `score` on other ranks, with the student's gradient or without: 0, for a backward with theirs."""
+        with torch.set_grad_enabled(grad):
+            return self.score("student", [TokenSequence([0], [0], [True])]).logp.sum() * 0.0
 
     # -- scoring --------------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,8 @@ class Cloning(L.LightningModule):
         super().__init__()
         if train not in ("full", "lora"):
             raise ConfigError(f"model.init_args.train is {train}: full or lora.")
+        if policy.shard:
+            raise ConfigError("model.init_args.policy.shard: cloning takes the base whole: set it to false.")
         if train == "full" and policy.quantise != "none":
             raise ConfigError("model.init_args.train: full needs policy.quantise: none; train a quantised base with lora.")
         self.settings, self.train_what, self.lr, self.warmup_steps, self.weight_decay = policy, train, lr, warmup_steps, weight_decay

@@ -124,14 +124,14 @@ class InProcessEngine:
     Args:
         policy: Who acts.
         cuda_graphs: On a GPU, decode in a few static shapes that are recorded as CUDA graphs; the cache then lives as long as the
-            engine. Elsewhere, and where the model cannot be captured, it changes nothing.
+            engine. Elsewhere, and where the model cannot be captured or is sharded, it changes nothing.
         kernels: Decode with `policy.fused` where it can serve the model; the log says why where it can't.
     """
 
     def __init__(self, policy: Policy, cuda_graphs: bool = True, kernels: bool = True) -> None:
         self.policy = policy
         self.fused = fuse(policy) if kernels else None
-        self.static = cuda_graphs and policy.device.type == "cuda"
+        self.static = cuda_graphs and policy.device.type == "cuda" and not policy.sharded
         self.room: Room | None = None
         self.held = 0
         self._kept: tuple[Stepper, weakref.ref[InProcessSession]] | None = None

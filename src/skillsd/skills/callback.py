@@ -6,6 +6,7 @@ import math
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,7 @@ class SkillBankCallback(L.Callback):
         self.summary_s = 0.0  # seconds that training waited for summaries in this iteration
         self._hindsight: list[Finished] | None = None  # of the iteration under way, made before its update
         self.bank: SkillBank | None = None
+        self.together: Callable[[], AbstractContextManager[None]] = nullcontext
         self._state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,8 +102,15 @@ class SkillBankCallback(L.Callback):
             self.bank.close()
             self.bank = None
 
-    def bind(self, generate: Callable[..., list[str]], solve: Callable[[str, Summariser], Skill | None]) -> None:
-        """Give a summariser that needs one the base model's voice, and a context that needs it the environment's own solutions."""
+    def bind(
+        self, generate: Callable[..., list[str]], solve: Callable[[str, Summariser], Skill | None],
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        """Give a summariser that needs one the base model's voice, and a context that needs it the environment's own solutions.
+
+        Whatever may use that voice is done in the context `together`, by all ranks: see `Policy.together`.
+        """
+        self.together = together
         if isinstance(self.summariser, BaseSummariser):
             self.summariser.bind(generate)
         if isinstance(self.context, GroundTruthContext):
@@ -114,9 +123,10 @@ class SkillBankCallback(L.Callback):
     ) -> list[tuple[int | None, str]]:
         """`skill_for` each of an iteration's tasks, after a `refresh` of `every` training task: rank 0 chooses and tells the others."""
         found: list[tuple[int | None, str]] = []
-        if ranks.leads():
-            self.refresh(every, seed, epoch, epoch_start)
-            found = [self.skill_for(t) for t in task_ids]
+        with self.together():
+            if ranks.leads():
+                self.refresh(every, seed, epoch, epoch_start)
+                found = [self.skill_for(t) for t in task_ids]
         return ranks.broadcast(found)
 
     def refresh(self, task_ids: Sequence[str], seed: int, epoch: int, epoch_start: bool) -> None:
@@ -194,7 +204,8 @@ class SkillBankCallback(L.Callback):
 
     def _submit(self, groups: Sequence[Sequence[Trajectory]], iteration: int, least: float = -math.inf) -> None:
         rows = [t for g in groups for t in g if t.turns and not t.failure and t.reward >= least]
-        self.checked.submit(iteration, rows)
+        with self.together():
+            self.checked.submit(iteration, rows)
 
     def _insert(self, iteration: int) -> int:
         """Put what is ready on any rank into the bank, in the order that one rank would; the bank's size."""
