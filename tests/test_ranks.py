@@ -83,7 +83,7 @@ def told() -> dict[str, Any]:
     return {
         "before": before, "after": (me, r.world(), r.leads(), r.name()), "share": list(r.share(5)), "theirs": list(r.share(5, of=1 - me)),
         "balanced": r.balanced([1, 5, 2, 2]), "sums": sums, "whole": whole, "gathered": found, "own": found[me] is mine,
-        "ragged": r.gather("x" * (1 + 1000 * me)), "broadcast": r.broadcast(("from", me)), "again": r.gather(None),
+        "ragged": r.gather("x" * (1 + 1000 * me)), "broadcast": r.broadcast(("from", me)), "again": r.gather(None), "most": r.most(3 - me),
     }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_rank_before_they_have_met(monkeypatch, environment, number):
 
 def test_alone():
     alone, x = object(), torch.ones(2)
-    assert r.gather(alone) == [alone] and r.broadcast(alone) is alone
+    assert r.gather(alone) == [alone] and r.broadcast(alone) is alone and r.most(4) == 4
     r.add([x])
     assert x.tolist() == [1.0, 1.0] and list(r.share(3)) == [0, 1, 2] == r.balanced([1, 1, 1])
 
@@ -203,10 +203,10 @@ def test_two_tell_each_other(ranks: Ranks):
         near(x["sums"], [torch.tensor([3.0, 4.0]), torch.full((2, 1), 10.0)], 0.0)
         assert x["whole"].tolist() == [2**63 + 1 - 2**64]
         assert x["gathered"] == [{"rank": 0}, {"rank": 1}] and x["own"] and x["again"] == [None, None]
-        assert list(map(len, x["ragged"])) == [1, 1001] and x["broadcast"] == ("from", 0)
+        assert list(map(len, x["ragged"])) == [1, 1001] and x["broadcast"] == ("from", 0) and x["most"] == 3
 
 
-@pytest.mark.parametrize("what", ["add", "gather", "broadcast"])
+@pytest.mark.parametrize("what", ["add", "gather", "broadcast", "most"])
 def test_one_that_has_ended_is_missed(ranks: Ranks, what):
     said, _ = ranks.run("tests.test_ranks:lost", what, environments=torchrun(), codes=(0, 7))
     assert said.startswith("another rank has ended") and "--ckpt_path last" in said
