@@ -9,7 +9,7 @@ score every row; bank, log and checkpoint of every iteration included. The first
 
 Tokens/s are all ranks' together. A rollout lasts until every rank has the whole batch, a learner's step until all have the same weights;
 the iteration is all of it. benchmarks/scaling_worker.py says what is timed, benchmarks/scaling_paper.py what is predicted: the links are
-fitted to the largest number of ranks, the rest is one rank's. Further arguments go to `skillsd fit`.
+fitted to the largest number of ranks, the rest is one rank's. Tables follow each number of ranks. Further arguments go to `skillsd fit`.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def main() -> None:
         report |= {"ranks": found, "lines": {**report.get("lines", {}), n: told}}
         if a.out:
             a.out.mkdir(parents=True, exist_ok=True)
-            (a.out / "scaling.json").write_text(json.dumps(report, indent=1))
-    show(report)
+            (a.out / "scaling.json").write_text(json.dumps(report))
+        show(report)
 
 
 if __name__ == "__main__":

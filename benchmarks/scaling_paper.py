@@ -6,7 +6,8 @@
                 as its longest. And the slowest of W machines: noise, sd / mean of ranks' rollouts under the same load
     gather      every rank pickles its own share, W - 1 shares of B bytes come over its link, and it unpickles W: grows with W
     reduce      2 (W - 1) / W of the gradient's bytes over the link, as a ring does
-    leader      what is done once for the whole batch, above all rank 0's log and bank while others wait: grows with W
+    leader      what is done for the whole batch, above all rank 0's log and bank while others wait: all of it is taken to grow with W,
+                which is an upper bound
     step, fixed what takes as long for any W: clipping and optimizer; checkpoint and the loop's own
 
 The update has no straggler: its rows are dealt out by tokens, of the whole batch. Environments have a core each here; W ranks on a host of

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from skillsd import ranks
+from skillsd.batch import Batch
 from skillsd.callbacks import RunCheckpoint, RunLog
 from skillsd.cli import main as skillsd
 from skillsd.data import GroupStream
-from skillsd.module import SkillSD, _Batch
+from skillsd.module import SkillSD
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import TrajectoryGroup
 
@@ -31,7 +32,7 @@ PARTS: dict[str, tuple[type, str]] = {
     "rollout": (GroupStream, "_play"),
     "learner": (SkillSD, "training_step"),
     "update": (SkillSD, "_within_memory"),  # forward and backward of this rank's rows, teacher included
-    "batch": (_Batch, "__init__"),  # the whole batch as rows
+    "batch": (Batch, "__init__"),  # the whole batch as rows
     "log": (RunLog, "on_train_batch_end"),
     "bank": (SkillBankCallback, "on_train_batch_end"),
     "checkpoint": (RunCheckpoint, "on_train_batch_end"),

@@ -6,11 +6,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # tests of kernels run them on the CPU
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from tests.ranks import Ranks
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from skillsd.policy import LoraSettings, Policy, PolicySettings
@@ -84,3 +85,11 @@ def make_policy(tiny_model: Callable[..., str]) -> Callable[..., Policy]:
         return policy
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Forks processes that have everything imported."""
+    server = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()

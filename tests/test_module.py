@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from skillsd.batch import return_gap
 from skillsd.callbacks import TeacherSync
 from skillsd.errors import ConfigError
-from skillsd.module import METRICS, OptimizerSettings, SkillSD, _return_gap
+from skillsd.module import METRICS, OptimizerSettings, SkillSD
 from skillsd.objective import OPID, RLSD, SDPG, SDPO, UCOB, Objective, OutcomeGate, PositiveGate, SigmoidGate
 from skillsd.policy import Policy, Scores, TokenSequence
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup, Turn
@@ -812,9 +813,9 @@ def test_returns_are_compared_without_failed_episodes(make_policy):
     (g,) = make_groups(policy, ((1.0, 0.0, 0.5, 0.25),), (3,))
     acted = [g.student_prompts[0]] * 2 + [g.teacher_prompts[0]] * 2
     g = replace(g, trajectories=tuple(replace(t, prompt_ids=p) for t, p in zip(g.trajectories, acted, strict=True)))
-    assert _return_gap(g, 0) == pytest.approx(0.375 - 0.5)
-    assert _return_gap(lose(g, 1, 2), 0) == pytest.approx(0.25 - 1.0)
-    assert math.isnan(_return_gap(lose(g, 2, 3), 0))
+    assert return_gap(g, 0) == pytest.approx(0.375 - 0.5)
+    assert return_gap(lose(g, 1, 2), 0) == pytest.approx(0.25 - 1.0)
+    assert math.isnan(return_gap(lose(g, 2, 3), 0))
 
 
 def test_groups_of_one(make_policy, step):

@@ -8,12 +8,10 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,17 +21,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from skillsd import ranks
+from skillsd.batch import Batch, Update, mean, padded, reduce, total_norm
 from skillsd.checkpoint import LAST, check_base
 from skillsd.errors import ConfigError
 from skillsd.objective import Objective, group_advantages
-from skillsd.policy import OUT_OF_MEMORY, Policy, PolicySettings, Scores, TokenSequence, micro_batches, of_the_base
+from skillsd.policy import OUT_OF_MEMORY, Policy, PolicySettings, Scores, micro_batches, of_the_base
 from skillsd.run_folder import CHECKPOINTS
 from skillsd.trajectory import FAILURES, Trajectory, TrajectoryGroup
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +151,7 @@ class SkillSD(L.LightningModule):
 
     def training_step(self, groups: Sequence[TrajectoryGroup], batch_idx: int) -> dict[str, Any]:
         started = time.perf_counter()
-        batch = _Batch(groups, self.objective.group_filter == "zero_variance")
+        batch = Batch(groups, self.objective.group_filter == "zero_variance")
         rows, temperature = batch.rows, groups[0].temperature
         advantage = self._advantages(groups)
         n = max(1, sum(rows[i].n_actions for i in batch.kept))  # N of Eq. 3-14: one count, whatever the micro-batches
@@ -167,12 +161,12 @@ class SkillSD(L.LightningModule):
         params = self.policy.student_parameters()
         apart = bool(self.grad_norm_every) and self.global_step % self.grad_norm_every == 0 and weight > 0
 
-        def update() -> _Update:
+        def update() -> Update:
             optimizer.zero_grad()
             return self._accumulate(batch, advantage, n, weight, teacher_rows, temperature, params if apart else [])
 
         done = self._within_memory(update, batch)
-        _reduce(done, params)
+        reduce(done, params)
         norm = self._step(optimizer, params, done)
         self._record(batch, done, n, weight, teacher_rows, norm, params, time.perf_counter() - started)
         sizes = [len(g.trajectories) for g in groups]
@@ -185,7 +179,7 @@ class SkillSD(L.LightningModule):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
 
-    def _within_memory(self, update: Callable[[], _Update], batch: _Batch) -> _Update:
+    def _within_memory(self, update: Callable[[], Update], batch: Batch) -> Update:
         """`update`, from its beginning with half the micro-batch whenever memory runs out: the gradient is the same.
 
         Raises:
@@ -210,13 +204,13 @@ class SkillSD(L.LightningModule):
             log.warning("out of memory in the update: it is repeated with micro_batch_tokens %d", self.micro_batch_tokens)
 
     def _accumulate(
-        self, batch: _Batch, advantage: Tensor, n: int, weight: float, teacher_rows: Collection[int], temperature: float,
+        self, batch: Batch, advantage: Tensor, n: int, weight: float, teacher_rows: Collection[int], temperature: float,
         apart: Sequence[torch.nn.Parameter],
-    ) -> _Update:  # fmt: skip
+    ) -> Update:  # fmt: skip
         """This rank's share of the gradient, a micro-batch at a time; that of the distillation alone for the parameters in `apart`."""
         rows = batch.rows
         torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration + (ranks.rank() << 40))  # for dropout: a resumed run draws the same
-        out = _Update(torch.zeros(len(rows)), [torch.zeros_like(p) for p in apart])
+        out = Update(torch.zeros(len(rows)), [torch.zeros_like(p) for p in apart])
         self.teacher_s = 0.0
         mine = batch.share(teacher_rows)
         parts = micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs)
@@ -225,7 +219,7 @@ class SkillSD(L.LightningModule):
                 self._idle(apart)
                 continue
             index = [mine[k] for k in parts[at]]
-            mask, recorded = _padded([rows[i] for i in index], self.policy.device)
+            mask, recorded = padded([rows[i] for i in index], self.policy.device)
             student = self.policy.score("student", [batch.student[i] for i in index], temperature)
             logp = student.logp
             teacher, divergence = self._teacher(student, mask, index, batch, teacher_rows, temperature)
@@ -294,7 +288,7 @@ class SkillSD(L.LightningModule):
                 advantage[left] = group_advantages(torch.tensor([[t.reward for t in g.counted]]))[0]
         return torch.cat(out)
 
-    def _teacher_rows(self, batch: _Batch, weight: float) -> set[int]:
+    def _teacher_rows(self, batch: Batch, weight: float) -> set[int]:
         """Rows that need a teacher. A prompt that does not fit is left out whole and counted."""
         self.dropped_rows = 0
         if weight <= 0:
@@ -305,7 +299,7 @@ class SkillSD(L.LightningModule):
         return fitting
 
     def _teacher(
-        self, student: Scores, mask: Tensor, index: Sequence[int], batch: _Batch, teacher_rows: Collection[int], temperature: float
+        self, student: Scores, mask: Tensor, index: Sequence[int], batch: Batch, teacher_rows: Collection[int], temperature: float
     ) -> tuple[Tensor, Tensor | None]:
         """Teacher's log-probs [B, T], the student's own (gap 0) in rows that need no teacher; and the signal's divergence if it has one."""
         started = self._now()
@@ -338,7 +332,7 @@ class SkillSD(L.LightningModule):
             torch.cuda.synchronize()  # or the seconds of one part would be booked on the next
         return time.perf_counter()
 
-    def _step(self, optimizer: Any, params: Sequence[torch.nn.Parameter], done: _Update) -> float:
+    def _step(self, optimizer: Any, params: Sequence[torch.nn.Parameter], done: Update) -> float:
         """One update; the gradient's norm. If that or the loss is not finite, nothing changes but the schedule and the counters.
 
         Raises:
@@ -364,7 +358,7 @@ class SkillSD(L.LightningModule):
         self.lr_schedulers().step()  # type: ignore[union-attr]
         return norm
 
-    def _skip(self, norm: float, done: _Update) -> None:
+    def _skip(self, norm: float, done: Update) -> None:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         done.distillation_grad = []
         what = f"loss {_loss(done):g}, gradient norm {norm:g}"
@@ -378,7 +372,7 @@ class SkillSD(L.LightningModule):
     # -- what is logged ---------------------------------------------------------------------------------------------------
 
     def _record(
-        self, batch: _Batch, done: _Update, n: int, weight: float, teacher_rows: Collection[int], norm: float,
+        self, batch: Batch, done: Update, n: int, weight: float, teacher_rows: Collection[int], norm: float,
         params: Sequence[torch.nn.Parameter], seconds: float,
     ) -> None:  # fmt: skip
         rows, sums = batch.rows, done.sums
@@ -390,10 +384,10 @@ class SkillSD(L.LightningModule):
         m |= {
             "loss/policy": sums["policy"] / n, "loss/distillation": sums["distillation"] / n,
             "loss/total": (sums["policy"] + sums["distillation"]) / n,
-            "reward/mean": _mean(t.reward for t in counted), "reward/success": _mean(t.success for t in counted),
-            "reward/completion": _mean(t.completion for t in counted),
-            "reward/zero_variance": _mean(z for z in batch.zero_variance if z is not None),
-            "teacher/skill_share": _mean(x for x, t in zip(batch.told, rows, strict=True) if not t.failed),
+            "reward/mean": mean(t.reward for t in counted), "reward/success": mean(t.success for t in counted),
+            "reward/completion": mean(t.completion for t in counted),
+            "reward/zero_variance": mean(z for z in batch.zero_variance if z is not None),
+            "teacher/skill_share": mean(x for x, t in zip(batch.told, rows, strict=True) if not t.failed),
             "teacher/dropped_rows": float(self.dropped_rows), "teacher/gap_mean": gap,
             "teacher/gap_std": math.sqrt(max(0.0, sums["gap_sq"] / taught - gap * gap)),
             "teacher/health": sums["teacher_health"] / taught, "teacher/k3": sums["k3"] / taught,
@@ -403,9 +397,9 @@ class SkillSD(L.LightningModule):
             "optimizer/lr": self.lr,
             "rollout/env_steps": float(sum(len(t.turns) for t in rows)),
             "rollout/tokens": float(sum(len(t.prompt_ids) + len(t.token_ids) for t in rows)),
-            "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": _mean(len(t.turns) for t in rows),
-            "rollout/finish_length": _mean(t.finish_reason == "length" for t in rows),
-            "rollout/failed": _mean(t.failed for t in rows), **{f"rollout/failed_{k}": float(failed.count(k)) for k in FAILURES},
+            "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": mean(len(t.turns) for t in rows),
+            "rollout/finish_length": mean(t.finish_reason == "length" for t in rows),
+            "rollout/failed": mean(t.failed for t in rows), **{f"rollout/failed_{k}": float(failed.count(k)) for k in FAILURES},
             "policy/skipped_steps": float(self.skipped),
             "learner/tokens": float(scored), "memory/peak_gib": done.peak_gib,
             "memory/micro_batch_tokens": float(self.micro_batch_tokens),
@@ -414,8 +408,8 @@ class SkillSD(L.LightningModule):
         }  # fmt: skip
         if apart := done.distillation_grad:  # the total was clipped in place: undo the scale before taking the difference
             rest = [(p.grad / self._clip_scale if p.grad is not None else 0.0) - g for p, g in zip(params, apart, strict=True)]
-            m["grad_norm/distillation"] = _norm(apart)
-            m["grad_norm/policy"] = _norm(rest)
+            m["grad_norm/distillation"] = total_norm(apart)
+            m["grad_norm/policy"] = total_norm(rest)
         self.metrics = m
         self.log_dict({k: v for k, v in m.items() if not math.isnan(v)}, batch_size=1)
         for name, key in (("success", "reward/success"), ("GiB", "memory/peak_gib")):
@@ -451,93 +445,7 @@ class SkillSD(L.LightningModule):
         self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
 
 
-@dataclass
-class _Update:
-    """What an update adds up beside the gradient.
-
-    Attributes:
-        gaps: Per row, log pi_tea - log pi_stu.
-        distillation_grad: The distillation's own gradient.
-        sums: What is logged as a mean.
-        largest_drift: Of |recorded - recomputed log-prob|, nats.
-        peak_gib: Of the rank that took most.
-        tokens: Where asked for, of each micro-batch the gap of action tokens that a teacher spoke to and log rho of all, [n] each.
-    """
-
-    gaps: Tensor
-    distillation_grad: list[Tensor]
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    largest_drift: float = 0.0
-    peak_gib: float = math.nan
-    tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-
-def _reduce(done: _Update, params: Sequence[torch.nn.Parameter]) -> None:
-    """Add up what the ranks have: one reduction for the gradients, and what is logged."""
-    done.peak_gib = peak_gib(params[0].device)
-    if ranks.world() == 1:
-        return
-    trained, size = any(p.grad is not None for p in params), _norm([p.detach() for p in params])
-    tokens = [(gap.cpu(), rho.cpu()) for gap, rho in done.tokens]
-    told = ranks.gather((trained, dict(done.sums), done.gaps, done.largest_drift, done.peak_gib, tokens, size))
-    if not all(math.isclose(x[6], size, rel_tol=1e-3) for x in told):  # far beyond what rounding on unlike GPUs does
-        raise ConfigError(f"the ranks' students differ (norms {[x[6] for x in told]}): start them with the same code, files and settings.")
-    if any(x[0] for x in told):
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        ranks.add([*(p.grad for p in params if p.grad is not None), *done.distillation_grad])
-    done.sums = defaultdict(float, {k: sum(x[1].get(k, 0.0) for x in told) for k in dict.fromkeys(k for x in told for k in x[1])})
-    done.gaps = torch.stack([x[2] for x in told]).sum(0)
-    done.largest_drift, done.peak_gib = max(x[3] for x in told), max(x[4] for x in told)
-    done.tokens = [pair for x in told for pair in x[5]]
-
-
-class _Batch:
-    """The groups of an iteration as rows.
-
-    Attributes:
-        student, teacher: What each scores, by row.
-        told: Whether the row's teacher sees something that its student does not.
-        by_teacher: Rows that the teacher sampled, bool [rows].
-        zero_variance: Of each group, whether its members all got the same reward; failed ones have none. None if all failed.
-        return_gap: See `objective.signal.Tokens`, [rows].
-        kept: Rows that train: with an action, not failed, and not in a group that the filter leaves out.
-    """
-
-    def __init__(self, groups: Sequence[TrajectoryGroup], drop_zero_variance: bool) -> None:
-        self.rows = [t for g in groups for t in g.trajectories]
-        members = [(g, k, t) for g in groups for k, t in enumerate(g.trajectories)]
-        self.student = [TokenSequence(g.student_prompts[k], t.token_ids, t.action_mask) for g, k, t in members]
-        self.teacher = [TokenSequence(g.teacher_prompts[k], t.token_ids, t.action_mask) for g, k, t in members]
-        self.told = [g.told(k) for g, k, _ in members]
-        self.by_teacher = torch.tensor([g.by_teacher for g, _, _ in members])
-        self.return_gap = torch.tensor([_return_gap(g, k) for g, k, _ in members])
-        self.zero_variance = [len({t.reward for t in g.counted}) == 1 if g.counted else None for g in groups]
-        flat = [drop_zero_variance and z for g, z in zip(groups, self.zero_variance, strict=True) for _ in g.trajectories]
-        self.kept = [i for i, t in enumerate(self.rows) if t.n_actions and not t.failed and not flat[i]]
-
-    def share(self, teacher_rows: Collection[int]) -> list[int]:
-        """Of `kept` this rank's rows, of about as much work as every other's: a teacher's forward costs a third of a student's pass."""
-        costs = [len(self.student[i]) + len(self.teacher[i]) / 3 * (i in teacher_rows) for i in self.kept]
-        return [self.kept[k] for k in ranks.balanced(costs)]
-
-
-def _return_gap(g: TrajectoryGroup, member: int) -> float:
-    """Mean reward of those who acted under the teacher's prompt minus that of those who acted under the student's."""
-    other = [t.reward for t in g.counted if t.prompt_ids == g.teacher_prompts[member]]
-    own = [t.reward for t in g.counted if t.prompt_ids == g.student_prompts[member]]
-    return _mean(other) - _mean(own) if other and own and g.told(member) else math.nan
-
-
-def _padded(rows: Sequence[Trajectory], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Action mask (bool) and recorded log-probs, right-padded to [B, T]."""
-    width = max(len(t.token_ids) for t in rows)
-    mask = [[*t.action_mask, *[False] * (width - len(t.action_mask))] for t in rows]
-    logp = [[*t.logprobs, *[0.0] * (width - len(t.logprobs))] for t in rows]
-    return torch.tensor(mask, device=device), torch.tensor(logp, device=device)
-
-
-def _loss(done: _Update) -> float:
+def _loss(done: Update) -> float:
     return done.sums["policy"] + done.sums["distillation"]
 
 
@@ -546,21 +454,3 @@ def last_checkpoint(trainer: Any) -> str:
     saver = trainer.checkpoint_callback
     path = Path((saver and saver.dirpath) or Path(trainer.default_root_dir) / CHECKPOINTS) / LAST
     return f"The last good checkpoint is {path} (--ckpt_path last)" if path.is_file() else "There is no checkpoint yet"
-
-
-def peak_gib(device: torch.device) -> float:
-    """Most memory since the start, GiB: what PyTorch reserved on a GPU, else the process's resident set (nan where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _mean(values: Any) -> float:
-    listed = [float(v) for v in values]
-    return sum(listed) / max(1, len(listed))
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors])))

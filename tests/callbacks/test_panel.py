@@ -201,7 +201,7 @@ def test_scenarios_come_from_the_data_module(tmp_path, capsys):
     callback.on_validation_start(trainer, None)
     for i, batch in enumerate((episodes[:3], episodes[3:])):
         callback.on_validation_batch_end(trainer, None, None, batch, i)
-    callback.on_validation_epoch_end(trainer, SimpleNamespace(log=lambda k, v, batch_size: told.update({k: v})))
+    callback.on_validation_epoch_end(trainer, SimpleNamespace(log=lambda k, v, **_: told.update({k: v})))
     assert told == {f"panel/{k}": v for k, v in want.items()} | {"panel/pass@1": 0.75}
     stored = read_panel(tmp_path)
     assert stored["after"] == stored["validate"] == summarise(episodes, scenarios_of(episodes)) | {"device": "cpu"}

@@ -291,11 +291,11 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
 def overlay(
     path: Path, bank: dict[str, Any], teacher: dict[str, Any], checkpoint: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None, panel: dict[str, Any] | None = None, actor: str = "student",
-    callbacks: Sequence[dict[str, Any]] = (), data: dict[str, Any] | None = None, **model: Any,
+    callbacks: Sequence[dict[str, Any]] = (), data: dict[str, Any] | None = None, log: dict[str, Any] | None = None, **model: Any,
 ) -> Path:  # fmt: skip
-    """Everything tiny; `bank`, `teacher`, `checkpoint` and `panel` are arguments of their callbacks."""
+    """Everything tiny; `bank`, `teacher`, `checkpoint`, `panel` and `log` are arguments of their callbacks."""
     named: dict[str, dict[str, Any]] = {
-        "skillsd.callbacks.RunLog": {},
+        "skillsd.callbacks.RunLog": log or {},
         "skillsd.callbacks.Panel": panel or {},
         "skillsd.callbacks.AdapterExport": {},
         "skillsd.callbacks.RunCheckpoint": checkpoint or {},

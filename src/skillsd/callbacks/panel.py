@@ -89,10 +89,10 @@ class Panel(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.result = summarise(self.played, _scenarios(trainer)) | {"device": _device_name(trainer)}
         for key, share in _shares(self.result).items():
-            pl_module.log(f"panel/{key}", share, batch_size=1)
+            pl_module.log(f"panel/{key}", share, batch_size=1, sync_dist=True)  # every rank has the same; Lightning warns otherwise
         if trainer.state.fn == "validate":
             for k, share in self.result["pass_at"].items():
-                pl_module.log(f"panel/pass@{k}", share, batch_size=1)
+                pl_module.log(f"panel/pass@{k}", share, batch_size=1, sync_dist=True)
             write_panel(trainer.default_root_dir, {"validate": self.result})
 
     def _same(self, trainer: L.Trainer, result: dict[str, Any]) -> bool:

@@ -1,0 +1,131 @@
+"""Functions on several CPU ranks of this host: one process imports everything and forks the ranks of each job, told what torchrun would."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 200
+"""Seconds after which a rank that hangs is killed."""
+
+SERVER = f"""
+import importlib, json, os, signal, sys, traceback
+import torch
+torch.set_num_threads(1)
+for name in ("skillsd.cli", "skillsd_sokoban", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard"):
+    importlib.import_module(name)
+
+def work(target, args, environment, log, result):
+    signal.alarm({LIMIT})
+    os.environ.update(environment)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    module, _, name = target.partition(":")
+    code = 3
+    try:
+        torch.save(getattr(importlib.import_module(module), name)(*args), result)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+for line in sys.stdin:
+    target, args, ranks = json.loads(line)
+    pids = []
+    for rank in ranks:
+        pids.append(os.fork())
+        if not pids[-1]:
+            work(target, args, *rank)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]), flush=True)
+"""
+
+
+class Ranks:
+    """The process that forks.
+
+    Attributes:
+        logs: What each rank of the last job has printed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.logs = folder, [""]
+        path = ":".join(filter(None, (*(str(ROOT / x) for x in ("src", "envs", "")), os.environ.get("PYTHONPATH"))))
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
+
+    def run(self, target: str, *args: Any, environments: Sequence[dict[str, str]] = ({},), codes: Sequence[int] | None = None) -> list[Any]:
+        """Call `module:function` with args (JSON) once for each of the environments, all at one time; what each returns, None if nothing.
+
+        Codes: the exit statuses that are expected; 0 of all.
+        """
+        files = [(self.folder / f"{i}.log", self.folder / f"{i}.pt") for i in range(len(environments))]
+        for _, result in files:
+            result.unlink(missing_ok=True)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        ranks = [(env, str(log), str(result)) for env, (log, result) in zip(environments, files, strict=True)]
+        self.process.stdin.write(json.dumps([target, args, ranks]) + "\n")
+        self.process.stdin.flush()
+        found = json.loads(self.process.stdout.readline())
+        self.logs = [log.read_text() for log, _ in files]
+        assert found == list(codes or [0] * len(files)), f"{found}\n" + "\n".join(x[-3000:] for x in self.logs)
+        return [torch.load(result) if result.is_file() else None for _, result in files]
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def torchrun(ranks: int = 2) -> list[dict[str, str]]:
+    """What torchrun would tell each."""
+    alike = {**meeting(), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    return [{**alike, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
+
+
+def meeting() -> dict[str, str]:
+    """Where ranks meet."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+
+
+def bank_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """All rows of all tables but their checksums: a gap's last bit is in them."""
+    db = sqlite3.connect(folder / "bank.sqlite")
+    db.row_factory = sqlite3.Row
+    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    rows = {t: [{k: x for k, x in dict(row).items() if "crc" not in k} for row in db.execute(f"SELECT * FROM {t}")] for t in tables}
+    db.close()
+    return rows
+
+
+def near(a: Any, b: Any, tolerance: float = 1e-6, where: str = "") -> None:
+    """Equal but for rounding, of floats and of a tensor's norm; and where not."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        off, size = float((a - b).norm()), float(b.norm())
+        assert off <= tolerance * max(size, 1.0), f"{where}: {off} of {size}"
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            near(a[key], b[key], tolerance, f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            near(x, y, tolerance, f"{where}/{i}")
+    elif isinstance(a, float):
+        assert math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance) or (math.isnan(a) and math.isnan(b)), f"{where}: {a} {b}"
+    else:
+        assert a == b, where

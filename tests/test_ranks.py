@@ -1,0 +1,228 @@
+"""What several ranks share out, tell each other and add up; then each context and each actor on two of them, against one."""
+
+from __future__ import annotations
+
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.e2e.runs import assert_equal
+from tests.ranks import Ranks, bank_rows, near, torchrun
+from tests.test_data import TEMPLATE, make_data, rules
+
+from skillsd import ranks as r
+from skillsd.callbacks import TeacherSync
+from skillsd.module import OptimizerSettings, SkillSD
+from skillsd.objective import Objective
+from skillsd.policy import LoraSettings, Policy, PolicySettings
+from skillsd.skills import (
+    BankContext,
+    BaseSummariser,
+    GroundTruthContext,
+    HindsightContext,
+    NoContext,
+    ShuffledContext,
+    SiblingContext,
+)
+from skillsd.skills.callback import SkillBankCallback
+
+ENV: dict[str, Any] = {
+    "size": 6, "boxes": 3, "difficulties": {"short": {"lengths": [2, 5]}}, "splits": {"train": {"short": 3}, "test": {"short": 1}},
+    "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
+}  # fmt: skip
+LR = 1e-7
+"""So small that what rounding does to an update is not seen in the next gradient: AdamW makes a whole step of the smallest gradient."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bank": {"bank": {"booking": "gap", "refresh": "iteration", "capacity": 2}, "micro_batch_tokens": 64},
+    "base": {"summariser": lambda: BaseSummariser(4, template="{conversation} {question}", system="", form="fields")},
+    "shuffled": {"context": ShuffledContext},
+    "hindsight": {"context": HindsightContext},
+    "sibling": {"context": SiblingContext},
+    "ground_truth": {"context": GroundTruthContext},
+    "none": {"context": NoContext},
+    "student_with_skill": {"actor": "student_with_skill"},
+    "half_with_skill": {"actor": "half_with_skill"},
+    "teacher": {"actor": "teacher"},
+    "one_row": {
+        "env_kwargs": ENV | {"splits": {"train": {"short": 1}, "test": {"short": 1}}}, "group_size": 1,
+        "objective": Objective(distillation_weight=1.0, policy_weight=0.0),
+    },
+}  # fmt: skip
+"""An iteration visits all 3 tasks: one rank plays two of them. The last variant leaves a rank without a task and without a row to train on,
+and at first both without a gradient."""
+
+
+# -- on the ranks -------------------------------------------------------------------------------------------------------------
+
+
+def told() -> dict[str, Any]:
+    """What a rank learns from another."""
+    before = (r.rank(), r.world(), r.leads(), r.name())
+    dist.init_process_group("gloo")
+    me = r.rank()
+    r.say(f"said by {me}")
+    sums = [torch.tensor([1.0 + me, 2.0]), torch.full((2, 1), 10.0 * me)]
+    views = [x.T if x.dim() == 2 else x for x in sums]
+    r.add(views)
+    r.add([])
+    whole = torch.tensor([2**62 + me])
+    r.add([whole])
+    mine = {"rank": me}
+    found = r.gather(mine)
+    return {
+        "before": before, "after": (me, r.world(), r.leads(), r.name()), "share": list(r.share(5)), "theirs": list(r.share(5, of=1 - me)),
+        "balanced": r.balanced([1, 5, 2, 2]), "sums": sums, "whole": whole, "gathered": found, "own": found[me] is mine,
+        "ragged": r.gather("x" * (1 + 1000 * me)), "broadcast": r.broadcast(("from", me)), "again": r.gather(None),
+    }  # fmt: skip
+
+
+def lost(what: str) -> str:
+    """What rank 0 says when rank 1 has ended."""
+    dist.init_process_group("gloo")
+    r.gather(None)
+    if not r.leads():
+        os._exit(7)
+    try:
+        r.add([torch.zeros(3)]) if what == "add" else getattr(r, what)(0)
+    except r.PeerLost as e:
+        return str(e)
+    return "nobody was missed"
+
+
+class Watch(L.Callback):
+    """What an iteration leaves."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        timeless = {k: v for k, v in module.metrics.items() if not k.startswith(("time/", "memory/"))}
+        played = [(t.task_id, t.member, t.token_ids, t.skill_id, g.teacher_prompts[i]) for g in batch for i, t in enumerate(g.trajectories)]
+        grads = [p.grad.flatten() for p in module.policy.student_parameters() if p.grad is not None]
+        self.seen.append({
+            "metrics": timeless, "played": played, "group_gap": outputs["group_gap"], "grad": torch.cat(grads) if grads else None,
+            "adapters": {k: v.clone() for k, v in module.policy.adapter_state().items()},
+        })  # fmt: skip
+
+
+def trained(folder: str) -> dict[str, list[dict[str, Any]]]:
+    """Two epochs of every variant: of each iteration what it leaves, and on rank 0 the bank."""
+    found: dict[str, Any] = {}
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    policy = Policy(PolicySettings(model="nano", lora=LoraSettings(init="nano-recover")), "cpu")
+    start = {k: v.clone() for k, v in policy.adapter_state().items()}
+    for name, variant in VARIANTS.items():
+        settings = {"env_kwargs": ENV, "batch_tasks": 3, "group_size": 3} | variant
+        bank = SkillBankCallback(
+            settings.pop("summariser", rules)(), settings.pop("context", BankContext)(), template=TEMPLATE, **settings.pop("bank", {})
+        )
+        module = SkillSD(
+            policy.settings, settings.pop("objective", Objective(distillation_weight=0.5)), OptimizerSettings(lr=LR),
+            grad_norm_every=1, micro_batch_tokens=settings.pop("micro_batch_tokens", 4096),
+        )  # fmt: skip
+        policy.load_adapter_state(start)
+        module.policy, policy.teacher_is_student, watch = policy, True, Watch()
+        trainer = L.Trainer(
+            accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+            default_root_dir=f"{folder}/{name}", callbacks=[TeacherSync(), bank, watch],
+        )  # fmt: skip
+        trainer.fit(module, datamodule=make_data(**settings))
+        found[name] = watch.seen
+        if r.leads():
+            found[f"{name} bank"] = bank_rows(Path(folder) / name)
+    return found
+
+
+# -- what is asserted ---------------------------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(0, 100), world=st.integers(1, 9))
+def test_shares_are_a_partition(n, world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(r, "world", lambda: world)
+        shares = [list(r.share(n, of=i)) for i in range(world)]
+        assert [*chain(*shares)] == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        patch.setattr(r, "rank", lambda: world - 1)
+        assert list(r.share(n)) == shares[-1]
+
+
+@given(costs=st.lists(st.integers(0, 1000), max_size=40), world=st.integers(1, 9))
+def test_balanced_is_a_partition_of_about_equal_sums(costs, world):
+    parts = []
+    for i in range(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(r, "world", lambda: world)
+            patch.setattr(r, "rank", lambda i=i: i)
+            parts.append(r.balanced(costs))
+    assert sorted(chain(*parts)) == list(range(len(costs))) and all(p == sorted(p) for p in parts)
+    sums = [sum(costs[i] for i in p) for p in parts]
+    assert max(sums) - min(sums) <= max(costs, default=0)
+
+
+@pytest.mark.parametrize(
+    "environment, number",
+    [({}, 0), ({"RANK": "3", "LOCAL_RANK": "1"}, 3), ({"SLURM_PROCID": "2"}, 2), ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, 1),
+     ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1), ({"GROUP_RANK": "1"}, 1), ({"RANK": "", "LOCAL_RANK": "x"}, 0)],
+)  # fmt: skip
+def test_rank_before_they_have_met(monkeypatch, environment, number):
+    for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (r.rank(), r.leads(), r.world()) == (number, number == 0, 1)
+
+
+def test_alone():
+    alone, x = object(), torch.ones(2)
+    assert r.gather(alone) == [alone] and r.broadcast(alone) is alone
+    r.add([x])
+    assert x.tolist() == [1.0, 1.0] and list(r.share(3)) == [0, 1, 2] == r.balanced([1, 1, 1])
+
+
+def test_two_tell_each_other(ranks: Ranks):
+    both = ranks.run("tests.test_ranks:told", environments=torchrun())
+    assert [x["before"] for x in both] == [(0, 1, True, ""), (1, 1, False, "rank 1: ")]
+    assert [x["after"] for x in both] == [(0, 2, True, ""), (1, 2, False, "rank 1: ")]
+    assert [x["share"] for x in both] == [[0, 1], [2, 3, 4]] == [x["theirs"] for x in reversed(both)]
+    assert [x["balanced"] for x in both] == [[1], [0, 2, 3]]
+    assert [log.splitlines() for log in ranks.logs] == [["said by 0"], []]
+    for x in both:
+        near(x["sums"], [torch.tensor([3.0, 4.0]), torch.full((2, 1), 10.0)], 0.0)
+        assert x["whole"].tolist() == [2**63 + 1 - 2**64]
+        assert x["gathered"] == [{"rank": 0}, {"rank": 1}] and x["own"] and x["again"] == [None, None]
+        assert list(map(len, x["ragged"])) == [1, 1001] and x["broadcast"] == ("from", 0)
+
+
+@pytest.mark.parametrize("what", ["add", "gather", "broadcast"])
+def test_one_that_has_ended_is_missed(ranks: Ranks, what):
+    said, _ = ranks.run("tests.test_ranks:lost", what, environments=torchrun(), codes=(0, 7))
+    assert said.startswith("another rank has ended") and "last checkpoint" in said
+
+
+@pytest.fixture(scope="module")
+def both(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`trained` on one rank and on two."""
+    one, two = (str(tmp_path_factory.mktemp(x)) for x in ("one", "two"))
+    return ranks.run("tests.test_ranks:trained", one)[0], ranks.run("tests.test_ranks:trained", two, environments=torchrun())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_contexts_and_actors(both, name):
+    one, two = both
+    for x in two:
+        near(x[name], one[name], 1e-5)  # what is played together differs, so does rounding
+    near(two[0][f"{name} bank"], one[f"{name} bank"], 1e-5)
+    assert_equal([x["adapters"] for x in two[1][name]], [x["adapters"] for x in two[0][name]])
+    assert any(x["grad"] is not None and x["grad"].any() for x in one[name])
+    assert one[f"{name} bank"]["skill"] or name == "none"
+    if name == "one_row":
+        assert [x["grad"] is None for x in one[name]] == [True, False]
