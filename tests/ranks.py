@@ -16,18 +16,17 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 200
+LIMIT = 150
 """Seconds after which a rank that hangs is killed."""
 
 SERVER = f"""
-import importlib, json, os, signal, sys, traceback
+import importlib, json, os, signal, sys, time, traceback
 import torch
 torch.set_num_threads(1)
 for name in ("skillsd.cli", "skillsd_sokoban", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard"):
     importlib.import_module(name)
 
 def work(target, args, environment, log, result):
-    signal.alarm({LIMIT})
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1), os.dup2(out, 2)
@@ -43,12 +42,22 @@ def work(target, args, environment, log, result):
 
 for line in sys.stdin:
     target, args, ranks = json.loads(line)
-    pids = []
-    for rank in ranks:
-        pids.append(os.fork())
-        if not pids[-1]:
+    left, codes, until = dict(), dict(), time.monotonic() + {LIMIT}
+    for i, rank in enumerate(ranks):
+        pid = os.fork()
+        if not pid:
             work(target, args, *rank)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]), flush=True)
+        left[pid] = i
+    while left:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[left.pop(pid)] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() > until:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        else:
+            time.sleep(0.01)
+    print(json.dumps([codes[i] for i in range(len(ranks))]), flush=True)
 """
 
 

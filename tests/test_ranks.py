@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,13 +14,16 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from tests.e2e.runs import assert_equal
 from tests.ranks import Ranks, bank_rows, near, torchrun
 from tests.test_data import TEMPLATE, make_data, rules
 
+from skillsd import cli
 from skillsd import ranks as r
 from skillsd.callbacks import TeacherSync
-from skillsd.module import OptimizerSettings, SkillSD
+from skillsd.errors import ConfigError
+from skillsd.module import OptimizerSettings, SkillSD, check_strategy
 from skillsd.objective import Objective
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.skills import (
@@ -206,6 +210,32 @@ def test_two_tell_each_other(ranks: Ranks):
 def test_one_that_has_ended_is_missed(ranks: Ranks, what):
     said, _ = ranks.run("tests.test_ranks:lost", what, environments=torchrun(), codes=(0, 7))
     assert said.startswith("another rank has ended") and "last checkpoint" in said
+
+
+@pytest.mark.parametrize(
+    "strategy, said",
+    [(DDPStrategy(start_method="fork"), "DDPStrategy with start_method fork"), (FSDPStrategy(), "FSDPStrategy"),
+     (ModelParallelStrategy(), "ModelParallelStrategy")],
+)  # fmt: skip
+def test_strategies_that_split_weights_or_copy_the_process_are_refused(strategy, said):
+    """Before the model is loaded."""
+    module = SkillSD(PolicySettings(model="nowhere"))
+    module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=f"^trainer.strategy is {said}: set it to ddp"):
+        module.configure_model()
+
+
+@pytest.mark.parametrize("strategy", [DDPStrategy(), SingleDeviceStrategy()])
+def test_strategies_that_are_taken(strategy):
+    check_strategy(strategy)
+
+
+def test_a_strategy_that_copies_the_process_is_refused_before_it_does(tmp_path, capsys):
+    flags = ["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    assert cli.main(["fit", "-c", "sokoban", f"--trainer.default_root_dir={tmp_path}/run", *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: trainer.strategy is DDPStrategy with start_method spawn") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -251,6 +251,7 @@ def quiet() -> None:
         "no last checkpoint available",
         "dirpath has changed",
         "exists and is not empty",
+        "The AccumulateGrad node's stream",  # DDP is made beside the stream that trains; the engine waits for both
     ):
         warnings.filterwarnings("ignore", message=f"(?s).*{text}")
 

@@ -1,40 +1,31 @@
-"""The data: tasks in, groups of trajectories out. The stream is Algorithm 1, lines 2 and 3: retrieve, then roll out."""
+"""The data: tasks in, groups of trajectories out (`stream`)."""
 
 from __future__ import annotations
 
 import logging
 import random
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import replace
-from functools import cache
-from hashlib import blake2b
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 
-from skillsd import ranks
 from skillsd.errors import ConfigError
-from skillsd.module import last_checkpoint
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
 from skillsd.rollout import (
+    Background,
     CacheFull,
     Chat,
     Collector,
     Completion,
-    Engine,
-    InProcessEngine,
     Request,
     RolloutSettings,
-    Row,
-    VllmEngine,
     ask,
     demonstrate,
+    make_engine,
     make_env,
     read_tasks,
     tasks_of,
@@ -42,7 +33,8 @@ from skillsd.rollout import (
 from skillsd.rollout.noise import stream_key
 from skillsd.skills import BankContext, ShuffledContext, Skill, Summariser
 from skillsd.skills.callback import SkillBankCallback
-from skillsd.trajectory import Task, Trajectory, TrajectoryGroup
+from skillsd.stream import GroupStream, PanelStream
+from skillsd.trajectory import Task, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +97,7 @@ class RolloutData(L.LightningDataModule):
         self._resume_at = 0
         self._stream: GroupStream | None = None
         self._collector: Collector | None = None
+        self._background: Background | None = None
 
     def setup(self, stage: str) -> None:
         """List the tasks. Raises ConfigError for an empty split, overlapping splits, or G < 2 where a group baseline is needed."""
@@ -176,15 +169,22 @@ class RolloutData(L.LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Close the environments and the engine. The collector is made anew if it is needed again."""
         collector, self._collector = self._collector, None
-        if collector is not None:
-            try:
-                collector.close()
-            finally:
-                collector.engine.close()
+        background, self._background = self._background, None
+        with ExitStack() as stack:  # the last first: without its engine a rollout in the background ends
+            if background is not None:
+                stack.callback(background.close)
+            if collector is not None:
+                stack.callback(collector.engine.close)
+                stack.callback(collector.close)
 
     def on_exception(self, exception: BaseException) -> None:
         """Close the environments: Lightning calls no `teardown` after an error or an interruption."""
         self.teardown("exception")
+
+    @property
+    def acting(self) -> str:
+        """The adapter that plays training episodes."""
+        return "teacher" if self.actor == "teacher" else "student"
 
     @property
     def policy(self) -> Policy:
@@ -198,12 +198,18 @@ class RolloutData(L.LightningDataModule):
         if self._collector is None:
             policy = self.policy
             chat = Chat(policy.tokenizer, policy.stop_ids)
-            r = self.rollout
-            engine: Engine = (
-                VllmEngine(policy, r.max_rows, r.vllm_memory) if r.engine == "vllm" else InProcessEngine(policy, r.cuda_graphs, r.kernels)
-            )
+            engine = make_engine(policy, self.rollout)
             self._collector = Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length)
         return self._collector
+
+    @property
+    def background(self) -> Background:
+        """Who plays while the updates go on (rollout.staleness), made when first used."""
+        if self._background is None:
+            policy, engine = self.policy, self.collector.engine
+            chat = Chat(load_tokenizer(policy.settings), policy.stop_ids)  # tokenizers are not for two threads
+            self._background = Background(Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length))
+        return self._background
 
     @property
     def bank(self) -> SkillBankCallback | None:
@@ -280,137 +286,6 @@ class RolloutData(L.LightningDataModule):
         share = float(success)
         trajectory = Trajectory(0, task_id, 0, 0, instruction, (), (), (), (), tuple(turns), share, share, success, "done")
         return summariser.summarise([trajectory])[0]
-
-
-class GroupStream:
-    """The train loader: a pure function of (run seed, iteration) and of the weights and the bank at that point.
-
-    Its state is one integer, the number of iterations begun, so a run resumes where its checkpoint stands.
-    """
-
-    def __init__(self, data: RolloutData) -> None:
-        self.data, self.position = data, 0
-
-    def __len__(self) -> int:
-        return -(-len(self.data.train_tasks) // self.data.batch_tasks)
-
-    def __iter__(self) -> Iterator[list[TrajectoryGroup]]:
-        for _ in range(self.position % len(self), len(self)):
-            iteration, self.position = self.position, self.position + 1
-            yield self._groups(iteration)
-
-    def state_dict(self) -> dict[str, int]:
-        """For the checkpoint."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The inverse of `state_dict`."""
-        self.position = state["position"]
-
-    def order(self, epoch: int) -> list[Task]:
-        """The tasks in the epoch's order, drawn from (run seed, epoch)."""
-        return sorted(self.data.train_tasks, key=lambda t: blake2b(f"{self.data.seed}/order/{epoch}/{t.task_id}".encode()).digest())
-
-    def _groups(self, iteration: int) -> list[TrajectoryGroup]:
-        d = self.data
-        epoch, index = divmod(iteration, len(self))
-        tasks = self.order(epoch)[index * d.batch_tasks : (index + 1) * d.batch_tasks]
-        skills: list[tuple[int | None, str]] = [(None, "")] * len(tasks)
-        if d.bank is not None:
-            every = [t.task_id for t in d.train_tasks]
-            skills = d.bank.choose([t.task_id for t in tasks], every, d.seed, epoch, epoch_start=index == 0)
-        started = time.perf_counter()
-        share = ranks.share(len(tasks))
-        with d.policy.together():
-            played = self._play([tasks[i] for i in share], [text for _, text in skills[share.start : share.stop]], iteration)
-        mine = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
-        d.rollout_s = time.perf_counter() - started
-        after = d.bank.texts(mine, iteration) if d.bank is not None else None
-        groups = [
-            self._group(tasks[i], g, skills[i][0], after[k] if after else [skills[i][1]] * len(g))
-            for k, (i, g) in enumerate(zip(share, mine, strict=True))
-        ]
-        told = ranks.gather((d.rollout_s, groups))  # from here on every rank has the whole batch
-        d.rollout_s = max(seconds for seconds, _ in told)
-        self._check_failed([t for _, part in told for g in part for t in g.trajectories], iteration)
-        return [g for _, part in told for g in part]
-
-    def _play(self, tasks: Sequence[Task], skills: Sequence[str], iteration: int) -> list[Trajectory]:
-        """The tasks' groups, one after another."""
-        d = self.data
-        first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
-        rows = [Row(t, k, text if k >= first else "") for t, text in zip(tasks, skills, strict=True) for k in range(d.group_size)]
-        adapter = "teacher" if d.actor == "teacher" else "student"
-        played = d.collector.collect(rows, seed=d.seed, iteration=iteration, adapter=adapter)
-        # A skill that leaves no room to act is left out: an episode that was not played would count as a reward of 0.
-        if crowded := [i for i, t in enumerate(played) if rows[i].skill and not t.turns and t.finish_reason == "length"]:
-            log.warning("iteration %d: %d prompts with a skill are too long; these episodes are played without.", iteration, len(crowded))
-            plain = [replace(rows[i], skill="") for i in crowded]
-            for i, t in zip(crowded, d.collector.collect(plain, seed=d.seed, iteration=iteration, adapter=adapter), strict=True):
-                played[i] = t
-        d.collector.engine.release()
-        return played
-
-    def _check_failed(self, played: Sequence[Trajectory], iteration: int) -> None:
-        failed = [t for t in played if t.failed]
-        if failed and ranks.leads():
-            log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)
-        if len(failed) > self.data.rollout.max_failed * len(played):
-            raise ConfigError(self._summary(iteration, failed, len(played)))
-
-    def _summary(self, iteration: int, failed: Sequence[Trajectory], episodes: int) -> str:
-        kinds = Counter(t.failure_kind for t in failed)
-        first = {t.failure_kind: t for t in reversed(failed)}
-        told = "; ".join(f"{n} {k}, first on task {first[k].task_id}: {first[k].failure[:200]}" for k, n in kinds.items())
-        return (
-            f"rollout.max_failed is {self.data.rollout.max_failed:g}, and in iteration {iteration} {len(failed)} of {episodes} episodes "
-            f"failed ({told}). {last_checkpoint(self.data.trainer)}: mend the environment and resume, or set a larger share."
-        )
-
-    def _group(self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str]) -> TrajectoryGroup:
-        """Texts: what each member's teacher is told."""
-        d = self.data
-        seen = next((t for t in played if t.turns), None) or next((t for t in played if t.prompt_ids), played[0])  # some may have failed
-
-        @cache
-        def prompt(text: str) -> tuple[int, ...]:
-            return tuple(d.collector.chat.prompt_ids(seen.instruction, seen.turns[0].observation, text)) if seen.turns else seen.prompt_ids
-
-        acted, plain, told = [t.prompt_ids for t in played], [prompt("")] * len(played), [prompt(x) for x in texts]
-        student, teacher = {
-            "student": (plain, told),
-            "student_with_skill": (acted, acted),
-            "half_with_skill": (acted, [x if a == p else p for a, p, x in zip(acted, plain, told, strict=True)]),
-            "teacher": (plain, acted),
-        }[d.actor]
-        return TrajectoryGroup(
-            task, tuple(replace(t, skill_id=skill_id) for t in played), tuple(student), tuple(teacher), skill_id, d.rollout.temperature,
-            by_teacher=d.actor == "teacher",
-        )  # fmt: skip
-
-
-class PanelStream:
-    """The validation loader: batches of held-out episodes in the panel's order, of which each rank plays a share. Played anew each time."""
-
-    def __init__(self, data: RolloutData) -> None:
-        self.data = data
-        self.rows = [(seed, Row(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
-        self.size = 4 * data.rollout.max_rows * ranks.world()
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.size)
-
-    def __iter__(self) -> Iterator[list[Trajectory]]:
-        d = self.data
-        for start in range(0, len(self.rows), self.size):
-            part = self.rows[start : start + self.size]
-            mine = [part[i] for i in ranks.share(len(part))]
-            played: list[Trajectory] = []
-            with d.policy.together():
-                for seed in dict.fromkeys(s for s, _ in mine):
-                    rows = [r for s, r in mine if s == seed]
-                    played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
-            yield [t for theirs in ranks.gather(played) for t in theirs]
 
 
 def _overrides(env: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

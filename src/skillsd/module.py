@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -112,6 +113,8 @@ class SkillSD(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
+            if self._trainer is not None:
+                check_strategy(self._trainer.strategy)
             self.policy = Policy(self.settings, self.device)
             # DDP would send every rank what it has loaded itself, or its part of it.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, of_the_base(self))
@@ -447,6 +450,21 @@ class SkillSD(L.LightningModule):
 
 def _loss(done: Update) -> float:
     return done.sums["policy"] + done.sums["distillation"]
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse what splits the weights, or starts its ranks from a copy of this process: the one reduction is of whole gradients.
+
+    Raises:
+        ConfigError: it is neither one device nor DDP with processes of its own.
+    """
+    started = getattr(strategy, "_start_method", "popen")
+    if not (isinstance(strategy, SingleDeviceStrategy) or (isinstance(strategy, DDPStrategy) and started == "popen")):
+        how = "" if started == "popen" else f" with start_method {started}"
+        raise ConfigError(
+            f"trainer.strategy is {type(strategy).__name__}{how}: set it to ddp, which starts each rank anew (in a notebook it cannot), or "
+            "trainer.devices to 1."
+        )
 
 
 def last_checkpoint(trainer: Any) -> str:

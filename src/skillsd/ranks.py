@@ -157,5 +157,5 @@ def _waiting() -> Any:
 def _lost(e: Exception) -> PeerLost:
     said = " ".join(str(e).split()).rpartition("] ")[2] if "Connection" not in str(e) else "the connection is closed"
     return PeerLost(
-        f"another rank has ended ({said[:200]}), and its own message says why: go on with --ckpt_path last, on any number of ranks."
+        f"another rank has ended ({said[:200]}): see its own message, if it left one. Go on with --ckpt_path last, on any number of ranks."
     )

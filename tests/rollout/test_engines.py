@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from skillsd.data import RolloutData
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmEngine
+from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmEngine, vllm_engine
 from skillsd.rollout.noise import sample, uniforms
 from skillsd.rollout.vllm_engine import Noise
 
@@ -246,6 +247,27 @@ def test_rows_of_a_batch_that_move():
         ids, logp = sample(given[i : i + 1], uniforms(torch.tensor([key]), torch.tensor([position])), temperature)
         assert out[i].argmax() == ids and out[i].max() == logp and out[i].isfinite().sum() == 1
     assert torch.equal(out[1], given[1]), "somebody else's row"
+
+
+def test_noise_over_http(monkeypatch):
+    """Flat keys, the 64-bit one as text, draw the same; nan, which JSON has not, is the least log-prob that a server tells."""
+    nested, flat = Noise(), Noise()
+    given = torch.randn(1, 11)
+    key = -(2**63) + 5
+    for noise, args in (
+        (nested, {"skillsd": {"key": key, "position": 3, "temperature": 0.5}}),
+        (flat, {"skillsd_key": str(key), "skillsd_position": 3, "skillsd_temperature": 0.5}),
+    ):
+        added = [(0, SimpleNamespace(extra_args=args), None, [1, 2])]
+        noise.update_state(SimpleNamespace(removed=(), added=added, moved=()))
+    assert torch.equal(nested.apply(given.clone()), flat.apply(given.clone()))
+    broken = flat.apply(given * math.nan)
+    assert broken.max() == -9999.0 and broken.isfinite().sum() == 1 and nested.apply(given * math.nan).isnan().sum() == 1
+    install(monkeypatch)
+    made = vllm_engine.NoiseProcessor  # as a server finds it by name
+    assert issubclass(made, Noise) and made.__mro__[2].__name__ == "LogitsProcessor"
+    with pytest.raises(AttributeError, match="no attribute Nothing"):
+        vllm_engine.Nothing  # noqa: B018
 
 
 def test_a_run_s_settings_reach_it(tiny_model, monkeypatch):

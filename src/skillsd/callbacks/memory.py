@@ -49,7 +49,8 @@ def available(device: torch.device) -> int:
 def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) -> tuple[str, Room]:
     """The plan as text, and what is left for the rollout, for `budget` bytes, of which `held` are an engine's own. See `MemoryPlan`."""
     policy = module.policy
-    size = Footprint(policy, decodes=not held)
+    elsewhere = rollout.engine == "servers"
+    size = Footprint(policy, decodes=not held and not elsewhere)
     longest = min(policy.context_length, rollout.max_prompt_tokens + rollout.max_trajectory_tokens)
     d = Demand(
         longest, module.micro_batch_tokens, policy.settings.head_chunk, policy.settings.gradient_checkpointing,
@@ -83,7 +84,7 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) 
     }  # fmt: skip
     if held:  # the cache is in it
         parts["vLLM"] = _gib(held)
-    else:
+    elif not elsewhere:
         parts["cache"] = f"{_gib(cache(fitting))} ({fitting} x {longest} tokens{'' if keep else ', given back before each update'})"
     text = ", ".join(f"{k} {v}" for k, v in parts.items())
     return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", Room(fitting, longest, keep, prefill)

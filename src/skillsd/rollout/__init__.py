@@ -1,15 +1,20 @@
 """From tasks to trajectories: conversation format, sampling noise, engines and the collector."""
 
 from skillsd.rollout.ask import ask, plan_of, tasks_of
+from skillsd.rollout.background import Background
 from skillsd.rollout.cache import CacheFull, Room
 from skillsd.rollout.chat import Chat
-from skillsd.rollout.collector import Collector, RolloutSettings, Row, make_env
+from skillsd.rollout.collector import Collector, Row, make_env
 from skillsd.rollout.demonstrate import demonstrate
 from skillsd.rollout.engine import Completion, Engine, InProcessEngine, Request, Session
+from skillsd.rollout.make_engine import make_engine
+from skillsd.rollout.settings import RolloutSettings
 from skillsd.rollout.tasks_file import read_tasks
 from skillsd.rollout.vllm_engine import VllmEngine
+from skillsd.rollout.vllm_server import VllmServers
 
 __all__ = [
+    "Background",
     "CacheFull",
     "Chat",
     "Collector",
@@ -22,8 +27,10 @@ __all__ = [
     "Row",
     "Session",
     "VllmEngine",
+    "VllmServers",
     "ask",
     "demonstrate",
+    "make_engine",
     "make_env",
     "plan_of",
     "read_tasks",

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium
 import torch
@@ -23,59 +23,10 @@ from skillsd.rollout.chat import Chat
 from skillsd.rollout.engine import Completion, Engine, Request
 from skillsd.rollout.guard import Alarm, Failure, Threads, attempt
 from skillsd.rollout.noise import stream_key
+from skillsd.rollout.settings import RolloutSettings
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class RolloutSettings:
-    """How episodes are played. Limits are in tokens."""
-
-    temperature: float = 1.0
-    """Sampling temperature in training; evaluation is greedy. The loss uses the same one."""
-    max_turn_tokens: int = 512
-    """Most tokens of one answer; a longer one is cut there and played as it is."""
-    max_trajectory_tokens: int = 20480
-    """Most tokens after the prompt, all turns together (the paper's response length)."""
-    max_prompt_tokens: int = 8192
-    """Longest first prompt of the student."""
-    max_rows: int = 64
-    """Trajectories in progress at one time; the next one starts as soon as one ends."""
-    env_workers: int = 0
-    """Threads that reset and step environments at the same time; 0: one after another, best for environments that take microseconds."""
-    env_timeout: float = 600.0
-    """Seconds after which a call of an environment counts as hung and its episode as failed; 0 waits for ever. Without `env_workers` a
-    signal breaks the call off, which C code that looks at no signals does not notice; with them its thread is left behind."""
-    max_observation_chars: int = 1_000_000
-    """Characters of an observation beyond which it is not read and its episode counts as failed."""
-    max_failed: float = 0.5
-    """Share of a training iteration's episodes that may fail; beyond it the run stops and says why they did."""
-    cuda_graphs: bool = True
-    """On a GPU, decode with CUDA graphs (small models become much faster; several runs can share the GPU); elsewhere of no effect."""
-    engine: Literal["default", "vllm"] = "default"
-    """Who decodes. `vllm` (pip install skillsd[vllm]) holds a second copy of the base; adapters are loaded anew after each update."""
-    vllm_memory: float = 0.4
-    """Share of the GPU's memory for vLLM's weights and cache."""
-    kernels: bool = True
-    """On a GPU, decode a bfloat16 base, in nf4 or not, with kernels of our own in Triton; the log says why where they can't be used."""
-
-    def __post_init__(self) -> None:
-        for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows", "max_observation_chars"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
-        if self.engine not in ("default", "vllm"):
-            raise ConfigError(f"rollout.engine is {self.engine}: one of default, vllm.")
-        if not 0 < self.vllm_memory < 1:
-            raise ConfigError(f"rollout.vllm_memory is {self.vllm_memory}: give a share of the GPU's memory, above 0 and below 1.")
-        if self.env_workers < 0:
-            raise ConfigError(f"rollout.env_workers is {self.env_workers}: give 0 (no threads) or more.")
-        if not 0 <= self.env_timeout < math.inf:
-            raise ConfigError(f"rollout.env_timeout is {self.env_timeout}: give seconds, or 0 for no limit.")
-        if not 0 <= self.max_failed <= 1:
-            raise ConfigError(f"rollout.max_failed is {self.max_failed}: give a share of the episodes, from 0 to 1 (never stops).")
-        if self.temperature <= 0:
-            raise ConfigError(f"rollout.temperature is {self.temperature}: give a value above 0 (training samples, evaluation is greedy).")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,18 @@
+"""Settings to an engine."""
+
+from __future__ import annotations
+
+from skillsd.policy import Policy
+from skillsd.rollout.engine import Engine, InProcessEngine
+from skillsd.rollout.settings import RolloutSettings
+from skillsd.rollout.vllm_engine import VllmEngine
+from skillsd.rollout.vllm_server import VllmServers
+
+
+def make_engine(policy: Policy, r: RolloutSettings) -> Engine:
+    """What `rollout.engine` names, on a policy. Raises ConfigError if it can't be had."""
+    if r.engine == "vllm":
+        return VllmEngine(policy, r.max_rows, r.vllm_memory)
+    if r.engine == "servers":
+        return VllmServers(policy, r.servers, r.servers_folder, r.servers_key_env, r.max_rows, r.servers_timeout)
+    return InProcessEngine(policy, r.cuda_graphs, r.kernels)

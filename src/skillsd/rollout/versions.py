@@ -1,0 +1,86 @@
+"""Adapters as they were once, in folders that others read."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from skillsd.policy import Policy
+
+
+@dataclass(eq=False)
+class Version:
+    """An adapter as it was once. Its name is of its content: the same on every rank, and after a resume."""
+
+    name: str
+    folder: Path
+
+
+class Versions:
+    """Writes an adapter when it has changed.
+
+    Args:
+        policy: Whose.
+        folder: Where; None is a temporary folder.
+    """
+
+    def __init__(self, policy: Policy, folder: str | None) -> None:
+        self.policy = policy
+        self._temporary = tempfile.TemporaryDirectory(prefix="skillsd-adapters-") if folder is None else None
+        self.folder = Path(self._temporary.name if self._temporary is not None else str(folder)).absolute()
+        self._current: dict[str, tuple[Any, Version]] = {}
+        self._written: dict[str, Path] = {}
+        self._used: WeakSet[Version] = WeakSet()
+
+    def now(self, adapter: str) -> tuple[Version, list[str]]:
+        """An adapter as it is now; and if that is new, the names of those that nobody holds any more. Raises OSError."""
+        # Some optimizers do not count what they do to a tensor, and some hands do not call `student_changed`.
+        now = self.policy.updates[adapter], tuple((p.data_ptr(), p._version) for p in self.policy.adapter(adapter).values())
+        then, version = self._current.get(adapter, (None, None))
+        if version is not None and then == now:
+            return version, []
+        version = self._write(adapter)
+        self._current[adapter] = now, version
+        used = {v.name for v in self._used}
+        return version, [name for name in self._written if name not in used]
+
+    def _write(self, adapter: str) -> Version:
+        digest = blake2b(self.policy.base_name.encode(), digest_size=10)
+        for k, p in sorted(self.policy.adapter(adapter).items()):
+            digest.update(k.encode())
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        name = f"skillsd-{digest.hexdigest()}"
+        folder = self.folder / name
+        if not folder.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.folder) as beside:
+                self.policy.save_adapter(Path(beside), adapter)
+                with suppress(OSError):  # another rank was faster
+                    (Path(beside) / adapter).rename(folder)
+        self._written[name] = folder
+        version = next((v for v in self._used if v.name == name), None) or Version(name, folder)
+        self._used.add(version)
+        return version
+
+    def remove(self, names: Iterable[str]) -> None:
+        """From the disk."""
+        for name in names:
+            shutil.rmtree(self._written.pop(name), ignore_errors=True)
+
+    def close(self) -> list[str]:
+        """It is not used again: the names of what is there, to be removed."""
+        self._current.clear()
+        return list(self._written)
+
+    def cleanup(self) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,0 +1,99 @@
+"""What is said to a vLLM server (0.24) and what it may answer: the completions API, and vLLM's own calls for adapters."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from skillsd.rollout.engine import Completion, Request
+from skillsd.rollout.line import Line, Lost
+from skillsd.rollout.vllm_engine import LEAST
+
+SHORT = 1 << 20
+"""Most bytes of an answer that has no tokens."""
+
+
+class VllmApi:
+    """Args: the size of the model's vocabulary, and the ids that end a turn."""
+
+    def __init__(self, vocabulary: int, stop_ids: Collection[int]) -> None:
+        self.vocabulary, self.stop_ids = vocabulary, frozenset(stop_ids)
+
+    def greet(self, line: Line, context: int) -> tuple[str, set[str]]:
+        """What it calls the base model, and the adapters it has. Raises Lost if it cannot serve us rows of `context` tokens."""
+        line.ask("/health", SHORT)
+        base, length, loaded = self._models(line)
+        if length < context:
+            raise Lost(f"its --max-model-len {length} is below policy.context_length {context}: change either")
+        # At this temperature every token is as likely as any other, which only a server that draws with our noise and tells of it knows.
+        one = Request(0, (), 0, 0, 1)
+        text = line.ask("/v1/completions", SHORT, self.body(base, [1, 2, 3], one, 1e9))
+        try:
+            (logprob,) = self.completion(text, one).logprobs
+        except Lost:
+            logprob = math.nan
+        if not abs(logprob + math.log(self.vocabulary)) < 0.01:
+            raise Lost(
+                "it does not draw with our noise, or has another vocabulary: start it with --logprobs-mode processed_logits "
+                "--logits-processors skillsd.rollout.vllm_engine:NoiseProcessor"
+            )
+        return base, loaded
+
+    @staticmethod
+    def _models(line: Line) -> tuple[str, int, set[str]]:
+        """The base model's name, its longest row in tokens, and the adapters that are loaded."""
+        try:
+            cards = json.loads(line.ask("/v1/models", SHORT))["data"]
+            base = next(c for c in cards if not c.get("parent"))
+            return str(base["id"]), int(base["max_model_len"]), {str(c["id"]) for c in cards if c.get("parent")}
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError) as e:
+            raise Lost("what it says at /v1/models is no list of models") from e
+
+    def load(self, line: Line, name: str, folder: Path) -> None:
+        """An adapter. Raises Lost."""
+        body = {"lora_name": name, "lora_path": str(folder)}  # load_inplace would have it read again at every step
+        try:
+            line.ask("/v1/load_lora_adapter", SHORT, body)
+        except Lost as e:
+            if e.status != 400 or name not in self._models(line)[2]:  # another rank was faster
+                raise
+
+    @staticmethod
+    def unload(line: Line, name: str) -> None:
+        """Raises Lost."""
+        line.ask("/v1/unload_lora_adapter", SHORT, {"lora_name": name})
+
+    def body(self, model: str, ids: list[int], request: Request, temperature: float) -> dict[str, Any]:
+        """A turn. The key goes as text: it has 64 bits, and JSON's numbers have 53 wherever they pass through JavaScript."""
+        noise = {"skillsd_key": str(request.key), "skillsd_position": request.position, "skillsd_temperature": temperature}
+        return {
+            "model": model, "prompt": ids, "max_tokens": request.limit, "temperature": 0.0, "repetition_penalty": 1.0, "logprobs": 0,
+            "stop_token_ids": sorted(self.stop_ids), "ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True,
+            "vllm_xargs": noise,
+        }  # fmt: skip
+
+    @staticmethod
+    def most(ids: list[int], request: Request) -> int:
+        """Bytes that the answer to a turn may have: a token comes with its text, its id and its log-prob, each twice."""
+        return (1 << 16) + 512 * request.limit + 32 * len(ids)
+
+    def completion(self, text: bytes, request: Request) -> Completion:
+        """A turn as it was answered. Raises Lost for what no turn can be."""
+        try:
+            (choice,) = json.loads(text)["choices"]
+            ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            known = all(type(i) is int and 0 <= i < self.vocabulary for i in ids)
+            numbers = all(type(x) in (int, float) and x <= 0.01 for x in logprobs)  # nan is not; above 0 by rounding
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise Lost("its answer is no completion") from e
+        if not known or not numbers:
+            raise Lost(f"its answer has {'log-probs' if known else 'tokens'} that are none")
+        stops = [i in self.stop_ids for i in ids]
+        if not ids or len(ids) != len(logprobs) or len(ids) > request.limit or any(stops[:-1]):
+            raise Lost(f"its answer has {len(ids)} tokens and {len(logprobs)} log-probs, of {request.limit} tokens that were asked for")
+        if not stops[-1] and len(ids) < request.limit:
+            raise Lost(f"it ended a turn after {len(ids)} of {request.limit} tokens: start it with --generation-config vllm")
+        return Completion(ids, [float(x) if x > LEAST else math.nan for x in logprobs], stops[-1])

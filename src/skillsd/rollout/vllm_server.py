@@ -1,0 +1,364 @@
+"""vLLM in processes of its own, on other GPUs or machines: an engine that asks running servers over HTTP (vLLM 0.24's completions API).
+
+A server is started with the noise of the other engines as its logits processor, so that a token is the same function of (key, position)
+there, whichever server is asked, and again after one is lost:
+
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16 --max-loras 2 --max-model-len N \\
+        --logits-processors skillsd.rollout.vllm_engine:NoiseProcessor --logprobs-mode processed_logits --generation-config vllm
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+from weakref import WeakSet
+
+from skillsd.errors import ConfigError, hold_secret
+from skillsd.policy import Policy
+from skillsd.rollout.cache import Room
+from skillsd.rollout.engine import Completion, Request, Session
+from skillsd.rollout.guard import Failure, Threads
+from skillsd.rollout.line import Line, Lost
+from skillsd.rollout.versions import Version, Versions
+from skillsd.rollout.vllm_api import VllmApi
+
+log = logging.getLogger(__name__)
+
+GREET_S, LOAD_S = 30.0, 300.0
+POLL_S = 0.02  # environments may have answered meanwhile
+
+
+@dataclass(eq=False)
+class _Server:
+    url: str
+    base: str = ""
+    """What it calls the base model."""
+    loaded: set[str] = field(default_factory=set)
+    live: bool = False
+    lives: int = 0
+    """How often it has joined."""
+    why: str = ""
+    """Why it is not live."""
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A turn on its way."""
+
+    request: Request
+    server: _Server
+    life: int
+    line: Line
+
+
+class VllmServers:
+    """An `Engine` on running servers. Every rank may use all of them.
+
+    A row stays on its server, whose prefix cache has what it has seen; a new one goes where the fewest rows are in progress. A server that
+    does not answer as it should is dropped, its turns are asked again of the others, and the next `open` asks whether it is back.
+
+    Args:
+        policy: Who acts.
+        urls: The servers.
+        folder: Where adapters are written for them to read, the same path on every machine; None is a temporary one on this machine.
+        key_env: Environment variable with the servers' API key, if they want one.
+        rows: Most turns asked for at one time.
+        seconds: After so many without an answer to a turn a server is lost.
+
+    Raises:
+        ConfigError: a URL cannot be one, the key is not there, the policy has no adapters, or no server answers.
+    """
+
+    def __init__(
+        self, policy: Policy, urls: Sequence[str], folder: str | None = None, key_env: str | None = None, rows: int = 64,
+        seconds: float = 600.0,
+    ) -> None:  # fmt: skip
+        if not policy.has_adapters:
+            raise ConfigError("rollout.engine is servers, which act with adapters only: set it to default.")
+        self.key = os.environ.get(key_env, "") if key_env else ""
+        if key_env and not self.key:
+            raise ConfigError(f"rollout.servers_key_env: the environment variable {key_env} is not set: set it to the servers' API key.")
+        if key_env:
+            hold_secret(key_env, self.key)
+        self.policy, self.seconds = policy, seconds
+        self.api = VllmApi(int(policy.base.config.get_text_config().vocab_size), policy.stop_ids)
+        self.room: Room | None = None
+        self.held = 0
+        self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.threads, self.clerks = Threads(rows, 0.0), Threads(len(urls), 0.0)
+        self.versions = Versions(policy, folder)
+        self.lock = threading.RLock()  # a rollout may go on in the background while the main thread plays a panel
+        self.closed = False
+        self._sessions: WeakSet[ServersSession] = WeakSet()
+        self._flying: set[_Asked] = set()
+        try:
+            self.join(None)
+        except ConfigError:
+            self.close()
+            raise
+
+    # -- what an engine does ---------------------------------------------------------------------------------------------------
+
+    def open(self, temperature: float, adapter: str | None = "student") -> ServersSession:
+        return self.open_at(temperature, self.version(adapter) if adapter is not None else None)
+
+    def open_at(self, temperature: float, version: Version | None) -> ServersSession:
+        """A session that samples from an adapter as it was, in any thread."""
+        with self.lock:
+            self.join(version)
+            session = ServersSession(self, temperature, version)
+            self._sessions.add(session)
+            return session
+
+    def freeze(self, adapter: str) -> Frozen:
+        """The engine with an adapter as it is now, whatever is learned meanwhile."""
+        return Frozen(self, self.version(adapter))
+
+    def most_rows(self, tokens: int) -> int:
+        return 1 << 30  # vLLM makes rows wait
+
+    def most_tokens(self) -> int:
+        return self.policy.context_length
+
+    def release(self, everything: bool = False) -> None:
+        """The servers keep their memory. `everything`: what is unfinished is dropped; a session that goes on asks again."""
+        if everything:
+            self._hang_up(lambda asked: True)
+
+    def close(self) -> None:
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            self._hang_up(lambda asked: True)
+            self._unload(self.versions.close())
+        self.threads.close()
+        self.clerks.close()
+        self.versions.cleanup()
+
+    # -- adapters --------------------------------------------------------------------------------------------------------------
+
+    def version(self, adapter: str) -> Version:
+        """An adapter as it is now. Those before it that nobody uses any more are unloaded."""
+        with self.lock:
+            version, over = self.versions.now(adapter)
+            # A new one exists after an update, to which no rank comes before all have played with those that nobody holds here.
+            self._unload(over)
+            return version
+
+    def _unload(self, names: Sequence[str]) -> None:
+        def unload(server: _Server, line: Line) -> None:
+            for name in names:
+                if name in server.loaded:
+                    server.loaded.discard(name)
+                    with suppress(Lost):  # it may have gone, or another rank was faster
+                        self.api.unload(line, name)
+
+        if names:
+            self._each([s for s in self.servers if s.live], unload, GREET_S)
+        self.versions.remove(names)
+
+    # -- servers ---------------------------------------------------------------------------------------------------------------
+
+    def join(self, version: Version | None) -> None:
+        """Servers that are back join; all get the adapter. Turns of sessions that are gone are dropped.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        with self.lock:
+            users = {id(asked) for session in self._sessions for asked in list(session.going.values())}
+            self._hang_up(lambda asked: id(asked) not in users)
+            self._each([s for s in self.servers if not s.live], self._greet, GREET_S)
+            if version is not None:
+                name, folder = version.name, version.folder  # an idle thread holds on to its last call, which is not to hold the version
+                lacking = [s for s in self.servers if s.live and name not in s.loaded]
+                self._each(lacking, lambda server, line: self._load(server, line, name, folder), LOAD_S)
+            self._check_left()
+
+    def _check_left(self) -> None:
+        if not any(s.live for s in self.servers):
+            told = "; ".join(f"{s.url}: {s.why}" for s in self.servers)
+            raise ConfigError(
+                f"rollout.servers: no server is left ({told}): start one (docs/scaling.md) and go on; the run's last checkpoint stands."
+            )
+
+    def _greet(self, server: _Server, line: Line) -> None:
+        base, loaded = self.api.greet(line, self.policy.context_length)
+        server.base, server.loaded, server.live, server.lives = base, loaded, True, server.lives + 1
+        if server.why:
+            log.warning("rollout.servers: %s is back.", server.url)
+        server.why = ""
+
+    def _load(self, server: _Server, line: Line, name: str, folder: Path) -> None:
+        self.api.load(line, name, folder)
+        server.loaded.add(name)
+
+    def _each(self, servers: Sequence[_Server], do: Callable[[_Server, Line], None], seconds: float) -> None:
+        """The same with several servers at one time. One that fails is dropped."""
+        lines = [Line(s.url, self.key, seconds) for s in servers]
+        calls = [self.clerks.submit(partial(do, s, line)) for s, line in zip(servers, lines, strict=True)]
+        _, late = futures.wait(calls, seconds)
+        for line, call in zip(lines, calls, strict=True):
+            if call in late:
+                line.hang_up()
+        for s, call in zip(servers, calls, strict=True):
+            if isinstance(failed := call.result(), Failure):
+                self.drop(s, s.lives, f"no answer in {seconds:g} s" if call in late else failed.what.removeprefix("Lost: "))
+
+    def drop(self, server: _Server, life: int, why: str) -> None:
+        """A server is lost, unless it has come back since. What it was asked for ends."""
+        with self.lock:
+            if server.lives != life:
+                return
+            if server.live or not server.why:
+                left = sum(s.live for s in self.servers) - server.live
+                log.warning("rollout.servers: %s is lost (%s); %d left.", server.url, why, left)
+            server.live, server.loaded, server.why = False, set(), why
+            self._hang_up(lambda asked: asked.server is server)
+
+    def _hang_up(self, which: Callable[[_Asked], bool]) -> None:
+        for asked in list(self._flying):
+            if which(asked):
+                asked.line.hang_up()
+
+    # -- turns -----------------------------------------------------------------------------------------------------------------
+
+    def least(self) -> _Server:
+        """The live server with the fewest rows in progress, the first of several.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        with self.lock:
+            self._check_left()
+            rows = [home for session in self._sessions for home in list(session.homes.values())]
+            return min((s for s in self.servers if s.live), key=rows.count)
+
+    def ask(self, session: ServersSession, server: _Server, ids: list[int], request: Request) -> _Asked:
+        """Begin a turn. What comes of it goes to `session.arrived`."""
+        asked = _Asked(request, server, server.lives, Line(server.url, self.key, self.seconds))
+        arrived, version = session.arrived, session.version
+        name, folder = (version.name, version.folder) if version is not None else (server.base, None)
+        body = self.api.body(name, ids, request, session.temperature)
+        most = self.api.most(ids, request)
+
+        def work() -> Completion:
+            try:
+                answer = asked.line.ask("/v1/completions", most, body)
+            except Lost as e:
+                if e.status != 404 or folder is None:
+                    raise
+                self._load(server, asked.line, name, folder)  # it was started anew, or somebody has unloaded it
+                answer = asked.line.ask("/v1/completions", most, body)
+            return self.api.completion(answer, request)
+
+        def over(call: Any) -> None:
+            self._flying.discard(asked)
+            arrived.put((asked, call.result()))
+
+        self._flying.add(asked)
+        self.threads.submit(work).add_done_callback(over)
+        return asked
+
+
+class Frozen:
+    """An `Engine` whose sessions, in any thread, take an adapter as it was when this was made."""
+
+    held = 0
+    room: Room | None = None
+
+    def __init__(self, engine: VllmServers, version: Version) -> None:
+        self.engine, self.version = engine, version
+
+    def open(self, temperature: float, adapter: str | None = "student") -> ServersSession:
+        return self.engine.open_at(temperature, self.version)
+
+    def most_rows(self, tokens: int) -> int:
+        return self.engine.most_rows(tokens)
+
+    def most_tokens(self) -> int:
+        return self.engine.most_tokens()
+
+    def release(self, everything: bool = False) -> None:
+        """Nothing: others may be using the servers."""
+
+    def close(self) -> None:
+        """Nothing: the engine is closed by who has made it."""
+
+
+class ServersSession(Session):
+    """Rows by name; each turn is a request of its own, with all that the row has seen and sampled as its prompt."""
+
+    continuous = True
+
+    def __init__(self, engine: VllmServers, temperature: float, version: Version | None) -> None:
+        self.engine, self.temperature, self.version = engine, temperature, version
+        self.ids: dict[int, list[int]] = {}
+        self.homes: dict[int, _Server] = {}
+        self.going: dict[int, _Asked] = {}
+        self.arrived: SimpleQueue[tuple[_Asked, Any]] = SimpleQueue()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.going)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for r in requests:
+            self.ids.setdefault(r.row, []).extend(r.new_ids)
+            self._ask(r)
+
+    def _ask(self, r: Request) -> None:
+        if self.engine.closed:
+            raise RuntimeError("the engine is closed")
+        home = self.homes.get(r.row)
+        if home is None or not home.live:
+            home = self.homes[r.row] = self.engine.least()
+        self.going[r.row] = self.engine.ask(self, home, list(self.ids[r.row]), r)
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """Waits a little. Of the turns that are over, the first row comes first."""
+        arrived = []
+        with suppress(Empty):
+            if self.going:
+                arrived.append(self.arrived.get(timeout=POLL_S))
+            while True:
+                arrived.append(self.arrived.get_nowait())
+        for asked in self.going.values():
+            if asked.line.overdue:
+                asked.line.hang_up()
+        done = []
+        for asked, said in sorted(arrived, key=lambda x: x[0].request.row):
+            row = asked.request.row
+            if self.going.get(row) is not asked:
+                continue  # forgotten
+            if isinstance(said, Failure):
+                if asked.server.live and asked.server.lives == asked.life and not self._cut(asked):
+                    self.engine.drop(asked.server, asked.life, said.what.removeprefix("Lost: "))
+                self._ask(asked.request)  # the same noise, so the same tokens
+            else:
+                del self.going[row]
+                self.ids[row] += said.token_ids
+                done.append((row, said))
+        return done
+
+    @staticmethod
+    def _cut(asked: _Asked) -> bool:
+        """Whether we have hung up, and not because it took too long."""
+        return asked.line.cut and not asked.line.overdue
+
+    def forget(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self.homes.pop(row, None)
+            self.ids.pop(row, None)
+            if (asked := self.going.pop(row, None)) is not None:
+                asked.line.hang_up()

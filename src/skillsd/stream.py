@@ -1,0 +1,178 @@
+"""The loaders of a `RolloutData`: training's stream of trajectory groups, and the panel's of episodes. Algorithm 1, lines 2 and 3."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+from skillsd import ranks
+from skillsd.errors import ConfigError
+from skillsd.module import last_checkpoint
+from skillsd.rollout import Collector, Row, VllmServers
+from skillsd.trajectory import Task, Trajectory, TrajectoryGroup
+
+log = logging.getLogger(__name__)
+
+
+class GroupStream:
+    """The train loader: a pure function of (run seed, iteration) and of the weights and the bank at that point.
+
+    Its state is one integer, the number of iterations begun, so a run resumes where its checkpoint stands. With `rollout.staleness` s,
+    iteration j is retrieved for and launched when iteration j - s is asked for, with the weights of that moment; what is under way when
+    the run is stopped is lost, and a run that is resumed begins as a new one does: with the first s + 1 iterations from the same weights.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.position = data, 0
+        self._launched: dict[int, _Launch] = {}
+
+    def __len__(self) -> int:
+        return -(-len(self.data.train_tasks) // self.data.batch_tasks)
+
+    def __iter__(self) -> Iterator[list[TrajectoryGroup]]:
+        for _ in range(self.position % len(self), len(self)):
+            iteration, self.position = self.position, self.position + 1
+            yield self._groups(iteration)
+
+    def state_dict(self) -> dict[str, int]:
+        """For the checkpoint."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The inverse of `state_dict`."""
+        self.position = state["position"]
+
+    def order(self, epoch: int) -> list[Task]:
+        """The tasks in the epoch's order, drawn from (run seed, epoch)."""
+        return sorted(self.data.train_tasks, key=lambda t: blake2b(f"{self.data.seed}/order/{epoch}/{t.task_id}".encode()).digest())
+
+    def _groups(self, iteration: int) -> list[TrajectoryGroup]:
+        d = self.data
+        ahead = 0
+        if d.rollout.staleness:
+            total: Any = d.trainer.estimated_stepping_batches
+            ahead = int(max(0, min(d.rollout.staleness, total - 1 - iteration)))
+        for j in range(iteration, iteration + ahead + 1):
+            if j not in self._launched:
+                self._launched[j] = self._launch(j)
+        tasks, skills, share, play = self._launched.pop(iteration)
+        with d.policy.together():
+            played, d.rollout_s = play()
+        mine = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
+        after = d.bank.texts(mine, iteration) if d.bank is not None else None
+        groups = [
+            self._group(tasks[i], g, skills[i][0], after[k] if after else [skills[i][1]] * len(g))
+            for k, (i, g) in enumerate(zip(share, mine, strict=True))
+        ]
+        told = ranks.gather((d.rollout_s, groups))  # from here on every rank has the whole batch
+        d.rollout_s = max(seconds for seconds, _ in told)
+        self._check_failed([t for _, part in told for g in part for t in g.trajectories], iteration)
+        return [g for _, part in told for g in part]
+
+    def _launch(self, iteration: int) -> _Launch:
+        """Retrieve, and roll out in the background, or without staleness when asked for the result."""
+        d = self.data
+        epoch, index = divmod(iteration, len(self))
+        tasks = self.order(epoch)[index * d.batch_tasks : (index + 1) * d.batch_tasks]
+        skills: list[tuple[int | None, str]] = [(None, "")] * len(tasks)
+        if d.bank is not None:
+            every = [t.task_id for t in d.train_tasks]
+            skills = d.bank.choose([t.task_id for t in tasks], every, d.seed, epoch, epoch_start=index == 0)
+        share = ranks.share(len(tasks))
+        play = partial(self._play, [tasks[i] for i in share], [text for _, text in skills[share.start : share.stop]], iteration)
+        engine = d.collector.engine
+        if d.rollout.staleness and isinstance(engine, VllmServers):
+            future = d.background.submit(engine.freeze(d.acting), play)
+            return _Launch(tasks, skills, share, future.result)
+        return _Launch(tasks, skills, share, lambda: play(d.collector))
+
+    def _play(self, tasks: Sequence[Task], skills: Sequence[str], iteration: int, collector: Collector) -> tuple[list[Trajectory], float]:
+        """The tasks' groups, one after another, and the seconds that it took."""
+        d, started = self.data, time.perf_counter()
+        first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
+        rows = [Row(t, k, text if k >= first else "") for t, text in zip(tasks, skills, strict=True) for k in range(d.group_size)]
+        played = collector.collect(rows, seed=d.seed, iteration=iteration, adapter=d.acting)
+        # A skill that leaves no room to act is left out: an episode that was not played would count as a reward of 0.
+        if crowded := [i for i, t in enumerate(played) if rows[i].skill and not t.turns and t.finish_reason == "length"]:
+            log.warning("iteration %d: %d prompts with a skill are too long; these episodes are played without.", iteration, len(crowded))
+            plain = [replace(rows[i], skill="") for i in crowded]
+            for i, t in zip(crowded, collector.collect(plain, seed=d.seed, iteration=iteration, adapter=d.acting), strict=True):
+                played[i] = t
+        collector.engine.release()
+        return played, time.perf_counter() - started
+
+    def _check_failed(self, played: Sequence[Trajectory], iteration: int) -> None:
+        failed = [t for t in played if t.failed]
+        if failed and ranks.leads():
+            log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)
+        if len(failed) > self.data.rollout.max_failed * len(played):
+            raise ConfigError(self._summary(iteration, failed, len(played)))
+
+    def _summary(self, iteration: int, failed: Sequence[Trajectory], episodes: int) -> str:
+        kinds = Counter(t.failure_kind for t in failed)
+        first = {t.failure_kind: t for t in reversed(failed)}
+        told = "; ".join(f"{n} {k}, first on task {first[k].task_id}: {first[k].failure[:200]}" for k, n in kinds.items())
+        return (
+            f"rollout.max_failed is {self.data.rollout.max_failed:g}, and in iteration {iteration} {len(failed)} of {episodes} episodes "
+            f"failed ({told}). {last_checkpoint(self.data.trainer)}: mend the environment and resume, or set a larger share."
+        )
+
+    def _group(self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str]) -> TrajectoryGroup:
+        """Texts: what each member's teacher is told."""
+        d = self.data
+        seen = next((t for t in played if t.turns), None) or next((t for t in played if t.prompt_ids), played[0])  # some may have failed
+
+        @cache
+        def prompt(text: str) -> tuple[int, ...]:
+            return tuple(d.collector.chat.prompt_ids(seen.instruction, seen.turns[0].observation, text)) if seen.turns else seen.prompt_ids
+
+        acted, plain, told = [t.prompt_ids for t in played], [prompt("")] * len(played), [prompt(x) for x in texts]
+        student, teacher = {
+            "student": (plain, told),
+            "student_with_skill": (acted, acted),
+            "half_with_skill": (acted, [x if a == p else p for a, p, x in zip(acted, plain, told, strict=True)]),
+            "teacher": (plain, acted),
+        }[d.actor]
+        return TrajectoryGroup(
+            task, tuple(replace(t, skill_id=skill_id) for t in played), tuple(student), tuple(teacher), skill_id, d.rollout.temperature,
+            by_teacher=d.actor == "teacher",
+        )  # fmt: skip
+
+
+class _Launch(NamedTuple):
+    """An iteration whose rollout has begun, or begins with `play`, which waits for what this rank's share has played, and its seconds."""
+
+    tasks: list[Task]
+    skills: list[tuple[int | None, str]]
+    share: range
+    play: Callable[[], tuple[list[Trajectory], float]]
+
+
+class PanelStream:
+    """The validation loader: batches of held-out episodes in the panel's order, of which each rank plays a share. Played anew each time."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self.rows = [(seed, Row(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
+        self.size = 4 * data.rollout.max_rows * ranks.world()
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def __iter__(self) -> Iterator[list[Trajectory]]:
+        d = self.data
+        for start in range(0, len(self.rows), self.size):
+            part = self.rows[start : start + self.size]
+            mine = [part[i] for i in ranks.share(len(part))]
+            played: list[Trajectory] = []
+            with d.policy.together():
+                for seed in dict.fromkeys(s for s, _ in mine):
+                    rows = [r for s, r in mine if s == seed]
+                    played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
+            yield [t for theirs in ranks.gather(played) for t in theirs]
