@@ -20,7 +20,7 @@ _OBJECTIVE = "model.init_args.objective"
 _SIGNALS = tuple(f"skillsd.objective.{name}" for name in ("NaiveK3", "OPID", "RLSD", "SDAR", "SDPG", "SDPO", "SkillSD", "UCOB"))
 _SUMMARISERS = ("RulesSummariser", "BaseSummariser", "OpenAISummariser")
 _CONTEXTS = ("BankContext", "NoContext", "ShuffledContext", "HindsightContext", "SiblingContext", "GroundTruthContext")
-_CALLBACKS = ("AdapterExport", "EnvStepBudget", "Panel", "RunCheckpoint", "RunLog")
+_CALLBACKS = ("AdapterExport", "EnvStepBudget", "Panel", "PeerWatch", "RunCheckpoint", "RunLog")
 
 
 class Key(NamedTuple):

@@ -32,6 +32,7 @@ from skillsd.class_paths import config
 from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
+from skillsd.module import check_strategy
 from skillsd.pretrain import Cloning
 from skillsd.process import guarded
 from skillsd.skills.callback import SkillBankCallback
@@ -140,7 +141,9 @@ class CLI(LightningCLI):
         if isinstance(self.model, Cloning):  # pre-training has neither
             callbacks = [c for c in callbacks if not isinstance(c, TeacherSync | SkillBankCallback)]
         watch = [] if any(isinstance(c, PeerWatch) for c in given) else [PeerWatch()]
-        return super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given, MemoryPlan(), *watch]}, [])
+        trainer = super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given, MemoryPlan(), *watch]}, [])
+        check_strategy(trainer.strategy)  # ranks of ddp_spawn and its like begin before any hook
+        return trainer
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer

@@ -12,7 +12,6 @@ from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks.export import export_adapter
 from skillsd.checkpoint import LAST, newest_good, read_checkpoint
 from skillsd.errors import ConfigError
-from skillsd.module import check_strategy
 from skillsd.run_folder import CHECKPOINTS
 
 
@@ -24,10 +23,6 @@ class Trainer(L.Trainer):
     """
 
     skillsd_config: dict[str, Any]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        check_strategy(self.strategy)  # ranks of ddp_spawn and its like begin before any hook
 
     def export(self, model: L.LightningModule, datamodule: L.LightningDataModule, out: str, ckpt_path: str = "last") -> None:
         """Write a checkpoint's student as a PEFT folder.

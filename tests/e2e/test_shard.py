@@ -54,7 +54,7 @@ def test_two_ranks_with_half_the_base_each_are_one_with_all_of_it(tmp_path):
     short = {n: fit(tmp_path / str(n), n, 1) for n in (1, 2)}
     long = {n: fit(tmp_path / str(n), 3 - n, 2, "last") for n in (1, 2)}
     for (rows, state), (wanted, of_one) in ((short[2], short[1]), (long[2], long[1])):
-        assert rows[-1]["grad_norm/policy"] > 1e-3 and rows[-1]["skills/failed"] == 3 * len(rows)
+        assert rows[-1]["grad_norm/total"] > 1e-3 and rows[-1]["skills/failed"] == 3 * len(rows)
         assert len(rows) == 1 or rows[1]["grad_norm/distillation"] > 1e-6
         for row, want in zip(rows, wanted, strict=True):
             assert row == pytest.approx(want, rel=1e-4, abs=1e-5)
