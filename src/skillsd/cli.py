@@ -184,7 +184,7 @@ def refuse_secrets(config: dict[str, Any]) -> None:
         ConfigError: a value holds that of an environment variable which is a secret by its name, or which an `api_key_env` names.
     """
     for key, value in config.items():
-        if key.endswith(".api_key_env") and isinstance(value, str):
+        if key.endswith((".api_key_env", ".servers_key_env")) and isinstance(value, str):
             hold_secret(value, os.environ.get(value, ""))
     for secret, name in secrets().items():
         if found := [key for key, value in config.items() if isinstance(value, str | list) and secret in str(value)]:
