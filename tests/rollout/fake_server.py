@@ -5,6 +5,7 @@ import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +24,8 @@ class Model:
         self.context = self.base.config.max_position_embeddings
 
     def load(self, name, path):
+        if not Path(path, "adapter_config.json").is_file():
+            raise FileNotFoundError(path)
         with self.lock:
             if name not in self.read:
                 if self.peft is None:

@@ -162,6 +162,24 @@ def test_ranks_share_servers_and_a_folder(policy, two, tmp_path):
     a.close(), b.close()
 
 
+def test_a_rank_that_is_slow(policy, two, tmp_path):
+    """Two updates ahead, a rank keeps what the slowest may still play with, and no more."""
+    fast, slow = (VllmServers(policy, [s.url for s in two], folder=str(tmp_path), staleness=2) for _ in range(2))
+    before, held = play(policy, engine=fast, rows=3), slow.freeze("student")
+    for seed in (1, 2):
+        randomise(policy, seed)
+        fast.open(1.0)
+    alike(play(policy, engine=held, rows=3), before)
+    assert not any(s.unloads for s in two)
+    for s in two:
+        s.adapters.clear()  # one that was started anew needs the folder
+    alike(play(policy, engine=held, rows=3), before)
+    randomise(policy, 3)
+    fast.open(1.0)
+    assert not held.version.folder.exists() and len(list(tmp_path.iterdir())) == 3
+    fast.close(), slow.close()
+
+
 def body(tokens, logprobs, n=1):
     return json.dumps({"choices": [{"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}] * n}).encode()
 

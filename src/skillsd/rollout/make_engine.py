@@ -14,5 +14,5 @@ def make_engine(policy: Policy, r: RolloutSettings) -> Engine:
     if r.engine == "vllm":
         return VllmEngine(policy, r.max_rows, r.vllm_memory)
     if r.engine == "servers":
-        return VllmServers(policy, r.servers, r.servers_folder, r.servers_key_env, r.max_rows, r.servers_timeout)
+        return VllmServers(policy, r.servers, r.servers_folder, r.servers_key_env, r.max_rows, r.servers_timeout, r.staleness)
     return InProcessEngine(policy, r.cuda_graphs, r.kernels)

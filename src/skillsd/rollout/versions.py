@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import defaultdict, deque
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -31,25 +31,30 @@ class Versions:
     Args:
         policy: Whose.
         folder: Where; None is a temporary folder.
+        staleness: Updates that a rollout may lag behind. So many versions of an adapter stay, though nobody here holds them: ranks meet
+            once an iteration, so when one has a new version, the slowest may still play with the one of `staleness` updates before.
     """
 
-    def __init__(self, policy: Policy, folder: str | None) -> None:
+    def __init__(self, policy: Policy, folder: str | None, staleness: int = 0) -> None:
         self.policy = policy
         self._temporary = tempfile.TemporaryDirectory(prefix="skillsd-adapters-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary is not None else str(folder)).absolute()
-        self._current: dict[str, tuple[Any, Version]] = {}
+        self._states: dict[str, Any] = {}
+        self._recent: defaultdict[str, deque[Version]] = defaultdict(lambda: deque(maxlen=staleness + 1))
         self._written: dict[str, Path] = {}
         self._used: WeakSet[Version] = WeakSet()
 
     def now(self, adapter: str) -> tuple[Version, list[str]]:
-        """An adapter as it is now; and if that is new, the names of those that nobody holds any more. Raises OSError."""
+        """An adapter as it is now; and if that is new, the names of those that no rank plays with any more. Raises OSError."""
         # Some optimizers do not count what they do to a tensor, and some hands do not call `student_changed`.
         now = self.policy.updates[adapter], tuple((p.data_ptr(), p._version) for p in self.policy.adapter(adapter).values())
-        then, version = self._current.get(adapter, (None, None))
-        if version is not None and then == now:
-            return version, []
+        recent = self._recent[adapter]
+        if recent and self._states[adapter] == now:
+            return recent[-1], []
         version = self._write(adapter)
-        self._current[adapter] = now, version
+        self._states[adapter] = now
+        if not recent or recent[-1] is not version:
+            recent.append(version)
         used = {v.name for v in self._used}
         return version, [name for name in self._written if name not in used]
 
@@ -64,8 +69,11 @@ class Versions:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.folder) as beside:
                 self.policy.save_adapter(Path(beside), adapter)
-                with suppress(OSError):  # another rank was faster
+                try:
                     (Path(beside) / adapter).rename(folder)
+                except OSError:
+                    if not folder.is_dir():  # or another rank was faster
+                        raise
         self._written[name] = folder
         version = next((v for v in self._used if v.name == name), None) or Version(name, folder)
         self._used.add(version)
@@ -78,7 +86,7 @@ class Versions:
 
     def close(self) -> list[str]:
         """It is not used again: the names of what is there, to be removed."""
-        self._current.clear()
+        self._recent.clear()
         return list(self._written)
 
     def cleanup(self) -> None:

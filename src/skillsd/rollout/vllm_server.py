@@ -73,6 +73,7 @@ class VllmServers:
         key_env: Environment variable with the servers' API key, if they want one.
         rows: Most turns asked for at one time.
         seconds: After so many without an answer to a turn a server is lost.
+        staleness: Updates that rollouts lag behind: versions of other ranks that stay loaded.
 
     Raises:
         ConfigError: a URL cannot be one, the key is not there, the policy has no adapters, or no server answers.
@@ -80,7 +81,7 @@ class VllmServers:
 
     def __init__(
         self, policy: Policy, urls: Sequence[str], folder: str | None = None, key_env: str | None = None, rows: int = 64,
-        seconds: float = 600.0,
+        seconds: float = 600.0, staleness: int = 0,
     ) -> None:  # fmt: skip
         if not policy.has_adapters:
             raise ConfigError("rollout.engine is servers, which act with adapters only: set it to default.")
@@ -95,7 +96,7 @@ class VllmServers:
         self.held = 0
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.threads, self.clerks = Threads(rows, 0.0), Threads(len(urls), 0.0)
-        self.versions = Versions(policy, folder)
+        self.versions = Versions(policy, folder, staleness)
         self.lock = threading.RLock()  # a rollout may go on in the background while the main thread plays a panel
         self.closed = False
         self._sessions: WeakSet[ServersSession] = WeakSet()
@@ -148,10 +149,9 @@ class VllmServers:
     # -- adapters --------------------------------------------------------------------------------------------------------------
 
     def version(self, adapter: str) -> Version:
-        """An adapter as it is now. Those before it that nobody uses any more are unloaded."""
+        """An adapter as it is now. Those before it that no rank uses any more are unloaded."""
         with self.lock:
             version, over = self.versions.now(adapter)
-            # A new one exists after an update, to which no rank comes before all have played with those that nobody holds here.
             self._unload(over)
             return version
 
