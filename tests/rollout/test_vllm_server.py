@@ -13,7 +13,7 @@ from tests.rollout.test_engines import randomise
 
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
-from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmServers
+from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmServers, make_engine
 from skillsd.rollout import vllm_server as module
 from skillsd.rollout.vllm_engine import Noise
 
@@ -178,6 +178,22 @@ def test_a_rank_that_is_slow(policy, two, tmp_path):
     fast.open(1.0)
     assert not held.version.folder.exists() and len(list(tmp_path.iterdir())) == 3
     fast.close(), slow.close()
+
+
+def test_runs_share_servers_and_a_folder(make_policy, two, tmp_path):
+    """With the same weights, too: what one removes at its end the others go on with. Another scale is another adapter."""
+    policy, other = make_policy(), make_policy(lora={"alpha": 64})
+    settings = RolloutSettings(engine="servers", servers=[s.url for s in two], servers_folder=str(tmp_path))
+    a, b, c = (make_engine(p, settings, run) for p, run in ((policy, "a"), (policy, "b"), (other, "b")))
+    held, before = b.freeze("student"), play(policy, engine=b, rows=3)
+    assert len({e.version("student").name for e in (a, b, c)}) == 3
+    alike(play(policy, engine=a, rows=3), before)
+    a.close(), c.close()
+    for s in two:
+        s.adapters.clear()
+    alike(play(policy, engine=held, rows=3), before)
+    b.close()
+    assert not list(tmp_path.iterdir())
 
 
 def body(tokens, logprobs, n=1):

@@ -9,10 +9,16 @@ from skillsd.rollout.vllm_engine import VllmEngine
 from skillsd.rollout.vllm_server import VllmServers
 
 
-def make_engine(policy: Policy, r: RolloutSettings) -> Engine:
-    """What `rollout.engine` names, on a policy. Raises ConfigError if it can't be had."""
+def make_engine(policy: Policy, r: RolloutSettings, run: str = "") -> Engine:
+    """What `rollout.engine` names, on a policy. Raises ConfigError if it can't be had.
+
+    Args:
+        policy: Who acts.
+        r: How.
+        run: A name that all ranks of a run give and no other run on the same servers does, such as its folder's.
+    """
     if r.engine == "vllm":
         return VllmEngine(policy, r.max_rows, r.vllm_memory)
     if r.engine == "servers":
-        return VllmServers(policy, r.servers, r.servers_folder, r.servers_key_env, r.max_rows, r.servers_timeout, r.staleness)
+        return VllmServers(policy, r.servers, r.servers_folder, r.servers_key_env, r.max_rows, r.servers_timeout, r.staleness, run)
     return InProcessEngine(policy, r.cuda_graphs, r.kernels)

@@ -19,7 +19,7 @@ from skillsd.policy import Policy
 
 @dataclass(eq=False)
 class Version:
-    """An adapter as it was once. Its name is of its content: the same on every rank, and after a resume."""
+    """An adapter as it was once. Its name is of the run and the content: the same on every rank, and after a resume."""
 
     name: str
     folder: Path
@@ -31,12 +31,13 @@ class Versions:
     Args:
         policy: Whose.
         folder: Where; None is a temporary folder.
+        run: Which run's. Another run on the same folder and servers has another, and removes its own versions only.
         staleness: Updates that a rollout may lag behind. So many versions of an adapter stay, though nobody here holds them: ranks meet
             once an iteration, so when one has a new version, the slowest may still play with the one of `staleness` updates before.
     """
 
-    def __init__(self, policy: Policy, folder: str | None, staleness: int = 0) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, folder: str | None, run: str = "", staleness: int = 0) -> None:
+        self.policy, self.run = policy, run
         self._temporary = tempfile.TemporaryDirectory(prefix="skillsd-adapters-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary is not None else str(folder)).absolute()
         self._states: dict[str, Any] = {}
@@ -59,7 +60,7 @@ class Versions:
         return version, [name for name in self._written if name not in used]
 
     def _write(self, adapter: str) -> Version:
-        digest = blake2b(self.policy.base_name.encode(), digest_size=10)
+        digest = blake2b(f"{self.run}\n{self.policy.base_name}".encode(), digest_size=10)
         for k, p in sorted(self.policy.adapter(adapter).items()):
             digest.update(k.encode())
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -74,6 +74,7 @@ class VllmServers:
         rows: Most turns asked for at one time.
         seconds: After so many without an answer to a turn a server is lost.
         staleness: Updates that rollouts lag behind: versions of other ranks that stay loaded.
+        run: Which run asks, the same on all of its ranks and on no other run's, where several share the servers.
 
     Raises:
         ConfigError: a URL cannot be one, the key is not there, the policy has no adapters, or no server answers.
@@ -81,7 +82,7 @@ class VllmServers:
 
     def __init__(
         self, policy: Policy, urls: Sequence[str], folder: str | None = None, key_env: str | None = None, rows: int = 64,
-        seconds: float = 600.0, staleness: int = 0,
+        seconds: float = 600.0, staleness: int = 0, run: str = "",
     ) -> None:  # fmt: skip
         if not policy.has_adapters:
             raise ConfigError("rollout.engine is servers, which act with adapters only: set it to default.")
@@ -96,7 +97,7 @@ class VllmServers:
         self.held = 0
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.threads, self.clerks = Threads(rows, 0.0), Threads(len(urls), 0.0)
-        self.versions = Versions(policy, folder, staleness)
+        self.versions = Versions(policy, folder, run, staleness)
         self.lock = threading.RLock()  # a rollout may go on in the background while the main thread plays a panel
         self.closed = False
         self._sessions: WeakSet[ServersSession] = WeakSet()
