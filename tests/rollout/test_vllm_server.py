@@ -64,6 +64,14 @@ def test_rows_stay_and_spread(two, engine):
     assert len(two[1].asked[-1]["prompt"]) == 5, "all that the row has seen and sampled"
 
 
+def test_ranks_begin_elsewhere(policy, two, monkeypatch):
+    monkeypatch.setattr("skillsd.ranks.rank", lambda: 3)
+    engine = VllmServers(policy, [s.url for s in two])
+    engine.open(1.0).turn([Request(i, [10 + i, 6], i, 0, 2) for i in range(3)])
+    assert [sorted(b["prompt"][0] for b in s.asked if b["model"] != "base") for s in two] == [[11], [10, 12]]
+    engine.close()
+
+
 def test_what_a_turn_asks_for(policy, two, engine):
     key = -(2**63) + 1  # more than JSON's numbers hold elsewhere
     engine.open(0.7).turn([Request(0, [5, 6], key, 3, 2)])
@@ -347,6 +355,7 @@ def test_what_an_error_leaves(policy, two, engine):
         (r"rollout\.servers has addresses, and rollout\.engine is vllm: set it to servers", dict(engine="vllm", servers=["http://a:1"])),
         (r"rollout\.servers\[1\] is no http://host:port", dict(engine="servers", servers=["http://a:1", "http://me:secret@a:1"])),
         (r"names a server twice", dict(engine="servers", servers=["http://a:1"] * 2)),
+        (r"names a server twice", dict(engine="servers", servers=["http://a:1", "http://a:1/v1/"])),
         (r"servers_key_env is the name", dict(engine="servers", servers=["http://a:1"], servers_key_env="sk-123")),
         (r"servers_timeout is 0", dict(engine="servers", servers=["http://a:1"], servers_timeout=0.0)),
         (r"staleness is -1", dict(staleness=-1)),

@@ -38,6 +38,11 @@ def is_address(url: str) -> bool:
     return bool(plain) and not re.search(r"[\s\x00-\x20\x7f?#]|[^\x00-\x7f]", url)
 
 
+def root(url: str) -> str:
+    """A server's address without the /v1 that clients of its API are given."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 class Line:
     """One or several requests, one after another, that share a deadline. The first call of `ask` starts the clock.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from skillsd.errors import ConfigError
-from skillsd.rollout.line import is_address
+from skillsd.rollout.line import is_address, root
 
 
 @dataclass
@@ -84,8 +84,8 @@ class RolloutSettings:
         for i, url in enumerate(self.servers):
             if not is_address(url):
                 raise ConfigError(f"rollout.servers[{i}] is no http://host:port: user, password, query and spaces have no place in it.")
-        if len(set(self.servers)) < len(self.servers):
-            raise ConfigError("rollout.servers names a server twice: name each once.")
+        if len({root(url) for url in self.servers}) < len(self.servers):
+            raise ConfigError("rollout.servers names a server twice (with and without /v1 is the same): name each once.")
         if self.servers_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.servers_key_env):
             raise ConfigError("rollout.servers_key_env is the name of an environment variable, not a key: letters, digits and _ only.")
         if not 0 < self.servers_timeout < math.inf:

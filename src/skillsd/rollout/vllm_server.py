@@ -3,8 +3,10 @@
 A server is started with the noise of the other engines as its logits processor, so that a token is the same function of (key, position)
 there, whichever server is asked, and again after one is lost:
 
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16 --max-loras 2 --max-model-len N \\
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16 --max-loras N --max-model-len M \\
         --logits-processors skillsd.rollout.vllm_engine:NoiseProcessor --logprobs-mode processed_logits --generation-config vllm
+
+N is at least 2 + `rollout.staleness`: a rollout's versions of the adapter, and what a panel plays with.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from weakref import WeakSet
 
+from skillsd import ranks
 from skillsd.errors import ConfigError, hold_secret
 from skillsd.policy import Policy
 from skillsd.rollout.cache import Room
 from skillsd.rollout.engine import Completion, Request, Session
 from skillsd.rollout.guard import Failure, Threads
-from skillsd.rollout.line import Line, Lost
+from skillsd.rollout.line import Line, Lost, root
 from skillsd.rollout.versions import Version, Versions
 from skillsd.rollout.vllm_api import VllmApi
 
@@ -95,7 +98,8 @@ class VllmServers:
         self.api = VllmApi(int(policy.base.config.get_text_config().vocab_size), policy.stop_ids)
         self.room: Room | None = None
         self.held = 0
-        self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        first = ranks.rank() % len(urls)  # or all ranks' first rows would go to one server
+        self.servers = [_Server(root(url)) for url in [*urls[first:], *urls[:first]]]
         self.threads, self.clerks = Threads(rows, 0.0), Threads(len(urls), 0.0)
         self.versions = Versions(policy, folder, run, staleness)
         self.lock = threading.RLock()  # a rollout may go on in the background while the main thread plays a panel
@@ -235,7 +239,7 @@ class VllmServers:
     # -- turns -----------------------------------------------------------------------------------------------------------------
 
     def least(self) -> _Server:
-        """The live server with the fewest rows in progress, the first of several.
+        """The live server with the fewest rows in progress; of several, this rank's first.
 
         Raises:
             ConfigError: there is none.
