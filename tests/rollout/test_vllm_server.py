@@ -348,6 +348,29 @@ def test_what_an_error_leaves(policy, two, engine):
         held.submit([Request(0, [5], 0, 0, 1)])
 
 
+def test_closing_with_turns_that_wait(policy, two, caplog):
+    """For a thread that hears nothing, as while it connects: a session elsewhere ends, and nobody complains of it."""
+    engine, said, over = VllmServers(policy, [s.url for s in two], rows=1), [], threading.Event()
+    session = engine.open(1.0)
+    engine.threads.submit(lambda: over.wait(3))
+    session.submit([Request(i, [5, 6], i, 0, 2) for i in range(2)])
+
+    def work():
+        try:
+            while session.busy and not over.is_set():
+                session.step()
+        except RuntimeError as e:
+            said.append(str(e))
+        over.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    engine.close()
+    over.set()
+    thread.join()
+    assert said == ["the engine is closed"] and not caplog.records
+
+
 @pytest.mark.parametrize(
     "said, settings",
     [

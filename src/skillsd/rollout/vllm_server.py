@@ -103,7 +103,7 @@ class VllmServers:
         self.threads, self.clerks = Threads(rows, 0.0), Threads(len(urls), 0.0)
         self.versions = Versions(policy, folder, run, staleness)
         self.lock = threading.RLock()  # a rollout may go on in the background while the main thread plays a panel
-        self.closed = False
+        self.closed, self._door = False, threading.Lock()  # what comes in before `close` is ended by it; held for no time
         self._sessions: WeakSet[ServersSession] = WeakSet()
         self._flying: set[_Asked] = set()
         try:
@@ -144,7 +144,8 @@ class VllmServers:
         with self.lock:
             if self.closed:
                 return
-            self.closed = True
+            with self._door:
+                self.closed = True
             self._hang_up(lambda asked: True)
             self._unload(self.versions.close())
         self.threads.close()
@@ -250,7 +251,7 @@ class VllmServers:
             return min((s for s in self.servers if s.live), key=rows.count)
 
     def ask(self, session: ServersSession, server: _Server, ids: list[int], request: Request) -> _Asked:
-        """Begin a turn. What comes of it goes to `session.arrived`."""
+        """Begin a turn. What comes of it goes to `session.arrived`. Raises RuntimeError if the engine is closed."""
         asked = _Asked(request, server, server.lives, Line(server.url, self.key, self.seconds))
         arrived, version = session.arrived, session.version
         name, folder = (version.name, version.folder) if version is not None else (server.base, None)
@@ -269,10 +270,13 @@ class VllmServers:
 
         def over(call: Any) -> None:
             self._flying.discard(asked)
-            arrived.put((asked, call.result()))
+            arrived.put((asked, Failure("raised", "Lost: the engine is closed") if call.cancelled() else call.result()))
 
-        self._flying.add(asked)
-        self.threads.submit(work).add_done_callback(over)
+        with self._door:
+            if self.closed:
+                raise RuntimeError("the engine is closed")
+            self._flying.add(asked)
+            self.threads.submit(work).add_done_callback(over)
         return asked
 
 
@@ -323,8 +327,6 @@ class ServersSession(Session):
             self._ask(r)
 
     def _ask(self, r: Request) -> None:
-        if self.engine.closed:
-            raise RuntimeError("the engine is closed")
         home = self.homes.get(r.row)
         if home is None or not home.live:
             home = self.homes[r.row] = self.engine.least()
