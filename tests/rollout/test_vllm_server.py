@@ -117,7 +117,7 @@ def test_a_frozen_engine(policy, engine):
         assert_scored_alike(policy, "student", after, 1e-5)
 
 
-def test_one_is_killed(policy, two, engine, caplog):
+def test_one_is_killed(policy, two, engine, caplog, monkeypatch):
     """In the middle of turns: they are asked again of the other, with the same tokens; one line; and it is welcome back."""
     dying, n = two[1], []
 
@@ -132,8 +132,13 @@ def test_one_is_killed(policy, two, engine, caplog):
         played = play(policy, engine=engine, slots=4)
         alike(played, play(policy, engine=InProcessEngine(policy), slots=4))
         assert dying.dead and [f"{dying.url} is lost (" in r.message and "; 1 left" in r.message for r in caplog.records] == [True]
+        monkeypatch.setattr(module, "AGAIN_S", 0.0)
         engine.open(1.0)
         again = FakeServer(dying.model, port=dying.port)
+        monkeypatch.setattr(module, "AGAIN_S", 60.0)
+        engine.open(1.0)
+        assert not again.asked, "not so soon"
+        monkeypatch.setattr(module, "AGAIN_S", 0.0)
         try:
             alike(played, play(policy, engine=engine, slots=4))
         finally:
@@ -151,6 +156,14 @@ def test_all_are_lost(two, engine):
         session.submit([Request(i, [5, 6], i, 0, 40) for i in range(1, 5)])
         while session.busy:
             session.step()
+
+
+def test_none_is_left_for_a_moment(two, engine):
+    """Then all are asked again, however short ago."""
+    for s in engine.servers:
+        engine.drop(s, s.lives, "test")
+    engine.open(1.0).turn([Request(0, [5, 6], 0, 0, 2)])
+    assert all(s.live for s in engine.servers)
 
 
 def test_a_server_that_has_forgotten_the_adapter(policy, two, engine):

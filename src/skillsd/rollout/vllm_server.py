@@ -12,8 +12,10 @@ N is at least 2 + `rollout.staleness`: a rollout's versions of the adapter, and 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from contextlib import suppress
@@ -37,6 +39,7 @@ from skillsd.rollout.vllm_api import VllmApi
 log = logging.getLogger(__name__)
 
 GREET_S, LOAD_S = 30.0, 300.0
+AGAIN_S = 60.0  # a server that takes connections and says nothing costs GREET_S
 POLL_S = 0.02  # environments may have answered meanwhile
 
 
@@ -51,6 +54,8 @@ class _Server:
     """How often it has joined."""
     why: str = ""
     """Why it is not live."""
+    failed: float = -math.inf
+    """When it last was of no use, in monotonic seconds."""
 
 
 @dataclass(eq=False)
@@ -67,7 +72,7 @@ class VllmServers:
     """An `Engine` on running servers. Every rank may use all of them.
 
     A row stays on its server, whose prefix cache has what it has seen; a new one goes where the fewest rows are in progress. A server that
-    does not answer as it should is dropped, its turns are asked again of the others, and the next `open` asks whether it is back.
+    does not answer as it should is dropped, its turns are asked again of the others, and an `open` asks now and then whether it is back.
 
     Args:
         policy: Who acts.
@@ -178,13 +183,16 @@ class VllmServers:
     def join(self, version: Version | None) -> None:
         """Servers that are back join; all get the adapter. Turns of sessions that are gone are dropped.
 
+        Who is away is asked after AGAIN_S, or if none is left.
+
         Raises:
             ConfigError: there is none.
         """
         with self.lock:
             users = {id(asked) for session in self._sessions for asked in list(session.going.values())}
             self._hang_up(lambda asked: id(asked) not in users)
-            self._each([s for s in self.servers if not s.live], self._greet, GREET_S)
+            since = time.monotonic() - (AGAIN_S if any(s.live for s in self.servers) else 0.0)
+            self._each([s for s in self.servers if not s.live and s.failed <= since], self._greet, GREET_S)
             if version is not None:
                 name, folder = version.name, version.folder  # an idle thread holds on to its last call, which is not to hold the version
                 lacking = [s for s in self.servers if s.live and name not in s.loaded]
@@ -229,7 +237,7 @@ class VllmServers:
             if server.live or not server.why:
                 left = sum(s.live for s in self.servers) - server.live
                 log.warning("rollout.servers: %s is lost (%s); %d left.", server.url, why, left)
-            server.live, server.loaded, server.why = False, set(), why
+            server.live, server.loaded, server.why, server.failed = False, set(), why, time.monotonic()
             self._hang_up(lambda asked: asked.server is server)
 
     def _hang_up(self, which: Callable[[_Asked], bool]) -> None:
