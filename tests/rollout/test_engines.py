@@ -3,7 +3,6 @@
 import gc
 import importlib.util
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -158,8 +157,8 @@ def test_rows_that_are_forgotten(served):
 
 @pytest.mark.parametrize("served", ["stand-in"], indirect=True)
 def test_an_adapter_is_loaded_once(served):
-    """For each update of it; its file is written for that, and those of earlier ones are removed."""
-    llm, folder = served.engine.llm, served.engine.adapters.name
+    """For each update that changes it; its file is written for that, and those of earlier ones are removed."""
+    llm, folder = served.engine.llm, served.engine.versions.folder
     for _ in range(3):
         served.engine.open(1.0)
     assert llm.reads == 1
@@ -167,7 +166,7 @@ def test_an_adapter_is_loaded_once(served):
     served.engine.open(1.0)
     served.engine.open(1.0, "teacher")
     assert llm.reads == 3 and len(llm.loaded) == 2 and llm.settings["max_lora_rank"] == 8
-    assert len(list(Path(folder).iterdir())) == 2
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_what_vllm_needs(make_policy, monkeypatch):
@@ -206,7 +205,7 @@ def test_what_an_error_leaves(served):
     served.engine.release(everything=True)
     assert not served.engine._asked
     held.submit([Request(1, [5, 6, 7], 0, 0, 50)])
-    served.policy.student_changed()  # as after an optimizer that counts nothing
+    randomise(served.policy, 1)  # as after an optimizer that counts nothing
     load, llm.add_lora = llm.add_lora, lambda request: 1 / 0
     with pytest.raises(ZeroDivisionError):
         served.engine.open(1.0)
@@ -214,7 +213,7 @@ def test_what_an_error_leaves(served):
     llm.add_lora = load
     assert_scored_alike(served.policy, "student", play(served.policy, engine=served.engine), served.atol)
     served.engine.close()
-    assert llm.closed and not Path(served.engine.adapters.name).exists()
+    assert llm.closed and not served.engine.versions.folder.exists()
 
 
 def test_rows_of_a_batch_that_move():

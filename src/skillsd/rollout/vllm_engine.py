@@ -11,11 +11,8 @@ import itertools
 import logging
 import os
 import random
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from skillsd.policy import Policy, model_folder
 from skillsd.rollout.cache import Room
 from skillsd.rollout.engine import STRIDE, Completion, Request, Session
 from skillsd.rollout.noise import sample, uniforms
+from skillsd.rollout.versions import Versions
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +79,9 @@ class VllmEngine:
         except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as e:
             given = f"rollout.vllm_memory {memory}, policy.context_length {policy.context_length}"
             raise ConfigError(f"rollout.engine: vLLM does not start with {policy.settings.model} ({given}): {_told(e)}") from e
-        self.adapters = tempfile.TemporaryDirectory(prefix="skillsd-adapters-")
+        self.versions = Versions(policy, None)
         self._serial = itertools.count(1)
-        self._loaded: dict[str, tuple[Any, Any]] = {}  # adapter -> its state then, and the request that names it
+        self._loaded: dict[str, Any] = {}  # version -> the request that names it
         self._asked: dict[str, weakref.ref[VllmSession]] = {}  # unfinished requests, of whom
 
     def _start(self, rows: int, memory: float, eager: bool) -> Any:
@@ -124,22 +122,17 @@ class VllmEngine:
         """vLLM's name of an adapter as it is now; what has changed since is written and loaded under a new one."""
         from vllm.lora.request import LoRARequest
 
-        # Some optimizers do not count what they do to a tensor, and some hands do not call `student_changed`.
-        now = self.policy.updates[name], tuple((p.data_ptr(), p._version) for p in self.policy.adapter(name).values())
-        then, request = self._loaded.get(name, (None, None))
-        if then != now:
-            if request is not None:
-                del self._loaded[name]
+        version, over = self.versions.now(name)
+        for old in over:
+            if (request := self._loaded.pop(old, None)) is not None:
                 self.abort([n for n, session in self._asked.items() if (s := session()) is None or s.lora is request])
                 self.llm.remove_lora(request.lora_int_id)
-                shutil.rmtree(Path(request.lora_path).parent)
-            number = next(self._serial)
-            folder = Path(self.adapters.name, str(number))
-            self.policy.save_adapter(folder, name)
-            request = LoRARequest(f"{name}-{number}", number, str(folder / name))
+        self.versions.remove(over)
+        if version.name not in self._loaded:
+            request = LoRARequest(version.name, next(self._serial), str(version.folder))
             self.llm.add_lora(request)
-            self._loaded[name] = now, request
-        return request
+            self._loaded[version.name] = request
+        return self._loaded[version.name]
 
     def most_rows(self, tokens: int) -> int:
         return 1 << 30  # vLLM makes rows wait
@@ -155,7 +148,7 @@ class VllmEngine:
     def close(self) -> None:
         self.abort(list(self._asked))
         self.llm.engine_core.shutdown()
-        self.adapters.cleanup()
+        self.versions.cleanup()
 
     def ask(self, session: VllmSession, ids: list[int], request: Request) -> str:
         """Begin a turn; the name of its request."""
