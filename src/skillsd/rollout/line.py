@@ -38,6 +38,11 @@ def is_address(url: str) -> bool:
     return bool(plain) and not re.search(r"[\s\x00-\x20\x7f?#]|[^\x00-\x7f]", url)
 
 
+def root(url: str) -> str:
+    """A server's address without the /v1 that clients of its API are given."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 class Line:
     """One or several requests, one after another, that share a deadline. The first call of `ask` starts the clock.
 
@@ -111,7 +116,7 @@ class Line:
                 connection.request("POST", at.path + path, text, {**headers, "Content-Type": "application/json"})
             with connection.getresponse() as response:
                 parts, size = [], 0
-                while True:
+                while not response.isclosed():  # newer Pythons close it, and the socket with it, when all is read
                     sock.settimeout(self._left())
                     part = response.read1(min(most - size, 1 << 16) + 1)
                     if not part:
