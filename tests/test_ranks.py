@@ -182,7 +182,19 @@ def test_rank_before_they_have_met(monkeypatch, environment, number):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(r, "_alone", False)
     assert (r.rank(), r.leads(), r.world()) == (number, number == 0, 1)
+
+
+def test_a_run_on_one_device_is_nobody_s_second_rank(monkeypatch):
+    """`srun -n 8` may start eight runs of one rank, each with a number."""
+    monkeypatch.setattr(r, "_alone", False)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert list(r.share(2)) == [0, 1] == r.balanced([5.0, 1.0]) and not r.leads()
+    check_strategy(SingleDeviceStrategy())
+    assert r.leads() and r.rank() == 0
+    check_strategy(DDPStrategy())
+    assert not r.leads()
 
 
 def test_alone():

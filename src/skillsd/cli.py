@@ -118,8 +118,11 @@ class CLI(LightningCLI):
         given = config.get("ckpt_path")
         if given is not None and given not in KEYWORDS and "://" not in given and not Path(given).exists():
             raise ConfigError(f"ckpt_path: no checkpoint at {given}: name one, `last`, or leave it out.")
-        if self.subcommand == "fit" and ranks.leads():
+        several = str(config.trainer.devices) != "1" or config.trainer.num_nodes > 1 or config.trainer.strategy != "auto"
+        if self.subcommand == "fit" and (ranks.leads() or not several):
             guard_run_folder(Path(config.trainer.default_root_dir or "."), config.get("ckpt_path"), config.get("overwrite"))
+        if config.get("overwrite") and given == "last":
+            config.ckpt_path = None  # there is none any more; another rank might be here before rank 0 has removed it
 
     def instantiate_classes(self) -> None:
         """Build everything; a class that refuses its arguments gives one line."""
@@ -275,7 +278,7 @@ def main(args: ArgsType = None) -> int:
         argv += ["-c", "sokoban"]
     quiet()
     sys.excepthook = _show_error
-    set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False)
+    set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True)
     with guarded() as guard:
         try:
             code = _run(argv)

@@ -168,7 +168,7 @@ class SkillSD(L.LightningModule):
             optimizer.zero_grad()
             return self._accumulate(batch, advantage, n, weight, teacher_rows, temperature, params if apart else [])
 
-        done = self._within_memory(update, batch)
+        done = self._within_memory(update, [len(batch.student[i]) for i in batch.share(teacher_rows)])
         reduce(done, params)
         norm = self._step(optimizer, params, done)
         self._record(batch, done, n, weight, teacher_rows, norm, params, time.perf_counter() - started)
@@ -182,8 +182,8 @@ class SkillSD(L.LightningModule):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
 
-    def _within_memory(self, update: Callable[[], Update], batch: Batch) -> Update:
-        """`update`, from its beginning with half the micro-batch whenever memory runs out: the gradient is the same.
+    def _within_memory(self, update: Callable[[], Update], lengths: Sequence[int]) -> Update:
+        """`update` of rows of these lengths, begun anew with half the micro-batch whenever memory runs out: the gradient is the same.
 
         Raises:
             ConfigError: a row that stands alone does not fit, or others would have to repeat it too, on a sharded base.
@@ -195,7 +195,7 @@ class SkillSD(L.LightningModule):
                 if self.policy.sharded:
                     raise ConfigError(OUT_OF_MEMORY) from e
                 # go on outside: the exception holds the tensors of the failed attempt
-            longest = max(len(batch.student[i]) for i in batch.kept)
+            longest = max(lengths)
             if self.micro_batch_tokens <= longest:
                 raise ConfigError(
                     f"model.init_args.micro_batch_tokens: a trajectory of {longest} tokens alone does not fit into the memory: set "
@@ -455,9 +455,12 @@ def _loss(done: Update) -> float:
 def check_strategy(strategy: Strategy) -> None:
     """Refuse what splits the weights, or starts its ranks from a copy of this process: the one reduction is of whole gradients.
 
+    A launcher's variables say nothing about a run on a single device, of which there may be several.
+
     Raises:
         ConfigError: it is neither one device nor DDP with processes of its own.
     """
+    ranks.alone(isinstance(strategy, SingleDeviceStrategy))
     started = getattr(strategy, "_start_method", "popen")
     if not (isinstance(strategy, SingleDeviceStrategy) or (isinstance(strategy, DDPStrategy) and started == "popen")):
         how = "" if started == "popen" else f" with start_method {started}"

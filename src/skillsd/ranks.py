@@ -7,6 +7,7 @@ Whether a rank is gone is another question (callbacks/peers.py). Without torch.d
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,7 +20,10 @@ from skillsd.errors import ConfigError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
+POLLS = 0.001, 0.05
+"""Seconds between two looks whether the others have come: the first ones, and at most."""
 _groups: dict[Any, Any] = {}  # default group -> the one that waits
+_alone = False
 
 
 class PeerLost(ConfigError):
@@ -35,6 +39,8 @@ def rank() -> int:
     """This one's number: 0 leads. Until they have met, as the launcher (torchrun, SLURM, Lightning) gave it."""
     if _met():
         return dist.get_rank()
+    if _alone:
+        return 0
     for name in ("RANK", "SLURM_PROCID"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -42,6 +48,12 @@ def rank() -> int:
     return next(
         (int(n) for name in ("NODE_RANK", "GROUP_RANK", "LOCAL_RANK") if (n := os.environ.get(name, "0")).isdigit() and n != "0"), 0
     )
+
+
+def alone(yes: bool) -> None:
+    """Note that this run has one rank, whatever a launcher says: it may have started many runs."""
+    global _alone
+    _alone = yes
 
 
 def leads() -> bool:
@@ -62,17 +74,19 @@ def say(text: str) -> None:
 
 def share(n: int, of: int | None = None) -> range:
     """Which of `n` things, in their order, are rank `of`'s (default: this one's): neighbours, and at most one more than others have."""
-    mine, ranks = rank() if of is None else of, world()
+    ranks = world()
+    mine = of if of is not None else rank() if ranks > 1 else 0
     return range(n * mine // ranks, n * (mine + 1) // ranks)
 
 
 def balanced(costs: Sequence[float]) -> list[int]:
     """Which things are this rank's, in their order, so that all ranks have about equal sums: the largest first, each to who has least."""
     sums, mine = [0.0] * world(), []
+    me = rank() if len(sums) > 1 else 0
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         least = sums.index(min(sums))
         sums[least] += costs[i]
-        mine += [i] * (least == rank())
+        mine += [i] * (least == me)
     return sorted(mine)
 
 
@@ -86,6 +100,7 @@ def gather(mine: T) -> list[T]:
         return [mine]
     found: list[Any] = [None] * world()
     try:
+        _meet()
         dist.all_gather_object(found, mine, group=_waiting())
     except RuntimeError as e:
         raise _lost(e) from e
@@ -103,6 +118,7 @@ def broadcast(mine: T) -> T:
         return mine
     told: list[Any] = [mine]
     try:
+        _meet()
         dist.broadcast_object_list(told, src=0, group=_waiting(), device=torch.device("cpu"))
     except RuntimeError as e:
         raise _lost(e) from e
@@ -152,6 +168,15 @@ def _waiting() -> Any:
     if default not in _groups:
         _groups[default] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _groups[default]
+
+
+def _meet() -> None:
+    """Wait for the others with open ears: a collective that waits by itself hears no signal, Ctrl-C or SIGTERM, before they come."""
+    here, pause = dist.barrier(group=_waiting(), async_op=True), POLLS[0]
+    while not here.is_completed():
+        time.sleep(pause)
+        pause = min(POLLS[1], pause * 1.1)
+    here.wait()
 
 
 def _lost(e: Exception) -> PeerLost:

@@ -64,6 +64,7 @@ class GroupStream:
         tasks, skills, share, play = self._launched.pop(iteration)
         with d.policy.together():
             played, d.rollout_s = play()
+        self._check_failed(played, iteration)
         mine = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
         after = d.bank.texts(mine, iteration) if d.bank is not None else None
         groups = [
@@ -72,7 +73,6 @@ class GroupStream:
         ]
         told = ranks.gather((d.rollout_s, groups))  # from here on every rank has the whole batch
         d.rollout_s = max(seconds for seconds, _ in told)
-        self._check_failed([t for _, part in told for g in part for t in g.trajectories], iteration)
         return [g for _, part in told for g in part]
 
     def _launch(self, iteration: int) -> _Launch:
@@ -108,11 +108,13 @@ class GroupStream:
         return played, time.perf_counter() - started
 
     def _check_failed(self, played: Sequence[Trajectory], iteration: int) -> None:
-        failed = [t for t in played if t.failed]
+        """Of all ranks, before anything is made of the episodes."""
+        told = ranks.gather((len(played), [t for t in played if t.failed]))
+        episodes, failed = sum(n for n, _ in told), [t for _, theirs in told for t in theirs]
         if failed and ranks.leads():
-            log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), len(played), failed[0].failure)
-        if len(failed) > self.data.rollout.max_failed * len(played):
-            raise ConfigError(self._summary(iteration, failed, len(played)))
+            log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), episodes, failed[0].failure)
+        if len(failed) > self.data.rollout.max_failed * episodes:
+            raise ConfigError(self._summary(iteration, failed, episodes))
 
     def _summary(self, iteration: int, failed: Sequence[Trajectory], episodes: int) -> str:
         kinds = Counter(t.failure_kind for t in failed)

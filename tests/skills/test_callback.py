@@ -308,3 +308,36 @@ def test_a_checkpoint_brings_the_bank_back(groups, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^skills: .*bank\.sqlite has 0 events before iteration 1, the checkpoint saw 3"):
         resumed("another", saved)
     assert len(resumed("third", {}).bank or ()) == 0  # of a run without skills
+
+
+def test_a_context_is_asked_in_step_with_other_ranks(groups):
+    """It may use the model, each rank as often as it has groups: see Policy.together."""
+    inside: list[bool] = []
+
+    class Asks(SiblingContext):
+        def choose(self, group: Any, skills: Any) -> Any:
+            inside.append(entered == [True])
+            return super().choose(group, skills)
+
+    class Together:
+        def __enter__(self) -> None:
+            entered.append(True)
+
+        def __exit__(self, *args: Any) -> None:
+            entered.clear()
+
+    entered: list[bool] = []
+    callback = make(Asks())
+    callback.bind(lambda *a: [], lambda *a: None, Together)
+    assert callback.texts(groups(0), 0) is not None and inside == [True, True]
+
+
+def test_a_summariser_is_closed_by_a_fit_alone(groups, tmp_path):
+    """Not by `trainer.validate` with the same callbacks before one."""
+    callback = make(BankContext())
+    callback.teardown(at(0), None, "validate")  # type: ignore[arg-type]
+    queue: Any = callback.summariser
+    assert not queue.closed
+    callback.on_fit_start(at(0, tmp_path), None)  # type: ignore[arg-type]
+    callback.teardown(at(0), None, "fit")  # type: ignore[arg-type]
+    assert queue.closed

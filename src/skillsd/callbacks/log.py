@@ -141,6 +141,8 @@ class RunLog(L.Callback):
         return [picture for picture in found if picture is not None]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not ranks.leads():
+            return
         for name, (length, _) in self.seen.items():
             if length:
                 sync(Path(trainer.default_root_dir) / name)  # the checkpoint says that they are there

@@ -20,6 +20,8 @@ BEAT = 2.0
 """Seconds between two signs of life."""
 LEFT, FAILED = 1 << 40, 1 << 41
 """Added to a rank's count of them when it ends, as it should or with an error."""
+READY = 1800.0
+"""Seconds in which a rank has to have read its tasks and tokenizer, after the first that has."""
 GRACE = 10.0
 """Seconds in which a rank may end by itself, after another has, before it is ended: it may wait for ever in a collective."""
 
@@ -62,6 +64,8 @@ class PeerWatch(L.Callback):
             threading.Thread(target=loop, name=name, daemon=True).start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.watching:
+            ranks.gather(None)  # together: the store goes with rank 0, and its end is no failure
         self._leave(LEFT)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -82,7 +86,8 @@ class PeerWatch(L.Callback):
             try:
                 count = {r: self.store.add(str(r), int(r == me)) for r in self.seen}
             except RuntimeError:
-                self.failed.add(0)
+                if self.seen[0][0] < LEFT:
+                    self.failed.add(0)
                 return
             now = time.monotonic()
             self.failed |= {r for r, n in count.items() if n >= FAILED}
@@ -90,14 +95,22 @@ class PeerWatch(L.Callback):
             self.over.wait(BEAT)
 
     def _watch(self, trainer: L.Trainer) -> None:
-        me = ranks.rank()
+        last = time.monotonic()
         while not self.over.wait(BEAT):
-            now = time.monotonic()
-            ended = {me + 1 + i for i, child in enumerate(self.children) if child.poll()}
-            silent = {r for r, (_, since) in self.seen.items() if now - since > self.patience and r != me}
-            if gone := sorted((ended | silent | self.failed) - {me}):
+            now, before = time.monotonic(), last
+            last = now
+            if now - before > 3 * BEAT:  # this process stood still itself, suspended perhaps: what it knows of the others is old
+                self.seen |= {r: (n, now) for r, (n, _) in self.seen.items()}
+            elif gone := self._gone(now):
                 self._end(trainer, gone)
                 return
+
+    def _gone(self, now: float) -> list[int]:
+        """Ranks whose process has ended, or that are silent. One that has not given a sign yet may still be getting ready."""
+        me = ranks.rank()
+        ended = {me + 1 + i for i, child in enumerate(self.children) if child.poll()}
+        silent = {r for r, (n, since) in self.seen.items() if now - since > (self.patience if n else READY)}
+        return sorted((ended | silent | self.failed) - {me})
 
     def _end(self, trainer: L.Trainer, gone: list[int]) -> None:
         """The main thread is asked first: it may be in the middle of something, or wait for ever."""

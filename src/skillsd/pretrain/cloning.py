@@ -102,6 +102,10 @@ class Cloning(L.LightningModule):
         self.log(f"panel/{name}/success", wins / len(played), batch_size=1, on_epoch=True, on_step=False)
         self.log(f"panel/{name}/completion", sum(t.completion for t in played) / len(played), batch_size=1, on_epoch=True, on_step=False)
 
+    def on_fit_start(self) -> None:
+        if self.trainer.world_size > 1:
+            raise ConfigError("trainer.devices: pre-training runs on one: set it to 1 and trainer.num_nodes to 1.")
+
     def on_train_end(self) -> None:
         folder = Path(self.trainer.default_root_dir)
         if self.train_what == "lora":

@@ -116,7 +116,7 @@ class Line:
                 connection.request("POST", at.path + path, text, {**headers, "Content-Type": "application/json"})
             with connection.getresponse() as response:
                 parts, size = [], 0
-                while True:
+                while not response.isclosed():  # newer Pythons close it, and the socket with it, when all is read
                     sock.settimeout(self._left())
                     part = response.read1(min(most - size, 1 << 16) + 1)
                     if not part:

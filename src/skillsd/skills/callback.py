@@ -86,8 +86,10 @@ class SkillBankCallback(L.Callback):
         self.bank: SkillBank | None = None
         self.together: Callable[[], AbstractContextManager[None]] = nullcontext
         self._state: dict[str, Any] | None = None
+        self._fits = False  # or does something else, which leaves the summariser open
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._fits = True
         if self.bank is None and ranks.leads():  # opened late: input that is refused before leaves no file behind
             try:
                 self.bank = SkillBank(Path(trainer.default_root_dir) / BANK_FILE, **self.bank_settings)
@@ -97,7 +99,9 @@ class SkillBankCallback(L.Callback):
             self._rewind(self._state)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.checked.close()
+        if self._fits:
+            self._fits = False
+            self.checked.close()
         if self.bank is not None:
             self.bank.close()
             self.bank = None
@@ -168,7 +172,8 @@ class SkillBankCallback(L.Callback):
             self._hindsight = self.checked.collect()
             skills = {(s.task_id, s.source_member): s for done in self._hindsight for s in done.skills}
             self.summary_s += time.perf_counter() - started
-        return [[self._text(x) for x in self.context.choose(g, [skills.get((t.task_id, t.member)) for t in g])] for g in groups]
+        with self.together():  # a context may have the base model summarise
+            return [[self._text(x) for x in self.context.choose(g, [skills.get((t.task_id, t.member)) for t in g])] for g in groups]
 
     def _text(self, told: Skill | Trajectory | None) -> str:
         if isinstance(told, Trajectory):
