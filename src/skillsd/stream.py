@@ -24,8 +24,9 @@ class GroupStream:
     """The train loader: a pure function of (run seed, iteration) and of the weights and the bank at that point.
 
     Its state is one integer, the number of iterations begun, so a run resumes where its checkpoint stands. With `rollout.staleness` s,
-    iteration j is retrieved for and launched when iteration j - s is asked for, with the weights of that moment; what is under way when
-    the run is stopped is lost, and a run that is resumed begins as a new one does: with the first s + 1 iterations from the same weights.
+    iteration j is retrieved for and launched when iteration j - s is asked for, with the weights of that moment: near an epoch's end the
+    prompts of the next epoch's first s are chosen so much earlier, by what the bank knows then. What is under way when the run is stopped
+    is lost, and a run that is resumed begins as a new one does: with the first s + 1 iterations from the same weights.
     """
 
     def __init__(self, data: Any) -> None:
