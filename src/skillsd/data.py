@@ -198,7 +198,8 @@ class RolloutData(L.LightningDataModule):
         if self._collector is None:
             policy = self.policy
             chat = Chat(policy.tokenizer, policy.stop_ids)
-            engine = make_engine(policy, self.rollout, run=str(Path(self.trainer.default_root_dir).resolve()))
+            trainer: Any = self.trainer
+            engine = make_engine(policy, self.rollout, run=str(Path(trainer.default_root_dir).resolve()))
             self._collector = Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length)
         return self._collector
 
