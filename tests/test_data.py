@@ -70,7 +70,7 @@ def join(make_policy: Callable[..., Any]) -> Callable[..., RolloutData]:
         policy = make_policy()
         module = SimpleNamespace(policy=policy, settings=policy.settings, objective=objective or Objective())
         data = make_data(**settings)
-        data.trainer = SimpleNamespace(lightning_module=module, callbacks=list(callbacks))  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(default_root_dir="run", lightning_module=module, callbacks=list(callbacks))  # type: ignore[assignment]
         data.setup(stage)
         return data
 

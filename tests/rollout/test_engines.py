@@ -276,7 +276,9 @@ def test_a_run_s_settings_reach_it(tiny_model, monkeypatch):
     policy = Policy(PolicySettings(model=tiny_model("qwen3"), lora=LoraSettings(r=4)))
     rollout = RolloutSettings(engine="vllm", vllm_memory=0.25, max_rows=6, max_turn_tokens=4, max_trajectory_tokens=200)
     data = RolloutData(env=SOKOBAN, env_kwargs=KWARGS, batch_tasks=2, group_size=2, rollout=rollout)
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(policy=policy, settings=policy.settings), callbacks=[])
+    data.trainer = SimpleNamespace(
+        default_root_dir="run", lightning_module=SimpleNamespace(policy=policy, settings=policy.settings), callbacks=[]
+    )
     data.setup("fit")
     groups = next(iter(data.train_dataloader()))
     engine = data.collector.engine
