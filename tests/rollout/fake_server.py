@@ -98,7 +98,8 @@ class FakeServer:
             return 200, None
         if path == "/v1/models":
             cards = [{"id": "base", "max_model_len": self.model.context, "parent": None}]
-            return 200, {"data": [*cards, *({"id": n, "parent": "base", "max_model_len": None} for n in self.adapters)]}
+            cards += [{"id": n, "parent": "base", "root": str(folder), "max_model_len": None} for n, folder in self.adapters.items()]
+            return 200, {"data": cards}
         if path == "/v1/completions":
             return self.complete(body)
         if path == "/v1/load_lora_adapter":

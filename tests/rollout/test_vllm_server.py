@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tests.rollout.fake_server import FakeServer, serving
@@ -173,6 +174,21 @@ def test_a_server_that_has_forgotten_the_adapter(policy, two, engine):
         s.adapters.clear()
     session.turn([Request(i, [5, 6], i, 0, 2) for i in range(4)])
     assert all(len(s.loads) == 2 and s.asked for s in two)
+
+
+def test_adapters_that_a_killed_run_has_left(policy, two, tmp_path):
+    """vLLM reads a folder again when other adapters have displaced it, and its engine dies of one that is gone: they are unloaded."""
+    two[0].adapters |= {"skillsd-of-a-killed-run": str(tmp_path / "gone"), "somebody-elses": "/not/here"}
+    engine = VllmServers(policy, [s.url for s in two])
+    first = play(policy, engine=engine)
+    assert two[0].unloads == ["skillsd-of-a-killed-run"] and "somebody-elses" in two[0].adapters
+    name = next(n for n in two[0].adapters if n.startswith("skillsd-"))
+    for server in engine.servers:  # one of the very name, of which this engine does not know
+        server.loaded.clear()
+    two[0].adapters[name] = str(tmp_path / "gone")
+    alike(first, play(policy, engine=engine))
+    assert two[0].unloads[1:] == [name] and Path(two[0].adapters[name]).is_dir()
+    engine.close()
 
 
 def test_ranks_share_servers_and_a_folder(policy, two, tmp_path):

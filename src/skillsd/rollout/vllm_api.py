@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,23 @@ class VllmApi:
                 "it does not draw with our noise, or has another vocabulary: start it with --logprobs-mode processed_logits "
                 "--logits-processors skillsd.rollout.vllm_engine:NoiseProcessor"
             )
-        return base, loaded
+        gone = {name for name, folder in loaded.items() if name.startswith("skillsd-") and not folder.is_dir()}
+        for name in gone:
+            with suppress(Lost):
+                self.unload(line, name)
+        return base, set(loaded) - gone
 
     @staticmethod
-    def _models(line: Line) -> tuple[str, int, set[str]]:
-        """The base model's name, its longest row in tokens, and the adapters that are loaded."""
+    def _models(line: Line) -> tuple[str, int, dict[str, Path]]:
+        """The base model's name, its longest row in tokens, and the adapters that are loaded, with their folders.
+
+        One whose folder is gone, left behind by a run that was killed or while the server was lost, is not to be used: vLLM reads it again
+        when others have displaced it, and its engine dies of what it does not find.
+        """
         try:
             cards = json.loads(line.ask("/v1/models", SHORT))["data"]
             base = next(c for c in cards if not c.get("parent"))
-            return str(base["id"]), int(base["max_model_len"]), {str(c["id"]) for c in cards if c.get("parent")}
+            return str(base["id"]), int(base["max_model_len"]), {str(c["id"]): Path(c.get("root") or "") for c in cards if c.get("parent")}
         except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError) as e:
             raise Lost("what it says at /v1/models is no list of models") from e
 
@@ -58,8 +67,13 @@ class VllmApi:
         try:
             line.ask("/v1/load_lora_adapter", SHORT, body)
         except Lost as e:
-            if e.status != 400 or name not in self._models(line)[2]:  # another rank was faster
+            there = self._models(line)[2].get(name) if e.status == 400 else None
+            if there is None:
                 raise
+            if not there.is_dir():  # otherwise another rank was faster
+                with suppress(Lost):
+                    self.unload(line, name)
+                line.ask("/v1/load_lora_adapter", SHORT, body)
 
     @staticmethod
     def unload(line: Line, name: str) -> None:

@@ -38,8 +38,8 @@ from skillsd.rollout.vllm_api import VllmApi
 
 log = logging.getLogger(__name__)
 
-GREET_S, LOAD_S = 30.0, 300.0
-AGAIN_S = 60.0  # a server that takes connections and says nothing costs GREET_S
+GREET_S, AGAIN_GREET_S, LOAD_S = 30.0, 5.0, 300.0
+AGAIN_S = 60.0  # a server that takes connections and says nothing costs everybody AGAIN_GREET_S
 POLL_S = 0.02  # environments may have answered meanwhile
 
 
@@ -192,7 +192,9 @@ class VllmServers:
             users = {id(asked) for session in self._sessions for asked in list(session.going.values())}
             self._hang_up(lambda asked: id(asked) not in users)
             since = time.monotonic() - (AGAIN_S if any(s.live for s in self.servers) else 0.0)
-            self._each([s for s in self.servers if not s.live and s.failed <= since], self._greet, GREET_S)
+            away = [s for s in self.servers if not s.live and s.failed <= since]
+            self._each([s for s in away if not s.why], self._greet, GREET_S)
+            self._each([s for s in away if s.why], self._greet, AGAIN_GREET_S)
             if version is not None:
                 name, folder = version.name, version.folder  # an idle thread holds on to its last call, which is not to hold the version
                 lacking = [s for s in self.servers if s.live and name not in s.loaded]
