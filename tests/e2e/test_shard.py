@@ -5,7 +5,7 @@ import csv
 import lightning as L
 import pytest
 import torch
-from tests.forked import on_ranks
+from tests.ranks import Ranks, torchrun
 
 from skillsd.callbacks import Panel, RunCheckpoint, RunLog, TeacherSync
 from skillsd.checkpoint import read_checkpoint
@@ -17,39 +17,44 @@ from skillsd.rollout import RolloutSettings
 from skillsd.skills import BaseSummariser
 from skillsd.skills.callback import SkillBankCallback
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes cannot use autograd beside CUDA")
-
-
 LEVELS = dict(
     size=6, boxes=3, difficulties={"short": {"lengths": [4, 8]}}, splits={"train": {"short": 6}, "test": {"short": 3}}, max_turns=5,
     action_format="bare", prompts={"instruction": ""},
 )  # fmt: skip
 
 
-def fit(folder, ranks, steps, ckpt_path=None):
+def work(folder, ranks, steps, ckpt_path):
     """One task an iteration, whose three rows one rank plays and summarises, and two of which it trains on, one by one."""
-
-    def work(rank):
-        policy = PolicySettings(lora=LoraSettings(init="nano-recover"), shard=ranks > 1)
-        optimizer = OptimizerSettings(lr=1e-2)
-        module = SkillSD(policy, Objective(distillation_weight=0.5), optimizer, micro_batch_tokens=1, grad_norm_every=1)
-        rollout = RolloutSettings(max_turn_tokens=1)
-        data = RolloutData("skillsd_sokoban:skillsd/Sokoban-v0", LEVELS, batch_tasks=1, group_size=3, rollout=rollout)
-        bank = SkillBankCallback(BaseSummariser(max_new_tokens=2))
-        trainer = L.Trainer(
-            default_root_dir=folder, accelerator="cpu", devices=ranks, strategy="ddp", max_epochs=1, max_steps=steps, logger=False,
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-            callbacks=[TeacherSync("ema"), bank, RunLog(), Panel(), RunCheckpoint()],
-        )  # fmt: skip
-        trainer.fit(module, data, ckpt_path=ckpt_path)
-
-    on_ranks(ranks, folder / "ranks", work)
-    with (folder / "metrics.csv").open() as f:
-        rows = [{k: float(v) for k, v in row.items() if v and not k.startswith(("time/", "memory/"))} for row in csv.DictReader(f)]
-    return rows, read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    policy = PolicySettings(lora=LoraSettings(init="nano-recover"), shard=ranks > 1)
+    optimizer = OptimizerSettings(lr=1e-2)
+    module = SkillSD(policy, Objective(distillation_weight=0.5), optimizer, micro_batch_tokens=1, grad_norm_every=1)
+    rollout = RolloutSettings(max_turn_tokens=1)
+    data = RolloutData("skillsd_sokoban:skillsd/Sokoban-v0", LEVELS, batch_tasks=1, group_size=3, rollout=rollout)
+    bank = SkillBankCallback(BaseSummariser(max_new_tokens=2))
+    trainer = L.Trainer(
+        default_root_dir=folder, accelerator="cpu", devices=ranks, strategy="ddp", max_epochs=1, max_steps=steps, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        callbacks=[TeacherSync("ema"), bank, RunLog(), Panel(), RunCheckpoint()],
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=ckpt_path)
 
 
-def test_two_ranks_with_half_the_base_each_are_one_with_all_of_it(tmp_path):
+@pytest.fixture
+def fit(tmp_path):
+    """In processes of their own, which have none of this one's threads and locks."""
+    server = Ranks(tmp_path)
+
+    def fitted(folder, ranks, steps, ckpt_path=None):
+        server.run("tests.e2e.test_shard:work", str(folder), ranks, steps, ckpt_path, environments=torchrun(ranks))
+        with (folder / "metrics.csv").open() as f:
+            rows = [{k: float(v) for k, v in row.items() if v and not k.startswith(("time/", "memory/"))} for row in csv.DictReader(f)]
+        return rows, read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+
+    yield fitted
+    server.close()
+
+
+def test_two_ranks_with_half_the_base_each_are_one_with_all_of_it(fit, tmp_path):
     """Then each goes on where the other was."""
     short = {n: fit(tmp_path / str(n), n, 1) for n in (1, 2)}
     long = {n: fit(tmp_path / str(n), 3 - n, 2, "last") for n in (1, 2)}
