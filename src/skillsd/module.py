@@ -160,15 +160,16 @@ class SkillSD(L.LightningModule):
         n = max(1, sum(rows[i].n_actions for i in batch.kept))  # N of Eq. 3-14: one count, whatever the micro-batches
         weight = self.objective.weight(self.global_step)
         teacher_rows = self._teacher_rows(batch, weight)
+        mine = batch.share(teacher_rows)
         optimizer: Any = self.optimizers()
         params = self.policy.student_parameters()
         apart = bool(self.grad_norm_every) and self.global_step % self.grad_norm_every == 0 and weight > 0
 
         def update() -> Update:
             optimizer.zero_grad()
-            return self._accumulate(batch, advantage, n, weight, teacher_rows, temperature, params if apart else [])
+            return self._accumulate(batch, mine, advantage, n, weight, teacher_rows, temperature, params if apart else [])
 
-        done = self._within_memory(update, [len(batch.student[i]) for i in batch.share(teacher_rows)])
+        done = self._within_memory(update, [len(batch.student[i]) for i in mine])
         reduce(done, params)
         norm = self._step(optimizer, params, done)
         self._record(batch, done, n, weight, teacher_rows, norm, params, time.perf_counter() - started)
@@ -207,15 +208,14 @@ class SkillSD(L.LightningModule):
             log.warning("out of memory in the update: it is repeated with micro_batch_tokens %d", self.micro_batch_tokens)
 
     def _accumulate(
-        self, batch: Batch, advantage: Tensor, n: int, weight: float, teacher_rows: Collection[int], temperature: float,
-        apart: Sequence[torch.nn.Parameter],
+        self, batch: Batch, mine: Sequence[int], advantage: Tensor, n: int, weight: float, teacher_rows: Collection[int],
+        temperature: float, apart: Sequence[torch.nn.Parameter],
     ) -> Update:  # fmt: skip
-        """This rank's share of the gradient, a micro-batch at a time; that of the distillation alone for the parameters in `apart`."""
+        """The gradient of the rows `mine`, a micro-batch at a time; that of the distillation alone for the parameters in `apart`."""
         rows = batch.rows
         torch.manual_seed(rows[0].seed * 1_000_003 + rows[0].iteration + (ranks.rank() << 40))  # for dropout: a resumed run draws the same
         out = Update(torch.zeros(len(rows)), [torch.zeros_like(p) for p in apart])
         self.teacher_s = 0.0
-        mine = batch.share(teacher_rows)
         parts = micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs)
         for at in range(self.policy.agree(len(parts))):
             if at >= len(parts):

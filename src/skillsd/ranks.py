@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -74,15 +75,14 @@ def say(text: str) -> None:
 
 def share(n: int, of: int | None = None) -> range:
     """Which of `n` things, in their order, are rank `of`'s (default: this one's): neighbours, and at most one more than others have."""
-    ranks = world()
-    mine = of if of is not None else rank() if ranks > 1 else 0
+    ranks, mine = world(), _place() if of is None else of
     return range(n * mine // ranks, n * (mine + 1) // ranks)
 
 
 def balanced(costs: Sequence[float]) -> list[int]:
     """Which things are this rank's, in their order, so that all ranks have about equal sums: the largest first, each to who has least."""
     sums, mine = [0.0] * world(), []
-    me = rank() if len(sums) > 1 else 0
+    me = _place()
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         least = sums.index(min(sums))
         sums[least] += costs[i]
@@ -99,11 +99,9 @@ def gather(mine: T) -> list[T]:
     if world() == 1:
         return [mine]
     found: list[Any] = [None] * world()
-    try:
+    with _all_there():
         _meet()
         dist.all_gather_object(found, mine, group=_waiting())
-    except RuntimeError as e:
-        raise _lost(e) from e
     found[rank()] = mine
     return found
 
@@ -117,11 +115,9 @@ def broadcast(mine: T) -> T:
     if world() == 1:
         return mine
     told: list[Any] = [mine]
-    try:
+    with _all_there():
         _meet()
         dist.broadcast_object_list(told, src=0, group=_waiting(), device=torch.device("cpu"))
-    except RuntimeError as e:
-        raise _lost(e) from e
     return mine if leads() else told[0]  # type: ignore[no-any-return]
 
 
@@ -134,10 +130,8 @@ def most(n: int) -> int:
     if world() == 1:
         return n
     told = torch.tensor(n, device="cpu")  # where a model is made, Lightning sets another default
-    try:
+    with _all_there():
         dist.all_reduce(told, dist.ReduceOp.MAX, group=_waiting())
-    except RuntimeError as e:
-        raise _lost(e) from e
     return int(told)
 
 
@@ -150,16 +144,19 @@ def add(tensors: Sequence[Tensor]) -> None:
     if world() == 1 or not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
-    try:
+    with _all_there():
         dist.all_reduce(flat)
-    except RuntimeError as e:
-        raise _lost(e) from e
     for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(total.view_as(t))
 
 
 def _met() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _place() -> int:
+    """Among those who have met: a launcher's number means nothing to a run of one."""
+    return rank() if world() > 1 else 0
 
 
 def _waiting() -> Any:
@@ -179,8 +176,14 @@ def _meet() -> None:
     here.wait()
 
 
-def _lost(e: Exception) -> PeerLost:
-    said = " ".join(str(e).split()).rpartition("] ")[2] if "Connection" not in str(e) else "the connection is closed"
-    return PeerLost(
-        f"another rank has ended ({said[:200]}): see its own message, if it left one. Go on with --ckpt_path last, on any number of ranks."
-    )
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """Raises PeerLost for what a collective says when another rank has ended."""
+    try:
+        yield
+    except RuntimeError as e:
+        said = " ".join(str(e).split()).rpartition("] ")[2] if "Connection" not in str(e) else "the connection is closed"
+        raise PeerLost(
+            f"another rank has ended ({said[:200]}): see its own message, if it left one. Go on with --ckpt_path last, on any number "
+            "of ranks."
+        ) from e

@@ -67,11 +67,10 @@ def watched(args: list[str], recorded: str | None = None, record: str | None = N
         seen["group_gap"].append(out["group_gap"])
         return out
 
-    def _accumulate(self: Any, batch: Any, advantage: Any, n: int, weight: float, teacher_rows: Any, *rest: Any) -> Any:
-        mine = batch.share(teacher_rows)
+    def _accumulate(self: Any, batch: Any, mine: Any, *rest: Any) -> Any:
         seen["rows"].append(mine)
         seen["parts"].append(len(micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs)))
-        return accumulate(self, batch, advantage, n, weight, teacher_rows, *rest)
+        return accumulate(self, batch, mine, *rest)
 
     SkillSD._step, SkillBankCallback.choose, Collector.collect = _step, _choose, _collect  # type: ignore[method-assign]
     SkillSD.training_step, SkillSD._accumulate = _training_step, _accumulate  # type: ignore[method-assign]

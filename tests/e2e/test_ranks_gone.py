@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.e2e.runs import RULES, Run, Server, overlay
+from tests.ranks import meeting
 
 from skillsd.checkpoint import newest_good, read_checkpoint
 
@@ -27,16 +27,10 @@ SMALL: dict[str, Any] = {
 TWO = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[Server]]:
     """One a rank, as Lightning's launcher, or a cluster's, would start them."""
-    met = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    met = meeting() | {"WORLD_SIZE": "2", "NODE_RANK": "0"}
     servers = [Server(environment=met | {"LOCAL_RANK": str(i)}) for i in (0, 1)]
     yield servers
     for server in servers:

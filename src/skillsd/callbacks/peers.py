@@ -123,7 +123,6 @@ class PeerWatch(L.Callback):
         if ranks.leads() and hasattr(saver, "rescue"):
             saver.rescue()
         os.kill(os.getpid(), signal.SIGTERM)
-        if not self.over.wait(GRACE):
-            os._exit(1)
-        time.sleep(GRACE)
+        if self.over.wait(GRACE):
+            time.sleep(GRACE)
         os._exit(1)
