@@ -16,9 +16,9 @@ from skillsd.data import RolloutData
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmEngine, vllm_engine
+from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmEngine, vllm_noise
 from skillsd.rollout.noise import sample, uniforms
-from skillsd.rollout.vllm_engine import Noise
+from skillsd.rollout.vllm_noise import Noise
 
 VLLM = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
 SHAPE = dict(hidden_size=128, intermediate_size=256, head_dim=64, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1)
@@ -248,6 +248,20 @@ def test_rows_of_a_batch_that_move():
     assert torch.equal(out[1], given[1]), "somebody else's row"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_waits_for_nothing():
+    """On a GPU nothing in it waits for what has been launched, and the draws are those of the CPU."""
+    given, noise = torch.randn(5, 9000, generator=torch.Generator().manual_seed(0)), Noise()
+    noise.rows = {i: ({"key": i, "position": 3, "temperature": 0.5 * (i % 2)}, [1, 2]) for i in (0, 1, 3, 4)}
+    here, there = noise.apply(given.clone()), given.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        noise.apply(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(there.cpu(), here)
+
+
 def test_noise_over_http(monkeypatch):
     """Flat keys, the 64-bit one as text, draw the same; nan, which JSON has not, is the least log-prob that a server tells."""
     nested, flat = Noise(), Noise()
@@ -263,10 +277,10 @@ def test_noise_over_http(monkeypatch):
     broken = flat.apply(given * math.nan)
     assert broken.max() == -9999.0 and broken.isfinite().sum() == 1 and nested.apply(given * math.nan).isnan().sum() == 1
     install(monkeypatch)
-    made = vllm_engine.NoiseProcessor  # as a server finds it by name
+    made = vllm_noise.NoiseProcessor  # as a server finds it by name
     assert issubclass(made, Noise) and made.__mro__[2].__name__ == "LogitsProcessor"
     with pytest.raises(AttributeError, match="no attribute Nothing"):
-        vllm_engine.Nothing  # noqa: B018
+        vllm_noise.Nothing  # noqa: B018
 
 
 def test_a_run_s_settings_reach_it(tiny_model, monkeypatch):

@@ -16,7 +16,7 @@ from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmServers, make_engine
 from skillsd.rollout import vllm_server as module
-from skillsd.rollout.vllm_engine import Noise
+from skillsd.rollout.vllm_noise import Noise
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_servers_that_are_started_otherwise(policy, two):
             VllmServers(policy, [two[0].url], **settings)
 
     two[0].processor = lambda: type("None", (), {"update_state": lambda self, update: None})()
-    refused("does not draw with our noise.*--logits-processors skillsd.rollout.vllm_engine:NoiseProcessor")
+    refused("does not draw with our noise.*--logits-processors skillsd.rollout.vllm_noise:NoiseProcessor")
     two[0].mode = "raw_logprobs"
     refused("does not draw with our noise")
     two[0].processor, two[0].mode = Noise, "processed_logits"

@@ -11,7 +11,7 @@ from typing import Any
 
 from skillsd.rollout.engine import Completion, Request
 from skillsd.rollout.line import Line, Lost
-from skillsd.rollout.vllm_engine import LEAST
+from skillsd.rollout.vllm_noise import LEAST
 
 SHORT = 1 << 20
 """Most bytes of an answer that has no tokens."""
@@ -39,7 +39,7 @@ class VllmApi:
         if not abs(logprob + math.log(self.vocabulary)) < 0.01:
             raise Lost(
                 "it does not draw with our noise, or has another vocabulary: start it with --logprobs-mode processed_logits "
-                "--logits-processors skillsd.rollout.vllm_engine:NoiseProcessor"
+                "--logits-processors skillsd.rollout.vllm_noise:NoiseProcessor"
             )
         gone = {name for name, folder in loaded.items() if name.startswith("skillsd-") and not folder.is_dir()}
         for name in gone:

@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoConfig
 
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy, model_folder
 from skillsd.rollout.cache import Room
 from skillsd.rollout.engine import STRIDE, Completion, Request, Session
-from skillsd.rollout.noise import sample, uniforms
 from skillsd.rollout.versions import Versions
+from skillsd.rollout.vllm_noise import noise_processor
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +32,6 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for."""
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 """Where the user has not set it: no usage statistics, a quiet terminal, and no sampler that would be compiled for nothing."""
-
-LEAST = -9999.0
-"""vLLM's servers tell of no smaller log-prob."""
 
 
 class VllmEngine:
@@ -224,71 +220,6 @@ class VllmSession(Session):
         self.done = [(row, c) for row, c in self.done if row not in gone]
         for row in gone:
             self.ids.pop(row, None)
-
-
-class Noise:
-    """vLLM's logits processor: draws, and leaves of each row only the token drawn, with its log-prob for a logit.
-
-    The argmax that vLLM takes then is that token, and its processed logit that log-prob. A request says what to draw with in its
-    `extra_args`: {"skillsd": {key, position, temperature}}, or over HTTP, where they are flat, skillsd_key, skillsd_position and
-    skillsd_temperature; a log-prob that is nan is then LEAST, since JSON has no nan.
-    """
-
-    def __init__(self, vllm_config: Any = None, device: Any = None, is_pin_memory: bool = False) -> None:
-        self.rows: dict[int, tuple[dict[str, Any], Sequence[int]]] = {}
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def update_state(self, batch_update: Any) -> None:
-        """Who sits where in the batch."""
-        if batch_update is None:
-            return
-        for i in batch_update.removed:
-            self.rows.pop(i, None)
-        for i, params, _, sampled in batch_update.added:
-            self.rows.pop(i, None)
-            given = params.extra_args or {}
-            if noise := given.get("skillsd") or _flat(given):
-                self.rows[i] = noise, sampled
-        for i, j, direction in batch_update.moved:
-            a, b = self.rows.pop(i, None), self.rows.pop(j, None)
-            if a is not None:
-                self.rows[j] = a
-            if b is not None and direction.name == "SWAP":
-                self.rows[i] = b
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """float32 [n, V], in place."""
-        for t in sorted({noise["temperature"] for noise, _ in self.rows.values()}):
-            mine = [(i, n["key"], n["position"] + len(y), "flat" in n) for i, (n, y) in self.rows.items() if n["temperature"] == t]
-            index, keys, positions, flat = torch.tensor(mine, dtype=torch.int64).to(logits.device, non_blocking=True).unbind(1)
-            ids, logp = sample(logits[index], uniforms(keys, positions), t)
-            logp = torch.where(flat.bool() & logp.isnan(), LEAST, logp)
-            logits[index] = -torch.inf
-            logits[index, ids] = logp
-        return logits
-
-
-def _flat(given: dict[str, Any]) -> dict[str, Any] | None:
-    if "skillsd_key" not in given:
-        return None
-    numbers = int(given["skillsd_key"]), int(given["skillsd_position"]), float(given["skillsd_temperature"])
-    return {**dict(zip(("key", "position", "temperature"), numbers, strict=True)), "flat": True}
-
-
-def __getattr__(name: str) -> Any:
-    """`NoiseProcessor`, for a server's --logits-processors; made when asked for, so that this file can be read without vLLM."""
-    if name == "NoiseProcessor":
-        return noise_processor()
-    raise AttributeError(f"module {__name__} has no attribute {name}")
-
-
-def noise_processor() -> type:
-    """`Noise` as the class that vLLM asks for."""
-    from vllm.v1.sample.logits_processor import LogitsProcessor
-
-    return type("Noise", (Noise, LogitsProcessor), {})
 
 
 def _gpu_bytes(policy: Policy) -> int:

@@ -4,7 +4,7 @@ A server is started with the noise of the other engines as its logits processor,
 there, whichever server is asked, and again after one is lost:
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16 --max-loras N --max-model-len M \\
-        --logits-processors skillsd.rollout.vllm_engine:NoiseProcessor --logprobs-mode processed_logits --generation-config vllm
+        --logits-processors skillsd.rollout.vllm_noise:NoiseProcessor --logprobs-mode processed_logits --generation-config vllm
 
 N is at least 2 + `rollout.staleness`: a rollout's versions of the adapter, and what a panel plays with.
 """
