@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity
 
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Room, Row
-from skillsd.rollout.engine import CUDA_PREFILL, InProcessSession
+from skillsd.rollout.in_process import CUDA_PREFILL, InProcessSession
 from skillsd.rollout.step import Stepper
 from skillsd.trajectory import Task
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from skillsd.objective import Tokens, TraceGate
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row, demonstrate, make_env
-from skillsd.rollout.engine import InProcessEngine
+from skillsd.rollout.in_process import InProcessEngine
 from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Task, Trajectory
 from skillsd_sokoban.level import Level

@@ -12,7 +12,7 @@ from skillsd.errors import ConfigError
 from skillsd.policy import Demand, Footprint
 from skillsd.rollout import CacheFull, Chat, Collector, InProcessEngine, RolloutSettings, Row, make_env
 from skillsd.rollout.cache import Room, SlotCache
-from skillsd.rollout.engine import InProcessSession, _Row
+from skillsd.rollout.in_process import InProcessSession, _Row
 from skillsd.rollout.step import Stepper
 from skillsd.trajectory import Task
 

@@ -11,7 +11,7 @@ import torch
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import InProcessEngine, Request
-from skillsd.rollout.engine import spans
+from skillsd.rollout.in_process import spans
 from skillsd.rollout.noise import stream_key
 from skillsd.rollout.step import Stepper, bucket
 
@@ -65,7 +65,7 @@ def assert_scored_alike(policy, adapter, played, atol, temperature=1.0):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "mistral"])
 def test_recorded_equals_scored(make_policy, monkeypatch, architecture, prefill):
     """Several turns, ragged, rows that join and leave in the middle; gemma2 and mistral with windows of 5 tokens."""
-    monkeypatch.setattr("skillsd.rollout.engine.PREFILL", prefill)
+    monkeypatch.setattr("skillsd.rollout.in_process.PREFILL", prefill)
     policy = make_policy(architecture)
     played = {}
     for adapter in ("student", "teacher"):
@@ -144,7 +144,7 @@ def test_a_finished_row_costs_nothing(make_policy, monkeypatch):
 
 
 def test_a_long_prompt_joins_alone(make_policy, monkeypatch):
-    monkeypatch.setattr("skillsd.rollout.engine.PREFILL", 64)
+    monkeypatch.setattr("skillsd.rollout.in_process.PREFILL", 64)
     policy = make_policy()
     shapes = []
     policy.backbone.register_forward_pre_hook(lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True)

@@ -28,7 +28,7 @@ SHORT = dict(rows=3, longest_prompt=8, turns=2, limit=3)
 @pytest.fixture
 def always(monkeypatch):
     """Kernels, whatever the machine."""
-    monkeypatch.setattr("skillsd.rollout.engine.fuse", lambda policy: Fused(policy.base))
+    monkeypatch.setattr("skillsd.rollout.in_process.fuse", lambda policy: Fused(policy.base))
 
 
 SLOW = [pytest.param(a, marks=pytest.mark.torture) for a in ("qwen2", "mistral")]
@@ -92,7 +92,7 @@ def test_rows_join_at_any_time_and_share_their_prompt(make_policy, always, monke
     """Three rows of one prompt, two of another, one alone; turns begin while others are in the middle of theirs."""
     policy = make_policy(**SETTINGS)
     policy.stop_ids = ()
-    monkeypatch.setattr("skillsd.rollout.engine.STRIDE", 1)
+    monkeypatch.setattr("skillsd.rollout.in_process.STRIDE", 1)
     session = InProcessEngine(policy).open(1.0)
     prompts = [[7, 8, 9, 10, 11]] * 3 + [[20] * 9] * 2 + [[30, 31]]
     tails, played = {}, {i: ([], [], []) for i in range(6)}

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from skillsd.policy.nano import build_tokenizer
 
 MOMENTS = {
-    "rollout": "skillsd.rollout.engine:InProcessSession.step",
+    "rollout": "skillsd.rollout.in_process:InProcessSession.step",
     "update": "skillsd.module:SkillSD._step",
     "scoring": "skillsd.policy.policy:Policy._score",
     "log": "skillsd.callbacks.log:RunLog._append",

@@ -13,7 +13,7 @@ from skillsd.errors import ConfigError
 from skillsd.module import SkillSD
 from skillsd.policy import Demand, Footprint
 from skillsd.rollout import Engine, RolloutSettings, Room
-from skillsd.rollout.engine import CUDA_PREFILL
+from skillsd.rollout.in_process import CUDA_PREFILL
 
 TIGHT = 2048
 """Most tokens of prompts that are read in one forward where memory is scarce; `CUDA_PREFILL` elsewhere."""

@@ -6,7 +6,8 @@ from skillsd.rollout.cache import CacheFull, Room
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.collector import Collector, Row, make_env
 from skillsd.rollout.demonstrate import demonstrate
-from skillsd.rollout.engine import Completion, Engine, InProcessEngine, Request, Session
+from skillsd.rollout.engine import Completion, Engine, Request, Session
+from skillsd.rollout.in_process import InProcessEngine
 from skillsd.rollout.make_engine import make_engine
 from skillsd.rollout.settings import RolloutSettings
 from skillsd.rollout.tasks_file import read_tasks

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from skillsd.policy import Policy
-from skillsd.rollout.engine import Engine, InProcessEngine
+from skillsd.rollout.engine import Engine
+from skillsd.rollout.in_process import InProcessEngine
 from skillsd.rollout.settings import RolloutSettings
 from skillsd.rollout.vllm_engine import VllmEngine
 from skillsd.rollout.vllm_server import VllmServers
