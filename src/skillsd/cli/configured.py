@@ -1,49 +1,30 @@
-"""The command line: fit, validate, export, play, show, view, report, skills, study, config, doctor."""
+"""fit, validate, export, play: from configuration files and flags to a Trainer that runs."""
 
 from __future__ import annotations
 
 import gc
-import json
-import logging
 import os
-import select
-import sys
-import traceback
-import warnings
 from argparse import ArgumentError
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
-from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
-from transformers.utils import logging as transformers_logging
 
-from skillsd import __version__, conf_dir, ranks
+from skillsd import ranks
 from skillsd.analysis.panel import print_report
 from skillsd.begin import guard_run_folder
 from skillsd.callbacks import MemoryPlan, PeerWatch, TeacherSync
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import read_checkpoint
-from skillsd.class_paths import config
-from skillsd.doctor import doctor, rows
-from skillsd.errors import ConfigError, hold_secret, one_line, redacted, secrets, told, users_business
+from skillsd.errors import ConfigError, hold_secret, one_line, secrets
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.module import check_strategy
 from skillsd.pretrain import Cloning
-from skillsd.process import guarded
 from skillsd.skills.callback import SkillBankCallback
-from skillsd.trainer import Trainer
 
-TITLE = (
-    "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Look at a run: skillsd show, skillsd view; hand it on: skillsd report. Take its skills to another: skillsd skills. "
-    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
-    "Classes by key: skillsd config"
-)
 KEYWORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for `ckpt_path` beside a path."""
 TYPES = {
@@ -54,9 +35,6 @@ TYPES = {
     "skills": SkillBankCallback,
 }
 """The classes behind the keys at the top of a configuration."""
-CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
-"""Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
-any function a file names."""
 
 
 class CLI(LightningCLI):
@@ -199,161 +177,3 @@ def refuse_secrets(config: dict[str, Any]) -> None:
 
 def _run_seed(seed: Any) -> int:
     return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
-
-
-def resolve_configs(args: list[str]) -> list[str]:
-    """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists; a bare `--skill` (or another of `bare`) means true."""
-    bare, values = ("--skill", "--overwrite", "--only_report"), ("true", "false")
-    out = [f"{a}=true" if a in bare and b not in values else a for a, b in zip(args, [*args[1:], ""], strict=True)]
-    for i, arg in enumerate(out):
-        flag, _, value = arg.partition("=")
-        if flag in ("-c", "--config") and not value and i + 1 < len(out):
-            out[i + 1] = _packaged(out[i + 1])
-        elif flag == "--config" and value:
-            out[i] = f"--config={_packaged(value)}"
-    return _nulls(out)
-
-
-def _nulls(args: list[str]) -> list[str]:
-    """`--model.init_args.a.b=null` as a configuration: jsonargparse 4.53 takes such a flag's null for a text or refuses it."""
-    out: list[str] = []
-    rest = iter(zip(args, [*args[1:], ""], strict=True))
-    for arg, following in rest:
-        flag, sign, value = arg.partition("=")
-        if not flag.startswith("--model.init_args.") or (value if sign else following) != "null":
-            out.append(arg)
-            continue
-        if not sign:
-            next(rest)
-        nested: Any = None
-        for key in reversed(flag[2:].split(".")):
-            nested = {key: nested}
-        out.append(f"--config={json.dumps(nested)}")
-    return out
-
-
-def _packaged(name: str) -> str:
-    if Path(name).exists():
-        return name
-    relative = name.removeprefix("conf/")
-    for candidate in (relative, f"{relative}.yaml"):
-        if (conf_dir() / candidate).is_file():
-            return str(conf_dir() / candidate)
-    return name
-
-
-def quiet() -> None:
-    """Leave the terminal to the progress bar and the table."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    known = ("num_workers", "eval mode at the start", "activation_checkpointing", "transfer_batch_to_device", "manual optimization")
-    for text in (
-        *known,
-        "args parameter",
-        "litlogger",
-        "treespec",
-        "no last checkpoint available",
-        "dirpath has changed",
-        "exists and is not empty",
-        "The AccumulateGrad node's stream",  # DDP is made beside the stream that trains; the engine waits for both
-    ):
-        warnings.filterwarnings("ignore", message=f"(?s).*{text}")
-
-
-def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """The interpreter's hook: a traceback holds no secrets."""
-    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-
-
-def main(args: ArgsType = None) -> int:
-    """Run a command. Bad input prints one line and returns 2; SKILLSD_DEBUG=1 shows the traceback instead."""
-    argv = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
-    if argv == ["--version"]:
-        print(f"skillsd {__version__}")
-        return 0
-    argv = argv or ["--help"]
-    if argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
-        argv += ["-c", "sokoban"]
-    quiet()
-    sys.excepthook = _show_error
-    set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True)
-    with guarded() as guard:
-        try:
-            code = _run(argv)
-            if guard.failed:
-                raise guard.failed[0]
-            return code
-        except BrokenPipeError:
-            if not _unread():
-                raise
-            return 1
-        except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
-            if os.environ.get("SKILLSD_DEBUG") == "1" or not users_business(e):
-                raise
-            print(f"{ranks.name()}error: {redacted(told(e))}", file=sys.stderr)
-            return 2
-        except (KeyboardInterrupt, SystemExit) as e:
-            if isinstance(e, SystemExit) and not isinstance(e.__context__, KeyboardInterrupt):
-                raise
-            return 128 + guard.signal  # Lightning makes an exit of an interruption
-        finally:
-            gc.unfreeze()
-
-
-def _run(argv: list[str]) -> int:
-    match argv[0]:  # commands without a configuration; what they import is slow (pandas, matplotlib), so late
-        case "config":  # it imports nothing that a file names
-            config(resolve_configs(argv)[1:])
-        case "doctor":
-            doctor(argv[1:])
-        case "show":
-            from skillsd.analysis.show import show
-
-            show(argv[1:])
-        case "view":
-            from skillsd.analysis.view import view
-
-            view(argv[1:])
-        case "report":
-            from skillsd.analysis.report import report
-
-            report(argv[1:], lambda: rows(network=False))
-        case "skills":
-            from skillsd.analysis.skills import skills
-
-            skills(argv[1:])
-        case "study":
-            from skillsd.study import study
-
-            return study(resolve_configs(argv)[1:], _packaged)
-        case _:
-            configured(argv)
-    return 0
-
-
-def configured(argv: list[str]) -> None:
-    """fit, validate, export, play: what a configuration describes."""
-    CLI(
-        model_class=L.LightningModule,
-        datamodule_class=L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        trainer_class=Trainer,
-        seed_everything_default=0,
-        save_config_callback=SaveRunConfig,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
-        args=resolve_configs(argv),
-    )
-
-
-def _unread() -> bool:
-    """Whether stdout was closed at its other end (`| head`); then the interpreter's last flush is kept quiet."""
-    poll = select.poll()
-    poll.register(1, 0)
-    closed = any(event & select.POLLERR for _, event in poll.poll(0))
-    if closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return closed

@@ -1,0 +1,158 @@
+"""The command line: fit, validate, export, play, show, view, report, skills, study, config, doctor."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import select
+import sys
+import traceback
+import warnings
+from argparse import ArgumentError
+from pickle import UnpicklingError
+from typing import Any
+
+import lightning as L
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import ArgsType
+from transformers.utils import logging as transformers_logging
+
+from skillsd import __version__, ranks
+from skillsd.callbacks.run_config import SaveRunConfig
+from skillsd.class_paths import config
+from skillsd.cli.arguments import packaged, resolve_configs
+from skillsd.cli.configured import CLI
+from skillsd.doctor import doctor, rows
+from skillsd.errors import ConfigError, redacted, told, users_business
+from skillsd.process import guarded
+from skillsd.trainer import Trainer
+
+__all__ = ["CLI", "main", "resolve_configs"]
+
+TITLE = (
+    "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
+    "Look at a run: skillsd show, skillsd view; hand it on: skillsd report. Take its skills to another: skillsd skills. "
+    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Classes by key: skillsd config"
+)
+CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
+"""Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
+any function a file names."""
+
+
+def quiet() -> None:
+    """Leave the terminal to the progress bar and the table."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    known = ("num_workers", "eval mode at the start", "activation_checkpointing", "transfer_batch_to_device", "manual optimization")
+    for text in (
+        *known,
+        "args parameter",
+        "litlogger",
+        "treespec",
+        "no last checkpoint available",
+        "dirpath has changed",
+        "exists and is not empty",
+        "The AccumulateGrad node's stream",  # DDP is made beside the stream that trains; the engine waits for both
+    ):
+        warnings.filterwarnings("ignore", message=f"(?s).*{text}")
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """The interpreter's hook: a traceback holds no secrets."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def main(args: ArgsType = None) -> int:
+    """Run a command. Bad input prints one line and returns 2; SKILLSD_DEBUG=1 shows the traceback instead."""
+    argv = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
+    if argv == ["--version"]:
+        print(f"skillsd {__version__}")
+        return 0
+    argv = argv or ["--help"]
+    if argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
+        argv += ["-c", "sokoban"]
+    quiet()
+    sys.excepthook = _show_error
+    set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True)
+    with guarded() as guard:
+        try:
+            code = _run(argv)
+            if guard.failed:
+                raise guard.failed[0]
+            return code
+        except BrokenPipeError:
+            if not _unread():
+                raise
+            return 1
+        except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
+            if os.environ.get("SKILLSD_DEBUG") == "1" or not users_business(e):
+                raise
+            print(f"{ranks.name()}error: {redacted(told(e))}", file=sys.stderr)
+            return 2
+        except (KeyboardInterrupt, SystemExit) as e:
+            if isinstance(e, SystemExit) and not isinstance(e.__context__, KeyboardInterrupt):
+                raise
+            return 128 + guard.signal  # Lightning makes an exit of an interruption
+        finally:
+            gc.unfreeze()
+
+
+def _run(argv: list[str]) -> int:
+    match argv[0]:  # commands without a configuration; what they import is slow (pandas, matplotlib), so late
+        case "config":  # it imports nothing that a file names
+            config(resolve_configs(argv)[1:])
+        case "doctor":
+            doctor(argv[1:])
+        case "show":
+            from skillsd.analysis.show import show
+
+            show(argv[1:])
+        case "view":
+            from skillsd.analysis.view import view
+
+            view(argv[1:])
+        case "report":
+            from skillsd.analysis.report import report
+
+            report(argv[1:], lambda: rows(network=False))
+        case "skills":
+            from skillsd.analysis.skills import skills
+
+            skills(argv[1:])
+        case "study":
+            from skillsd.study import study
+
+            return study(resolve_configs(argv)[1:], packaged)
+        case _:
+            configured(argv)
+    return 0
+
+
+def configured(argv: list[str]) -> None:
+    """fit, validate, export, play: what a configuration describes."""
+    CLI(
+        model_class=L.LightningModule,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=Trainer,
+        seed_everything_default=0,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
+        args=resolve_configs(argv),
+    )
+
+
+def _unread() -> bool:
+    """Whether stdout was closed at its other end (`| head`); then the interpreter's last flush is kept quiet."""
+    poll = select.poll()
+    poll.register(1, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return closed
