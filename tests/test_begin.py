@@ -93,3 +93,14 @@ def test_what_cannot_be_read_is_not_deleted_unasked(tmp_path, name):
             guard_run_folder(tmp_path, "last", False)
         assert names(tmp_path) == ["bank.sqlite", "metrics.csv"]
     assert (tmp_path / name).read_text() == "precious"
+
+
+def test_validations_alone_are_no_run(tmp_path):
+    """They are kept, unless everything is discarded."""
+    (tmp_path / "validations.jsonl").write_text("{}\n")
+    for ckpt_path in (None, "last"):
+        guard_run_folder(tmp_path, ckpt_path, False)
+        assert names(tmp_path) == ["validations.jsonl"]
+    fill(tmp_path, 0)
+    guard_run_folder(tmp_path, None, True)
+    assert names(tmp_path) == []

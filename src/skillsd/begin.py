@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from skillsd.errors import ConfigError
-from skillsd.run_folder import BANK_FILE, CHECKPOINTS, FILES, FOLDERS
+from skillsd.run_folder import BANK_FILE, CHECKPOINTS, FILES, FOLDERS, VALIDATIONS_FILE
 from skillsd.skills.imported import counted, cut_to_imported
 
 
@@ -37,6 +37,8 @@ def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> No
                 found = [p for p in found if p not in bank]
         except ValueError as e:
             raise ConfigError(f"skills: {e}") from e
+    if overwrite:
+        found += [p for p in [folder / VALIDATIONS_FILE] if p.exists()]
     for p in found:
         shutil.rmtree(p) if p.is_dir() else p.unlink()
 

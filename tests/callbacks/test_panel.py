@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from skillsd.callbacks import Panel
-from skillsd.callbacks.panel import read_panel, summarise, write_panel
+from skillsd.callbacks.panel import add_validation, summarise, write_panel
 from skillsd.errors import ConfigError
+from skillsd.run_folder import read_panel, read_results, read_validations
 from skillsd.statistics import bootstrap_mean, paired_difference, wilson_interval
 from skillsd.trajectory import Task, Trajectory, Turn
 
@@ -136,11 +137,11 @@ def test_the_file_is_completed_and_replaced_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space"):
-            write_panel(folder, {"validate": after})
+            write_panel(folder, {"after": before})
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            write_panel(folder, {"validate": after})
+            write_panel(folder, {"after": before})
     assert (folder / "panel.json").read_bytes() == stood
 
     write_panel(folder, {}, drop=("after", "difference"))
@@ -197,14 +198,37 @@ def test_scenarios_come_from_the_data_module(tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[-1] + "\n"  # after how many episodes there are, as a log file shows no bar
     assert line == "panel after: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in want.items()) + "\n"
     told.clear()
-    trainer.state = SimpleNamespace(fn="validate")
+    trainer.state, trainer.ckpt_path = SimpleNamespace(fn="validate"), None
+    settings = {"env_id": "e", "env_kwargs": {"size": 6}, "tasks_file": None, "panel_split": "test", "panel_seeds": [0]}
+    vars(trainer.datamodule).update(settings, panel_temperature=0.0, panel_adapter="student")
     callback.on_validation_start(trainer, None)
     for i, batch in enumerate((episodes[:3], episodes[3:])):
         callback.on_validation_batch_end(trainer, None, None, batch, i)
     callback.on_validation_epoch_end(trainer, SimpleNamespace(log=lambda k, v, **_: told.update({k: v})))
     assert told == {f"panel/{k}": v for k, v in want.items()} | {"panel/pass@1": 0.75}
-    stored = read_panel(tmp_path)
-    assert stored["after"] == stored["validate"] == summarise(episodes, scenarios_of(episodes)) | {"device": "cpu"}
+    result = summarise(episodes, scenarios_of(episodes)) | {"device": "cpu"}
+    (record,) = read_validations(tmp_path)
+    assert read_panel(tmp_path) == {"after": result} and result.items() <= record.items()
+    assert (record["checkpoint"], record["step"], record["settings"]["env_kwargs"]) == (None, 0, {"size": 6})
+
+
+def test_a_validation_is_one_more_record(tmp_path):
+    """It changes neither the run's own results nor an earlier validation; the panel may be another one, and there may be no run."""
+    before, after = summarise(panel(0.0, 0.5)), summarise(panel(1.0, 0.5))
+    write_panel(tmp_path, {"before": before})
+    write_panel(tmp_path, {"after": after})
+    stood = (tmp_path / "panel.json").read_bytes()
+    records = [{"checkpoint": "a.ckpt", "step": 3} | after, {"checkpoint": None, "step": 0} | summarise(panel(1.0, 0.0, 0.0))]
+    for record in records:
+        add_validation(tmp_path, record)
+    assert read_validations(tmp_path) == records and (tmp_path / "panel.json").read_bytes() == stood
+    assert list(read_results(tmp_path)) == ["before", "after", "difference", "validations"]
+    damaged = tmp_path / "validations.jsonl"
+    damaged.write_text(damaged.read_text()[:-20])
+    with pytest.raises(ConfigError, match=r"validations\.jsonl is damaged"):
+        add_validation(tmp_path, records[0])
+    add_validation(tmp_path / "none", records[0])
+    assert read_results(tmp_path / "none") == {"validations": records[:1]}
 
 
 def at(folder: Path, step: int, episodes: list[Trajectory], total: int = 9, stop: bool = False) -> Any:

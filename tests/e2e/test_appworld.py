@@ -13,6 +13,7 @@ import yaml
 
 from skillsd import cli
 from skillsd.data import RolloutData
+from skillsd.run_folder import read_validations
 from skillsd.trajectory import Trajectory
 from skillsd_appworld import places
 
@@ -83,7 +84,7 @@ def test_validate(finished, capsys):
     assert cli.main(["validate", "-c", "appworld", "-c", str(overlay), "--trainer.default_root_dir", str(overlay.parent / "other")]) == 0
     told = capsys.readouterr().out
     assert "task goal completion 0.000" in told and "scenario goal completion 0.000" in told
-    assert json.loads((overlay.parent / "other" / "panel.json").read_text())["validate"]["completion"] > 0
+    assert read_validations(overlay.parent / "other")[0]["completion"] > 0
 
 
 @pytest.mark.parametrize(("policy", "success"), [("oracle", "True"), ("explorer", "False")])

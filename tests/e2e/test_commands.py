@@ -36,6 +36,7 @@ from skillsd.callbacks import board
 from skillsd.module import METRICS
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.load import model_folder
+from skillsd.run_folder import read_validations
 from skillsd.skills import SkillBank
 from skillsd.trajectory import Trajectory
 from skillsd_sokoban.env import SokobanEnv
@@ -427,30 +428,35 @@ def test_an_environment_that_has_no_solver(tmp_path, capsys, hosted, monkeypatch
 
 
 def test_validate(run, tell, tmp_path):
+    files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "validations.jsonl"}
     out = tell("validate", run, "--ckpt_path", "last")
-    assert "validate" in out and panel(run)["validate"]["levels"] == panel(run)["after"]["levels"]
+    (record,) = read_validations(run)
+    assert record["levels"] == panel(run)["after"]["levels"] and record["step"] == len((run / "metrics.csv").read_text().splitlines()) - 1
+    assert "validate 1" in out and "after - before, paired" in out
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "validations.jsonl"} == files
 
     fresh = tmp_path / "fresh"  # without a checkpoint: the agent as it is
     tell("validate", fresh)
-    assert panel(fresh)["validate"]["levels"] == panel(run)["before"]["levels"] and list(panel(fresh)) == ["validate"]
+    assert read_validations(fresh)[-1]["levels"] == panel(run)["before"]["levels"]
+    assert [p.name for p in fresh.iterdir()] == ["validations.jsonl"]  # no run: a fit may begin here
     tell("validate", fresh, "--data.init_args.panel_adapter=null")
-    assert panel(fresh)["validate"]["levels"] == panel(run)["before"]["levels"]  # adapters begin at nothing
+    assert read_validations(fresh)[-1]["levels"] == panel(run)["before"]["levels"]  # adapters begin at nothing
     start = f"--model.init_args.policy.lora.init={run / 'adapter' / 'student'}"
     tell("validate", fresh, start)
-    assert panel(fresh)["validate"]["levels"] == panel(run)["after"]["levels"]
+    assert read_validations(fresh)[-1]["levels"] == panel(run)["after"]["levels"] and len(read_validations(fresh)) == 3
 
 
 def test_sampled_attempts_and_seeds(tell, tmp_path):
     flags = ["--data.init_args.panel_attempts=4", "--data.init_args.panel_temperature=1.0"]
     out = tell("validate", tmp_path / "a", *flags)
-    result = panel(tmp_path / "a")["validate"]
+    (result,) = read_validations(tmp_path / "a")
     assert result["n"] == 16 and set(result["pass_at"]) == {"1", "2", "4"}
     one, two, four = (result["pass_at"][k] for k in "124")
     assert one == pytest.approx(result["success"]) and one <= two <= four
-    assert f"validate: pass@1 {one:.3f}, pass@2 {two:.3f}, pass@4 {four:.3f}" in out
+    assert f"validate 1: pass@1 {one:.3f}, pass@2 {two:.3f}, pass@4 {four:.3f}" in out
 
     tell("validate", tmp_path / "b", "--data.init_args.panel_seeds=[0, 1, 2]", "--data.init_args.panel_temperature=1.0")
-    levels = panel(tmp_path / "b")["validate"]["levels"]
+    levels = read_validations(tmp_path / "b")[-1]["levels"]
     assert [x["seed"] for x in levels] == [s for s in range(3) for _ in range(4)]
     first = [x for x in result["levels"] if x["member"] == 0]
     assert levels[:4] == first  # the same noise, whatever else is played

@@ -11,19 +11,22 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from skillsd.analysis.document import Table
-from skillsd.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_panel
+from skillsd.rollout.guard import visible
+from skillsd.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_results
 from skillsd.skills import SkillBank
 from skillsd.statistics import bootstrap_mean
 
 
-def played(panel: Mapping[str, Any]) -> list[str]:
-    """Which of the panel's rounds it holds: before, after, validate."""
-    return [when for when in ("before", "after", "validate") if when in panel]
+def rounds(panel: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The results that it holds, by name: before and after training, then each validation."""
+    found = {when: panel[when] for when in ("before", "after") if when in panel}
+    return found | {f"validate {i}": record for i, record in enumerate(panel.get("validations", ()), 1)}
 
 
 def title(panel: Mapping[str, Any]) -> str:
     """What `table` shows, in a line; the panel was played at least once."""
-    return f"panel of {panel[played(panel)[0]]['n']} held-out episodes, 95% intervals"
+    sizes = {part["n"] for part in rounds(panel).values()}
+    return f"panel of {' or '.join(map(str, sorted(sizes)))} held-out episodes, 95% intervals"
 
 
 def table(panel: Mapping[str, Any]) -> Table:
@@ -32,18 +35,19 @@ def table(panel: Mapping[str, Any]) -> Table:
     Args:
         panel: What `Run.panel` gives.
     """
-    shown = played(panel)
-    rows: list[tuple[str, ...]] = [(when, *_shares(panel[when])) for when in shown]
-    if "difference" in panel and "validate" not in shown:
-        rows.append(("after - before, paired", *(_points(panel["difference"][k]) for k in ("success", "completion"))))
+    rows: list[tuple[str, ...]] = [(when, *_shares(part)) for when, part in rounds(panel).items()]
+    if "difference" in panel:
+        paired = ("after - before, paired", *(_points(panel["difference"][k]) for k in ("success", "completion")))
+        rows.insert(sum(when in panel for when in ("before", "after")), paired)
     return Table(("", "success", "completion"), rows)
 
 
 def notes(panel: Mapping[str, Any]) -> list[str]:
-    """What else was measured, a line each: pass@k, AppWorld's goal completion, and episodes that failed."""
+    """What else was measured, a line each: what a validation played, pass@k, AppWorld's goal completion, and episodes that failed."""
     told = []
-    for when in played(panel):
-        part = panel[when]
+    for when, part in rounds(panel).items():
+        if "settings" in part:
+            told.append(f"{when}: {_validated(part)}")
         if len(part["pass_at"]) > 1:
             told.append(f"{when}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in part["pass_at"].items()))
         if goals := [k for k in ("task_goal_completion", "scenario_goal_completion") if k in part]:
@@ -56,7 +60,7 @@ def notes(panel: Mapping[str, Any]) -> list[str]:
 
 def print_panel(panel: Mapping[str, Any], console: Console) -> None:
     """Print `table` and `notes`; nothing of a panel that was not played."""
-    if not played(panel):
+    if not rounds(panel):
         return
     made = table(panel)
     out = RichTable(*made.header, title=title(panel))
@@ -70,13 +74,28 @@ def print_panel(panel: Mapping[str, Any], console: Console) -> None:
 def print_report(folder: Path) -> None:
     """Print success and completion before and after with intervals, the bank's size and the paths of a run folder."""
     console = Console()
-    print_panel(read_panel(folder), console)
+    print_panel(read_results(folder), console)
     if (folder / BANK_FILE).is_file():
         with SkillBank(folder / BANK_FILE, read_only=True) as bank:
             console.print(f"skill bank: {len(bank)} skills of {len(bank.tasks())} tasks")
     for name, path in (("adapter", f"{ADAPTER}/student"), ("log", METRICS_FILE), ("trajectories", TRAJECTORIES_FILE)):
         if (folder / path).exists():
             console.print(f"{name}: {folder / path}", soft_wrap=True)
+
+
+def _validated(record: Mapping[str, Any]) -> str:
+    """Which agent a validation has played, and how."""
+    s, checkpoint = record["settings"], record["checkpoint"]
+    if s["adapter"] is None:
+        agent = "the base model"
+    elif checkpoint is None:
+        agent = f"{s['adapter']} as it starts, without a checkpoint"
+    else:
+        agent = f"{s['adapter']} of {checkpoint}" + (f" (step {record['step']})" if record["step"] is not None else "")
+    attempts = f", {s['attempts']} attempts" if s["attempts"] > 1 else ""
+    seeds = f", seeds {', '.join(map(str, s['seeds']))}" if len(s["seeds"]) > 1 else ""
+    how = "greedy" if s["temperature"] == 0 else f"temperature {s['temperature']:g}"
+    return visible(f"{agent}; {record['n']} episodes of {s['split']}, {how}{attempts}{seeds}")
 
 
 def _shares(result: Mapping[str, Any]) -> tuple[str, str]:

@@ -87,7 +87,7 @@ def blocks(run: Run, pictures: Pictures, checks: Sequence[dict[str, str]]) -> li
         checks: Rows of `skillsd doctor`.
     """
     out: list[Block] = [Heading(f"Run {visible(run.folder.resolve().name)}", 1), origin.summary(run), Heading("Panel")]
-    if panel.played(run.panel):
+    if panel.rounds(run.panel):
         out += [f"{panel.title(run.panel).capitalize()}.", panel.table(run.panel), *([told] if (told := panel.notes(run.panel)) else [])]
     else:
         out.append("No panel was played yet.")

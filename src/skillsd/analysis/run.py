@@ -15,7 +15,7 @@ import yaml
 from skillsd.analysis.index import Index
 from skillsd.analysis.metrics import read_metrics
 from skillsd.errors import ConfigError
-from skillsd.run_folder import BANK_FILE, CONFIG_FILE, METRICS_FILE, PANEL_FILE, TRAJECTORIES_FILE, read_panel
+from skillsd.run_folder import BANK_FILE, CONFIG_FILE, METRICS_FILE, PANEL_FILE, TRAJECTORIES_FILE, VALIDATIONS_FILE, read_results
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.skill import FIELDS as TEXTS
 from skillsd.trajectory import COUNTS, FIELDS, Trajectory
@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not any((self.folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE, BANK_FILE)):
+        if not any((self.folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE, BANK_FILE, VALIDATIONS_FILE)):
             raise ConfigError(
                 f"{self.folder} is no run folder (it has no {CONFIG_FILE}, {METRICS_FILE} or {BANK_FILE}): name one that fit has made."
             )
@@ -71,12 +71,15 @@ class Run:
 
     @cached_property
     def panel(self) -> dict[str, Any]:
-        """What panel.json holds: results on the held-out tasks `before` and `after`, with intervals; empty if it is missing."""
-        found = read_panel(self.folder)
-        for when in ("before", "after", "validate"):
-            part = found.get(when, dict.fromkeys(_ROUND))
-            if missing := [name for name in _ROUND if not isinstance(part, dict) or name not in part]:
-                raise ConfigError(f"{self.folder / PANEL_FILE} is damaged ({when} has no {missing[0]}): move it away.")
+        """Results on the held-out tasks, with intervals: `before` and `after` of panel.json, and the list `validations`, what each
+        `skillsd validate` found, if there was one."""
+        found = read_results(self.folder)
+        parts: list[tuple[str, str, Any]] = [(PANEL_FILE, when, found[when]) for when in ("before", "after") if when in found]
+        parts += [(VALIDATIONS_FILE, f"line {i}", x) for i, x in enumerate(found.get("validations", ()), 1)]
+        for name, when, part in parts:
+            needed = (*_ROUND, "checkpoint", "step", "settings") if name == VALIDATIONS_FILE else _ROUND
+            if missing := [key for key in needed if not isinstance(part, dict) or key not in part]:
+                raise ConfigError(f"{self.folder / name} is damaged ({when} has no {missing[0]}): move it away.")
         return found
 
     @cached_property

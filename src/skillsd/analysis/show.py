@@ -72,9 +72,16 @@ def overview(run: Run) -> dict[str, Any]:
         "tasks": int(played["task_id"].nunique()),
         "finish_reasons": {str(reason): int(n) for reason, n in played["finish_reason"].value_counts().items()},
         "metrics": {when: plain(metrics[shown].iloc[at]) for when, at in (("first", 0), ("last", -1))} if len(metrics) else {},
-        "panel": {when: {k: v for k, v in part.items() if k != "levels"} for when, part in run.panel.items() if isinstance(part, dict)},
+        "panel": {when: _without_levels(part) for when, part in run.panel.items()},
         "skills": run.bank_size,
     }
+
+
+def _without_levels(part: Any) -> Any:
+    """A panel's result without its episodes; of a list of results each."""
+    if isinstance(part, list):
+        return [_without_levels(x) for x in part]
+    return {k: v for k, v in part.items() if k != "levels"} if isinstance(part, dict) else part
 
 
 def trajectory(run: Run, number: int) -> dict[str, Any]:

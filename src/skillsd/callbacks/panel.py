@@ -13,9 +13,10 @@ import torch
 from rich.progress import Progress
 
 from skillsd import ranks
+from skillsd.checkpoint import read_checkpoint
 from skillsd.durable import write
 from skillsd.errors import ConfigError
-from skillsd.run_folder import PANEL_FILE, read_panel
+from skillsd.run_folder import PANEL_FILE, VALIDATIONS_FILE, read_panel, read_validations
 from skillsd.statistics import bootstrap_mean, paired_difference, wilson_interval
 from skillsd.trajectory import Trajectory
 
@@ -26,8 +27,8 @@ SHARES = ("success", "completion", "task_goal_completion", "scenario_goal_comple
 class Panel(L.Callback):
     """Plays the data module's held-out tasks before the first and after the last iteration and writes panel.json.
 
-    Lightning's own validation (`skillsd validate`, or `trainer.check_val_every_n_epoch` during a fit) plays the same panel. Of several
-    ranks each plays a share.
+    Lightning's own validation (`skillsd validate`, or `trainer.check_val_every_n_epoch` during a fit) plays the same panel. What `validate`
+    finds is a line of validations.jsonl, beside what the run itself has measured. Of several ranks each plays a share.
 
     Args:
         before: Play it before training (a resumed run reads panel.json instead).
@@ -93,7 +94,7 @@ class Panel(L.Callback):
         if trainer.state.fn == "validate":
             for k, share in self.result["pass_at"].items():
                 pl_module.log(f"panel/pass@{k}", share, batch_size=1, sync_dist=True)
-            write_panel(trainer.default_root_dir, {"validate": self.result})
+            add_validation(trainer.default_root_dir, _what_was_played(trainer) | self.result)
 
     def _same(self, trainer: L.Trainer, result: dict[str, Any]) -> bool:
         rows = trainer.datamodule.val_dataloader().rows  # type: ignore[attr-defined]
@@ -118,6 +119,16 @@ class Panel(L.Callback):
         result = summarise(played, _scenarios(trainer))
         ranks.say(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(result).items()))
         return result
+
+
+def _what_was_played(trainer: L.Trainer) -> dict[str, Any]:
+    """The checkpoint (None: the agent as it starts), its step, and the panel's settings."""
+    d: Any = trainer.datamodule  # type: ignore[attr-defined]
+    checkpoint = trainer.ckpt_path
+    step = read_checkpoint(Path(checkpoint))["global_step"] if checkpoint and Path(checkpoint).is_file() else None
+    settings = {"env": d.env_id, "env_kwargs": d.env_kwargs, "tasks_file": d.tasks_file, "split": d.panel_split}
+    played = {"attempts": d.panel_attempts, "seeds": d.panel_seeds, "temperature": d.panel_temperature, "adapter": d.panel_adapter}
+    return {"checkpoint": None if checkpoint is None else str(checkpoint), "step": step if checkpoint else 0, "settings": settings | played}
 
 
 def _device_name(trainer: L.Trainer) -> str:
@@ -221,3 +232,14 @@ def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = 
     if "before" in content and "after" in content:
         content["difference"] = {k: list(paired_difference(content["before"], content["after"], k)) for k in ("success", "completion")}
     write(path, json.dumps(content, indent=1).encode())
+
+
+def add_validation(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Add a line to validations.jsonl. Of several ranks rank 0 writes.
+
+    Raises:
+        ConfigError: The file is damaged; it stays as it is.
+    """
+    if ranks.leads():
+        lines = [json.dumps(x) + "\n" for x in (*read_validations(folder), record)]
+        write(Path(folder) / VALIDATIONS_FILE, "".join(lines).encode())

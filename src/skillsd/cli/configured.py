@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from skillsd import ranks
@@ -137,6 +138,8 @@ class CLI(LightningCLI):
         trainer: Any = self.trainer
         if trainer.limit_val_batches == 0:  # meant for fit, where a callback plays the panel
             trainer.limit_val_batches = 1.0
+        # The run's own TensorBoard record is training's: a validation would stand in it once more at step 0.
+        trainer.loggers = [x for x in trainer.loggers if not isinstance(x, TensorBoardLogger)]
         self._remember()
 
     def _remember(self) -> None:

@@ -111,7 +111,7 @@ def _costs(run: Run) -> dict[str, str]:
 
 
 def _panel(run: Run) -> dict[str, Any] | None:
-    if not panel.played(run.panel):
+    if not panel.rounds(run.panel):
         return None
     return {"title": panel.title(run.panel), "table": panel.table(run.panel), "notes": panel.notes(run.panel)}
 

@@ -16,9 +16,12 @@ from skillsd.analysis.run import Run
 from skillsd.analysis.score import Scorer
 from skillsd.checkpoint import newest_good
 from skillsd.errors import ConfigError
-from skillsd.run_folder import CHECKPOINTS, FILES
+from skillsd.run_folder import CHECKPOINTS, FILES, VALIDATIONS_FILE
 
 T = TypeVar("T")
+
+WATCHED = (*FILES, VALIDATIONS_FILE)
+"""Files whose change is a change of the run."""
 
 
 class Opened:
@@ -42,7 +45,7 @@ class Opened:
     def update(self) -> str:
         """Forget what was read of files that have changed; the new stamp. Raises ConfigError if there are none any more."""
         stamps = []
-        for name in FILES:
+        for name in WATCHED:
             if name.endswith("-shm"):  # readers write into it
                 continue
             try:
@@ -60,7 +63,7 @@ class Opened:
 
     def written(self) -> str:
         """When a file was written last, in local time."""
-        times = [path.stat().st_mtime for name in FILES if not name.endswith("-shm") and (path := self.run.folder / name).exists()]
+        times = [path.stat().st_mtime for name in WATCHED if not name.endswith("-shm") and (path := self.run.folder / name).exists()]
         return f"{datetime.fromtimestamp(max(times)):%Y-%m-%d %H:%M:%S}" if times else ""
 
     def once(self, key: Any, make: Callable[[], T], version: Any = None) -> T:
