@@ -152,7 +152,7 @@ def test_a_malicious_checkpoint(run, tmp_path):
     for command, given in (("fit", plain), ("fit", zipped), ("fit", "last"), ("validate", "last"), ("export", zipped), ("play", "last")):
         more = ["--out=out"] if command == "export" else []
         line = run.refuses(f"--ckpt_path={given}", *more, command=command)
-        assert "ckpt_path" in line and ("not a checkpoint of skillsd" in line or "is no checkpoint" in line), (command, given, line)
+        assert "ckpt_path" in line and str(given) in line, (command, given, line)
     assert not mark.exists()
 
 

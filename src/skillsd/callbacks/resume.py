@@ -15,7 +15,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from skillsd import ranks
-from skillsd.checkpoint import LAST, PREVIOUS, newest_good, read_checkpoint
+from skillsd.checkpoint import LAST, PREVIOUS, newest_good, plain, read_checkpoint, step_of
 from skillsd.durable import seal, write
 from skillsd.run_folder import CHECKPOINTS
 
@@ -112,11 +112,12 @@ class CheckpointFiles(TorchCheckpointIO):
         self.unwritten: tuple[Path, memoryview] | None = None
         self.writing = threading.RLock()
         self.good: set[Path] = set()  # written or read here: a damaged one does not replace the one before it
+        self.begun_at: int | None = None  # the iteration of what was read, until something is written
 
     def hold(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Keep a checkpoint in memory, for `flush`."""
+        """Keep a checkpoint in memory, for `flush`. Raises ConfigError for one that could not be read back."""
         buffer = BytesIO()
-        torch.save(checkpoint, buffer)
+        torch.save(plain(checkpoint), buffer)
         data = seal(buffer)
         with self.writing:
             self.unwritten = path, data
@@ -126,9 +127,18 @@ class CheckpointFiles(TorchCheckpointIO):
         with self.writing:
             if self.unwritten is not None:
                 path, data = self.unwritten
+                self._set_aside(path)
                 write(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST and path in self.good else None)
                 self.unwritten = None
                 self.good.add(path)
+
+    def _set_aside(self, path: Path) -> None:
+        """A run that goes on from an older checkpoint by name leaves the newer ones behind: they are not what `last` is to find."""
+        if self.begun_at is not None:
+            for other in path.parent.glob("*.ckpt"):
+                if other != path and (step_of(other) or 0) > self.begun_at:
+                    other.replace(other.with_name(f"{other.name}.abandoned"))
+        self.begun_at = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.hold(checkpoint, Path(path))
@@ -137,4 +147,5 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         checkpoint = read_checkpoint(Path(path), map_location)
         self.good.add(Path(path))
+        self.begun_at = int(checkpoint["global_step"])
         return checkpoint
