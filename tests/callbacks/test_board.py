@@ -7,6 +7,8 @@ from html import unescape
 
 import numpy as np
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from skillsd.callbacks import board
@@ -98,3 +100,34 @@ def test_hyperparameters_are_columns():
         "data.on": "true",
         "data.empty": "[]",
     }
+
+
+def test_a_resumed_run_has_no_step_twice(tmp_path):
+    """Scalars, histograms, images and texts that were written after the checkpoint are taken back; what is damaged is left alone."""
+
+    def begin(steps: range, cut: int | None = None) -> None:
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        w = logger.experiment
+        if cut is not None:
+            board.cut_back(logger, cut)
+        for i in steps:
+            logger.log_metrics({"loss": float(100 * len(steps) + i)}, i)
+            w.add_histogram("h", np.arange(3.0), i)
+            w.add_image("p", np.zeros((2, 2, 3), np.uint8), i, dataformats="HWC")
+            w.add_text("t", str(i), i)
+        w.close()
+
+    begin(range(5))
+    (first,) = tmp_path.glob("events*")
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-3])  # as a kill leaves it
+    other = tmp_path / "events.out.tfevents.0.other"
+    other.write_bytes(bytes(range(64, 190)))
+    begin(range(3, 7), cut=3)
+    assert other.read_bytes() == bytes(range(64, 190))
+    other.unlink()
+    events = EventAccumulator(str(tmp_path), dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(7))
+    assert [e.value for e in events.Scalars("loss")] == [500.0, 501.0, 502.0, 403.0, 404.0, 405.0, 406.0]
+    assert [e.step for e in events.Histograms("h")] == [e.step for e in events.Images("p")] == list(range(7))
+    assert [e.step for e in events.Tensors("t/text_summary")] == list(range(7))

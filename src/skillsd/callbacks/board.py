@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from heapq import nsmallest
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+from google.protobuf.message import DecodeError
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skillsd.durable import write
 from skillsd.keys import leaves
 from skillsd.rollout.guard import visible
 from skillsd.skills import Skill, SkillBank
@@ -31,12 +35,17 @@ NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "c
 
 def shown(trainer: L.Trainer) -> bool:
     """Whether the run has a TensorBoard logger."""
-    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    return bool(loggers(trainer))
+
+
+def loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    """The run's TensorBoard loggers."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def writers(trainer: L.Trainer) -> list[Any]:
     """The SummaryWriter of each TensorBoard logger."""
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [logger.experiment for logger in loggers(trainer)]
 
 
 def episode(t: Trajectory) -> str:
@@ -113,6 +122,28 @@ def session_start(writer: Any, config: Mapping[str, Any]) -> None:
     """Say what a run is made with. No list of columns is written: of several runs' TensorBoard takes one, and the others' are not shown."""
     _, start, _ = _summaries(hyperparameters(config))
     writer._get_file_writer().add_summary(start)
+
+
+def cut_back(logger: TensorBoardLogger, step: int) -> None:
+    """Take what earlier processes wrote for this step and later ones out of their event files: a resumed run writes it again.
+
+    SummaryWriter's `purge_step` would leave texts: TensorBoard does not purge them. A file that is damaged stays as it is.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event  # late: TensorBoard is slow to import
+
+    own = Path(logger.experiment._get_file_writer().event_writer._file_name).name
+    for path in Path(logger.log_dir).glob("events.out.tfevents.*"):
+        data, kept, at = path.read_bytes(), [], 0
+        with suppress(DecodeError):
+            while path.name != own and at + 12 <= len(data):
+                end = at + 16 + int.from_bytes(data[at : at + 8], "little")  # a record: length, its CRC, an event, its CRC
+                if end > len(data):
+                    break
+                if Event.FromString(data[at + 12 : end - 4]).step < step:
+                    kept.append(data[at:end])
+                at = end
+            if sum(map(len, kept)) < at:
+                write(path, b"".join(kept))
 
 
 def session_end(writer: Any) -> None:

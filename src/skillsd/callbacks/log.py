@@ -35,9 +35,9 @@ COLUMNS = ("iteration", "epoch", *METRICS)
 class RunLog(L.Callback):
     """Appends a line an iteration to metrics.csv and a line a trajectory to trajectories.jsonl.
 
-    A checkpoint holds the length and the CRC-32 of both files; a resumed run cuts them back to it, so that nothing stands twice. One that
-    was moved away begins anew. TensorBoard gets an episode and the bank's skills at each epoch's start, histograms of tokens, and the
-    hyper-parameters. Of several ranks rank 0 writes.
+    A checkpoint holds the length and the CRC-32 of both files; a resumed run cuts them back to it, and TensorBoard's as well, so that
+    nothing stands twice. One that was moved away begins anew. TensorBoard gets an episode and the bank's skills at each epoch's start,
+    histograms of tokens, and the hyper-parameters. Of several ranks rank 0 writes.
 
     Args:
         trajectories: Write trajectories.jsonl.
@@ -50,6 +50,7 @@ class RunLog(L.Callback):
             raise ConfigError(f"RunLog.histogram_every is {histogram_every}: give 0 (never) or a number of iterations.")
         self.trajectories, self.histogram_every = trajectories, histogram_every
         self.draws = True  # until the environment fails to
+        self.trains = False  # a finished run that is run again does not
         self.seen: dict[str, tuple[int, int]] = {}  # length and CRC-32 of each file
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -58,6 +59,7 @@ class RunLog(L.Callback):
             raise ConfigError("callbacks: SkillBankCallback comes after RunLog, which writes its numbers: give it before.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.trains = False
         if not ranks.leads():
             return
         folder = Path(trainer.default_root_dir)
@@ -77,7 +79,14 @@ class RunLog(L.Callback):
                 board.session_start(writer, config)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        due = self.histogram_every and batch[0].trajectories[0].iteration % self.histogram_every == 0
+        iteration = batch[0].trajectories[0].iteration
+        if not self.trains and iteration:
+            folder = Path(trainer.default_root_dir).resolve()
+            for logger in board.loggers(trainer) if ranks.leads() else ():
+                if folder in Path(logger.log_dir).resolve().parents:  # elsewhere other runs may have written
+                    board.cut_back(logger, iteration)
+        self.trains = True
+        due = self.histogram_every and iteration % self.histogram_every == 0
         pl_module.keep_tokens = bool(due and board.shown(trainer))  # type: ignore[assignment]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -108,7 +117,7 @@ class RunLog(L.Callback):
                 self._show(trainer, writer, groups[0].trajectories[0])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not ranks.leads():
+        if not ranks.leads() or not self.trains:
             return
         panel: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Panel"), None)  # type: ignore[attr-defined]
         final = {f"final/{k}": panel.result[k] for k in ("success", "completion")} if panel is not None and panel.result else {}
