@@ -135,6 +135,7 @@ def _run(argv: list[str]) -> int:
 def configured(argv: list[str]) -> None:
     """fit, validate, export, play: what a configuration describes."""
     CLI(
+        asked=next((a for a in argv if a in CLI.subcommands()), ""),
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
         subclass_mode_model=True,

@@ -39,7 +39,21 @@ TYPES = {
 
 
 class CLI(LightningCLI):
-    """`skillsd SUBCOMMAND -c conf/x.yaml [-c overlay.yaml ...] [--key=value ...]`."""
+    """`skillsd SUBCOMMAND -c conf/x.yaml [-c overlay.yaml ...] [--key=value ...]`.
+
+    Args:
+        asked: The subcommand. Only its arguments are made: those of the other subcommands take longer than to read a configuration.
+        **kwargs: As for LightningCLI.
+    """
+
+    def __init__(self, asked: str, **kwargs: Any) -> None:
+        self.asked = asked
+        super().__init__(**kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != self.asked:
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
