@@ -134,6 +134,16 @@ BAD: dict[str, tuple[list[str], str]] = {
     "skill template": (["--skills.template={nosuch}"], r"skills\.template: use only success_analysis, mistake_analysis, golden_workflow"),
     "transcript template": (["--skills.transcript_template={plan}"], r"skills\.transcript_template: use only transcript, actions"),
     "unknown context": (["--skills.context=skillsd.skills.NoSuch"], r"skills\.context: .*NoSuch"),
+    "a summariser's server that is not there": (
+        ["--skills.summariser=skillsd.skills.OpenAISummariser", "--skills.summariser.model=m",
+         "--skills.summariser.base_url=http://127.0.0.1:9/v1", "--trainer.fast_dev_run=1"],
+        r"skills\.summariser: .*http://127\.0\.0\.1:9/v1.*refused",
+    ),
+    "a summariser's address that is none": (
+        ["--skills.summariser=skillsd.skills.OpenAISummariser", "--skills.summariser.model=m",
+         "--skills.summariser.base_url=127.0.0.1:9/v1"],
+        r"skills\.summariser.*: base_url is '127",
+    ),
     "unknown key of the bank": (["--skills.nosuch=1"], r"--skills\.nosuch"),
     "unknown way to drop": (["--skills.drop=x"], r"skills\.drop: .*'worst', 'oldest'"),
     "a bank without room": (["--skills.capacity=0"], r"skills: .*capacity"),

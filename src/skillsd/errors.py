@@ -7,6 +7,7 @@ import errno
 import os
 import re
 from argparse import ArgumentError, ArgumentParser
+from collections.abc import Iterator
 from pickle import UnpicklingError
 from typing import NoReturn
 
@@ -50,6 +51,30 @@ def told(e: Exception) -> str:
         fix = "check the disk" if e.errno == errno.EIO else "make room"
         return f"{e.strerror}: {e.filename or 'the run folder'}: {fix}, or name another trainer.default_root_dir."
     return one_line(str(e)) if isinstance(e, ArgumentError) else " ".join(str(e).split())
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, from the last to the first, as a traceback shows them: at most 8."""
+    at: BaseException | None = error
+    seen: list[int] = []
+    while at is not None and id(at) not in seen and len(seen) < 8:
+        seen.append(id(at))
+        yield at
+        inner = at.exceptions[0] if isinstance(at, BaseExceptionGroup) else None
+        at = inner or at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+
+
+def causes(error: BaseException) -> str:
+    """All of `chain` in one line without secrets: `APIConnectionError: Connection error. <- ConnectError: refused`."""
+    said: list[str] = []
+    for e in chain(error):
+        try:
+            text = " ".join(str(e).split())
+        except Exception:  # an error that cannot even say what it is
+            text = ""
+        if not said or not text or text not in said[-1]:
+            said.append(f"{type(e).__name__}: {text}" if text else type(e).__name__)
+    return redacted(" <- ".join(said))
 
 
 def one_line(message: str, under: str = "") -> str:
@@ -96,6 +121,22 @@ def hold_secret(name: str, value: str) -> None:
     """Note the value of the environment variable `name`, whatever it is called, as one that `redacted` takes out. Short ones are words."""
     if len(value) >= 6:
         _held[value] = name
+
+
+def read_key(variable: str, key: str) -> str:
+    """An API key from an environment variable, noted as a secret; "" if there is none.
+
+    Raises:
+        ConfigError: no HTTP header carries it. `key` is the configuration's key that names the variable.
+    """
+    value = os.environ.get(variable, "")
+    hold_secret(variable, value.strip())
+    if not re.fullmatch(r"[!-~]*", value):
+        raise ConfigError(
+            f"{key}: the environment variable {variable} holds a blank, a line break or a character that is not ASCII, which no HTTP "
+            "header carries: set it to the API key alone."
+        )
+    return value
 
 
 def secrets() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,3 +342,37 @@ def test_a_summariser_is_closed_by_a_fit_alone(groups, tmp_path):
     callback.on_fit_start(at(0, tmp_path), None)  # type: ignore[arg-type]
     callback.teardown(at(0), None, "fit")  # type: ignore[arg-type]
     assert queue.closed
+
+
+def test_a_summariser_is_tried_before_a_run_that_uses_it():
+    class Tried(Queue):
+        tries = 0
+
+        def check_ready(self) -> None:
+            self.tries += 1
+            raise RuntimeError("nobody is there")
+
+    for context, tries in ((BankContext(), 1), (NoContext(), 0)):
+        summariser = Tried()
+        callback = SkillBankCallback(summariser, context)
+        with pytest.raises(ConfigError, match=r"skills\.summariser: .*nobody is there") if tries else nullcontext():
+            callback.setup(at(0), None, "fit")  # type: ignore[arg-type]
+        callback.setup(at(0), None, "validate")  # type: ignore[arg-type]
+        assert summariser.tries == tries
+    SkillBankCallback(Queue()).check_summariser()  # one that has no such method
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_end_says_that_nothing_was_ever_summarised(groups, caplog, fails):
+    class Failing(Queue):
+        def summarise(self, trajectories: Any) -> Any:
+            if fails:
+                raise RuntimeError("the reason")
+            return super().summarise(trajectories)
+
+    callback = SkillBankCallback(Failing(), BankContext())
+    callback.bank = SkillBank()
+    end(callback, groups(1), last=True)
+    caplog.clear()
+    callback.on_train_end(at(1), None)  # type: ignore[arg-type]
+    assert [("the reason" in m, str(callback.failed) in m) for m in caplog.messages] == [(True, True)] * fails

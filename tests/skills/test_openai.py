@@ -10,9 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from skillsd.errors import ConfigError
 from skillsd.skills import OpenAISummariser, Summariser
 from skillsd.skills.summarisers import SYSTEM_PROMPT, USER_PROMPT
-from skillsd.skills.summarisers.openai import _retry_after_s
+from skillsd.skills.summarisers.endpoint import _retry_after_s
 
 pytest.importorskip("openai")
 
@@ -22,6 +23,8 @@ CONTENTS = {
     "empty": None,
     "fence": f"```json\n{ANSWER}\n```",
     "prose": f"The agent printed {{title, artist}} and then f'{{x}}'.\n\n{ANSWER}",
+    "parts": [{"type": "thinking", "thinking": "{}"}, {"type": "text", "text": ANSWER[:9]}, {"type": "text", "text": ANSWER[9:]}],
+    "thoughts": f"<think>A draft: {ANSWER}</think>\n<think>Another: {ANSWER}</think>{ANSWER}",
     "both": f"Here it is:\n```json\n{ANSWER}\n```\nI hope that {{it}} helps.",
 }
 """What the server's model says at a step; at others it says ANSWER."""
@@ -57,12 +60,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions" and body["model"] == "m" and self.headers["Accept-Encoding"] == "identity"
+        if self.path != "/v1/chat/completions":
+            self.send_error(404)
+            return
+        assert body["model"] == "m" and self.headers["Accept-Encoding"] == "identity"
         step, status, kind = self.server.step(body), 200, "application/json"
         step, retry_after = step if isinstance(step, tuple) else (step, None)
         message = {"role": "assistant", "content": CONTENTS.get(step, ANSWER)}
+        if step == "reasoning":
+            message |= {"content": None, "reasoning_content": "Let me see."}
         data = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+        if step == "cut":
+            data["choices"][0] = {"finish_reason": "length", "message": {"content": ANSWER[:-9]}}
+        elif step == "no choices":
+            data["choices"] = []
         payload = json.dumps(data).encode()
         if isinstance(step, int):
             status, payload = step, json.dumps({"error": {"message": self.server.refusal}}).encode()
@@ -73,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
             payload, kind = b"<html>garbage</html>", "text/html"
         elif step == "broken":
             payload = b'{"choices": ['
+        elif step == "stream":
+            payload, kind = b'data: {"choices": []}\n\ndata: [DONE]\n\n', "text/event-stream"
         elif step == "packed":
             payload = gzip.compress(payload)
         elif step in ("full", "over"):  # 1 MiB, and a byte more
@@ -166,7 +180,7 @@ def test_success_in_order(make, group):
     assert [(skill.task_id, skill.source_member) for skill in skills] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 
 
-@pytest.mark.parametrize("bad", [500, 429, 408, 409, "chat", "empty", "html", "broken", "packed"])
+@pytest.mark.parametrize("bad", [500, 429, 408, 409, "chat", "empty", "html", "broken", "packed", "reasoning", "no choices", "cut"])
 def test_tries_again_then_counts_and_says_why(make, group, server, caplog, bad):
     server.plan = {"once": [bad, "good"], "ever": [bad]}
     summariser = make()
@@ -204,8 +218,8 @@ def test_as_many_requests_at_a_time_as_workers_which_end_on_close(make, group, s
     assert eventually(lambda: not workers()) and server.hung_up.wait(5)
 
 
-@pytest.mark.parametrize("step", ["fence", "prose", "both"])
-def test_the_object_may_stand_in_a_fence_or_after_prose(make, group, server, step):
+@pytest.mark.parametrize("step", ["fence", "prose", "both", "parts", "thoughts"])
+def test_the_object_may_stand_in_a_fence_or_after_prose_or_thoughts_or_in_parts(make, group, server, step):
     server.plan = {"a": [step]}
     (skill,) = make(retries=0).summarise(group("a"))
     assert skill.texts == ("s", "m", "w")
@@ -259,7 +273,7 @@ def test_a_wrong_key_is_not_tried_again(make, group, server):
     server.plan, server.refusal = {"a": [401]}, "x" * 600
     summariser = make()
     assert summariser.summarise(group("a")) == [None] and server.tries == {"a": 1} and "401" in summariser.last_error
-    assert len(summariser.last_error) == 500  # a server may say more than a log should hold
+    assert len(summariser.last_error) < 500  # a server may say more than a log should hold
 
 
 def test_time_limit_and_whole_iterations(make, group, server):
@@ -292,7 +306,7 @@ def test_own_waits_do_not_move_the_limit_and_who_is_given_up_is_replaced(make, g
     server.plan = {"a": [500, "drip"]}
     summariser = make(timeout_s=0.3, retries=1, backoff_s=0.1, max_workers=1)
     summariser.limit_s = 0.45
-    assert summariser.summarise(group("a")) == [None] and summariser.last_error == "given up after 0 s"
+    assert summariser.summarise(group("a")) == [None] and "given up" in summariser.last_error
     assert len(workers()) == 2
     server.stop.set()
     assert eventually(lambda: len(workers()) == 1)
@@ -313,6 +327,106 @@ def test_no_server_is_a_failure_not_an_error(group):
     summariser = OpenAISummariser("m", "http://127.0.0.1:9/v1", retries=1, backoff_s=0.0)
     assert summariser.summarise(group("a")) == [None]
     summariser.close()
+
+
+def test_what_cannot_pass_is_asked_once(make, group, server):
+    server.plan = {"a": ["stream"], "b": [404]}
+    summariser = make()
+    assert summariser.summarise(group("a", "b")) == [None, None] and server.tries == {"a": 1, "b": 1}
+    summariser = make(request={"temperatur": 1})  # no argument of the client's
+    assert summariser.summarise(group("a")) == [None] and server.tries["a"] == 1
+    assert "TypeError" in summariser.last_error and "temperatur" in summariser.last_error
+
+
+def test_a_cut_answer_is_named_with_the_key_that_raises_the_limit(make, group, server):
+    server.plan = {"a": ["cut"]}
+    for request, key in (({}, "request.max_tokens"), ({"max_completion_tokens": 7}, "request.max_completion_tokens (it is 7)")):
+        summariser = make(request=request, retries=0)
+        assert summariser.summarise(group("a")) == [None] and key in summariser.last_error
+
+
+# -- the request before a run -------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_answers_is_asked_once_and_briefly(make, server):
+    make(request={"max_tokens": 9}).check_ready()
+    (body,) = server.bodies
+    assert body["max_tokens"] == 9 and len(str(body)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("step", "says", "tries"),
+    [
+        (401, "status 401", 1), (404, "status 404", 1), (429, "status 429", 3), (500, "status 500", 3), ("html", "<html>garbage</html>", 1),
+        ("stream", "event stream", 1), ("no choices", "choices", 1), ("empty", "no text", 1), ("reasoning", "11 characters", 1),
+        ("broken", "no JSON", 1), ("packed", "compressed", 1), ("over", "bytes", 1), ("hang", "timeout_s", 1),
+    ],
+)  # fmt: skip
+def test_a_server_that_does_not_is_refused_with_the_reason(make, server, step, says, tries):
+    server.plan = {"": [step]}
+    with pytest.raises(ConfigError, match=r"skills\.summariser") as refused:
+        make(timeout_s=0.5).check_ready()
+    assert says in str(refused.value) and server.tries == {"": tries}
+    assert "\n" not in str(refused.value) and f"127.0.0.1:{server.server_port}" in str(refused.value)
+
+
+def test_a_server_that_drips_is_refused_in_the_time_of_a_try(make, server):
+    server.plan = {"": ["drip"]}
+    with pytest.raises(ConfigError, match="given up"):
+        make(timeout_s=0.3, backoff_s=0.0).check_ready()
+
+
+def test_the_reason_holds_no_key(make, server, monkeypatch):
+    key = "sk-planted-Zq83hTnv0LxWm5RbYd2KcJ7u"
+    monkeypatch.setenv("A_KEY", key)
+    server.plan, server.refusal = {"": [401]}, "x" * 260 + f"no such key: {key}"  # the excerpt ends within it
+    with pytest.raises(ConfigError, match="status 401") as refused:
+        make(api_key_env="A_KEY").check_ready()
+    assert not any(key[at : at + 8] in str(refused.value) for at in range(len(key) - 7))
+
+
+def test_a_wrong_address_is_refused_at_once_with_every_cause(make, server):
+    port = server.server_port
+    for url, says in (
+        ("http://127.0.0.1:9/v1", "Connection error.*ConnectError.*[Rr]efused"),
+        (f"https://127.0.0.1:{port}/v1", "Connection error.*ConnectError.*SSL"),
+        (f"http://127.0.0.1:{port}", "status 404.*/v1"),
+    ):
+        summariser = OpenAISummariser("m", url, backoff_s=60.0)
+        with pytest.raises(ConfigError, match=says):
+            summariser.check_ready()
+        summariser.close()
+
+
+def test_no_proxy_stands_before_a_loopback_address(make, server, monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    make().check_ready()
+    assert server.tries == {"": 1}
+
+
+@pytest.mark.parametrize("key", ["sk-planted-key\n", " sk-planted-key", "sk planted-key", "sk-plänted-key"])
+def test_a_key_that_no_header_carries_is_refused(monkeypatch, key):
+    monkeypatch.setenv("A_KEY", key)
+    with pytest.raises(ConfigError, match="A_KEY") as refused:
+        OpenAISummariser("m", "http://127.0.0.1:9/v1", "A_KEY")
+    assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000/v1", "localhost/v1", "http:/x", "ftp://x/v1", "http://h:99999/v1", "http://[::1", "http://h /v1"]
+)
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(ValueError, match="base_url"):
+        OpenAISummariser("m", url)
+
+
+@pytest.mark.parametrize("request_", [{"stream": True}, {"model": "x"}, {"messages": []}])
+def test_arguments_that_are_not_the_users_are_refused(request_):
+    with pytest.raises(ValueError, match="request"):
+        OpenAISummariser("m", "http://127.0.0.1:9/v1", request=request_)
 
 
 def test_defaults():

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from skillsd.skills import SKILL_TEMPLATE, Skill
+from skillsd.skills import FIELDS, SKILL_TEMPLATE, Skill
+from skillsd.skills.skill import without_thoughts
 
 GOOD = {"success_analysis": "go", "mistake_analysis": "no {x}", "golden_workflow": "a, b"}
 TEXT = json.dumps(GOOD)
@@ -89,3 +90,29 @@ def test_of_takes_the_source(make_trajectory):
     skill = Skill("a", "b", "c").of(make_trajectory("t9", member=2, completion=0.5, iteration=4))
     assert (skill.task_id, skill.source_member, skill.source_iteration) == ("t9", 2, 4)
     assert skill.source_reward == skill.source_completion == skill.mean_reward == 0.5
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "<think>{draft}</think>{answer}", "<think>{draft}</think> And <THINKING>{draft}</THINKING>\n{answer}", 
+        "{draft}\n</think>\n{answer}",
+        "{answer}<think>{draft}", "<think></think>```json\n{answer}\n```",
+    ],
+)  # fmt: skip
+def test_drafts_among_thoughts_are_no_answer(wrapped):
+    texts = dict(zip(FIELDS, ("Write <think>a plan</think> first.", "b", "c"), strict=True))
+    draft, answer = json.dumps(dict.fromkeys(FIELDS, "draft")), json.dumps(texts)
+    assert Skill.parse(wrapped.format(draft=draft, answer=answer)).texts == tuple(texts.values())
+
+
+def test_thoughts_without_an_end_hold_no_answer():
+    with pytest.raises(ValueError, match="found 0"):
+        Skill.parse("<think>" + json.dumps(dict.fromkeys(FIELDS, "draft")))
+
+
+def test_plain_answers_lose_the_thoughts_in_front_alone():
+    quoting = "Write <think>a plan</think> first."
+    for text in (quoting, f"<think>x</think>\n<think>y</think>{quoting}", f"x</think>{quoting}"):
+        assert without_thoughts(text).strip() == quoting
+    assert without_thoughts("<think>x") == ""

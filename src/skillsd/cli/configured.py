@@ -143,6 +143,9 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, SkillBankCallback):
+                callback.check_summariser()
         trainer.skillsd_config = self.config["fit"].as_dict()
         gc.collect()
         gc.freeze()  # modules and configuration stay: garbage collections in the rollout's loops need not walk over them

@@ -12,7 +12,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-from skillsd.errors import redacted
+from skillsd.errors import causes, redacted
 from skillsd.rollout.guard import visible
 
 CONNECT_S = 5.0
@@ -86,7 +86,7 @@ class Line:
         except (OSError, http.client.HTTPException, ValueError) as e:
             if self.overdue or isinstance(e, TimeoutError):
                 raise Lost(f"no answer in {self.seconds if self.overdue else CONNECT_S:g} s") from e
-            raise Lost(_line(f"{type(e).__name__}: {e}" if str(e) else type(e).__name__)) from e
+            raise Lost(in_one_line(causes(e))) from e
         finally:
             self._socket = None
 
@@ -129,7 +129,7 @@ class Line:
                     raise Lost("its answer was cut short")
                 text = b"".join(parts)
                 if response.status != 200:
-                    raise Lost(_line(f"status {response.status}: {text[: 4 * _SAID].decode(errors='replace')}"), response.status)
+                    raise Lost(in_one_line(f"status {response.status}: {text[: 4 * _SAID].decode(errors='replace')}"), response.status)
                 return text
         finally:
             connection.close()
@@ -141,6 +141,6 @@ class Line:
         return left
 
 
-def _line(text: str) -> str:
+def in_one_line(text: str) -> str:
     """What a server said, fit for a log: one line, without keys and control characters."""
     return visible(redacted(" ".join(text.split())))[:_SAID]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skillsd.rollout.engine import Completion, Request
-from skillsd.rollout.line import Line, Lost
+from skillsd.rollout.line import Line, Lost, in_one_line
 from skillsd.rollout.vllm_noise import LEAST
 
 SHORT = 1 << 20
@@ -54,12 +54,13 @@ class VllmApi:
         One whose folder is gone, left behind by a run that was killed or while the server was lost, is not to be used: vLLM reads it again
         when others have displaced it, and its engine dies of what it does not find.
         """
+        text = line.ask("/v1/models", SHORT)
         try:
-            cards = json.loads(line.ask("/v1/models", SHORT))["data"]
+            cards = json.loads(text)["data"]
             base = next(c for c in cards if not c.get("parent"))
             return str(base["id"]), int(base["max_model_len"]), {str(c["id"]): Path(c.get("root") or "") for c in cards if c.get("parent")}
         except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError) as e:
-            raise Lost("what it says at /v1/models is no list of models") from e
+            raise Lost(in_one_line(f"what it says at /v1/models is no list of models: {text[:1000].decode(errors='replace')}")) from e
 
     def load(self, line: Line, name: str, folder: Path) -> None:
         """An adapter. Raises Lost."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 from weakref import WeakSet
 
 from skillsd import ranks
-from skillsd.errors import ConfigError, hold_secret
+from skillsd.errors import ConfigError, read_key
 from skillsd.policy import Policy
 from skillsd.rollout.cache import Room
 from skillsd.rollout.engine import Completion, Request, Session
@@ -94,11 +93,9 @@ class VllmServers:
     ) -> None:  # fmt: skip
         if not policy.has_adapters:
             raise ConfigError("rollout.engine is servers, which act with adapters only: set it to default.")
-        self.key = os.environ.get(key_env, "") if key_env else ""
+        self.key = read_key(key_env, "rollout.servers_key_env") if key_env else ""
         if key_env and not self.key:
             raise ConfigError(f"rollout.servers_key_env: the environment variable {key_env} is not set: set it to the servers' API key.")
-        if key_env:
-            hold_secret(key_env, self.key)
         self.policy, self.seconds = policy, seconds
         self.api = VllmApi(int(policy.base.config.get_text_config().vocab_size), policy.stop_ids)
         self.room: Room | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sqlite3
 import time
@@ -22,6 +23,7 @@ from skillsd.skills.summarisers import BaseSummariser, CheckedSummariser, Finish
 from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
+log = logging.getLogger(__name__)
 TRANSCRIPT_TEMPLATE = """\
 # An earlier attempt at this task, which succeeded
 {transcript}
@@ -81,12 +83,28 @@ class SkillBankCallback(L.Callback):
                 raise ConfigError(f"skills.{key}: use only {', '.join(fields)} in braces ({e!r} is none of them).") from e
         self.prompts: dict[str, int] = {}
         self.failed = 0
+        self.made = 0  # summaries that gave a skill since this start of the run
         self.summary_s = 0.0  # seconds that training waited for summaries in this iteration
         self._hindsight: list[Finished] | None = None  # of the iteration under way, made before its update
         self.bank: SkillBank | None = None
         self.together: Callable[[], AbstractContextManager[None]] = nullcontext
         self._state: dict[str, Any] | None = None
+        self._checked = False
         self._fits = False  # or does something else, which leaves the summariser open
+
+    def check_summariser(self) -> None:
+        """Try the summariser before anything is written or loaded, if this run uses it. Once is enough.
+
+        Raises:
+            ConfigError: It cannot work.
+        """
+        if not self._checked and ranks.leads() and not isinstance(self.context, NoContext):
+            self.checked.check_ready()
+        self._checked = True
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.check_summariser()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._fits = True
@@ -97,6 +115,11 @@ class SkillBankCallback(L.Callback):
                 raise ConfigError(f"skills: {e}") from e
         if self._state is not None and self.bank is not None:
             self._rewind(self._state)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.bank is not None and self.failed and not self.made and not len(self.bank):
+            why = self.checked.last_error
+            log.warning("skills: none of %d trajectories could be summarised%s", self.failed, f"; the last failure: {why}" if why else "")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._fits:
@@ -217,6 +240,7 @@ class SkillBankCallback(L.Callback):
         finished, self._hindsight = [*(self._hindsight or []), *self.checked.collect()], None
         told = [done for theirs in ranks.gather(finished) for done in theirs]
         self.failed += sum(done.n_failed for done in told)
+        self.made += sum(len(done.skills) for done in told)
         size = 0
         if self.bank is not None:
             for since in sorted({done.iteration for done in told}):

@@ -135,6 +135,8 @@ class Skill:
     def parse(cls, text: str) -> Skill:
         """Reads a language model's answer: one JSON object with exactly the three fields, a code fence and prose around it allowed.
 
+        What stands in <think>...</think> is no answer, nor what precedes a </think> or follows a <think> without its other end.
+
         Raises:
             ValueError: The answer or a field is too long, there is no such object, more than one, or a field is missing, surplus,
                 repeated, blank or no string.
@@ -143,7 +145,8 @@ class Skill:
             raise ValueError(f"an answer of {len(text)} characters is not read: at most {MAX_ANSWER_CHARS}")
         objects = _objects(text)
         if len(objects) != 1:
-            raise ValueError(f"expected one JSON object, found {len(objects)} in {_excerpt(text)}")
+            thought = " outside its thoughts" * bool(_THOUGHT.search(text))
+            raise ValueError(f"expected one JSON object{thought}, found {len(objects)} in {_excerpt(text)}")
         pairs = objects[0]
         names = [name for name, _ in pairs]
         wrong = [
@@ -164,6 +167,20 @@ class Skill:
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # the last two ranges turn text around
+_THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+_STOP = re.compile(r"\{|<(/?)think(?:ing)?>", re.IGNORECASE)
+
+
+def without_thoughts(text: str) -> str:
+    """A plain answer without the thoughts in front of it, which a reasoning model puts between <think> and </think>.
+
+    Thoughts without an end are all there is, and a </think> without a beginning ends thoughts that began in the prompt. The marks may also
+    stand in the answer itself, as a quotation: only what comes first is cut off.
+    """
+    while (mark := _THOUGHT.search(text)) is not None and (mark[1] or not text[: mark.start()].strip()):
+        end = mark if mark[1] else next((m for m in _THOUGHT.finditer(text, mark.end()) if m[1]), None)
+        text = text[end.end() :] if end is not None else ""
+    return text
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -171,11 +188,20 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 def _objects(text: str) -> list[_Pairs]:
+    """The objects of an answer that have a field of a skill. Marks of thoughts inside an object are a part of its texts."""
     # strict=False: models put raw line breaks into strings.
     decoder = json.JSONDecoder(object_pairs_hook=_Pairs, strict=False)
     found: list[_Pairs] = []
-    at, spare = text.find("{"), 8 * MAX_ANSWER_CHARS  # characters that may be read in vain, or nested braces would cost their square
-    while at >= 0:
+    stop, spare = _STOP.search(text), 8 * MAX_ANSWER_CHARS  # characters that may be read in vain, or nested braces would cost their square
+    while stop is not None:
+        at, end = stop.start(), stop.end()
+        if stop[1]:  # the end of thoughts that began in the prompt
+            found = []
+        elif stop[1] == "":
+            end = next((m.end() for m in _THOUGHT.finditer(text, end) if m[1]), len(text))
+        if stop[0] != "{":
+            stop = _STOP.search(text, end)
+            continue
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError
@@ -186,7 +212,7 @@ def _objects(text: str) -> list[_Pairs]:
         else:
             if any(name in FIELDS for name, _ in value):  # not one that the prose quotes
                 found.append(value)
-        at = text.find("{", end)
+        stop = _STOP.search(text, end)
     return found
 
 

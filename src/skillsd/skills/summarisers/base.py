@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from skillsd.skills.skill import FIELDS, MAX_ANSWER_FIELD_CHARS, Skill
+from skillsd.skills.skill import FIELDS, MAX_ANSWER_FIELD_CHARS, Skill, without_thoughts
 from skillsd.skills.summarisers.prompt import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
 from skillsd.skills.summarisers.protocol import Synchronous
 from skillsd.trajectory import Trajectory
@@ -63,6 +63,8 @@ class BaseSummariser(Synchronous):
         self.batch_size = batch_size
         self.system = system
         self.max_chars = max_chars
+        self.last_error = ""
+        """Why the latest failed summary failed."""
         self._generate: Generate | None = None
 
     def bind(self, generate: Generate) -> None:
@@ -103,8 +105,9 @@ class BaseSummariser(Synchronous):
         try:
             if not self.questions:
                 return Skill.parse(answers[0]).of(trajectory)
-            success, mistakes, workflow = (answer.strip() for answer in answers)
+            success, mistakes, workflow = (without_thoughts(answer).strip() for answer in answers)
             return Skill(success, mistakes, workflow).admitted(MAX_ANSWER_FIELD_CHARS).of(trajectory)
         except ValueError as error:
+            self.last_error = str(error)
             log.info("no skill from %s, member %d: %s", trajectory.task_id, trajectory.member, error)
             return None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from skillsd.errors import ConfigError, redacted
+from skillsd.errors import ConfigError, causes
 from skillsd.skills.skill import Skill
 from skillsd.skills.summarisers.protocol import Finished, Summariser, in_order
 from skillsd.trajectory import Trajectory
@@ -32,6 +32,27 @@ class CheckedSummariser:
         self.inner, self.asynchronous = inner, bool(inner.asynchronous)
         self._open: dict[int, dict[tuple[str, int], Skill]] = {}  # iteration -> (task, member) -> a skill of that source without texts
         self._lost: list[Finished] = []
+        self._error = ""  # why the latest call failed as a whole
+
+    def check_ready(self) -> None:
+        """Ask a summariser that has a method `check_ready` whether it can work, before a run starts.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        check = getattr(self.inner, "check_ready", None)
+        try:
+            if callable(check):
+                check()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"skills.summariser: {type(self.inner).__name__}.check_ready() failed: {causes(error)}") from error
+
+    @property
+    def last_error(self) -> str:
+        """Why the latest failed summary failed, if it is known: a summariser may note it in an attribute of this name."""
+        return self._error or str(getattr(self.inner, "last_error", ""))
 
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
         """One skill per trajectory, None where it failed; all None if it raises or returns another number."""
@@ -78,8 +99,8 @@ class CheckedSummariser:
         except ConfigError:
             raise
         except Exception as error:  # whatever it is, training goes on
-            text = redacted(f"{type(error).__name__}: {error}")[:500]
-            log.warning("the summariser failed in %s (%s); its summaries count as failed", what, " ".join(text.split()))
+            self._error = causes(error)[:500]
+            log.warning("the summariser failed in %s (%s); its summaries count as failed", what, self._error)
             return otherwise
 
 

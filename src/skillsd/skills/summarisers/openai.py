@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
-from skillsd.errors import hold_secret, redacted
+from skillsd.errors import ConfigError, causes, redacted
 from skillsd.skills.skill import Skill
+from skillsd.skills.summarisers.endpoint import Endpoint, NoAnswer
 from skillsd.skills.summarisers.prompt import SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
 from skillsd.skills.summarisers.protocol import Finished, finished, in_order
 from skillsd.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.02
-_MOST_BYTES = 1 << 20
-"""Longest body of a response, in bytes: a skill has some hundred."""
-_KEY_NAME = re.compile(r"(?:^|[_-])(?:auth\w*|api-?key|key|token|secret|password|cookie)$", re.IGNORECASE)
+_MOST_SAID = 1000
+"""Longest reason that is logged, in characters: a chain of causes and a piece of what the server has said."""
+_TRIAL = 'This is a test of the connection. Answer with this JSON object and nothing else: {"ok": true}'
 
 
 @dataclass
 class _Job:
-    """One trajectory on its way. `done` is set once, by its worker or by whoever gave it up."""
+    """One trajectory on its way, or the trial if there is none. `done` is set once, by its worker or by whoever gave it up."""
 
-    trajectory: Trajectory
+    trajectory: Trajectory | None
+    limit_s: float
+    """After so many seconds it is given up, and `asked_s` more."""
     skill: Skill | None = None
+    error: str = ""
     started: float | None = None
     asked_s: float = 0.0
     """What the server's Retry-After asked for beyond the own waits, in seconds."""
@@ -42,10 +43,11 @@ class _Job:
 class OpenAISummariser:
     """Asks a chat-completions endpoint, several trajectories at a time.
 
-    Connection errors, time-outs, status 408, 409, 429 and 5xx, and answers that are not the JSON asked for are tried again; other
-    statuses (a wrong key, an unknown model) fail at once. Where the server says Retry-After, the next try waits as long as it asks, at most
-    `timeout_s`. A trajectory that takes longer than all its tries and waits together may is given up. The key is held in memory and sent
-    to the endpoint, and nowhere else: what the server says is stripped of it before it is logged or stored.
+    What may pass is tried again: connection errors, time-outs, status 408, 409, 429 and 5xx, and answers that are not the JSON asked for.
+    What comes again whenever the same is sent fails at once: a wrong key, an unknown model, a wrong address or argument. Where the server
+    says Retry-After, the next try waits as long as it asks, at most `timeout_s`. A trajectory that takes longer than all its tries and
+    waits together may is given up. The key is held in memory and sent to the endpoint, and nowhere else: what the server says is stripped
+    of it before it is logged or stored.
 
     Args:
         model: The endpoint's name of the model.
@@ -61,8 +63,9 @@ class OpenAISummariser:
         request: Further arguments of the request, e.g. `{temperature: 0.7, max_tokens: 600}`.
 
     Raises:
-        ImportError: The `openai` package is not installed.
-        ValueError: A setting is out of range or holds a key, the template cannot be filled, or there is no key for the default endpoint.
+        ImportError: The `openai` package is not installed, or cannot be imported.
+        ValueError: A setting is out of range or holds a key, the template cannot be filled, there is no key for the default endpoint, or
+            the key cannot be sent.
     """
 
     asynchronous: bool = True
@@ -84,18 +87,7 @@ class OpenAISummariser:
         if max_workers < 1 or timeout_s <= 0 or retries < 0 or backoff_s < 0:
             raise ValueError("max_workers must be >= 1, timeout_s > 0, retries and backoff_s >= 0")
         check_prompt(template, max_chars)
-        _without_keys(api_key_env, base_url, request or {})
-        try:
-            import openai
-        except ImportError as error:
-            raise ImportError('OpenAISummariser needs the openai package: pip install "skillsd[openai]"') from error
-        key = os.environ.get(api_key_env, "")
-        if not key and base_url is None:
-            raise ValueError(f"no API key: set the environment variable {api_key_env}, or give base_url for a server that needs none")
-        hold_secret(api_key_env, key)
-        self._openai = openai
-        http = openai.DefaultHttpxClient(event_hooks={"response": [_bound]}, headers={"Accept-Encoding": "identity"})
-        self._client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=timeout_s, max_retries=0, http_client=http)
+        self._endpoint = Endpoint(model, base_url, api_key_env, timeout_s, request or {})
         self.model = model
         self.timeout_s = timeout_s
         self.retries = retries
@@ -103,10 +95,10 @@ class OpenAISummariser:
         self.template = template
         self.system = system
         self.max_chars = max_chars
-        self.request = dict(request or {})
         self.last_error = ""
         """Why the latest failed summary failed."""
-        self.limit_s = (retries + 1) * timeout_s + backoff_s * (2**retries - 1) + 1.0
+        self._waits_s = backoff_s * (2**retries - 1) + 1.0
+        self.limit_s = (retries + 1) * timeout_s + self._waits_s
         """After this many seconds a trajectory is given up, plus what the server asked it to wait."""
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: deque[tuple[int, list[_Job]]] = deque()
@@ -115,15 +107,28 @@ class OpenAISummariser:
         self._max_workers = max_workers
         self._n_workers = 0
 
+    def check_ready(self) -> None:
+        """One small request, with the settings of all others, before a run starts. It is repeated only where the server says that it is
+        busy.
+
+        Raises:
+            ConfigError: It gave no usable answer.
+        """
+        trial = _Job(None, self.timeout_s + self._waits_s)
+        self._enqueue([trial])
+        self._wait([trial])
+        if trial.error:
+            raise ConfigError(f"skills.summariser: a request before the run failed: {trial.error}")
+
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
         """One skill per trajectory in the given order, None where it failed. Blocks."""
-        jobs = self._enqueue(trajectories)
+        jobs = self._enqueue([_Job(trajectory, self.limit_s) for trajectory in trajectories])
         self._wait(jobs)
         return [job.skill for job in jobs]
 
     def submit(self, iteration: int, trajectories: Sequence[Trajectory]) -> None:
         """Queues the trajectories and returns."""
-        self._pending.append((iteration, self._enqueue(in_order(trajectories))))
+        self._pending.append((iteration, self._enqueue([_Job(t, self.limit_s) for t in in_order(trajectories)])))
 
     def collect(self, block: bool = False) -> list[Finished]:
         """The submissions that are ready, in order; with `block`, all of them."""
@@ -148,14 +153,13 @@ class OpenAISummariser:
                 self._finish(job, None, "closed")
         for _ in range(self._n_workers):
             self._jobs.put(None)
-        self._client.close()
+        self._endpoint.close()
 
     # Inside
 
-    def _enqueue(self, trajectories: Sequence[Trajectory]) -> list[_Job]:
+    def _enqueue(self, jobs: list[_Job]) -> list[_Job]:
         if self._closed.is_set():
             raise RuntimeError("the summariser is closed")
-        jobs = [_Job(trajectory) for trajectory in trajectories]
         for job in jobs:
             self._jobs.put(job)
         new = min(len(jobs), self._max_workers - self._n_workers)
@@ -187,92 +191,56 @@ class OpenAISummariser:
                     break
                 asked_s = 0.0
             try:
-                messages = analyst_messages(job.trajectory, self.template, self.system, self.max_chars)
-                answer = self._client.chat.completions.create(model=self.model, messages=messages, **self.request)
-                skill = Skill.parse(answer.choices[0].message.content or "")
-                return skill.with_texts(map(redacted, skill.texts)).of(job.trajectory), ""
-            except self._openai.APIStatusError as failure:
-                error = f"status {failure.status_code}: {failure.message}"
-                if failure.status_code < 500 and failure.status_code not in (408, 409, 429):
-                    return None, error
-                asked_s = min(_retry_after_s(failure.response.headers), self.timeout_s)
+                return self._skill(job), ""
+            except NoAnswer as failure:
+                error = str(failure)
+                if not failure.passing or (job.trajectory is None and not failure.busy):
+                    break
+                asked_s = min(failure.wait_s, self.timeout_s)
             except Exception as failure:  # whatever a server sends back, training goes on
-                error = f"{type(failure).__name__}: {failure}"
+                error = causes(failure)
         return None, error
 
+    def _skill(self, job: _Job) -> Skill | None:
+        """Asked once; of the trial, whose answer may be any text, None.
+
+        Raises:
+            NoAnswer: There is none, or the length limit has cut it.
+            ValueError: It is not what was asked for.
+        """
+        if job.trajectory is None:
+            user = {"role": "user", "content": _TRIAL}
+            self._endpoint.ask([{"role": "system", "content": self.system}, user] if self.system else [user])
+            return None
+        answer = self._endpoint.ask(analyst_messages(job.trajectory, self.template, self.system, self.max_chars))
+        try:
+            skill = Skill.parse(answer.text)
+        except ValueError as error:
+            if answer.cut:
+                raise NoAnswer(f"{answer.cut}; {error}") from error
+            raise
+        return skill.with_texts(map(redacted, skill.texts)).of(job.trajectory)
+
     def _finish(self, job: _Job, skill: Skill | None, error: str) -> bool:
-        error = redacted(error)[:500]
+        error = redacted(error)[:_MOST_SAID]
         with self._lock:
             if job.done:
                 return False
-            job.skill, job.done = skill, True
-            if skill is None:
+            job.skill, job.error, job.done = skill, error, True
+            if error:
                 self.last_error = error
-        if skill is None and error != "closed":
-            log.warning("no skill from %s, member %d: %s", job.trajectory.task_id, job.trajectory.member, error)
+        if error and error != "closed" and (t := job.trajectory) is not None:
+            log.warning("no skill from %s, member %d: %s", t.task_id, t.member, error)
         return True
 
     def _over(self, job: _Job) -> bool:
         # A server that sends a byte now and then outlives every socket time-out: the clock decides.
-        late = not job.done and job.started is not None and time.monotonic() - job.started > self.limit_s + job.asked_s
-        if late and self._finish(job, None, f"given up after {self.limit_s + job.asked_s:.0f} s"):
+        limit_s = job.limit_s + job.asked_s
+        late = not job.done and job.started is not None and time.monotonic() - job.started > limit_s
+        if late and self._finish(job, None, f"{self._endpoint.url}: given up, as no whole answer came in {limit_s:.0f} s"):
             self._start_worker()  # in place of the one that hangs
         return job.done
 
     def _wait(self, jobs: Sequence[_Job]) -> None:
         while not all(self._over(job) for job in jobs):
             time.sleep(_POLL_S)
-
-
-def _without_keys(api_key_env: str, base_url: str | None, request: Mapping[str, Any]) -> None:
-    """Raises ValueError where a setting looks as if it held a key: settings are written to the run folder. Its text is not repeated."""
-    there = "a key in the configuration would be written to the run folder: put it into the environment variable that api_key_env names"
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api_key_env):
-        raise ValueError("api_key_env is the name of an environment variable, not a key: letters, digits and _ only")
-    if base_url is not None and re.search(r"//[^/]*@|[?&#]", base_url):
-        raise ValueError(f"base_url holds a user or a query: {there}")
-    for part, settings in (("", request), *((k, v) for k, v in request.items() if isinstance(v, Mapping))):
-        for name in settings:
-            if name != "prompt_cache_key" and _KEY_NAME.search(str(name)):
-                raise ValueError(f"request{'.' * bool(part)}{part}: {name} looks like a key, and {there}")
-
-
-def _bound(response: Any) -> None:
-    """A hook of the HTTP client: no body is read beyond `_MOST_BYTES`, and none is unpacked, which could make it a thousand times longer.
-
-    Raises:
-        ValueError: the body is compressed; on reading, it is too long. The client makes a connection error of it.
-    """
-    if response.headers.get("content-encoding", "identity") != "identity":
-        raise ValueError("the response is compressed, which was not asked for")
-    kind: Any = type(response.stream)  # the client's name differs between versions of the package
-
-    class Bounded(kind):
-        def __init__(self, stream: Any) -> None:
-            self.stream = stream
-
-        def __iter__(self) -> Iterator[bytes]:
-            left = _MOST_BYTES
-            for chunk in self.stream:
-                left -= len(chunk)
-                if left < 0:
-                    raise ValueError(f"the response has more than {_MOST_BYTES} bytes")
-                yield chunk
-
-        def close(self) -> None:
-            self.stream.close()
-
-    response.stream = Bounded(response.stream)
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """The seconds that a Retry-After header asks for, in numbers or as a date; 0 without a readable one."""
-    text = headers.get("retry-after", "")
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(text).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
-    return seconds if seconds > 0 else 0.0  # not a number: 0
