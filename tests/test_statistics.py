@@ -77,6 +77,17 @@ def test_t_interval_against_known_quantiles():
     assert t_interval(x) == pytest.approx((mean, mean - half, mean + half), abs=1e-7)
 
 
+def test_an_interval_ends_where_a_mean_can_be():
+    """Two seeds of a share near its end: t alone would give -39% to 127%."""
+    values = [0.375, 0.505]
+    mean, low, high = t_interval(values)
+    assert low < 0 < 1 < high and t_interval(values, bounds=(0.0, 1.0)) == (mean, 0.0, 1.0)
+    assert t_interval([0.4, 0.5, 0.6], bounds=(0.0, 1.0)) == t_interval([0.4, 0.5, 0.6])
+    assert isnan(t_interval([0.5], bounds=(0.0, 1.0))[1])
+    free, cut = paired_t([1.0, 0.0], [0.0, 0.5]), paired_t([1.0, 0.0], [0.0, 0.5], bounds=(-1.0, 1.0))
+    assert free[1] < -1 and free[2] > 1 and cut == (free[0], -1.0, 1.0, free[3])
+
+
 def test_paired_t_gives_student_s_own_example():
     assert paired_t(*SLEEP) == pytest.approx((-1.58, -2.4598858, -0.7001142, 0.00283289), abs=1e-7)
     mean, low, high, p = paired_t(*reversed(SLEEP))

@@ -70,12 +70,14 @@ def paired_difference(before: Mapping[str, Any], after: Mapping[str, Any], key: 
     return bootstrap_mean([sum(v) / len(v) for v in by_task.values()])
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+def t_interval(values: Sequence[float], level: float = 0.95, bounds: tuple[float, float] = (-inf, inf)) -> tuple[float, float, float]:
     """Mean over seeds and its t interval.
 
     Args:
         values: One number a seed.
         level: Coverage.
+        bounds: What the true mean can be at least and at most: 0 and 1 for a share. The interval ends there. It covers the true mean as
+            often as before, since what is cut off holds no possible one.
 
     Returns:
         mean, low, high; one seed has no interval (NaN), none has no mean either.
@@ -84,10 +86,12 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     if len(x) < 2:
         return (float(x[0]) if len(x) else nan), nan, nan
     half = scipy.stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+    return float(x.mean()), max(float(x.mean() - half), bounds[0]), min(float(x.mean() + half), bounds[1])
 
 
-def paired_t(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tuple[float, float, float, float]:
+def paired_t(
+    a: Sequence[float], b: Sequence[float], level: float = 0.95, bounds: tuple[float, float] = (-inf, inf)
+) -> tuple[float, float, float, float]:
     """Student's t for a - b, paired over seeds.
 
     Where all differences are equal (to rounding) their t is infinite or undefined: scipy gives p = 0, or NaN if they are 0. A spread of 0
@@ -97,6 +101,7 @@ def paired_t(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tup
         a: One number a seed.
         b: The same seeds' other number.
         level: Coverage of the interval.
+        bounds: What the true mean difference can be at least and at most, as for `t_interval`: -1 and 1 for shares.
 
     Returns:
         mean of a - b, low, high, two-sided p; with one seed all but the mean are NaN.
@@ -105,7 +110,7 @@ def paired_t(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tup
         raise ValueError(f"{len(a)} and {len(b)} values cannot be paired")
     d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     scale = max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
-    mean, low, high = t_interval(d.tolist(), level)
+    mean, low, high = t_interval(d.tolist(), level, bounds)
     if len(d) < 2:
         return mean, low, high, nan
     if np.ptp(d) <= TIE * scale:

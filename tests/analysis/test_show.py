@@ -55,15 +55,29 @@ def words(text: str) -> list[list[str]]:
     return [line.translate({ord(c): " " for c in "│┃"}).split() for line in text.splitlines()]
 
 
+def test_the_trend_is_of_many_iterations(shown, folder):
+    """The means of the first and the last ones, whatever a single one is; a gap that no teacher was scored for is none."""
+    rows = [
+        dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "reward/success": str(float(i in (0, 3, 11)))} for i in range(12)
+    ]
+    for row in rows:
+        row |= {"teacher/k3": str(int(int(row["iteration"]) > 8)), "teacher/gap_mean": str(float(int(row["iteration"]) > 8))}
+    (folder / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in rows)]) + "\n")
+    lines = words(shown())
+    assert ["first", "5", "last", "5"] in lines and ["reward/success", "0.400", "0.200"] in lines
+    assert ["teacher/gap_mean", "-", "1.000"] in lines
+    assert json.loads(shown("--json"))["averaged"] == 5
+
+
 def test_a_run(shown, folder):
     text = shown()
     assert "2 iterations, 6 trajectories of 2 tasks (4 done, 2 failed)" in " ".join(text.split())
     lines = words(text)
-    assert ["reward/success", "0.125", "0.225"] in lines and ["loss/total", "-", "-"] in lines
+    assert ["reward/success", "0.125", "0.225"] in lines and ["first", "last"] in lines and ["loss/total", "-", "-"] in lines
     assert "panel of 3 held-out episodes, 95% intervals" in " ".join(text.split())
     completion = ["0.750", "[0.750,", "0.750]"]
     assert ["before", "0.250", "[0.125,", "0.900]", *completion] in lines and ["after", "0.500", "[0.250,", "0.900]", *completion] in lines
-    assert "skills: 1 held, 2 ever, of 1 tasks" in text
+    assert "skills: 1 held, 2 ever, of 1 task" in text
     seen = json.loads(shown("--json"))
     assert seen["skills"] == {"held": 1, "ever": 2, "tasks": 1} and seen["seed"] == 7 and seen["folder"] == str(folder)
     assert seen["metrics"]["last"]["reward/success"] == 0.225 and seen["metrics"]["last"]["loss/total"] is None
@@ -75,7 +89,7 @@ def test_a_trajectory(shown):
     text = shown("--trajectory", "1")
     assert text.startswith("trajectory 1: iteration 0, task t1, member 1, no skill\n")
     evil = "\\x1b[31m[bold]red[/bold] :smile: \\ud800"
-    assert f"\n{evil}\n--- turn 1\n{evil}\n> a [b] c\n--- done: success False, completion 1.00, reward 0.00, 1 turns\n" in text
+    assert f"\n{evil}\n--- turn 1\n{evil}\n> a [b] c\n--- done: success False, completion 1.00, reward 0.00, 1 turn\n" in text
     assert f"--- failed (raised: {evil}): success False" in " ".join(shown("--trajectory", "2").split())
     assert "its teacher saw skill 1" in shown("--trajectory", "4")
     seen = json.loads(shown("--trajectory", "1", "--json"))

@@ -18,8 +18,10 @@ def test_seeds_that_end_at_different_iterations():
     told = _over_seeds(curves, "m", "env_steps", "y")
     assert told["x"].tolist() == [0, 10, 20, 30, 50]
     assert told["mean"].tolist() == pytest.approx([0.55, 0.56, 0.57, 0.58, (0.54 + 0.66) / 2])
-    spread = 12.706205 * 0.1 / 2  # of two numbers 0.1 apart
-    assert told["high"].tolist()[0] == pytest.approx(0.55 + spread, abs=1e-6)
+    spread = 12.706205 * 0.1 / 2  # of two numbers 0.1 apart: 0.64, so the band ends where a share does
+    assert (told["low"].tolist()[0], told["high"].tolist()[0]) == (0.0, 1.0) and spread > 0.55
+    curves["y"] /= 10
+    assert _over_seeds(curves, "m", "env_steps", "y")["high"].tolist()[0] == pytest.approx((0.55 + spread) / 10, rel=1e-6)
     curves.loc[curves["iteration"].isin([1, 3]), "y"] = nan  # not played
     assert _over_seeds(curves, "m", "env_steps", "y")["x"].tolist() == [0, 20, 50]
     assert _over_seeds(curves, "other", "env_steps", "y").empty

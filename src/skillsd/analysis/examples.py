@@ -15,6 +15,7 @@ from skillsd.errors import redacted
 from skillsd.rollout.guard import visible
 from skillsd.skills.skill import FIELDS
 from skillsd.trajectory import Trajectory, Turn
+from skillsd.words import count
 
 TRAJECTORIES, SKILLS = 10, 20
 MOST_CHARS, MOST_TURNS = 4000, 40
@@ -53,7 +54,7 @@ def trajectories(run: Run, pictures: Pictures) -> list[Block]:
             Heading(f"Trajectory {n}: iteration {t.iteration}, task {said(t.task_id)}, {'solved' if t.success else 'not solved'}", 3)
         )
         why = f" ({said(t.failure)})" if t.failure else ""
-        end = f"{t.finish_reason}{why} after {len(t.turns)} turns, reward {t.reward:.3f}, completion {t.completion:.3f}"
+        end = f"{t.finish_reason}{why} after {count(len(t.turns), 'turn')}, reward {t.reward:.3f}, completion {t.completion:.3f}"
         out.append(f"Member {t.member} of its group: {end}. Its teacher saw {'no skill' if t.skill_id is None else f'skill {t.skill_id}'}.")
         if t.skill_id is not None and t.skill_id in run.skills.index:
             out.append(_skill(run, t.skill_id))

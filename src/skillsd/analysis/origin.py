@@ -18,6 +18,7 @@ from skillsd.analysis.run import Run
 from skillsd.errors import redacted
 from skillsd.rollout.guard import visible
 from skillsd.run_folder import ADAPTER, CONFIG_FILE
+from skillsd.words import count
 
 KEYS = {
     "environment": "data.init_args.env", "model": "model.init_args.policy.model", "quantised": "model.init_args.policy.quantise",
@@ -47,7 +48,7 @@ def summary(run: Run) -> str:
     env, model, loss, seed = ("unknown" if (v := lookup(run.config, KEYS[k])) is None else _plain(v) for k in _SENTENCE)
     when, made = _begun(run.folder), recorded(run).get("skillsd")
     ends = (f", begun {when}" if when else "") + (f", skillsd {_plain(made)}" if made else ", skillsd's version not recorded")
-    return f"A run of {model} on {env}, loss {loss}, seed {seed}; {len(run.metrics):,} iterations{ends}."
+    return f"A run of {model} on {env}, loss {loss}, seed {seed}; {count(len(run.metrics), 'iteration')}{ends}."
 
 
 def facts(run: Run) -> Table:
@@ -55,7 +56,7 @@ def facts(run: Run) -> Table:
     rows = [(label, _plain(value)) for label, key in KEYS.items() if (value := lookup(run.config, key)) is not None]
     metrics, played = run.metrics, run.trajectories
     rows.append(("iterations", f"{len(metrics):,}"))
-    rows.append(("trajectories", f"{len(played):,} of {played['task_id'].nunique():,} tasks"))
+    rows.append(("trajectories", f"{len(played):,} of {count(played['task_id'].nunique(), 'task')}"))
     if "rollout/env_steps" in metrics:
         rows.append(("environment steps", f"{metrics['rollout/env_steps'].sum():,.0f}"))
     if parts := [name for name in ("time/rollout_s", "time/teacher_s", "time/update_s", "time/summary_s") if name in metrics]:

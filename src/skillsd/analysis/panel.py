@@ -15,6 +15,7 @@ from skillsd.rollout.guard import visible
 from skillsd.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_results
 from skillsd.skills import SkillBank
 from skillsd.statistics import bootstrap_mean
+from skillsd.words import count
 
 
 def rounds(panel: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -25,8 +26,8 @@ def rounds(panel: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def title(panel: Mapping[str, Any]) -> str:
     """What `table` shows, in a line; the panel was played at least once."""
-    sizes = {part["n"] for part in rounds(panel).values()}
-    return f"panel of {' or '.join(map(str, sorted(sizes)))} held-out episodes, 95% intervals"
+    *others, last = sorted({part["n"] for part in rounds(panel).values()})
+    return f"panel of {''.join(f'{n} or ' for n in others)}{count(last, 'held-out episode')}, 95% intervals"
 
 
 def table(panel: Mapping[str, Any]) -> Table:
@@ -54,7 +55,7 @@ def notes(panel: Mapping[str, Any]) -> list[str]:
             shares = (f"{k.replace('_', ' ')} {_interval(part[k], *part[f'{k}_interval'])}" for k in goals)
             told.append(f"{when}: {', '.join(shares)}")
         if part.get("failed"):
-            told.append(f"{when}: {part['failed']} of {part['n']} episodes failed; they count as not solved")
+            told.append(f"{when}: {part['failed']} of {count(part['n'], 'episode')} failed; they count as not solved")
     return told
 
 
@@ -77,7 +78,7 @@ def print_report(folder: Path) -> None:
     print_panel(read_results(folder), console)
     if (folder / BANK_FILE).is_file():
         with SkillBank(folder / BANK_FILE, read_only=True) as bank:
-            console.print(f"skill bank: {len(bank)} skills of {len(bank.tasks())} tasks")
+            console.print(f"skill bank: {count(len(bank), 'skill')} of {count(len(bank.tasks()), 'task')}")
     for name, path in (("adapter", f"{ADAPTER}/student"), ("log", METRICS_FILE), ("trajectories", TRAJECTORIES_FILE)):
         if (folder / path).exists():
             console.print(f"{name}: {folder / path}", soft_wrap=True)
@@ -95,7 +96,7 @@ def _validated(record: Mapping[str, Any]) -> str:
     attempts = f", {s['attempts']} attempts" if s["attempts"] > 1 else ""
     seeds = f", seeds {', '.join(map(str, s['seeds']))}" if len(s["seeds"]) > 1 else ""
     how = "greedy" if s["temperature"] == 0 else f"temperature {s['temperature']:g}"
-    return visible(f"{agent}; {record['n']} episodes of {s['split']}, {how}{attempts}{seeds}")
+    return visible(f"{agent}; {count(record['n'], 'episode')} of {s['split']}, {how}{attempts}{seeds}")
 
 
 def _shares(result: Mapping[str, Any]) -> tuple[str, str]:

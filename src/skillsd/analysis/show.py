@@ -17,6 +17,7 @@ from skillsd.analysis.panel import print_panel
 from skillsd.analysis.run import Run
 from skillsd.errors import ConfigError, Parser
 from skillsd.rollout.guard import visible
+from skillsd.words import count
 
 _SHOWN = ("reward/success", "reward/mean", "loss/total", "teacher/gap_mean", "policy/entropy", "time/rollout_s", "time/update_s")
 """Of the metrics, in the overview."""
@@ -61,9 +62,14 @@ def _tell(as_json: bool, what: Any, text: Callable[[Any, Console], None], out: C
 
 
 def overview(run: Run) -> dict[str, Any]:
-    """How a run goes: its size, its first and last iteration, how episodes ended, the panel's results and the bank."""
+    """How a run goes: its size, how episodes ended, the panel's results, the bank, and of its metrics the means over the first and the
+    last `averaged` iterations: a tenth of them, but 5 at least, or half of a shorter run."""
     metrics, played = run.metrics, run.trajectories
     shown = [name for name in _SHOWN if name in metrics]
+    n = max(1, min(max(len(metrics) // 10, 5), len(metrics) // 2))
+    values = metrics[shown].copy()
+    if {"teacher/gap_mean", "teacher/k3"} <= set(metrics):  # no teacher was scored: a gap of 0 would read as agreement
+        values.loc[metrics["teacher/k3"] == 0, "teacher/gap_mean"] = float("nan")
     return {
         "folder": str(run.folder),
         "seed": run.config.get("seed_everything"),
@@ -71,7 +77,8 @@ def overview(run: Run) -> dict[str, Any]:
         "trajectories": len(played),
         "tasks": int(played["task_id"].nunique()),
         "finish_reasons": {str(reason): int(n) for reason, n in played["finish_reason"].value_counts().items()},
-        "metrics": {when: plain(metrics[shown].iloc[at]) for when, at in (("first", 0), ("last", -1))} if len(metrics) else {},
+        "averaged": n if len(metrics) else 0,
+        "metrics": {"first": plain(values.head(n).mean()), "last": plain(values.tail(n).mean())} if len(metrics) else {},
         "panel": {when: _without_levels(part) for when, part in run.panel.items()},
         "skills": run.bank_size,
     }
@@ -149,18 +156,21 @@ def _number(value: float | None) -> str:
 def _print_overview(panel: dict[str, Any], seen: dict[str, Any], out: Console) -> None:
     ends = ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items())
     ends = f" ({ends})" if ends else ""
+    played = f"{count(seen['trajectories'], 'trajectory')} of {count(seen['tasks'], 'task')}"
     out.print(
-        f"{seen['folder']}: {seen['iterations']} iterations, {seen['trajectories']} trajectories of {seen['tasks']} tasks{ends}",
+        f"{seen['folder']}: {count(seen['iterations'], 'iteration')}, {played}{ends}",
         soft_wrap=True,
     )
     if seen["metrics"]:
-        table = _table("iterations", "", "first", "last")
+        n = seen["averaged"]
+        many = f" {n}" if n > 1 else ""
+        table = _table("means over iterations" if many else "iterations", "", f"first{many}", f"last{many}")
         for name in seen["metrics"]["first"]:
             table.add_row(name, *(_number(seen["metrics"][when][name]) for when in ("first", "last")))
         out.print(table)
     print_panel(panel, out)
     bank = seen["skills"]
-    out.print(f"skills: {bank['held']} held, {bank['ever']} ever, of {bank['tasks']} tasks", soft_wrap=True)
+    out.print(f"skills: {bank['held']} held, {bank['ever']} ever, of {count(bank['tasks'], 'task')}", soft_wrap=True)
 
 
 def _print_trajectory(t: dict[str, Any], out: Console) -> None:
@@ -174,7 +184,7 @@ def _print_trajectory(t: dict[str, Any], out: Console) -> None:
     for number, turn in enumerate(t["turns"], 1):
         out.print(visible(f"--- turn {number}\n{turn['observation']}\n> {turn['action']}"), soft_wrap=True)
     why = f" ({visible(t['failure'])})" if t["failure"] else ""
-    end = f"completion {t['completion']:.2f}, reward {t['reward']:.2f}, {len(t['turns'])} turns"
+    end = f"completion {t['completion']:.2f}, reward {t['reward']:.2f}, {count(len(t['turns']), 'turn')}"
     out.print(f"--- {t['finish_reason']}{why}: success {t['success']}, {end}", soft_wrap=True)
 
 

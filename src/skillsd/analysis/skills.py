@@ -20,6 +20,7 @@ from skillsd.skills.exchange import FORMAT, from_lines, to_lines
 from skillsd.skills.imported import counted, earlier, in_use
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.tables import BEFORE
+from skillsd.words import count
 
 _BANK_HELP = f"a run folder (trainer.default_root_dir), also one that is training, or a {BANK_FILE}"
 _SHOWN_CHARS = 200
@@ -110,7 +111,7 @@ def _import(given: Any) -> None:
     except (ValueError, TypeError) as e:
         raise e if isinstance(e, ConfigError) else ConfigError(f"skills: {e}") from e
     dropped, tasks = int(after["dropped"] - before["dropped"]), len({skill.task_id for skill in unknown})
-    print(f"imported {len(unknown)} new skills of {tasks} tasks: {path} holds {int(after['size'])}")
+    print(f"imported {count(len(unknown), 'new skill')} of {count(tasks, 'task')}: {path} holds {int(after['size'])}")
     print(f"{len(new) - len(unknown)} were there already; {dropped} were dropped, as a task keeps {'all' if most is None else most}")
     others = any(p.name != BANK_FILE for p in folder.iterdir())
     print(f"begin with them: skillsd fit ... --trainer.default_root_dir={folder}{' --ckpt_path last' if others else ''}")

@@ -22,6 +22,7 @@ from skillsd.keys import leaves
 from skillsd.rollout.guard import visible
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Trajectory
+from skillsd.words import count
 
 FRAMES, ACROSS, GAP = 32, 8, 6
 """Most boards of an episode that are shown, boards in a row, pixels between them."""
@@ -75,7 +76,7 @@ def skill_table(bank: SkillBank) -> str:
     most = f", the most used of {READ:,}" * (len(bank) > READ)
     return "\n".join(
         [
-            f"{len(rows)} of {len(bank)} skills{most}\n",
+            f"{len(rows)} of {count(len(bank), 'skill')}{most}\n",
             "| id | task | uses | mean reward | workflow |",
             "|--:|---|--:|--:|---|",
             *map(_row, rows),

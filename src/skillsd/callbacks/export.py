@@ -12,6 +12,7 @@ import lightning as L
 from skillsd import ranks
 from skillsd.durable import seal_folder, sync
 from skillsd.run_folder import ADAPTER
+from skillsd.words import count
 
 CARD = """---
 library_name: peft
@@ -20,13 +21,13 @@ tags: [lora, skillsd]
 ---
 # A student trained with skillsd
 
-LoRA adapter (rank {r}, alpha {alpha}, {targets}) on `{base}`, trained with Skill-SD (arXiv:2604.10674) by skillsd {version}
-for {steps} iterations. Load it with
+LoRA adapter (rank {r}, alpha {alpha}, {targets}) on `{base}`, trained by skillsd {version} for {steps}. Load it with
 
     from peft import PeftModel
     model = PeftModel.from_pretrained(base_model, "this folder")
 
-It never saw a skill in its prompt: use the plain task prompt. The base model's licence applies to what is built on it.
+Give it the plain task prompt, without a skill, unless its run let it act with one (`data.init_args.actor`). The base model's licence
+applies to what is built on it.
 """
 
 
@@ -38,7 +39,9 @@ def export_adapter(policy: Any, folder: Path, steps: int) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     policy.save_adapter(temporary, "student")
     lora = policy.settings.lora
-    card = CARD.format(base=policy.settings.model, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__, steps=steps)
+    card = CARD.format(
+        base=policy.settings.model, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__, steps=count(steps, "iteration")
+    )
     (temporary / "student" / "README.md").write_text(card)
     seal_folder(temporary / "student")
     shutil.rmtree(folder, ignore_errors=True)

@@ -19,6 +19,7 @@ from skillsd.errors import ConfigError
 from skillsd.run_folder import PANEL_FILE, VALIDATIONS_FILE, read_panel, read_validations
 from skillsd.statistics import bootstrap_mean, paired_difference, wilson_interval
 from skillsd.trajectory import Trajectory
+from skillsd.words import count
 
 SHARES = ("success", "completion", "task_goal_completion", "scenario_goal_completion")
 """What is logged of a result; the last two where tasks have scenarios."""
@@ -67,7 +68,7 @@ class Panel(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if self.every and step % self.every == 0 and step < trainer.estimated_stepping_batches and not trainer.should_stop:
-            result = self._play(trainer, f"after {step} iterations")
+            result = self._play(trainer, f"after {count(step, 'iteration')}")
             # A resumed run plays some again, with the same result.
             during = _stored(trainer).get("during", {}) | {str(step): {"n": result["n"], **_shares(result)}}
             write_panel(trainer.default_root_dir, {"during": during})
@@ -111,7 +112,7 @@ class Panel(L.Callback):
         played: list[Trajectory] = []
         with Progress(disable=not (trainer.progress_bar_callback and ranks.leads()), transient=True) as bar:
             if not bar.console.is_terminal:  # a log file shows no bar
-                ranks.say(f"panel {when}: {len(loader.rows)} episodes")
+                ranks.say(f"panel {when}: {count(len(loader.rows), 'episode')}")
             task = bar.add_task(f"panel {when}", total=len(loader))
             for batch in loader:
                 played += batch

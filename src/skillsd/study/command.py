@@ -11,6 +11,7 @@ from skillsd.study.report import write_report
 from skillsd.study.results import read_cell, write_results
 from skillsd.study.runner import FIT, Runner
 from skillsd.study.settings import read_settings
+from skillsd.words import count
 
 
 def study(args: Sequence[str], find: FindConfig, fit: Sequence[str] = FIT, grace: float = 30.0) -> int:
@@ -42,7 +43,9 @@ def study(args: Sequence[str], find: FindConfig, fit: Sequence[str] = FIT, grace
     for cell in runner.failed:
         print(f"failed: {cell} (exit code {cell.record()['exit_code']}), {cell.folder / 'cell.log'}:\n{runner.tail(cell)}")
     if runner.left():
-        print(f"{runner.left()} of {len(cells)} cells are left: the same command continues.", flush=True)
+        left = runner.left()
+        verb = "is" if left == 1 else "are"
+        print(f"{left} of {count(len(cells), 'cell')} {verb} left: the same command continues.", flush=True)
     if runner.signal:
         return 128 + runner.signal
     if runner.finished:

@@ -57,7 +57,7 @@ def compare(results: pd.DataFrame, method: str, other: str, metric: str) -> Comp
     a, b = after(results, method, metric), after(results, other, metric)
     seeds = sorted(set(a.index) & set(b.index))
     a, b = a.loc[seeds], b.loc[seeds]
-    mean, low, high, p = paired_t(a.tolist(), b.tolist())
+    mean, low, high, p = paired_t(a.tolist(), b.tolist(), bounds=(-1.0, 1.0))
     d = (a - b).where((a - b).abs() > 1e-12, 0.0)  # rounding is no difference
     needed = power_n(mean, float(d.std(ddof=1)) if len(d) > 1 else nan)
     return Comparison(method, other, tuple(seeds), tuple(d), mean, low, high, p, sign_flip(d.tolist()), needed)

@@ -57,14 +57,15 @@ def _present(curves: pd.DataFrame, study: StudySettings) -> list[str]:
 
 
 def _over_seeds(curves: pd.DataFrame, method: str, x: str, y: str) -> pd.DataFrame:
-    """Iteration by iteration, where y was measured with every seed: means of x and y over seeds, and y's 95% interval.
+    """Iteration by iteration, where y was measured with every seed: means of x and y, a share, over seeds, and y's 95% interval.
 
     Seeds may end after different iterations (a budget of environment steps): the last point is the mean of their ends.
     """
     rows = curves[curves["method"] == method].dropna(subset=[x, y])
     ends = rows["iteration"] == rows.groupby("seed")["iteration"].transform("max")
     groups = [g for _, g in rows.groupby(rows["iteration"].astype(float).mask(ends, inf)) if len(g) == rows["seed"].nunique()]
-    return pd.DataFrame([(g[x].mean(), *t_interval(g[y].tolist())) for g in groups], columns=["x", "mean", "low", "high"])
+    points = [(g[x].mean(), *t_interval(g[y].tolist(), bounds=(0.0, 1.0))) for g in groups]
+    return pd.DataFrame(points, columns=["x", "mean", "low", "high"])
 
 
 def learning_curves(curves: pd.DataFrame, study: StudySettings, x: str) -> bytes | None:

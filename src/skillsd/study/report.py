@@ -15,6 +15,7 @@ from skillsd.study.results import WINDOW, Finished
 from skillsd.study.results import tables as as_tables
 from skillsd.study.settings import StudySettings
 from skillsd.study.verdict import verdict
+from skillsd.words import count
 
 
 def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> list[str]:
@@ -28,13 +29,14 @@ def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], fi
         missing.setdefault(records[c].get("state", "not started"), []).append(f"{c.method} {c.seed}")
     seeds = ", ".join(map(str, study.seeds))
     told = [
-        f"{len(study.methods)} methods x {len(study.seeds)} seeds ({seeds}); how they are made stands at the end.",
+        f"{count(len(study.methods), 'method')} x {count(len(study.seeds), 'seed')} ({seeds}); how they are made stands at the end.",
         f"The panel: {', '.join(map(str, n))} held-out episodes a run, played before and after training.",
         "Environment steps of a run: " + ("not measured" if steps.isna().all() else f"{steps.min():,.0f} to {steps.max():,.0f}") + ".",
         f"skillsd {', '.join(versions)}, " + (f"commit {', '.join(commits)}." if commits else "commit unknown."),
         f"Ran on: {', '.join(sorted({d or 'unknown' for d in results['device']}))}.",
         "Missing cells: " + ("; ".join(f"{state}: {', '.join(v)}" for state, v in missing.items()) or "none") + ".",
         "The unit is the seed: means, intervals (95%, Student's t) and tests are over seeds, pairs are of the same seed.",
+        "Intervals end where a share does, at 0 and 100%, and a difference at -100 and 100 points: nothing possible is cut off.",
     ]
     if results["panel"].nunique() > 1:
         told.append("WARNING: not all cells were played on the same panel: differences between methods are not only the methods'.")
@@ -65,7 +67,7 @@ def blocks(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, 
         verdict(methods, controls),
         Heading(f"{metric.capitalize()} after training"),
         tables.outcome(results, study, methods),
-        f"base is the untrained agent. Holm's p is the paired t's, adjusted for {len(methods)} comparisons with {study.baseline}.",
+        f"base is the untrained agent. Holm's p is the paired t's, adjusted for {count(len(methods), 'comparison')} with {study.baseline}.",
     ]
     if any(c.n for c in methods):
         out.append(Picture("differences.png", f"differences to {study.baseline}", plots.forest(methods, study)))

@@ -21,6 +21,7 @@ from skillsd.errors import ConfigError
 from skillsd.study.cells import LOG, Cell, provenance
 from skillsd.study.results import Finished, read_cell, write_results
 from skillsd.study.settings import StudySettings
+from skillsd.words import count, duration
 
 FIT = (sys.executable, "-m", "skillsd", "fit")
 LOCK = "study.lock"
@@ -100,7 +101,7 @@ class Runner:
             self.finished = {c: read_cell(c) for c in self.cells if c.finished()}
             self._write()
             waiting = [c for c in self.cells if c not in self.finished]
-            print(f"{len(self.cells)} cells: {len(self.finished)} finished, {len(waiting)} to run", flush=True)
+            print(f"{count(len(self.cells), 'cell')}: {len(self.finished)} finished, {len(waiting)} to run", flush=True)
             with self._signals():
                 self._loop(waiting, lock)
 
@@ -214,13 +215,3 @@ class Runner:
         """The end of a cell's log, indented."""
         lines = (cell.folder / LOG).read_text(errors="replace").splitlines()[-TAIL:]
         return "\n".join(f"    {line}" for line in lines)
-
-
-def duration(seconds: float) -> str:
-    """42 s, 3.5 min, 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -40,7 +40,7 @@ def outcome(results: pd.DataFrame, study: StudySettings, made: Sequence[Comparis
         tests = (points(c.mean, c.low, c.high), p_value(c.p_t), p_value(c.p_flip), p_value(c.p_holm)) if c else ("", "", "", "")
         tests = (*tests[:3], "") if name == BASE else tests
         steps = 0.0 if name == BASE else results.loc[results["method"] == name, "env_steps"].mean()
-        rows.append((name, str(len(values)), share(*t_interval(values.tolist())), *tests, number(steps, ",.0f")))
+        rows.append((name, str(len(values)), share(*t_interval(values.tolist(), bounds=(0.0, 1.0))), *tests, number(steps, ",.0f")))
     minus = f"- {study.baseline}, points"
     return Table(("method", "seeds", f"{study.metric} after, %", minus, "paired t, p", "sign flip, p", "Holm, p", "env. steps"), rows)
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from math import ceil, isinf, isnan
 
 from skillsd.study.comparison import Comparison
+from skillsd.words import count
 
 ALPHA = 0.05
 
@@ -112,15 +113,15 @@ def needed(c: Comparison) -> str:
 def verdict(methods: Sequence[Comparison], controls: Sequence[Comparison]) -> list[str]:
     """All sentences: the count, every method, what few seeds cannot show, every control."""
     found = [finding(c) for c in methods]
-    kinds = {
-        "beat it": ("better",),
-        "are worse": ("worse",),
-        "cannot be told from it": ("unclear", "same"),
-        "could not be tested": ("none", "one"),
-    }
-    counts = [(sum(f in which for f in found), what) for what, which in kinds.items()]
+    kinds = [
+        ("beats it", "beat it", ("better",)),
+        ("is worse", "are worse", ("worse",)),
+        ("cannot be told from it", "cannot be told from it", ("unclear", "same")),
+        ("could not be tested", "could not be tested", ("none", "one")),
+    ]
+    counts = [(n, one if n == 1 else several) for one, several, which in kinds for n in [sum(f in which for f in found)]]
     told = (
-        [f"Of {len(found)} methods compared with the baseline: " + ", ".join(f"{n} {what}" for n, what in counts if n) + "."]
+        [f"Of {count(len(found), 'method')} compared with the baseline: " + ", ".join(f"{n} {what}" for n, what in counts if n) + "."]
         if found
         else []
     )

@@ -24,6 +24,7 @@ from skillsd.keys import leaves
 from skillsd.rollout.guard import visible
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE
 from skillsd.statistics import paired_difference
+from skillsd.words import count
 
 CURVES = {
     "reward/success": "episodes solved, share",
@@ -91,7 +92,7 @@ def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
         "tasks": seen["tasks"],
         "last written": opened.written(),
         "ended": ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items()),
-        "skills": f"{seen['skills']['held']} held, {seen['skills']['ever']} ever, of {seen['skills']['tasks']} tasks",
+        "skills": f"{seen['skills']['held']} held, {seen['skills']['ever']} ever, of {count(seen['skills']['tasks'], 'task')}",
         **_costs(run),
     }
     return {"facts": facts, "panel": _panel(run), "figures": figures, "everything": everything, "latest": _latest(run)}
