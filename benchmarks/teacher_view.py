@@ -107,7 +107,7 @@ class View:
         return Told(self.transcript.format(actions=" ".join(actions)), actions, t)
 
     def plan(self, task: Task) -> Told | None:
-        turns, _, _, success = demonstrate(self.env, task, 0.0, random.Random(0))
+        turns, _, _, success, _ = demonstrate(self.env, task, 0.0, random.Random(0))
         return self.told(replace(self.groups[0][0], turns=tuple(turns), success=success, completion=1.0), None)
 
     def greedy(self, collector: Collector, texts: Sequence[str | None]) -> dict[int, bool]:

@@ -281,11 +281,14 @@ class RolloutData(L.LightningDataModule):
         with closing(make_env(self.env_id, self.env_kwargs)) as env:
             if not hasattr(env.unwrapped, "solution"):
                 raise ConfigError(f"skills.context: {self.env_id} offers no solution(): choose another context.")
-            turns, _, instruction, success = demonstrate(env, task, 0.0, random.Random(0))
-        if not turns:
+            played = demonstrate(env, task, 0.0, random.Random(0))
+        if not played.turns:
             return None
-        share = float(success)
-        trajectory = Trajectory(0, task_id, 0, 0, instruction, (), (), (), (), tuple(turns), share, share, success, "done")
+        share = float(played.success)
+        trajectory = Trajectory(
+            0, task_id, 0, 0, played.instruction, (), (), (), (), tuple(played.turns), share, share, played.success, "done",
+            final_observation=played.final_observation,
+        )  # fmt: skip
         return summariser.summarise([trajectory])[0]
 
 

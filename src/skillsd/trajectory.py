@@ -76,6 +76,8 @@ class Trajectory:
             or `failed`.
         skill_id: The skill that conditions the teacher's rows of this trajectory; None without one.
         failure: Why it failed: one of FAILURES, a colon and more in one line; "" otherwise.
+        final_observation: The observation that no action followed: the environment's answer to the last one. No token of it is in the
+            record. None where the call that should have given it failed, and in records of older versions.
     """
 
     iteration: int
@@ -94,6 +96,7 @@ class Trajectory:
     finish_reason: FinishReason
     skill_id: int | None = None
     failure: str = ""
+    final_observation: str | None = None
 
     @property
     def failed(self) -> bool:

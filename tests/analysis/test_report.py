@@ -51,6 +51,7 @@ def episodes() -> list[Trajectory]:
         out.append(
             replace(SHORT, iteration=n // 8, task_id=task, member=n % 4, success=n % 3 == 0, turns=turns, skill_id=1 if n >= 8 else None)
         )
+    out = [replace(t, final_observation=BOARDS[0]) for t in out]
     out[0] = replace(out[0], instruction=EVIL, turns=(Turn(EVIL, "up", 1.0),), finish_reason="failed", failure=f"raised: {EVIL}")
     return out
 
@@ -147,7 +148,8 @@ def test_the_trajectories_and_skills(done):
             png = pictures.png(turn.observation)
             assert png and (folder / "report" / f"trajectory-{n}-turn-{k}.png").read_bytes() == png
             assert f"![trajectory {n}, turn {k}](trajectory-{n}-turn-{k}.png)\n\n```\n{turn.observation}\n```" in text
-    assert page.count("data:image/png") == 2 * len(numbers[1:]) and not (folder / "report" / "trajectory-0-turn-1.png").exists()
+        assert f"At the end\n\n![trajectory {n}, end](trajectory-{n}-end.png)\n\n```\n{BOARDS[0]}\n```" in text
+    assert page.count("data:image/png") == 3 * len(numbers[1:]) + 1 and not (folder / "report" / "trajectory-0-turn-1.png").exists()
     skills = [int(k) for k in re.findall(r"^Skill (\d+) of", text, flags=re.MULTILINE)]
     assert skills == [5, *(k for k in range(1, 21) if k != 5)] and "Skill 5 of task t4: used 3 times, mean reward" in page
     assert "The 20 most used of 25" in page and "mistake analysis: mistake 4\n" in page and "Its teacher saw skill 1." in page

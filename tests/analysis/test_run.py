@@ -26,6 +26,7 @@ from skillsd.trajectory import COUNTS, FIELDS, Trajectory, Turn
 SHORT = Trajectory(
     0, "t1", 0, 7, "Solve it.", (1, 2, 3), (4, 5, 9, 9, 6, 9, 9), (True, True, False, False, True, False, False),
     (-0.5, -0.25, 0.0, 0.0, -1.0, 0.0, 0.0), (Turn("s0", "up", 0.0), Turn("s1", "left", 1.0)), 1.0, 1.0, True, "done", 3,
+    final_observation="s2",
 )  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def test_turns_and_tokens(run):
     turns = run.turns([1, 3])
     assert turns.to_dict("list") == {
         "trajectory": [1, 1, 3, 3], "turn": [0, 1, 0, 1], "observation": ["s0", "s1"] * 2, "action": ["up", "left"] * 2,
-        "reward": [0.0, 1.0] * 2,
+        "reward": [0.0, 1.0] * 2, "next_observation": ["s1", "s2"] * 2,
     }  # fmt: skip
     tokens = run.tokens(2)
     assert tokens["token_id"].tolist() == list(SHORT.token_ids) and tokens["sampled"].tolist() == list(SHORT.action_mask)

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text("seed_everything: 7\n")
     groups = [(0, "t1", None, (1.0, 0.0)), (0, "t2", None, (0.0, 0.0)), (1, "t1", 1, (1.0, 1.0))]
     rows = [replace(SHORT, iteration=i, task_id=t, member=m, skill_id=s, reward=r) for i, t, s, rs in groups for m, r in enumerate(rs)]
-    rows[1] = replace(rows[1], success=False, turns=(Turn(EVIL, "a [b] c", 0.0),), instruction=EVIL)
+    rows[1] = replace(rows[1], success=False, turns=(Turn(EVIL, "a [b] c", 0.0),), instruction=EVIL, final_observation=EVIL)
     rows[2:4] = [replace(t, success=False, finish_reason="failed", failure=f"raised: {EVIL}") for t in rows[2:4]]
     append(tmp_path / "trajectories.jsonl", rows)
     lines = [dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "reward/success": f"0.{i + 1}25"} for i in (0, 1)]
@@ -89,7 +89,8 @@ def test_a_trajectory(shown):
     text = shown("--trajectory", "1")
     assert text.startswith("trajectory 1: iteration 0, task t1, member 1, no skill\n")
     evil = "\\x1b[31m[bold]red[/bold] :smile: \\ud800"
-    assert f"\n{evil}\n--- turn 1\n{evil}\n> a [b] c\n--- done: success False, completion 1.00, reward 0.00, 1 turn\n" in text
+    last = f"--- at the end\n{evil}\n--- done: success False, completion 1.00, reward 0.00, 1 turn\n"
+    assert f"\n{evil}\n--- turn 1\n{evil}\n> a [b] c\n{last}" in text
     assert f"--- failed (raised: {evil}): success False" in " ".join(shown("--trajectory", "2").split())
     assert "its teacher saw skill 1" in shown("--trajectory", "4")
     seen = json.loads(shown("--trajectory", "1", "--json"))

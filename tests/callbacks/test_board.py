@@ -58,13 +58,13 @@ def test_the_table_of_skills(monkeypatch):
 
 def test_an_episode_is_code_whatever_it_holds():
     turns = (Turn("# board\r<b>x</b>\x1b[2J", "go\n\n# up", 0.0), Turn("last", "", 1.0))
-    t = Trajectory(0, "t<i>", 1, 0, "", (), (), (), (), turns, 1.0, 0.5, False, "failed", failure="raised: x")
+    t = Trajectory(0, "t<i>", 1, 0, "", (), (), (), (), turns, 1.0, 0.5, False, "failed", failure="raised: x", final_observation="# won")
     text = board.episode(t)
     assert text.startswith(
         "task t&#60;i&#62;, member 1: failed &#40;raised&#58; x&#41;, completion 0.50\n\n    # board\\r<b>x</b>\\x1b[2J\n    > go\n    \n"
     )
     html = markdown_to_safe_html(text)
-    assert html.count("<pre>") == 1 and "<h1" not in html and "<b>" not in html and "# up" in html
+    assert html.count("<pre>") == 1 and "<h1" not in html and "<b>" not in html and "# up" in html and "# won" in html
 
 
 def test_a_failure_is_no_markdown():

@@ -44,14 +44,16 @@ class Painter:
         return np.full((2, 2, 3), int(observation), np.uint8) if int(observation) % 2 else None
 
 
-def pictures(log: RunLog, *envs: Any) -> list[int]:
+def pictures(log: RunLog, *envs: Any, final: str | None = None) -> list[int]:
     trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(collector=SimpleNamespace(envs=envs, alarm=Alarm(60.0))))
     turns = tuple(Turn(str(i), "", 0.0) for i in range(board.FRAMES + 9))
-    return [int(p[0, 0, 0]) for p in log._pictures(trainer, Trajectory(0, "t", 0, 0, "", (), (), (), (), turns, 0.0, 0.0, False, "done"))]
+    t = Trajectory(0, "t", 0, 0, "", (), (), (), (), turns, 0.0, 0.0, False, "done", final_observation=final)
+    return [int(p[0, 0, 0]) for p in log._pictures(trainer, t)]
 
 
 def test_boards_of_an_environment_that_draws_some():
     assert pictures(RunLog(), Painter()) == list(range(1, board.FRAMES, 2))
+    assert pictures(RunLog(), Painter(), final="99") == [*range(1, board.FRAMES - 1, 2), 99]  # how it ended is always shown
     assert pictures(RunLog(), SimpleNamespace(unwrapped=None)) == pictures(RunLog()) == []
 
 

@@ -539,7 +539,10 @@ def test_play_the_oracle(tell, tmp_path, hosted):
         assert plan and len(plan) == info["optimal_length"]
         told = tell("play", tmp_path / "none", NO_MODEL, "--policy", "oracle", *flags)
         assert told.startswith(f"task {task_id} short\n--- turn 1\n{observation}\n> {plan[0]}\n")
-        assert told.endswith(f"\n> {plan[-1]}\n--- done: success True, completion 1.00, reward 1.00, {len(plan)} turns\n")
+        for action in plan:
+            observation = env.step(action)[0]
+        last = f"--- at the end\n{observation}\n--- done: success True, completion 1.00, reward 1.00, {len(plan)} turns\n"
+        assert told.endswith(f"\n> {plan[-1]}\n{last}")
         assert told == tell("play", tmp_path / "none", NO_MODEL, hosted, "--policy=oracle", *flags)
         assert Hosted.alive == 0
     assert not (tmp_path / "none").exists()
@@ -568,7 +571,7 @@ def test_play_an_agent_of_the_environment(tell, tmp_path, hosted):
     told = tell("play", tmp_path / "none", NO_MODEL, hosted, "--policy", "pusher", "--level", "1")
     answers = [line for line in told.splitlines() if line.startswith("> ")]
     assert answers == ["> left", "> go 2", "> left", "> go 4", "> left", "> go 6"]  # a new agent an episode
-    assert told.count("could not be read") == 2  # what it answered last is not shown
+    assert told.count("could not be read") == 3
     assert told.splitlines()[-1].startswith("--- horizon: success False, completion 0.00") and told.endswith(" 6 turns\n")
     assert Hosted.alive == 0
 

@@ -68,7 +68,7 @@ def test_labels_are_optimal(noise):
     for index in range(12):
         raw = env.unwrapped.stream("pretrain", index)
         task = Task(raw["task_id"], options=raw)
-        turns, labels, instruction, success = demonstrate(env, task, noise, random.Random(index))
+        turns, labels, instruction, success, _ = demonstrate(env, task, noise, random.Random(index))
         checker.reset(options=raw)
         assert instruction == "" and len(turns) == len(labels)
         for turn, label in zip(turns, labels, strict=True):

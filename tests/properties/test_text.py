@@ -140,7 +140,7 @@ def trajectories(draw):
         draw(ids), draw(ANY), draw(ids), draw(ids), draw(ANY), tuple(draw(st.lists(ids, max_size=4))),
         tuple(draw(st.lists(ids, min_size=n, max_size=n))), tuple(draw(st.lists(st.booleans(), min_size=n, max_size=n))), tuple(logprobs),
         draw(TURNS), draw(NUMBERS), draw(NUMBERS), draw(st.booleans()), draw(st.sampled_from(["done", "length", "horizon", "failed"])),
-        draw(st.none() | ids), draw(ANY),
+        draw(st.none() | ids), draw(ANY), draw(st.none() | ANY),
     )  # fmt: skip
 
 

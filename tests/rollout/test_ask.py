@@ -91,8 +91,8 @@ def test_a_demonstration_says_so(name, monkeypatch):
 
 def test_one_that_behaves(monkeypatch):
     env = make_env(ENV, {})
-    turns, labels, instruction, success = demonstrate(env, Task("a"), 0.0, random.Random(0))
+    turns, labels, instruction, success, final = demonstrate(env, Task("a"), 0.0, random.Random(0))
     assert turns == [Turn("start", "up", 1.0)] and labels == ["up"]
     assert instruction == "" and success
     monkeypatch.setattr(Rude, "says", {"solution": lambda: None})
-    assert demonstrate(env, Task("a"), 0.0, random.Random(0)) == ([], [], "", False)
+    assert demonstrate(env, Task("a"), 0.0, random.Random(0))[:4] == ([], [], "", False)

@@ -104,6 +104,7 @@ def test_an_environment_scores_an_episode_that_ends_early(ten_turns, monkeypatch
     monkeypatch.setattr(TenTurns, "finish", lambda self: final, raising=False)
     t = ten_turns(max_trajectory_tokens=30)
     assert (t.finish_reason, t.reward, t.completion, t.failure) == (finish, reward, reward, failure)
+    assert t.final_observation == "down " * 5
     assert ten_turns().completion == 1.0  # one that ends by itself is not
 
 
@@ -115,13 +116,27 @@ def test_a_whole_episode(ten_turns):
     assert TenTurns.asked[-1] == (0, {"task_id": "0"})
 
 
+def test_the_answer_to_the_last_action_is_recorded(ten_turns, monkeypatch):
+    """However the episode ends; where the last call gave no answer there is none. No token of it is in the record."""
+    monkeypatch.setattr(TenTurns, "step", lambda self, action: (f"answer {self.turns(action)}", 0.0, self.turn == 10, self.turn == 3, {}))
+    monkeypatch.setattr(TenTurns, "turns", lambda self, _: setattr(self, "turn", self.turn + 1) or self.turn, raising=False)
+    t = ten_turns()
+    assert (t.finish_reason, t.final_observation, t.turns[-1].observation) == ("horizon", "answer 3", "answer 2")
+    assert t.action_mask[-1] and Trajectory.from_json(t.to_json()) == t
+    t = ten_turns(max_prompt_tokens=5)
+    assert (t.finish_reason, t.final_observation, t.turns) == ("length", "up " * 5, ())
+    monkeypatch.setattr(TenTurns, "step", lambda self, action: 1 / 0 if self.turns(action) == 2 else ("down", 0.0, False, False, {}))
+    t = ten_turns()
+    assert (t.finish_reason, t.final_observation, len(t.turns)) == ("failed", None, 2)
+
+
 @pytest.mark.parametrize("limits", [{"max_trajectory_tokens": 35}, {"context_length": 41}])
 def test_out_of_tokens_keeps_the_completion_so_far(ten_turns, limits):
     """35 tokens after the prompt: three turns of 9, a fourth answer of 3, and its environment tokens do not fit."""
     t = ten_turns(**limits)
     assert (t.finish_reason, len(t.turns), len(t.token_ids)) == ("length", 4, 3 * 9 + 3)
     assert (t.reward, t.completion, t.success) == (0.4, 0.4, False)
-    assert t.action_mask[-3:] == (True,) * 3
+    assert t.action_mask[-3:] == (True,) * 3 and t.final_observation == "down " * 5
 
 
 @pytest.mark.parametrize("limits", [{"max_trajectory_tokens": 29}, {"context_length": 35}])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -125,6 +126,14 @@ def test_any_number_of_turns(n, max_chars):
     text = conversation(code_transcript(n), max_chars)
     assert len(text) <= max_chars and "RULES-BEGIN" in text and "RULES-END" in text
     assert n == 0 or ("TASK-BEGIN" in text and "LAST-END" in text)
+
+
+def test_the_last_answer_of_the_environment_stands_at_the_end():
+    t = replace(code_transcript(), final_observation="END-BEGIN " + "You have won. " * 1000 + "END-END")
+    assert conversation(replace(t, turns=t.turns[-1:])).endswith("END-END")
+    text = conversation(t)
+    assert len(text) <= 24_000 and "LAST-END\n[After the last turn: environment]\nEND-BEGIN" in text and text.endswith("END-END")
+    assert len(conversation(t, MIN_CHARS)) <= MIN_CHARS and "After the last turn" not in conversation(replace(t, turns=()))
 
 
 def test_what_fits_exactly_is_not_touched():

@@ -65,24 +65,30 @@ def trajectories(run: Run, pictures: Pictures) -> list[Block]:
 
 
 def _turns(t: Trajectory, n: int, pictures: Pictures) -> list[Block]:
-    numbered = list(enumerate(t.turns, 1))
-    if len(numbered) <= MOST_TURNS:
+    numbered: list[tuple[int, Turn | str]] = [*enumerate(t.turns, 1)]
+    if t.final_observation is not None:
+        numbered.append((len(t.turns), t.final_observation))
+    if len(t.turns) <= MOST_TURNS:
         return [_cards(numbered, n, pictures)] if numbered else []
     half = MOST_TURNS // 2
-    gap = f"{len(numbered) - 2 * half} turns are left out here."
-    return [_cards(numbered[:half], n, pictures), gap, _cards(numbered[-half:], n, pictures)]
+    gap = f"{len(t.turns) - 2 * half} turns are left out here."
+    return [_cards(numbered[:half], n, pictures), gap, _cards(numbered[len(t.turns) - half :], n, pictures)]
 
 
-def _cards(turns: Sequence[tuple[int, Turn]], n: int, pictures: Pictures) -> Cards:
+def _cards(turns: Sequence[tuple[int, Turn | str]], n: int, pictures: Pictures) -> Cards:
+    """A card a turn, and one for the final observation, which comes as its text alone."""
     cards: list[list[Block]] = []
     drawn = 0
     for number, turn in turns:
-        png = pictures.png(turn.observation)
+        observation, name = (turn, "end") if isinstance(turn, str) else (turn.observation, f"turn-{number}")
+        png = pictures.png(observation)
         drawn += png is not None
-        told = f", reward {turn.reward:.3f}" if turn.reward else ""
-        seen: list[Block] = [Picture(f"trajectory-{n}-turn-{number}.png", f"trajectory {n}, turn {number}", png)] if png else []
-        text = Code(said(turn.observation), folded="as text" if png else "")
-        cards.append([f"Turn {number}{told}", *seen, text, Code(said(turn.action), pictures.language)])
+        told = f", reward {turn.reward:.3f}" if isinstance(turn, Turn) and turn.reward else ""
+        title = f"trajectory {n}, {name.replace('-', ' ')}"
+        seen: list[Block] = [Picture(f"trajectory-{n}-{name}.png", title, png)] if png else []
+        text = Code(said(observation), folded="as text" if png else "")
+        done: list[Block] = [Code(said(turn.action), pictures.language)] if isinstance(turn, Turn) else []
+        cards.append([f"Turn {number}{told}" if done else "At the end", *seen, text, *done])
     return Cards(cards, "small" if drawn == len(turns) else "large")
 
 

@@ -34,9 +34,8 @@ def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: 
         print(visible(f"--- skill\n{text.rstrip()}"))
     for number, turn in enumerate(t.turns, 1):
         _show_turn(number, turn, film)
+    _show_last(t.final_observation, _ending(t.finish_reason, t.success), film)
     _print_end(t.finish_reason, t.success, t.completion, t.reward, len(t.turns), t.failure)
-    if film.env is not None and t.turns and not t.failed:
-        film.add(_last_observation(film.env, task, t.turns), _ending(t.finish_reason, t.success))
     film.save()
 
 
@@ -68,8 +67,8 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
     success, completion = bool(info.get("success", False)), float(info.get("completion", 0.0))
     if failure:  # it counts as nothing done, as in training
         success, completion, reward = False, 0.0, 0.0
+    _show_last(observation, _ending(finish, success), film)
     _print_end(finish, success, completion, reward, turns, failure)
-    film.add(observation, _ending(finish, success))
     film.save()
 
 
@@ -147,8 +146,8 @@ def skill_text(trainer: Any, data: Any, task: Any) -> str:
     with closing(make_env(data.env_id, data.env_kwargs)) as env:
         if not hasattr(env.unwrapped, "solution"):
             raise ConfigError(f"the bank has no skill of {task.task_id}, and the environment offers no solution() to make one from.")
-        turns, _, _, success = demonstrate(env, task, 0.0, random.Random(0))
-    return str(callback.summariser.summarise_one(turns, success, float(success)).render(callback.template))
+        played = demonstrate(env, task, 0.0, random.Random(0))
+    return str(callback.summariser.summarise_one(played.turns, played.success, float(played.success)).render(callback.template))
 
 
 def _print_head(task: Task, instruction: str) -> None:
@@ -166,13 +165,11 @@ def _ending(finish: str, success: bool) -> str:
     return "solved" if success else f"not solved: {finish}"
 
 
-def _last_observation(env: Any, task: Task, turns: Sequence[Turn]) -> str:
-    """What the last action led to, which no trajectory holds: the episode is played again."""
-    options = {**task.options, "task_id": task.task_id}
-    ask(env, f"reset() to task {task.task_id}", lambda: _parts(env.reset(seed=0, options=options), 2))
-    for turn in turns[:-1]:
-        ask(env, "step()", partial(_step, env, turn.action))
-    return str(ask(env, "step()", partial(_step, env, turns[-1].action))[0])
+def _show_last(observation: str | None, caption: str, film: Film) -> None:
+    """The answer to the last action."""
+    if observation is not None:
+        print(visible(f"--- at the end\n{observation}"))
+        film.add(observation, caption)
 
 
 def _print_end(finish: str, success: bool, completion: float, reward: float, turns: int, failure: str) -> None:

@@ -120,9 +120,13 @@ class Run:
         return self._lines.read(number)
 
     def turns(self, numbers: Iterable[int] | int) -> pd.DataFrame:
-        """A row a turn of the given trajectories: `trajectory`, `turn` (from 0), `observation`, `action`, `reward`."""
-        rows = [(n, k, turn.observation, turn.action, turn.reward) for n, t in self._whole(numbers) for k, turn in enumerate(t.turns)]
-        return pd.DataFrame(rows, columns=["trajectory", "turn", "observation", "action", "reward"])
+        """A row a turn of the given trajectories: `trajectory`, `turn` (from 0), `observation`, `action`, `reward`,
+        `next_observation` (the environment's answer; None where the call failed, and at the end of a record of an older version)."""
+        rows = []
+        for n, t in self._whole(numbers):
+            after = [*(turn.observation for turn in t.turns[1:]), t.final_observation]
+            rows += [(n, k, x.observation, x.action, x.reward, y) for k, (x, y) in enumerate(zip(t.turns, after, strict=False))]
+        return pd.DataFrame(rows, columns=["trajectory", "turn", "observation", "action", "reward", "next_observation"])
 
     def tokens(self, numbers: Iterable[int] | int) -> pd.DataFrame:
         """A row a token after the prompt: `trajectory`, `position` (from 0), `turn`, `token_id`, `sampled`, `logprob` (nats, under the

@@ -52,6 +52,8 @@ def writers(trainer: L.Trainer) -> list[Any]:
 def episode(t: Trajectory) -> str:
     """A trajectory as Markdown: a line on how it ended, then what was said as code."""
     text = "\n\n".join(f"    {turn.observation}\n> {turn.action}".replace("\n", "\n    ") for turn in t.turns)
+    if t.final_observation is not None:
+        text += f"\n\n    {t.final_observation}".replace("\n", "\n    ")
     finish = f"{t.finish_reason} ({t.failure})" if t.failure else t.finish_reason
     return f"task {_cell(t.task_id)}, member {t.member}: {_cell(finish)}, completion {t.completion:.2f}\n\n{visible(text)}"
 

@@ -141,7 +141,8 @@ class RunLog(L.Callback):
         if not self.draws or not collector.envs:
             return []
         with collector.alarm as alarm:
-            seen = [turn.observation for turn in t.turns[: board.FRAMES]]
+            final = [] if t.final_observation is None else [t.final_observation]  # shown however long the episode is
+            seen = [*(turn.observation for turn in t.turns[: board.FRAMES - len(final)]), *final]
             found: Any = alarm(lambda: [picture_of(collector.envs[0], observation) for observation in seen])
         if isinstance(found, Failure):
             log.warning("TensorBoard shows no boards: the environment's picture() failed (%s).", visible(found.text()))

@@ -73,8 +73,8 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
         skill = ""
         if rng.random() < s.skill_share:
             skill = self.skill(task, s.noisy_skill_noise if rng.random() < s.noisy_skill_share else 0.0, rng)
-        turns, labels, instruction, _ = demonstrate(self.env, task, s.noise, rng)
-        return self.encode(turns[: s.max_turns], labels, instruction, skill)
+        played = demonstrate(self.env, task, s.noise, rng)
+        return self.encode(played.turns[: s.max_turns], played.labels, played.instruction, skill)
 
     def stream(self, index: int) -> dict[str, Any]:
         """Task `index` of the environment's stream."""
@@ -87,8 +87,8 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
 
     def skill(self, task: Task, noise: float, rng: random.Random) -> str:
         """The text in front of the prompt: the rules' summary of one play."""
-        turns, _, _, success = demonstrate(self.env or make_env(self.env_id, self.env_kwargs), task, noise, rng)
-        return self.rules.summarise_one(turns, success, float(success)).render(self.template)
+        played = demonstrate(self.env or make_env(self.env_id, self.env_kwargs), task, noise, rng)
+        return self.rules.summarise_one(played.turns, played.success, float(played.success)).render(self.template)
 
     def encode(self, turns: list[Turn], labels: list[str], instruction: str, skill: str) -> tuple[list[int], list[int]]:
         """Ids of the whole conversation and the labels of its answers; the stop token is learnt as part of an answer."""

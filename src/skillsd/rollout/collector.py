@@ -64,6 +64,7 @@ class _Episode:
     action_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    final_observation: str | None = None  # the one that no action has followed
     reward: float = 0.0
     end: End = NOTHING
     finish: FinishReason | None = None
@@ -283,15 +284,18 @@ class Collector:
                 e.action_mask += [True] * len(j.completion.token_ids)
                 e.logprobs += j.completion.logprobs
                 e.turns.append(Turn(e.observation, j.action, 0.0 if isinstance(answer, Failure) else answer.reward))
+                e.final_observation = None
             if isinstance(answer, Failure):
                 e.fail(answer)
                 if answer.kind not in ("environment", "model"):
                     self._discard(e.env)
             elif j.kind == "reset":
                 e.observation, e.instruction, e.info = answer
+                e.final_observation = e.observation
                 began.append(e)
             elif j.kind == "step":
                 e.observation, reward, e.finish, e.end, e.info = answer
+                e.final_observation = e.observation
                 e.reward += reward
                 if e.finish is None:
                     going.append((e, j.completion.stopped))
@@ -332,5 +336,5 @@ class Collector:
             iteration=iteration, task_id=e.row.task.task_id, member=e.row.member, seed=seed, instruction=e.instruction,
             prompt_ids=tuple(e.prompt_ids), token_ids=tuple(e.token_ids), action_mask=tuple(e.action_mask), logprobs=tuple(e.logprobs),
             turns=tuple(e.turns), reward=e.reward, completion=e.end.completion, success=e.end.success, finish_reason=e.finish,
-            failure=e.failure.text() if e.failure is not None else "",
+            failure=e.failure.text() if e.failure is not None else "", final_observation=e.final_observation,
         )  # fmt: skip

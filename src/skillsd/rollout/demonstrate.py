@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 
@@ -11,7 +11,18 @@ from skillsd.rollout.ask import ask, plan_of
 from skillsd.trajectory import Task, Turn
 
 
-def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: random.Random) -> tuple[list[Turn], list[str], str, bool]:
+class Demonstration(NamedTuple):
+    """A play of the solver: turns with the executed actions, the solver's own action for each turn, the instruction, whether the task was
+    solved, and what the environment said last."""
+
+    turns: list[Turn]
+    labels: list[str]
+    instruction: str
+    success: bool
+    final_observation: str
+
+
+def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: random.Random) -> Demonstration:
     """Play the solver's plan with noise.
 
     Args:
@@ -19,9 +30,6 @@ def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: ran
         task: What to play.
         noise: Chance of a random action at each turn.
         rng: Source of the noise.
-
-    Returns:
-        turns (observation, executed action, reward), the label of each turn, the instruction, and whether the task was solved.
 
     Raises:
         ConfigError: a call of the environment fails.
@@ -44,7 +52,7 @@ def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: ran
         observation, reward, over, success = ask(env, "step()", step)
         turns.append(Turn(seen, action, reward))
         labels.append(plan[0])
-    return turns, labels, instruction, success
+    return Demonstration(turns, labels, instruction, success, observation)
 
 
 def _text(observation: Any) -> str:

@@ -30,7 +30,8 @@ def hostile(folder: Path) -> Path:
     )
     rows = [
         replace(SHORT, iteration=i, member=m, task_id=EVIL, instruction=EVIL, skill_id=1 if i else None, reward=float(m), success=bool(m),
-                turns=(Turn(EVIL, EVIL, 0.0), Turn('{"a": "<script>window.pwned=1</script>"}', f"```python\n{EVIL}\n```", 1.0)))
+                turns=(Turn(EVIL, EVIL, 0.0), Turn('{"a": "<script>window.pwned=1</script>"}', f"```python\n{EVIL}\n```", 1.0)),
+                final_observation=EVIL)
         for i in range(2) for m in range(2)
     ]  # fmt: skip
     rows.append(replace(rows[-1], member=2, finish_reason="failed", failure=f"raised: {EVIL}", success=False, reward=0.0))

@@ -191,18 +191,20 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
         group = run.trajectories
         group = group[(group["iteration"] == seen["iteration"]) & (group["task_id"] == seen["task_id"])].index.tolist()
     turns = [
-        {
-            "picture": (png := opened.pictures.png(turn["observation"])) and data_uri(png),
-            "observation": Markup(syntax.output(turn["observation"])),
-            "action": Markup(syntax.action(turn["action"], opened.pictures.language)),
-            "reward": turn["reward"],
-        }
+        _observed(opened, turn["observation"])
+        | {"action": Markup(syntax.action(turn["action"], opened.pictures.language)), "reward": turn["reward"]}
         for turn in seen["turns"]
     ]
+    final = None if seen["final_observation"] is None else _observed(opened, seen["final_observation"])
     template = lookup(opened.run.config, "skills.template")
     told = {"skill": skill, "text": skill and skill.render(template if isinstance(template, str) and template else SKILL_TEMPLATE)}
     found = _scores(opened, n, scored) if scored in HEATS else None
-    return {"t": seen, "turns": turns, "last": last, "group": group, "told": told, "heats": HEATS, "scored": found}
+    return {"t": seen, "turns": turns, "final": final, "last": last, "group": group, "told": told, "heats": HEATS, "scored": found}
+
+
+def _observed(opened: Opened, observation: str) -> dict[str, Any]:
+    png = opened.pictures.png(observation)
+    return {"picture": png and data_uri(png), "observation": Markup(syntax.output(observation))}
 
 
 def _scores(opened: Opened, n: int, kind: str) -> dict[str, Any]:

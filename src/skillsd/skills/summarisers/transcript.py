@@ -18,14 +18,16 @@ def conversation(trajectory: Trajectory, max_chars: int = 24_000) -> str:
     The instruction and the first observation say what the task is: they stay whole while they take at most half of the budget, or
     the rest leaves them room; else the longer of the two is cut in its middle. Of the rest the longest texts are cut in their middle,
     observations to half the length of answers, which hold what was done. If that is not enough, turns in the middle are left out, never
-    the first or the last.
+    the first or the last. What the environment answered to the last action stands at the end: a game says there how it ended.
     """
     texts = [trajectory.instruction, *(text for turn in trajectory.turns for text in (turn.observation, turn.action))]
+    if trajectory.turns and trajectory.final_observation is not None:
+        texts.append(trajectory.final_observation)
     room = max_chars - len("\n\n".join(_blocks(texts))) + sum(map(len, texts))  # without the headings
     task, rest = texts[:2], texts[2:]
     limit = _limit(task, [1] * len(task), max(max_chars // 2, room - sum(map(len, rest))), 1)
     task = [shorten(text, limit) for text in task]
-    weights = [2 - at % 2 for at in range(len(rest))]  # answer, observation, answer, ...
+    weights = [2 - at % 2 for at in range(len(rest))]  # answer, observation, answer, ..., perhaps the final observation
     limit = _limit(rest, weights, room - sum(map(len, task)), min(MIN_KEPT, max_chars // 20))
     rest = [shorten(text, limit * weight) for text, weight in zip(rest, weights, strict=True)]
     return _without_middle(_blocks([*task, *rest]), 1 + bool(trajectory.instruction), max_chars)
@@ -41,10 +43,13 @@ def shorten(text: str, limit: int) -> str:
 
 
 def _blocks(texts: Sequence[str]) -> list[str]:
-    """The instruction unless it is empty, then the turns, each under its headings."""
+    """The instruction unless it is empty, then the turns, each under its headings; a final observation is in the last turn's block."""
     blocks = [f"[Instruction]\n{texts[0]}"] if texts[0] else []
-    pairs = zip(texts[1::2], texts[2::2], strict=True)
-    return blocks + [f"[Turn {n}: environment]\n{seen}\n[Turn {n}: agent]\n{done}" for n, (seen, done) in enumerate(pairs, 1)]
+    pairs = zip(texts[1::2], texts[2::2], strict=False)
+    blocks += [f"[Turn {n}: environment]\n{seen}\n[Turn {n}: agent]\n{done}" for n, (seen, done) in enumerate(pairs, 1)]
+    if len(texts) % 2 == 0:
+        blocks[-1] += f"\n[After the last turn: environment]\n{texts[-1]}"
+    return blocks
 
 
 def _without_middle(blocks: list[str], first: int, max_chars: int) -> str:
