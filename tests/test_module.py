@@ -926,7 +926,7 @@ def test_a_checkpoint_holds_both_adapters_only(make_policy, step, tmp_path):
     assert all(torch.equal(state[f"student.{k}"], p) for k, p in policy.adapter("student").items())
     assert all(torch.equal(state[f"teacher.{k}"], p) for k, p in policy.adapter("teacher").items())
     counters = {"skipped": 0, "skipped_in_a_row": 0}
-    assert checkpoint["skillsd"] == {"base": policy.base_name, "teacher_is_student": False, **counters}
+    assert checkpoint["skillsd"] == {"base": policy.identity, "teacher_is_student": False, **counters}
 
     def module(other: Policy) -> SkillSD:
         made = SkillSD(other.settings)
@@ -938,10 +938,11 @@ def test_a_checkpoint_holds_both_adapters_only(make_policy, step, tmp_path):
     again.on_load_checkpoint(checkpoint)
     again.load_state_dict(state)
     assert all(torch.equal(state[k], v) for k, v in fresh.adapter_state().items())
-    for other in (make_policy("llama"), make_policy(lora={"r": 2}), make_policy(lora={"targets": ["q_proj"]})):
-        with pytest.raises(ConfigError, match=r"model\.init_args\.policy"):
+    for other in (make_policy("llama"), make_policy(lora={"r": 2}), make_policy(lora={"alpha": 9})):
+        with pytest.raises(ConfigError, match=r"ckpt_path: .*policy\.(model|lora)"):
             module(other).on_load_checkpoint(checkpoint)
-    with pytest.raises(ConfigError, match=r"policy\.lora"):
-        module(make_policy(lora={"r": 2})).load_state_dict(state)
+    for lora in ({"r": 2}, {"targets": ["q_proj"]}):
+        with pytest.raises(ConfigError, match=r"policy\.lora"):
+            module(make_policy(lora=lora)).load_state_dict(state)
     with pytest.raises(ConfigError, match="checkpoint"):
         again.on_load_checkpoint({})  # of another program

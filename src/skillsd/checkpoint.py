@@ -111,14 +111,27 @@ def step_of(path: Path) -> int | None:
         return None
 
 
-def check_base(checkpoint: Mapping[str, Any], base: str) -> None:
-    """Raises ConfigError for a checkpoint of another base model than `base`."""
+def check_base(checkpoint: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Compare the weights, by their digest, and the adapters' rank and scale. The model's name is for people.
+
+    Args:
+        checkpoint: What was read.
+        base: `Policy.identity` of who is to go on with it.
+
+    Raises:
+        ConfigError: It belongs to another base or other adapters, or does not say to which.
+    """
     saved = checkpoint.get("skillsd", {}).get("base")
-    if saved != base:
+    if not isinstance(saved, Mapping):
+        raise ConfigError("ckpt_path: the checkpoint does not say which weights it belongs to: it is of an older version of skillsd.")
+    if saved["digest"] != base["digest"]:
         raise ConfigError(
-            f"ckpt_path: the checkpoint belongs to the base model [{saved}], this run has [{base}]: "
-            "set model.init_args.policy to match, or start a new run folder."
+            f"ckpt_path: the checkpoint belongs to other weights ({saved['model']}, {saved['digest']}) than policy.model has "
+            f"({base['model']}, {base['digest']}): set policy.model to that base, wherever it is now, or start a new run folder."
         )
+    for key in ("r", "alpha"):
+        if saved[key] != base[key]:
+            raise ConfigError(f"ckpt_path: the checkpoint has policy.lora.{key} {saved[key]}, here it is {base[key]}: set it as it was.")
 
 
 def newest_good(folder: Path) -> Path | None:

@@ -437,12 +437,12 @@ class SkillSD(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skillsd"] = {
-            "base": self.policy.base_name, "teacher_is_student": self.policy.teacher_is_student,
+            "base": self.policy.identity, "teacher_is_student": self.policy.teacher_is_student,
             "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_base(checkpoint, self.policy.base_name)
+        check_base(checkpoint, self.policy.identity)
         state = checkpoint["skillsd"]
         self._teacher_is_student = state.get("teacher_is_student")
         self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)

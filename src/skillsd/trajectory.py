@@ -43,15 +43,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: what the environment said, what the policy answered, and the reward of that step.
-
-    `valid` is whether the environment could read the answer, None where it does not say (info["valid"]).
-    """
+    """One exchange: what the environment said, what the policy answered, and the reward of that step."""
 
     observation: str
     action: str
     reward: float
-    valid: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,11 @@ def test_what_cannot_be_scored(run, scorer, tmp_path):
     with pytest.raises(ConfigError, match="checkpoints: no adapters there"):
         Scorer(Run(tmp_path))
     checkpoint = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    made = checkpoint["skillsd"]["base"]
     for name, content, told in (
-        ("base", checkpoint | {"skillsd": {"base": "another"}}, r"belongs to the base model \[another\]"),
-        ("empty", {"a": 1}, "belongs to the base model"),
+        ("base", checkpoint | {"skillsd": {"base": made | {"digest": "0"}}}, r"belongs to other weights \(.*, 0\)"),
+        ("older", checkpoint | {"skillsd": {"base": "another"}}, "does not say which weights"),
+        ("empty", {"a": 1}, "no checkpoint"),
     ):
         torch.save(content, tmp_path / f"{name}.ckpt")
         with pytest.raises((ConfigError, DamagedError), match=told):

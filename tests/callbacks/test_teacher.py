@@ -84,10 +84,11 @@ def test_the_exported_student_loads(make_policy, tmp_path, architecture):
     folder = tmp_path / "adapter" / "student"
     for _ in range(2):  # the second replaces the first
         AdapterExport().on_train_end(SimpleNamespace(default_root_dir=str(tmp_path), global_step=7), SimpleNamespace(policy=policy))
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"]
+    files = ["README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "base.json"]
+    assert sorted(p.name for p in folder.iterdir()) == files
     assert [p.name for p in folder.parent.iterdir()] == ["student"]
     card = (folder / "README.md").read_text()
-    assert f"base_model: {policy.settings.model}" in card and "7 iterations" in card and "rank 4, alpha 8" in card
+    assert f"base_model: {policy.settings.model}" in card and policy.digest in card and "7 iterations" in card and "rank 4, alpha 8" in card
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
 
     ids = torch.arange(5, 25)[None]

@@ -55,7 +55,7 @@ class Scorer:
                 if not users_business(e):
                     raise
                 raise ConfigError(f"{source}: {told(e)}") from e
-            check_base(checkpoint, self.policy.base_name)
+            check_base(checkpoint, self.policy.identity)
             self.policy.load_adapter_state(checkpoint["state_dict"])
         self.chat = Chat(self.policy.tokenizer, self.policy.stop_ids)
         self.template = run.config.get("skills", {}).get("template") or SKILL_TEMPLATE

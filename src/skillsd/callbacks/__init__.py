@@ -1,7 +1,6 @@
-"""What happens around an iteration: memory plan, teacher weights, panel, record, warnings, checkpoints, export."""
+"""What happens around an iteration: memory plan, teacher weights, panel, record, checkpoints, export."""
 
 from skillsd.callbacks.budget import EnvStepBudget
-from skillsd.callbacks.diagnostics import Diagnostics
 from skillsd.callbacks.export import AdapterExport, export_adapter
 from skillsd.callbacks.log import RunLog
 from skillsd.callbacks.memory import MemoryPlan
@@ -10,15 +9,4 @@ from skillsd.callbacks.peers import PeerWatch
 from skillsd.callbacks.resume import RunCheckpoint
 from skillsd.callbacks.teacher import TeacherSync
 
-__all__ = [
-    "AdapterExport",
-    "Diagnostics",
-    "EnvStepBudget",
-    "MemoryPlan",
-    "Panel",
-    "PeerWatch",
-    "RunCheckpoint",
-    "RunLog",
-    "TeacherSync",
-    "export_adapter",
-]
+__all__ = ["AdapterExport", "EnvStepBudget", "MemoryPlan", "Panel", "PeerWatch", "RunCheckpoint", "RunLog", "TeacherSync", "export_adapter"]

@@ -26,6 +26,8 @@ LoRA adapter (rank {r}, alpha {alpha}, {targets}) on `{base}`, trained by skills
     from peft import PeftModel
     model = PeftModel.from_pretrained(base_model, "this folder")
 
+where the base model is the one whose weights have the digest {digest} (base.json), under whatever name.
+
 Give it the plain task prompt, without a skill, unless its run let it act with one (`data.init_args.actor`). The base model's licence
 applies to what is built on it.
 """
@@ -40,8 +42,9 @@ def export_adapter(policy: Any, folder: Path, steps: int) -> Path:
     policy.save_adapter(temporary, "student")
     lora = policy.settings.lora
     card = CARD.format(
-        base=policy.settings.model, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__, steps=count(steps, "iteration")
-    )
+        base=policy.settings.model, digest=policy.digest, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__,
+        steps=count(steps, "iteration"),
+    )  # fmt: skip
     (temporary / "student" / "README.md").write_text(card)
     seal_folder(temporary / "student")
     shutil.rmtree(folder, ignore_errors=True)

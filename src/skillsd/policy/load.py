@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers.utils import cached_file
 
 from skillsd.errors import ConfigError
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.nano import build_config, build_tokenizer
+from skillsd.policy.weights import check_files, digest, digest_of, model_tensors
+
+log = logging.getLogger(__name__)
 
 UNTRAINED, RECOVER = "nano-untrained", "nano-recover"
 PACKAGED = resources.files("skillsd.policy")
@@ -69,27 +79,37 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
     if Path(folder).is_dir() and not any([*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]):
         # transformers would make up an empty one
         raise ConfigError(f"policy.model: the folder {settings.model} holds no tokenizer: save it there with save_pretrained.")
-    try:
+    with _reading(settings.model, "tokenizer"):
+        if Path(folder).is_dir():
+            check_files(Path(folder), "policy.model")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        if "trust_remote_code" in str(e):
-            raise _own_code(settings.model) from e
-        raise _not_found(settings.model, "tokenizer", e) from e
     if settings.chat_template is not None:
-        packaged = PACKAGED / "templates" / f"{settings.chat_template}.jinja"
-        path = Path(settings.chat_template)
-        if packaged.is_file():
-            tokenizer.chat_template = packaged.read_text()
-        elif path.is_file():
-            tokenizer.chat_template = path.read_text()
-        else:
-            names = ", ".join(sorted(p.name.removesuffix(".jinja") for p in (PACKAGED / "templates").iterdir()))
-            raise ConfigError(f"policy.chat_template: {settings.chat_template} is neither a packaged template ({names}) nor a file.")
+        tokenizer.chat_template = _template(settings.chat_template)
     if tokenizer.chat_template is None:
         raise ConfigError(f"policy.chat_template is null and {settings.model} has no chat template of its own: name one.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "-"}], tokenize=False)
+    except TemplateSyntaxError as e:
+        where = settings.chat_template or f"the template of {settings.model}"
+        raise ConfigError(f"policy.chat_template: {where} does not parse (line {e.lineno}: {e.message}): mend it, or name another.") from e
+    except Exception as e:  # what a template refuses, and whether it may, is the chat's business
+        log.debug("the template refuses a probe: %s", e)
     return tokenizer
+
+
+def _template(name: str) -> str:
+    packaged, path = PACKAGED / "templates" / f"{name}.jinja", Path(name)
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    if not path.is_file():
+        names = ", ".join(sorted(p.name.removesuffix(".jinja") for p in (PACKAGED / "templates").iterdir()))
+        raise ConfigError(f"policy.chat_template: {name} is neither a packaged template ({names}) nor a file.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"policy.chat_template: {path} is no UTF-8 ({e}): save it as UTF-8.") from e
 
 
 def load_base(settings: PolicySettings, device: torch.device, place: torch.device | None = None) -> PreTrainedModel:
@@ -101,7 +121,8 @@ def load_base(settings: PolicySettings, device: torch.device, place: torch.devic
         place: Where it is put at first; null is `device`.
 
     Raises:
-        ConfigError: a name that is neither packaged, nor a folder with weights, nor reachable on the hub.
+        ConfigError: a name that is neither packaged, nor a folder with weights, nor reachable on the hub; or weights that are not all of
+            the model's, each with its shape.
     """
     nf4 = settings.quantise == "nf4"
     if settings.model == UNTRAINED:
@@ -122,14 +143,13 @@ def load_base(settings: PolicySettings, device: torch.device, place: torch.devic
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder(settings.model), **kwargs)
-    except OSError as e:
-        raise _not_found(settings.model, "model", e) from e
-    except ValueError as e:
-        if "trust_remote_code" in str(e):
-            raise _own_code(settings.model) from e
-        raise
+    folder = model_folder(settings.model)
+    with _reading(settings.model, "model"):
+        if Path(folder).is_dir():
+            check_files(Path(folder), "policy.model")
+            model_tensors(Path(folder))  # transformers' own errors name no file
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
+    _check_complete(settings.model, model, info)
     for module in model.modules():
         # With it, an eval-mode forward re-packs the weights in place and later gradients are silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -141,6 +161,88 @@ def _untrained(device: torch.device) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Qwen3ForCausalLM(build_config(len(build_tokenizer()))).to(device).eval().requires_grad_(False)
+
+
+def base_digest(settings: PolicySettings, base: PreTrainedModel) -> str:
+    """Which weights a base that was loaded with these settings has, and what they compute: see `weights.digest`."""
+    config: Any = base.config.get_text_config()
+    if settings.model == UNTRAINED:
+        return digest_of(config.to_diff_dict(), base.state_dict())
+    folder = model_folder(settings.model)
+    if not Path(folder).is_dir():  # of the hub: the snapshot that has just been loaded
+        folder = str(Path(str(cached_file(folder, "config.json", local_files_only=True))).parent)
+    return digest(config.to_diff_dict(), model_tensors(Path(folder)))
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> None:
+    """Raises ConfigError for a tokenizer with more words than the base has embeddings of; added tokens may have none."""
+    words, rows = int(tokenizer.vocab_size), int(base.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    if words > rows:
+        raise ConfigError(
+            f"policy.model: the tokenizer of {name} has {words} words, and its embedding {rows} rows: they are of two models."
+        )
+
+
+def _check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse a base of which a part is not the file's: transformers draws at random what it does not find.
+
+    Raises:
+        ConfigError: tensors are missing, have another shape, or are of layers that the model's configuration leaves out.
+    """
+    if wrong := sorted(info["mismatched_keys"]):
+        key, found, wanted = wrong[0]
+        raise ConfigError(
+            f"policy.model: {len(wrong)} tensors of {name} have another shape than its config.json says ({key} has {list(found)}, and "
+            f"should have {list(wanted)}): the two files are not of one model."
+        )
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        others = f", and has {len(unexpected)} of other names ({unexpected[0]}, ...)" if unexpected else ""
+        raise ConfigError(
+            f"policy.model: {name} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])}"
+            f"{', ...' * (len(missing) > 3)}){others}; they would be random: save the model anew with save_pretrained."
+        )
+    kinds = {re.sub(r"\d+", "#", k) for k, _ in model.named_parameters()}
+    if left := [k for k in unexpected if re.sub(r"\d+", "#", k) in kinds]:
+        raise ConfigError(
+            f"policy.model: {name} has layers that its config.json leaves out ({left[0]}, ...): the two are not of one model."
+        )
+    if unexpected:
+        log.warning(
+            "policy.model: %d tensors of %s belong to no part of %s (%s, ...).", len(unexpected), name, type(model).__name__, unexpected[0]
+        )
+
+
+def _no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in str(record.msg)
+
+
+@contextmanager
+def _reading(name: str, what: str) -> Iterator[None]:
+    """Whatever transformers says about a model's files is one line; its own report of what is missing is left to `_check_complete`.
+
+    Raises:
+        ConfigError: the files cannot be read, hold code, or do not fit into the memory.
+    """
+    reports = logging.getLogger("transformers.modeling_utils")
+    reports.addFilter(_no_report)
+    try:
+        yield
+    except ConfigError:
+        raise
+    except OSError as e:
+        raise _not_found(name, what, e) from e
+    except torch.OutOfMemoryError as e:
+        raise ConfigError(
+            f"policy.model: out of memory while {name} is loaded: set policy.quantise to nf4, or name a smaller model."
+        ) from e
+    except Exception as e:
+        if "trust_remote_code" in str(e):
+            raise _own_code(name) from e
+        said = " ".join(str(e).split())[:300]
+        raise ConfigError(f"policy.model: transformers cannot load the {what} of {name} ({type(e).__name__}: {said}).") from e
+    finally:
+        reports.removeFilter(_no_report)
 
 
 def _own_code(name: str) -> ConfigError:

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from skillsd import ranks
-from skillsd.durable import check_folder
 from skillsd.errors import ConfigError
+from skillsd.policy.adapter_files import load_adapter, trained, write_base
 from skillsd.policy.config import PolicySettings
-from skillsd.policy.load import adapter_folder, load_base, load_tokenizer
+from skillsd.policy.load import adapter_folder, base_digest, check_vocabulary, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
 from skillsd.policy.packed import TokenSequence, learn, pack
 from skillsd.policy.replace import Again
@@ -54,6 +53,7 @@ class Policy(nn.Module):
 
     Attributes:
         base: The causal language model.
+        digest: Which weights it has: see `weights.digest`.
         model: The same with its adapters around it.
         shards: Its split over all ranks, with `settings.shard` and several of them.
         teacher_is_student: Whether the two adapters hold equal weights, so that an empty skill needs no teacher forward. Whoever
@@ -75,6 +75,8 @@ class Policy(nn.Module):
             log.warning("policy.shard: there is one rank, so the base lies whole on it.")
         self.base: Any = load_base(settings, device, torch.device("cpu") if shard else device)
         base = self.base
+        check_vocabulary(settings.model, self.tokenizer, base)
+        self.digest = base_digest(settings, base)
         limit = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
         self.context_length = min(settings.context_length or limit, limit)
         stops = base.generation_config.eos_token_id if base.generation_config is not None else None
@@ -118,11 +120,11 @@ class Policy(nn.Module):
                 raise ConfigError(f"policy.lora.targets: {str(e).splitlines()[0]}") from e
             self.model.add_adapter("teacher", config)
         for name in ADAPTERS:
-            mark = f".{name}."
-            self._adapters[name] = {k.replace(mark, "."): p for k, p in self.model.named_parameters() if "lora_" in k and mark in k}
+            self._adapters[name] = trained(self.model, name)
         self._layers = [m for m in self.base.modules() if isinstance(m, BaseTunerLayer)]
         if lora.init is not None:
-            self._load_initial(lora.init)
+            folder = Path(adapter_folder(lora.init, self.settings.model))
+            load_adapter(self.model, "student", self.adapter("student"), folder, lora, self.identity)
         self.sync()
         for p in self.adapter("teacher").values():
             p.requires_grad_(False)
@@ -150,9 +152,15 @@ class Policy(nn.Module):
 
     @property
     def base_name(self) -> str:
-        """What a checkpoint is compared with: model, rank, targets."""
+        """Model, rank, scale and targets, for people."""
         lora = self.settings.lora
         return f"{self.settings.model} r={lora.r} alpha={lora.alpha} targets={lora.targets}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an adapter of this policy belongs to: the digest of the base and its name, rank and scale."""
+        lora = self.settings.lora
+        return {"model": self.settings.model, "digest": self.digest, "r": lora.r, "alpha": lora.alpha}
 
     def adapter(self, name: str) -> dict[str, nn.Parameter]:
         """The LoRA tensors of one adapter, by a name that is the same for both."""
@@ -248,33 +256,11 @@ class Policy(nn.Module):
         student, teacher = self.adapter("student"), self.adapter("teacher")
         self.teacher_is_student = all(torch.equal(student[k], teacher[k]) for k in teacher)
 
-    def _load_initial(self, folder: str) -> None:
-        folder = adapter_folder(folder, self.settings.model)
-        if not (Path(folder) / "adapter_config.json").is_file():
-            raise ConfigError(f"policy.lora.init: {folder} is not a PEFT adapter folder (adapter_config.json is missing).")
-        if not (Path(folder) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle, or ask the hub
-            raise ConfigError(f"policy.lora.init: {folder} has no adapter_model.safetensors: save the adapter with PEFT's save_pretrained.")
-        check_folder(Path(folder))
-        saved, lora = PeftConfig.from_pretrained(folder), self.settings.lora
-        if getattr(saved, "r", None) is None:
-            raise ConfigError(f"policy.lora.init: {folder} is not a LoRA adapter ({saved.peft_type}).")
-        if saved.r != lora.r:
-            raise ConfigError(f"policy.lora.init has rank {saved.r}: set policy.lora.r to it (it is {lora.r}), or init to null.")
-        if saved.lora_alpha != lora.alpha:
-            raise ConfigError(
-                f"policy.lora.init has alpha {saved.lora_alpha}: set policy.lora.alpha to it (it is {lora.alpha}), or init to null."
-            )
-        for key in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
-            if getattr(saved, key, None):
-                raise ConfigError(f"policy.lora.init: {folder} was made with {key}, which is not supported: give a plain LoRA adapter.")
-        result = set_peft_model_state_dict(self.model, load_peft_weights(folder, device="cpu"), adapter_name="student")
-        if result.unexpected_keys:
-            raise ConfigError(f"policy.lora.init: {folder} adapts other layers ({result.unexpected_keys[0]}): set policy.lora.targets.")
-
     def save_adapter(self, folder: Path, name: str = "student") -> None:
         """Write one adapter as a PEFT folder `folder/name`. Raises OSError."""
         try:  # embeddings are never adapted; letting PEFT find that out asks the hub on every save
             self.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+            write_base(folder / name, self.identity)
         except SafetensorError as e:  # its text alone says what the system answered
             raise OSError(f"{folder / name}: {e}. Free the disk, and resume") from e
 

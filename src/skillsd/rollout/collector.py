@@ -283,8 +283,7 @@ class Collector:
                 e.token_ids += j.completion.token_ids
                 e.action_mask += [True] * len(j.completion.token_ids)
                 e.logprobs += j.completion.logprobs
-                reward, valid = (0.0, None) if isinstance(answer, Failure) else (answer.reward, answers.valid(answer.info))
-                e.turns.append(Turn(e.observation, j.action, reward, valid))
+                e.turns.append(Turn(e.observation, j.action, 0.0 if isinstance(answer, Failure) else answer.reward))
                 e.final_observation = None
             if isinstance(answer, Failure):
                 e.fail(answer)
