@@ -4,7 +4,8 @@ The contract: observations and actions are str; `reset(seed=, options={"task_id"
 instruction from the start, success (bool) and completion (0..1) at the end; the reward is the completion at the end and 0 before; an action
 that cannot be read costs a turn and never raises; `env.unwrapped.tasks(split)` lists the tasks, each with task_id, split, difficulty and,
 where several count together, scenario (str). An episode that the environment cannot carry on ends with info["failed"], a str that says why;
-the rest of that info does not count. Optional: `solution()` lists the actions that lead from the present state to success; `finish()` ends
+the rest of that info does not count. Optional: info["valid"] of a step (bool), whether the action could be read: a run warns when none ever
+could; `solution()` lists the actions that lead from the present state to success; `finish()` ends
 the episode early and returns the final info, for an environment that knows its completion at the end only; `agents` maps the names of
 scripted agents to callables that make one with `act(observation) -> action`; `picture(observation)` draws what an observation shows, as
 [H, W, 3] of uint8, or returns None, whatever the text; `metadata["action_language"]` names the language of actions that are code, "python".
@@ -114,6 +115,8 @@ def _play(env: gym.Env, task_id: str, actions: Sequence[str], max_turns: int) ->
         for name, flag in (("terminated", terminated), ("truncated", truncated)):
             assert isinstance(flag, bool), f"step's {name} must be a bool, not {type(flag).__name__}"
         assert isinstance(reward, int | float) and math.isfinite(reward), f"the reward must be a finite float; it is {reward!r}"
+        valid = info.get("valid", True)
+        assert isinstance(valid, bool), f"info['valid'] must be a bool (could the action be read?), or be left out; it is {valid!r}"
         steps.append((obs, float(reward), terminated, truncated, dict(info)))
         if over:
             if info.get("failed") is None:

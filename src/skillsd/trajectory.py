@@ -43,11 +43,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: what the environment said, what the policy answered, and the reward of that step."""
+    """One exchange: what the environment said, what the policy answered, and the reward of that step.
+
+    `valid` is whether the environment could read the answer, None where it does not say (info["valid"]).
+    """
 
     observation: str
     action: str
     reward: float
+    valid: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_a_trajectory(shown):
     assert f"--- failed (raised: {evil}): success False" in " ".join(shown("--trajectory", "2").split())
     assert "its teacher saw skill 1" in shown("--trajectory", "4")
     seen = json.loads(shown("--trajectory", "1", "--json"))
-    assert seen["turns"] == [{"observation": EVIL, "action": "a [b] c", "reward": 0.0}] and seen["trajectory"] == 1
+    assert seen["turns"] == [{"observation": EVIL, "action": "a [b] c", "reward": 0.0, "valid": None}] and seen["trajectory"] == 1
     assert not {"token_ids", "prompt_ids", "logprobs", "action_mask"} & seen.keys()
 
 

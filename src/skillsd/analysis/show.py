@@ -182,12 +182,16 @@ def _print_trajectory(t: dict[str, Any], out: Console) -> None:
     if t["instruction"]:
         out.print(visible(t["instruction"]), soft_wrap=True)
     for number, turn in enumerate(t["turns"], 1):
-        out.print(visible(f"--- turn {number}\n{turn['observation']}\n> {turn['action']}"), soft_wrap=True)
+        out.print(visible(f"--- turn {number}\n{turn['observation']}\n> {turn['action']}{_unread(turn)}"), soft_wrap=True)
     if t["final_observation"] is not None:
         out.print(visible(f"--- at the end\n{t['final_observation']}"), soft_wrap=True)
     why = f" ({visible(t['failure'])})" if t["failure"] else ""
     end = f"completion {t['completion']:.2f}, reward {t['reward']:.2f}, {count(len(t['turns']), 'turn')}"
     out.print(f"--- {t['finish_reason']}{why}: success {t['success']}, {end}", soft_wrap=True)
+
+
+def _unread(turn: dict[str, Any]) -> str:
+    return "\n(the environment could not read this)" if turn["valid"] is False else ""
 
 
 def _print_task(seen: dict[str, Any], out: Console) -> None:

@@ -1,6 +1,7 @@
-"""What happens around an iteration: memory plan, teacher weights, panel, record, checkpoints, export."""
+"""What happens around an iteration: memory plan, teacher weights, panel, record, warnings, checkpoints, export."""
 
 from skillsd.callbacks.budget import EnvStepBudget
+from skillsd.callbacks.diagnostics import Diagnostics
 from skillsd.callbacks.export import AdapterExport, export_adapter
 from skillsd.callbacks.log import RunLog
 from skillsd.callbacks.memory import MemoryPlan
@@ -9,4 +10,15 @@ from skillsd.callbacks.peers import PeerWatch
 from skillsd.callbacks.resume import RunCheckpoint
 from skillsd.callbacks.teacher import TeacherSync
 
-__all__ = ["AdapterExport", "EnvStepBudget", "MemoryPlan", "Panel", "PeerWatch", "RunCheckpoint", "RunLog", "TeacherSync", "export_adapter"]
+__all__ = [
+    "AdapterExport",
+    "Diagnostics",
+    "EnvStepBudget",
+    "MemoryPlan",
+    "Panel",
+    "PeerWatch",
+    "RunCheckpoint",
+    "RunLog",
+    "TeacherSync",
+    "export_adapter",
+]

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from skillsd import ranks
 from skillsd.analysis.panel import print_report
 from skillsd.begin import guard_run_folder
-from skillsd.callbacks import MemoryPlan, PeerWatch, TeacherSync
+from skillsd.callbacks import Diagnostics, MemoryPlan, PeerWatch, TeacherSync
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import read_checkpoint
 from skillsd.errors import ConfigError, hold_secret, one_line, secrets
@@ -137,7 +137,7 @@ class CLI(LightningCLI):
         if isinstance(self.model, Cloning):  # pre-training has neither
             callbacks = [c for c in callbacks if not isinstance(c, TeacherSync | SkillBankCallback)]
         watch = [] if any(isinstance(c, PeerWatch) for c in given) else [PeerWatch()]
-        trainer = super()._instantiate_trainer({**config, "callbacks": [*callbacks, *given, MemoryPlan(), *watch]}, [])
+        trainer = super()._instantiate_trainer({**config, "callbacks": [*callbacks, Diagnostics(), *given, MemoryPlan(), *watch]}, [])
         check_strategy(trainer.strategy)  # ranks of ddp_spawn and its like begin before any hook
         return trainer
 

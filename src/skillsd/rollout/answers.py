@@ -73,6 +73,12 @@ def step(env: Env, action: str, most: int) -> Reply:
     return Reply(_text("the observation", observation, most), _number("the reward", reward), finish, outcome, info)
 
 
+def valid(info: Mapping[str, Any]) -> bool | None:
+    """Whether the environment could read the last action; None where it does not say."""
+    said = info.get("valid")
+    return bool(said) if isinstance(said, bool | np.bool_) else None
+
+
 def score(env: Env, info: Mapping[str, Any]) -> End:
     """Of an episode that is cut: the environment's own `finish()` where it has one, else what its last info says."""
     finish = getattr(env.unwrapped, "finish", None)

@@ -283,7 +283,8 @@ class Collector:
                 e.token_ids += j.completion.token_ids
                 e.action_mask += [True] * len(j.completion.token_ids)
                 e.logprobs += j.completion.logprobs
-                e.turns.append(Turn(e.observation, j.action, 0.0 if isinstance(answer, Failure) else answer.reward))
+                reward, valid = (0.0, None) if isinstance(answer, Failure) else (answer.reward, answers.valid(answer.info))
+                e.turns.append(Turn(e.observation, j.action, reward, valid))
                 e.final_observation = None
             if isinstance(answer, Failure):
                 e.fail(answer)
