@@ -36,8 +36,7 @@ class AppWorldEnv(gym.Env[str, str]):
     scored as it stands. `step` after the end raises `ResetNeeded`.
 
     ## Failed episodes
-    If the world's process is lost (time, memory or CPU limit, a crash), its state changed without an API call, or it cannot be scored,
-    info["failed"] says why; success is False, completion and reward are 0. The next reset starts afresh.
+    If one of the episode's processes is lost (time, memory or CPU limit, a crash), or it cannot be scored, info["failed"] says why; success is False, completion and reward are 0. The next reset starts afresh.
 
     ## Info
     Always task_id, success (bool), completion (0..1), turn, valid (whether the last action held code). From `reset` also instruction,
@@ -61,7 +60,7 @@ class AppWorldEnv(gym.Env[str, str]):
     turn_seconds: time limit of one piece of code; beyond it an exception ends the code, and `grace_seconds` later the world is killed.
     grace_seconds: see there.
     max_api_calls: API calls of one piece of code.
-    memory_mb, cpu_seconds, file_mb: limits of an episode's process.
+    memory_mb, cpu_seconds, file_mb: limits of each of an episode's two processes.
     forks: episodes after which the warm process is replaced.
     prompts: replaces any of the templates instruction, task, output, cut and no_code (prompts.py).
     render_mode: None or "ansi"; `render` returns the last observation in both.
@@ -165,11 +164,9 @@ class AppWorldEnv(gym.Env[str, str]):
                 parts, cut, completed = self._world.execute(code, self._max_chars)
                 notice = self._prompts["cut"].format(cut=cut, length=cut + sum(map(len, parts)))
                 self._last = printable(self._prompts["output"].format(output=notice.join(parts).rstrip("\n"), **counts))
-                if self._world.tampered:
-                    failed = "the world's state changed without an API call"
             except Lost as e:
-                failed = f"the world's process {e}"
-                self._last = printable(self._prompts["output"].format(output=f"The session is lost: it {e}.", **counts))
+                failed = str(e)
+                self._last = printable(self._prompts["output"].format(output=f"The session is lost: {e}.", **counts))
         terminated = completed or bool(failed)
         truncated = not terminated and self._turn >= self._max_turns
         info = self._info(code is not None)
@@ -213,7 +210,7 @@ class AppWorldEnv(gym.Env[str, str]):
         verdict: dict[str, Any] = {}
         try:
             if not failed:
-                verdict = self._pool.judge(self._task["task_id"], self._world.calls, self._world.digest)
+                verdict = self._pool.judge(self._task["task_id"], self._world)
                 failed = verdict["failed"] or ""
         finally:
             self._end_world()

@@ -1,12 +1,15 @@
 """Worlds in other processes.
 
-Two kinds of warm processes fork one child for each job: one, which sees no ground truth, an episode's world; the other, on the full root,
-the judge that scores it. Whatever happens to a child costs its own episode at most.
+Three kinds of warm processes fork one child for each job: an episode's world, which holds its databases and makes its API calls; the
+process that runs the agent's code, which reaches the world by API calls alone; and, on the full root, the judge that scores it. Whatever
+happens to a child costs its own episode at most.
 """
 
 import atexit
 import fcntl
+import json
 import os
+import socket
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -19,11 +22,9 @@ from skillsd_appworld.process import START_SECONDS, Child, ForkServer, ForkServe
 LINGER_SECONDS = 30.0
 """How long the processes stay when the last environment is closed."""
 REPLY_BYTES = 8 << 20
-"""Longest reply of a world."""
-SENT_CHARS = 4 << 20
-"""What the API calls of an episode may send, all together."""
-JUDGE_SECONDS = 300.0
-"""Time limit of scoring an episode; it takes less than one."""
+"""Longest reply of a process that runs an agent's code."""
+JUDGE_SECONDS, JUDGE_FACTOR = 60.0, 2.0
+"""CPU time that scoring an episode may take: so much, of which it needs less than one, and so many times what its API calls took."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Settings:
         python: AppWorld's interpreter.
         root: Folder that holds data/.
         turn_seconds: Time limit of one piece of code.
-        grace_seconds: So much later the host kills a world that did not stop by itself.
+        grace_seconds: So much later the host kills an episode that did not stop by itself.
         max_api_calls: API calls of one piece of code.
-        memory_mb: Address space of an episode, beyond the engine's own.
-        cpu_seconds: CPU time of an episode.
+        memory_mb: Address space of each of an episode's two processes, and of the judge while it makes the episode's API calls again; beyond
+            the engine's own.
+        cpu_seconds: CPU time of each of an episode's two processes.
         file_mb: Longest file in an episode's folder.
         forks: Children after which a warm process is replaced.
         landlock: Use it for files if the kernel has it; otherwise a sealed world opens no file at all.
@@ -58,14 +60,13 @@ class Settings:
 
 
 class World:
-    """One episode's world. What it says may come from the agent's code: it is bounded, checked, shown and judged, but never believed."""
+    """One episode: the process that runs the agent's code and the one that holds its world. What the first says may come from that code: it
+    is bounded, checked and shown, but never believed."""
 
-    def __init__(self, child: Child, first: dict[str, Any], settings: Settings) -> None:
-        self.child, self.first, self.settings = child, first, settings
+    def __init__(self, child: Child, agent: Child, first: dict[str, Any], settings: Settings) -> None:
+        self.child, self.agent, self.first, self.settings = child, agent, first, settings
         self.calls: list[Any] = []
-        self.sent = 0
-        self.digest = str(first["digest"])
-        self.tampered = False
+        self.digest, self.seconds = str(first["digest"]), 0.0
 
     def execute(self, code: str, max_chars: int) -> tuple[list[str], int, bool]:
         """Run a piece of code.
@@ -74,40 +75,33 @@ class World:
             [output] or [its head, its tail], the number of characters left out, and whether the task is declared complete.
 
         Raises:
-            Lost: the process did not survive it, or said what no world says.
+            Lost: a process did not survive it, or said what no such process says.
         """
         s = self.settings
-        self.child.send({"code": code, "max_chars": max_chars}, s.grace_seconds)
-        reply = self.child.receive(s.turn_seconds + s.grace_seconds, REPLY_BYTES)
+        self.agent.send({"code": code, "max_chars": max_chars}, s.grace_seconds)
+        reply = self.agent.receive(s.turn_seconds + s.grace_seconds, REPLY_BYTES)
         try:
-            output, cut, calls, digest = reply["output"], reply["cut"], reply["calls"], reply["digest"]
+            output, cut = reply["output"], reply["cut"]
             sound = (
                 type(output) is list and 1 <= len(output) <= 2 and all(type(part) is str for part in output)
                 and sum(map(len, output)) <= max_chars and type(cut) is int and 0 <= cut < 1 << 40
-                and type(digest) is str and len(digest) == 64 and len(calls) <= s.max_api_calls + 1 and all(map(_is_call, calls))
             )  # fmt: skip
-            tampered, completed = bool(reply["tampered"]), bool(reply["completed"])
         except (KeyError, TypeError) as e:
-            raise Lost(f"sent rubbish ({type(e).__name__})") from e
+            raise self.agent.lost(f"sent rubbish ({type(e).__name__})") from e
         if not sound:
-            raise Lost("sent rubbish")
-        self.sent += sum(len(call[1]) + len(call[3]) + sum(map(len, call[2].values())) for call in calls)
-        if self.sent > SENT_CHARS:
-            raise Lost(f"sent more than {SENT_CHARS >> 20} MB to the APIs")
-        self.calls += calls
-        self.digest, self.tampered = digest, self.tampered or tampered
-        return output, cut, completed
+            raise self.agent.lost("sent rubbish")
+        self.child.send({}, s.grace_seconds)
+        made = self.child.receive(s.turn_seconds + s.grace_seconds)
+        if "lost" in made:
+            raise self.child.lost(made["lost"])
+        self.calls += made["calls"]
+        self.digest, self.seconds = made["digest"], made["seconds"]
+        return output, cut, made["completed"]
 
     def close(self) -> None:
         """End it, whatever it is doing."""
+        self.agent.close()
         self.child.close()
-
-
-def _is_call(call: Any) -> bool:
-    """[method, path, headers, body], as worker/engine.py records it."""
-    if type(call) is not list or len(call) != 4 or type(call[2]) is not dict or len(call[2]) > 2:
-        return False
-    return all(type(text) is str for text in (call[0], call[1], call[3], *call[2].values()))
 
 
 class Pool:
@@ -123,46 +117,37 @@ class Pool:
         self._judging = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
         self._started: list[ForkServers] = []
         try:
-            for role in ("world", "judge"):
+            for role in ("world", "agent", "judge"):
                 self._started.append(ForkServers(partial(self._server, role), settings.forks))
         except BaseException:
             self.close()
             raise
-        self._worlds, self._judges = self._started
+        self._worlds, self._agents, self._judges = self._started
 
     def world(self, task_id: str) -> World:
         """A fresh world of a task. ValueError for an unknown one, OSError if it does not start."""
         if Path(task_id).name != task_id or not (self.data / "tasks" / task_id / "specs.json").is_file():
             raise ValueError(f"task_id {task_id!r}: no such task in {self.settings.root}")
-        s = self.settings
-        request = {"task_id": task_id, "turn_seconds": s.turn_seconds, "max_api_calls": s.max_api_calls}
-        limits = self._limits(s.memory_mb, s.cpu_seconds, s.file_mb)
         for last in (False, True):
-            child = self._fork(self._worlds, "world", request, limits)
             try:
-                first = child.receive(START_SECONDS)
-                if "error" in first:
-                    raise Lost(f"met {first['error']}")
-                return World(child, first, s)
-            except BaseException as e:
-                child.close()
-                if not isinstance(e, Lost):
-                    raise
+                return self._world(task_id)
+            except Lost as e:
                 if last:
-                    raise OSError(f"AppWorld: the world of task {task_id} does not start: it {e}. {self._log('world')}") from e
+                    raise OSError(f"AppWorld: task {task_id} does not start: {e}. {self._log('world') or self._log('agent')}") from e
         raise AssertionError
 
-    def judge(self, task_id: str, calls: list[Any], digest: str) -> dict[str, Any]:
-        """Score the API calls of an episode.
+    def judge(self, task_id: str, world: World) -> dict[str, Any]:
+        """Score the API calls of an episode, with the world's memory limit and a limit of CPU time that goes with what they took there.
 
         Returns:
             failed (a reason, or None), success, tests, passed and missed (requirements), effort_passed and effort_tests (of those that
             doing nothing fails); or {failed: reason} alone if the judge was lost.
         """
+        question = {"evaluate": task_id, "calls": world.calls, "digest": world.digest, "memory_mb": self.settings.memory_mb}
         try:
-            answer = self._ask({"evaluate": task_id, "calls": calls, "digest": digest}, JUDGE_SECONDS)
+            answer = self._ask(question, JUDGE_SECONDS + JUDGE_FACTOR * world.seconds)
         except (Lost, OSError) as e:
-            return {"failed": f"the judge {e}"}
+            return {"failed": str(e)}
         return answer if "error" not in answer else {"failed": f"the judge met {answer['error']}"}
 
     def tasks(self, split: str) -> list[dict[str, str]]:
@@ -189,32 +174,56 @@ class Pool:
 
     # Inside
 
+    def _world(self, task_id: str) -> World:
+        s = self.settings
+        specs = json.loads((self.data / "tasks" / task_id / "specs.json").read_text(encoding="utf-8"))
+        request = {"task_id": task_id, "datetime": specs["datetime"], "turn_seconds": s.turn_seconds, "max_api_calls": s.max_api_calls}
+        limits = self._limits(s.memory_mb, s.cpu_seconds, s.file_mb)
+        children: list[Child] = []
+        try:
+            for servers, end in zip((self._worlds, self._agents), wire := socket.socketpair(), strict=True):
+                children.append(self._fork(servers, request, limits, end))
+            child, agent = children
+            first: dict[str, Any] = {}
+            for one in children:
+                first |= one.receive(START_SECONDS)
+                if "error" in first:
+                    raise one.lost(f"met {first['error']}")
+            return World(child, agent, first, s)
+        except BaseException:
+            for one in children:
+                one.close()
+            raise
+        finally:
+            for end in wire:
+                end.close()
+
     def _fetch(self, question: dict[str, Any]) -> dict[str, Any]:
         try:
             answer = self._ask(question, START_SECONDS)
         except Lost as e:
-            answer = {"error": f"it {e}"}
+            answer = {"error": str(e)}
         if "error" in answer:
             raise OSError(f"AppWorld: {answer['error']}. {self._log('judge')}")
         return answer
 
-    def _ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _ask(self, question: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
         with self._judging:
-            child = self._fork(self._judges, "judge", {}, self._limits(4096, int(seconds) + 60, 64))
+            child = self._fork(self._judges, {}, self._limits(max(4096, self.settings.memory_mb), int(cpu_seconds), 64))
             try:
                 child.send(question)
-                return dict(child.receive(seconds))
+                return dict(child.receive(5 * cpu_seconds))
             finally:
                 child.close()
 
-    def _fork(self, servers: ForkServers, role: str, request: dict[str, Any], limits: dict[str, int]) -> Child:
-        s, folder = self.settings, self._workplace()
+    def _fork(self, servers: ForkServers, request: dict[str, Any], limits: dict[str, int], *more: socket.socket) -> Child:
+        s, folder, role = self.settings, self._workplace(), servers.current.role
         request = {
             **request, "folder": str(folder), "data": str(self.data), "limits": limits,
             "landlock": s.landlock, "namespace": s.namespace,
         }  # fmt: skip
         try:
-            return servers.fork(request, folder)
+            return servers.fork(request, folder, *more)
         except BaseException as e:
             remove(folder)
             if not isinstance(e, OSError | ValueError | Refused):

@@ -20,7 +20,7 @@ START_SECONDS = 180.0
 
 
 class Lost(Exception):
-    """A child is gone: killed at a limit, dead, or it sent rubbish. The text goes on after "the process"."""
+    """A child is gone: killed at a limit, dead, or it sent rubbish. The text is half a sentence: which process, and what became of it."""
 
 
 def remove(folder: Path) -> None:
@@ -43,10 +43,11 @@ class Refused(Exception):
 
 
 class Child:
-    """A forked process: its socket, a handle to kill it by, and its working folder."""
+    """A forked process: its socket, a handle to kill it by, its working folder, and its name in an error."""
 
     def __init__(self, sock: socket.socket, pid: int, handle: int, server: "ForkServer", folder: Path) -> None:
         self.sock, self.pid, self.handle, self.server, self.folder = sock, pid, handle, server, folder
+        self.name = f"the {server.role}'s process"
         self.closed = False
 
     def send(self, message: Any, seconds: float = 10.0) -> None:
@@ -55,14 +56,18 @@ class Child:
         try:
             channel.send(self.sock, message)
         except channel.Closed as e:
-            raise Lost(self._why(str(e), seconds)) from e
+            raise self.lost(self._why(str(e), seconds)) from e
 
     def receive(self, seconds: float, max_bytes: int = channel.MAX_BYTES) -> Any:
         """The next message. Lost after `seconds`, and if it is longer than `max_bytes`."""
         try:
             return channel.receive(self.sock, seconds, max_bytes)
         except channel.Closed as e:
-            raise Lost(self._why(str(e), seconds)) from e
+            raise self.lost(self._why(str(e), seconds)) from e
+
+    def lost(self, what: str) -> Lost:
+        """The exception that says what became of it."""
+        return Lost(f"{self.name} {what}")
 
     def close(self) -> None:
         """Kill it, wait for its end and remove its folder."""
@@ -107,18 +112,19 @@ class ForkServer:
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
             )  # fmt: skip
         theirs.close()
-        self.folder = folder
+        self.role, self.folder = role, folder
         self.forks = self.live = 0
         self._ready = False
         self._lock = threading.Lock()
 
-    def fork(self, request: dict[str, Any], folder: Path) -> Child:
-        """A child that serves `request`. Refused if there is none to be had, OSError or ValueError if this process is no more."""
+    def fork(self, request: dict[str, Any], folder: Path, *more: socket.socket) -> Child:
+        """A child that serves `request`, with `more` sockets beside its own. Refused if there is none to be had, OSError or ValueError if
+        this process is no more."""
         ours, theirs = socket.socketpair()
         try:
             with self._lock:
                 self._wait()
-                told, fds = self._exchange(request, [theirs.fileno()])
+                told, fds = self._exchange(request, [end.fileno() for end in (theirs, *more)])
                 if "error" in told:
                     raise Refused(told["error"])
                 self.forks += 1
@@ -192,16 +198,16 @@ class ForkServers:
         self.former: list[ForkServer] = []
         self._lock = threading.Lock()
 
-    def fork(self, request: dict[str, Any], folder: Path) -> Child:
-        """A child that serves `request`; a warm process that died is replaced. OSError, ValueError or Refused without one."""
+    def fork(self, request: dict[str, Any], folder: Path, *more: socket.socket) -> Child:
+        """A child that serves `request` with `more` sockets; a warm process that died is replaced. OSError, ValueError or Refused without one."""
         with self._lock:
             self._renew()
             try:
-                return self.current.fork(request, folder)
+                return self.current.fork(request, folder, *more)
             except (OSError, ValueError):
                 self.current.close()
                 self.current = self.start()
-                return self.current.fork(request, folder)
+                return self.current.fork(request, folder, *more)
 
     def pids(self) -> list[int]:
         """Of the warm processes."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -105,11 +107,10 @@ def test_a_normal_failed_turn(env, hasty, name):
     solve(env, task(env, ASKS))
 
 
-REACH = "sys = __import__('sys')\nmodels = sys.modules['appworld.apps.simple_note.models']\n"
 FORGE = """
 import json
 px = __import__('posix')
-text = json.dumps({'output': ['x'], 'cut': 0, 'calls': [], 'digest': '0' * 64, 'completed': False, 'tampered': False} | FORGED).encode()
+text = json.dumps({'output': ['x'], 'cut': 0} | FORGED).encode()
 text = len(text).to_bytes(4, 'big') + text
 while text:
     text = text[px.write(3, text):]
@@ -121,12 +122,6 @@ FORGED = {
     "many texts": ("{'output': [''] * 100_000}", "rubbish"),
     "a long text": ("{'output': ['x' * 100_000]}", "rubbish"),
     "a message of 60 MB": ("{'output': ['x' * 60_000_000]}", "message of 60000"),
-    "too many calls": ("{'calls': [['GET', '/spotify/songs', {}, '']] * 1000}", "rubbish"),
-    "calls of another shape": ("{'calls': [[], {}, 3]}", "rubbish"),
-    "calls with odd headers": ("{'calls': [['GET', '/spotify/songs', {'a': {}}, '']]}", "rubbish"),
-    "long calls": ("{'calls': [['GET', '/spotify/songs', {}, 'x' * 5_000_000]]}", "more than 4 MB"),
-    "a short digest": ("{'digest': ''}", "rubbish"),
-    "a call that is none": ("{'calls': [['\\ud800\\x1b' + 'A' * 1_000_000, '/admin/x', {}, '']], 'completed': True}", "no API of the apps"),
 }
 LOST = {
     "catches the time limit": (
@@ -150,29 +145,6 @@ LOST = {
         "px = __import__('posix')\nfor fd in range(3, 30):\n    try: px.write(fd, b'\\0\\0\\0\\x02[]')\n    except OSError: pass",
         "sent rubbish",
     ),
-    "writes through the app's classes": (
-        REACH + "models.Note(user_id=1, title='x', content='y', tags=[], pinned=False).save()",
-        "without an API call",
-    ),
-    "writes with SQL": (REACH + "models.SQLModel.db.connection.execute('DELETE FROM notes')", "without an API call"),
-    "writes with SQL between calls": (
-        REACH + "models.SQLModel.db.connection.execute('DELETE FROM notes')\napis.supervisor.show_profile()",
-        "without an API call",
-    ),
-    "writes through a second connection": (
-        REACH + "url = models.SQLModel.db.url.removeprefix('sqlite:///')\n"
-        "other = __import__('_sqlite3').connect(url, uri=True)\nother.execute('DELETE FROM notes')\nother.commit()",
-        "without an API call",
-    ),
-    "calls an app past the log": (
-        "modules = __import__('sys').modules\napp = modules['appworld.apps.simple_note.apis'].app\n"
-        "client = modules['starlette.testclient'].TestClient(app)\n"
-        "passwords = {a['account_name']: a['password'] for a in apis.supervisor.show_account_passwords()}\n"
-        "me = {'username': apis.supervisor.show_profile()['email'], 'password': passwords['simple_note']}\n"
-        "headers = {'Authorization': 'Bearer ' + apis.simple_note.login(**me)['access_token']}\n"
-        "print(client.post('/notes', json={'title': 'x', 'content': 'y'}, headers=headers).text)",
-        "without an API call",
-    ),
 }
 
 
@@ -193,8 +165,7 @@ def test_a_forged_reply_ends_the_episode(env, name):
     forged, reason = FORGED[name]
     env.reset(options={"task_id": task(env)})
     observation, reward, terminated, _, info = env.step(block(f"FORGED = {forged}" + FORGE))
-    assert terminated and reward == 0 and len(observation) < 8000
-    assert reason in info["failed"] or "API of" in reason, info["failed"]
+    assert terminated and reward == 0 and len(observation) < 8000 and reason in info["failed"]
     assert len(info["failed"]) <= 300 and info["failed"].isprintable()
     solve(env, task(env))
 
@@ -207,50 +178,160 @@ def test_cpu_time_is_limited(make_env):
     solve(env, task(env))
 
 
-def test_a_forged_tape_gains_nothing(env):
-    """The judge refuses calls that an agent cannot make, and a state that the calls do not lead to."""
-    find = FIND.format("CallLog") + "log = found[0]\n"
+# -- the agent's process has API calls and nothing else --------------------------------------------------------------------------
+
+DATABASE = {
+    "by SQL": "print(modules['appworld.apps.spotify.models'].SQLModel.db.connection.execute('SELECT * FROM users').fetchall())",
+    "by its classes": "print(modules['appworld.apps.spotify.models'].User.all())",
+    "a new note": "modules['appworld.apps.simple_note.models'].Note(user_id=1, title='x', content='y', tags=[], pinned=False).save()",
+    "past the socket": "client = modules['starlette.testclient'].TestClient(modules['appworld.apps.simple_note.apis'].app)\n"
+    "print(client.post('/auth/token', data={'username': 'x', 'password': 'y'}).text)",
+    "from its files": "modules['appworld.apps.api_lib'].set_local_dbs(DATA + '/base_dbs', DATA + '/base_dbs', ['admin', 'spotify'])\n"
+    "print(modules['appworld.apps.spotify.models'].User.all())",
+    "as files": "px = __import__('posix')\nprint(px.listdir(DATA + '/base_dbs'))",
+    "as a world": "print(modules['appworld.environment'].AppWorld(TASK, experiment_name='.', load_ground_truth=False))",
+    "the dishonest way": "print(requester.client.post('/admin/main_user').text)",
+}
+
+
+@pytest.mark.parametrize("name", DATABASE)
+def test_no_database_within_reach(env, name):
+    """Its code may do what it likes with the apps' classes in its own process: there is nothing behind them."""
     env.reset(options={"task_id": task(env)})
-    run(env, find + "log.calls.append(['POST', '/admin/payment_cards', {}, '{}'])")
-    *_, info = env.step(block("apis.supervisor.complete_task()"))
-    assert "no API of the apps" in info["failed"]
+    data = places.find_root("tiny").resolve() / "data"
+    observation = run(env, f"TASK, DATA = {task(env)!r}, {str(data)!r}\nmodules = __import__('sys').modules\n{DATABASE[name]}")
+    assert "Execution failed" in observation and "@example.com" not in observation
+    solve(env)
+
+
+def test_nobody_s_password_is_in_the_agent_s_process(env):
+    """Not even left over in freed memory, where code could look for it. The world's process, which holds the databases, has them."""
+    task_id = task(env)
+    env.reset(options={"task_id": task_id})
+    data = places.find_root("tiny") / "data"
+    text = b"".join(p.read_bytes() for folder in (data / "base_dbs", data / "tasks" / task_id / "dbs") for p in folder.iterdir())
+    passwords = set(re.findall(rb"[A-Z][a-z]{1,3}-[0-9a-f]{10}", text))
+    assert len(passwords) > 50
+    agent, child = env._world.agent.pid, env._world.child.pid
+    try:
+        assert any(p in memory(child) for p in passwords)
+    except PermissionError:
+        pytest.skip("only root may look")
+    assert not any(p in part for part in [memory(agent)] for p in passwords)
+    solve(env)
+
+
+def memory(pid: int) -> bytes:
+    """Whatever another process has written there or could read."""
+    parts = []
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
+        for line in maps:
+            start, end = (int(x, 16) for x in line.split()[0].split("-"))
+            if "rw" in line.split()[1] and end - start < 1 << 29:
+                file.seek(start)
+                with suppress(OSError):
+                    parts.append(file.read(end - start))
+    return b"".join(parts)
+
+
+SPEAK = """
+import json
+px = __import__('posix')
+def speak(message):
+    text = json.dumps(message).encode()
+    px.write(requester.client._transport._wire.fileno(), len(text).to_bytes(4, 'big') + text)
+"""
+SAID = {
+    "a call of no app": ("['POST', '/admin/payment_cards', {}, '{}']", True),
+    "a call past the apps": ("['POST', 'http://x/dbs', {'host': 'x/admin/payment_card?'}, '{}']", True),
+    "a call that no client makes": ("['\\ud800\\x1b' + 'A' * 10_000, '/../admin/x', {}, '']", True),
+    "no call": ("{'calls': []}", False),
+    "odd headers": ("['GET', '/spotify/songs', {'a': {}}, '']", False),
+    "a long call": ("['GET', '/spotify/songs', {}, 'x' * 5_000_000]", False),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_said_to_the_world_s_process(env, name):
+    """Code that writes on the socket itself gets an error, or no further answer; the world's process goes on, and is scored as it stands."""
+    message, answered = SAID[name]
     env.reset(options={"task_id": task(env)})
-    run(
-        env,
-        find
-        + "log.check = lambda: True\ntape._marks = lambda: log._seen\n"
-        + REACH
-        + "models.SQLModel.db.connection.execute('DELETE FROM notes')",
-    )
-    *_, info = env.step(block("apis.supervisor.complete_task()"))
-    assert not info["success"]  # it cost nothing, but gained nothing either: that state is looked at by nobody
-    env.reset(options={"task_id": task(env)})
-    run(env, find + "log.check = lambda: True\n" + REACH + "models.Note(user_id=1, title='x', content='y', tags=[], pinned=False).save()")
-    *_, info = env.step(block("apis.supervisor.complete_task()"))
-    assert "not what its API calls lead to" in info["failed"]
+    run(env, SPEAK + f"try: speak({message})\nexcept OSError: pass")
+    if answered:  # the next call gets that one's answer
+        assert (
+            "is not an API of the apps" in run(env, "apis.supervisor.show_profile()") or "Invalid" in env.render() or "odec" in env.render()
+        )
+    else:
+        assert "Closed" in run(env, "apis.supervisor.show_profile()")
+    info = env.finish()
+    assert "failed" not in info and not info["success"] and info["completion_effort"] == 0
     solve(env, task(env))
 
 
-def test_a_forged_token_gains_nothing(env):
-    """AppWorld signs its tokens with a word that stands in its code; the judge takes only those that a login gave."""
+def test_a_forged_token_and_a_foreseen_code_gain_nothing(env):
+    """AppWorld signs its tokens with a word that stands in its code, and draws its codes from a seed; only a login gives a token, and the
+    seed is not to be known."""
     env.reset(options={"task_id": task(env)})
     code = """
 modules = __import__('sys').modules
 manager = modules['appworld.apps.simple_note.apis'].logging_manager
 token = manager.create_access_token(data={'sub': 'simple_note+' + apis.supervisor.show_profile()['email']})
 print(apis.simple_note.create_note(title='x', content='y', access_token=token))
-apis.supervisor.complete_task()
 """
-    observation, *_, info = env.step(block(code))
-    assert "note_id" in observation and "not what its API calls lead to" in info["failed"]
+    assert "not authorized" in run(env, code)
+    code = """
+draw = __import__('sys').modules['appworld.common.utils'].get_unique_id
+apis.simple_note.signup(first_name='A', last_name='B', email='a@example.com', password='secret123')
+for seed in [*range(95, 120), *(f'{key} {i}' for key in ('', TASK) for i in range(10))]:
+    random.seed(seed)
+    try: print(apis.simple_note.verify_account(email='a@example.com', verification_code=draw()))
+    except Exception as e: last = e
+print(last)
+"""
+    output = run(env, f"TASK = {task(env)!r}" + code)
+    assert "verification code" in output and "verified" not in output, output
     solve(env, task(env))
 
 
-def test_a_redirect_on_the_log_is_not_followed(env):
-    """Its target would be an API that the log does not show."""
+def test_threads_call_apis_side_by_side(env):
+    """The calls are made one after another, whoever asks, and all of them count."""
     env.reset(options={"task_id": task(env)})
-    run(env, FIND.format("CallLog") + "found[0].calls.append(['POST', '/supervisor', {'host': 'x/admin/payment_card?'}, '{}'])")
-    solve(env)  # it had no effect
+    code = """
+import json
+t, seen = __import__('threading'), []
+def work(i):
+    seen.append(apis.todoist.create_project(name=f'p{i}', access_token=token)['project_id'])
+    assert apis.supervisor.show_profile()['email'] == me['username']
+threads = [t.Thread(target=work, args=[i]) for i in range(30)]
+[x.start() for x in threads]
+[x.join() for x in threads]
+print(len(set(seen)))
+"""
+    assert "\n30\n" in run(env, LOGIN + code)
+    info = env.finish()
+    assert "failed" not in info and info["tests_missed"], info
+
+
+def test_calls_that_double_a_state_end_at_the_memory_limit(make_env):
+    """The world stops at its limit, and so does the judge: no record of calls costs more than the episode did."""
+    env = make_env(memory_mb=192, max_api_calls=100)
+    env.reset(options={"task_id": task(env)})
+    code = """
+token = apis.file_system.login(username=me['username'], password=passwords['file_system'])['access_token']
+apis.file_system.create_directory(directory_path='~/a/', access_token=token)
+apis.file_system.create_file(file_path='~/a/x.txt', content='x' * 500_000, access_token=token)
+for i in range(30):
+    apis.file_system.compress_directory(directory_path='~/a/', compressed_file_path=f'~/a/{i}.zip', access_token=token)
+"""
+    *_, info = env.step(block(LOGIN + code))
+    assert info["failed"].startswith("the world's process"), info
+    env.reset(options={"task_id": task(env)})
+    run(env, LOGIN + code.replace("range(30)", "range(1)"))
+    method, path, headers, body = env._world.calls[-1]
+    env._world.calls += [[method, path, headers, body.replace("0.zip", f"{i}.zip")] for i in range(1, 30)]
+    info = env.finish()
+    assert "memory" in info["failed"] or "signal" in info["failed"], info
+    solve(env, task(env))
 
 
 LOGIN = """
@@ -356,14 +437,13 @@ truths = [o for o in objects if type(o).__name__ == 'GroundTruth']
 texts = [v for o in objects if isinstance(o, dict) for v in list(o.values()) if isinstance(v, str) and 'def eval' 'uate(test' in v]
 print(len(truths), len(texts), dict(__import__('posix').environ))
 px = __import__('posix')
-root = __import__('os').environ['APPWORLD_ROOT']
-for path in (root, DATA + '/tasks', DATA + '/tasks/' + TASK + '/dbs/spotify.jsonl', DATA + '/base_dbs'):
+for path in (DATA + '/tasks', DATA + '/tasks/' + TASK + '/dbs/spotify.jsonl', DATA + '/base_dbs'):
     try: print(*sorted(px.listdir(path)) or px.read(px.open(path, 0), 99))
     except OSError as e: print(type(e).__name__)
 """
     data = places.find_root("tiny").resolve() / "data"
     observation = run(env, f"TASK, DATA = {task(env, ASKS)!r}, {str(data)!r}" + code)
-    assert "0 0 {" in observation and "\nFileNotFoundError\nPermissionError\nPermissionError\nadmin" in observation
+    assert "0 0 {" in observation and "\nPermissionError\nPermissionError\nPermissionError\n" in observation
     for name, value in os.environ.items():
         if len(value) > 8 and name not in ("PATH", "HOME", "PWD", "LANG"):
             assert value not in observation, name

@@ -59,10 +59,11 @@ def test_the_warm_process_is_replaced_and_its_children_live_on(make_env):
 
 
 def test_a_killed_world_costs_its_episode(env):
-    begin(env)
-    os.kill(env._world.child.pid, signal.SIGKILL)
-    *_, info = env.step(block("print(1)"))
-    assert info["failed"].startswith("the world's process") and not info["success"]
+    for name in ("world", "agent"):
+        begin(env)
+        os.kill({"world": env._world.child, "agent": env._world.agent}[name].pid, signal.SIGKILL)
+        *_, info = env.step(block("print(1)"))
+        assert info["failed"].startswith(f"the {name}'s process") and not info["success"]
     begin(env)
     assert solved(env)
 
@@ -119,7 +120,7 @@ def test_a_judge_that_cannot_start_fails_the_episode(env, monkeypatch):
     begin(env)
     monkeypatch.setattr(env._pool._judges, "fork", lambda *a: (_ for _ in ()).throw(ValueError("it ended while it started")))
     info = env.finish()
-    assert "the judge AppWorld's judge process does not run" in info["failed"] and env._world is None
+    assert "AppWorld's judge process does not run" in info["failed"] and env._world is None
     monkeypatch.undo()
     begin(env)
     assert solved(env)
@@ -147,7 +148,7 @@ def test_a_judge_that_hangs_or_dies_fails_the_episode(env, monkeypatch):
 
     monkeypatch.setattr(env._pool._judges, "fork", killed)
     info = env.finish()
-    assert info["failed"].startswith("the judge was killed") and info["completion"] == 0
+    assert info["failed"].startswith("the judge's process was killed") and info["completion"] == 0
     monkeypatch.undo()
     begin(env)
     assert solved(env)
@@ -162,7 +163,7 @@ from skillsd_appworld import AppWorldEnv
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it, and so would its children
 env = AppWorldEnv(turn_seconds=100)
 env.reset(options={"task_id": env.tasks("train")[0]["task_id"]})
-print(env._pool.folder, env._world.child.pid, *env._pool.pids(), flush=True)
+print(env._pool.folder, env._world.child.pid, env._world.agent.pid, *env._pool.pids(), flush=True)
 env.step("```python\\nwhile True: pass\\n```")
 """
     with subprocess.Popen(
@@ -170,7 +171,7 @@ env.step("```python\\nwhile True: pass\\n```")
     ) as host:
         folder, *told = host.stdout.readline().split()
         pids = [int(p) for p in told]
-        assert len(pids) == 3 and all(map(alive, pids))
+        assert len(pids) == 5 and all(map(alive, pids))
         time.sleep(0.3)
         host.send_signal(how)
         host.wait(30)
@@ -184,7 +185,7 @@ def test_nothing_is_left_when_the_last_environment_is_closed(make_env, monkeypat
     env, other = make_env(turn_seconds=9), make_env(turn_seconds=9)
     assert env._pool is other._pool
     begin(env)
-    pids, folder = [env._world.child.pid, *env._pool.pids()], env._pool.folder
+    pids, folder = [env._world.child.pid, env._world.agent.pid, *env._pool.pids()], env._pool.folder
     env.close()
     env.close()
     time.sleep(0.4)
@@ -218,7 +219,7 @@ def test_nobody_listens(env):
         path = Path(f"/proc/net/{table}")
         for line in path.read_text().splitlines()[1:] if path.exists() else []:
             listening.add(f"socket:[{line.split()[9]}]")
-    for pid in [*env._pool.pids(), env._world.child.pid]:
+    for pid in [*env._pool.pids(), env._world.child.pid, env._world.agent.pid]:
         folder = Path(f"/proc/{pid}/fd")
         assert not {os.readlink(fd) for fd in folder.iterdir()} & listening
 

@@ -1,10 +1,11 @@
-"""A warm process in AppWorld's interpreter that forks one child an episode: `python fork_server.py FD world|judge`.
+"""A warm process in AppWorld's interpreter that forks one child an episode: `python fork_server.py FD world|agent|judge`.
 
-It has imported the engine and played one episode, so a child starts in a tenth of a second and shares most of its memory with the others.
-FD is a socket to the trainer's side. On it come messages with one file descriptor each: the socket that the child will serve.
+It has imported what its children need and used it once, so a child starts in a tenth of a second and shares most of its memory with the
+others. FD is a socket to the trainer's side. On it come messages with file descriptors: the sockets that the child will serve.
 """
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -20,12 +21,8 @@ def main() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:0] = [here, os.path.dirname(here)]  # the second for channel, which both sides load
     try:
-        import engine
-        import judge
-        import world
-
-        serve = {"world": world.serve, "judge": judge.serve}[role]
-        engine.warm_up(role == "judge")
+        module = importlib.import_module(role)
+        module.warm_up()
     except Exception as e:
         control.send(json.dumps({"error": f"{type(e).__name__}: {e}"}).encode())
         raise
@@ -35,7 +32,7 @@ def main() -> None:
     control.send(json.dumps({"pid": os.getpid()}).encode())
     ended: dict[int, int] = {}
     while True:
-        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
         if not data:
             return
         _reap(ended)
@@ -44,7 +41,7 @@ def main() -> None:
             control.send(json.dumps({"status": ended.pop(request["status"], None)}).encode())
             continue
         try:
-            pid, handle = _fork(control, fds[0], request, serve)
+            pid, handle = _fork(control, fds, request, module.serve)
         except OSError as e:  # no memory, no process left: the others live on
             control.send(json.dumps({"error": f"{type(e).__name__}: {e}"}).encode())
             continue
@@ -55,15 +52,15 @@ def main() -> None:
         os.close(handle)
 
 
-def _fork(control: socket.socket, fd: int, request: dict[str, Any], serve: Callable[..., None]) -> tuple[int, int]:
-    """A child that serves `request` over `fd`: its pid, and a handle through which a kill can never hit another process."""
+def _fork(control: socket.socket, fds: list[int], request: dict[str, Any], serve: Callable[..., None]) -> tuple[int, int]:
+    """A child that serves `request` over `fds`: its pid, and a handle through which a kill can never hit another process."""
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             control.close()
-            serve(socket.socket(fileno=fd), request, parent)
+            serve([socket.socket(fileno=fd) for fd in fds], request, parent)
             code = 0
         finally:
             os._exit(code)

@@ -180,6 +180,15 @@ def _set_environ(environ: Mapping[str, str]) -> None:
     os.environ.update(environ)
 
 
+def _real_user_of_its_own() -> bool:
+    """For root: a real user id that no other process has, as the kernel counts processes by it and never limits root's. Files are judged by
+    the effective one, which stays. Whether it was allowed: a container may have too few ids."""
+    with contextlib.suppress(OSError):
+        os.setresuid(_USERS + os.getpid(), -1, -1)
+        return True
+    return False
+
+
 def _set_limits(limits: "Limits", *, own_users: bool) -> None:
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
@@ -192,7 +201,7 @@ def _set_limits(limits: "Limits", *, own_users: bool) -> None:
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_SIGPENDING: 256,
     }
-    if own_users and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (5, 14):
+    if own_users:
         values[resource.RLIMIT_NPROC] = limits.processes
     for which, value in values.items():
         hard = resource.getrlimit(which)[1]
@@ -216,6 +225,8 @@ def _drop_capabilities() -> None:
 # --- public ---
 
 
+_USERS = 2_000_000_000
+"""Beyond the user ids that people, services and containers are given; a process id is added."""
 FOLDER_INODES = 4096
 """Files and folders that fit into a folder that is a file system of its own."""
 
@@ -231,8 +242,8 @@ class Limits:
     file_mb: int
     """MiB of one file; then OSError (EFBIG)."""
     processes: int
-    """Threads, where the process has a user namespace of its own (Linux >= 5.14). Elsewhere the kernel counts all of the user's processes,
-    or for root none: only `memory_mb` bounds them."""
+    """Threads, the first one included. Not limited where the process has neither a user namespace of its own (Linux >= 5.14), nor as root
+    may take a real user id of its own: the kernel counts all processes of a user, and there only `memory_mb` bounds them."""
     open_files: int
     """Descriptors; then OSError (EMFILE)."""
 
@@ -283,7 +294,8 @@ def confine(
     os.chdir(folder)
     prepare()
     mounts = mounts and _hide(hidden)
-    _set_limits(limits, own_users=own == "user")
+    by_namespace = own == "user" and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (5, 14)
+    _set_limits(limits, own_users=by_namespace or (os.geteuid() == 0 and own != "user" and _real_user_of_its_own()))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     landlock = landlock and _landlock_abi() > 0
     if landlock:

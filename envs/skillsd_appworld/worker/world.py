@@ -1,12 +1,11 @@
-"""The child that an episode lives in. It runs what the agent writes, so it is confined, and nothing that it says is believed: the judge
-plays its API calls again elsewhere.
+"""The child that holds an episode's databases. No agent's code runs in it: that is in a process of its own (agent.py), which asks for one
+API call after another over a socket. What comes on that socket is hostile, so this process is confined, too.
 """
 
 import os
-import random
-import re
+import resource
+import select
 import shutil
-import signal
 import socket
 from typing import Any
 
@@ -14,15 +13,26 @@ import channel
 import engine
 import sandbox
 
+SENT_CHARS = 4 << 20
+"""What the API calls of an episode may send, all together."""
+ASK_SECONDS = 5.0
+"""Time limit of one part of a message of the agent's process."""
 
-def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
-    """Open the world of a task, then execute code until the other end closes.
 
-    Messages in: {code, max_chars}. Out, first: {task, supervisor, datetime, confinement, digest}, or {error}; then for each: {output, cut,
-    completed, calls, digest, tampered}.
+def warm_up() -> None:
+    """Play one episode."""
+    engine.warm_up(judge=False)
+
+
+def serve(socks: list[socket.socket], request: dict[str, Any], parent: int) -> None:
+    """Open the world of a task, then make the API calls that the agent's process asks for, until the trainer's end closes.
+
+    Out to the trainer's side, first: {task, supervisor, datetime, digest}, or {error}. Then, for each message, what happened since the last
+    one: {calls, completed, digest, seconds} (CPU time in all), or {lost} with a reason why the episode cannot go on.
     """
+    sock, wire = socks
     try:
-        world, log, confinement = _open(sock, request, parent)
+        world, calls = _open(socks, request, parent)
     except Exception as e:
         channel.send(sock, {"error": f"{type(e).__name__}: {e}"})
         return
@@ -31,44 +41,98 @@ def serve(sock: socket.socket, request: dict[str, Any], parent: int) -> None:
         "task": world.task.instruction,
         "supervisor": {field: str(supervisor[field]) for field in fields},
         "datetime": str(world.task.datetime),
-        "confinement": {"network": confinement.network, "files": confinement.files, "hidden": confinement.hidden},
-        "digest": log.digest(),
+        "digest": calls.digest(),
     }
     channel.send(sock, first)
-    sent = 0
+    desk = Desk(calls, wire, request["max_api_calls"])
+    poll, told = select.poll(), 0
+    for end in socks:
+        poll.register(end, select.POLLIN)
     while True:
+        ready = [fd for fd, _ in poll.poll()]
+        if wire.fileno() in ready and not desk.answer():
+            poll.unregister(wire)
+            wire.close()  # who waits for an answer need not wait for ever
+        if sock.fileno() not in ready:
+            continue
         try:
-            message = channel.receive(sock)
+            channel.receive(sock)
         except channel.Closed:
             return
+        if desk.lost:
+            channel.send(sock, {"lost": desk.lost})
+            continue
+        new, told, desk.asked = calls.made[told:], len(calls.made), 0
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = used.ru_utime + used.ru_stime
+        channel.send(sock, {"calls": new, "completed": calls.completed(), "digest": calls.digest(), "seconds": seconds})
+
+
+class Desk:
+    """Answers the agent's process.
+
+    Args:
+        calls: The world's.
+        wire: The socket to the agent's process.
+        max_api_calls: So many are answered until `asked` is set back.
+
+    Attributes:
+        lost: Why the episode cannot go on; "" while it can.
+    """
+
+    def __init__(self, calls: engine.Calls, wire: socket.socket, max_api_calls: int) -> None:
+        self.calls, self.wire, self.max_api_calls = calls, wire, max_api_calls
+        self.asked = self.sent = 0
+        self.lost = ""
+
+    def answer(self) -> bool:
+        """One call. False if none can follow: the other end is gone or says what no agent's process says, or the episode is lost."""
         try:
-            output = str(world.execute(message["code"]))
-        except BaseException as e:  # KeyboardInterrupt and SystemExit escape execute()
-            signal.alarm(0)
-            world.safety_guard.disable()
-            output = f"Execution failed. Traceback:\n{type(e).__name__}: {e}"
-        output, cut = _shorten(_reproducible(output, request["folder"]), message["max_chars"])
-        completed = log.completed()
-        intact = log.check()
-        calls, sent = log.calls[sent:], len(log.calls)
-        channel.send(
-            sock,
-            {"output": output, "cut": cut, "completed": completed, "calls": calls, "digest": log.digest(), "tampered": not intact},
-        )
+            call = channel.receive(self.wire, ASK_SECONDS, SENT_CHARS)
+            if not _is_call(call):
+                return False
+            channel.send(self.wire, self._made(*call))
+        except channel.Closed:
+            return False
+        except MemoryError:
+            self.lost = self.lost or "ran out of memory"
+        return not self.lost
+
+    def _made(self, method: str, path: str, headers: dict[str, str], body: str) -> dict[str, Any]:
+        self.asked += 1
+        self.sent += len(path) + len(body) + sum(map(len, headers.values()))
+        if self.sent > SENT_CHARS:
+            self.lost = f"was sent more than {SENT_CHARS >> 20} MB by the agent's code"
+        if self.lost or self.asked > self.max_api_calls:
+            return {"error": ["builtins", "PermissionError", self.lost or f"more than {self.max_api_calls} calls"]}
+        try:
+            response = self.calls.make(method, path, headers, body)
+        except MemoryError:  # half a call is none that the judge could make
+            self.lost = "ran out of memory in an API call"
+            return {"error": ["builtins", "MemoryError", ""]}
+        except Exception as e:
+            return {"error": [type(e).__module__, type(e).__qualname__, str(e)]}
+        kept = {name: response.headers[name] for name in ("content-type", "location") if name in response.headers}
+        return {"status": response.status_code, "headers": kept, "body": response.text}
 
 
-def _open(sock: socket.socket, request: dict[str, Any], parent: int) -> tuple[engine.AppWorld, engine.CallLog, sandbox.Confinement]:
+def _is_call(call: Any) -> bool:
+    """[method, path, headers, body], all of it text."""
+    if type(call) is not list or len(call) != 4 or type(call[2]) is not dict or len(call[2]) > len(engine.HEADERS):
+        return False
+    return all(type(text) is str for text in (call[0], call[1], call[3], *call[2].values()))
+
+
+def _open(socks: list[socket.socket], request: dict[str, Any], parent: int) -> tuple[engine.AppWorld, engine.Calls]:
     """Confine this process, build the world in it, and seal it."""
     folder, data, task_id = request["folder"], request["data"], request["task_id"]
-    paths, tasks = sandbox.interpreter_paths(), os.path.join(data, "tasks")
-    if inside := next((p for p in paths if os.path.realpath(tasks).startswith(p + "/")), None):
-        raise PermissionError(f"the tasks lie beneath {inside}, which the interpreter reads: move them elsewhere")
+    root, tasks = os.path.join(folder, "root"), os.path.join(data, "tasks")
     confinement = sandbox.confine(
         folder,
-        [*paths, os.path.join(data, "api_docs"), os.path.join(data, "base_dbs")],
+        [*sandbox.interpreter_paths(), os.path.join(data, "api_docs"), os.path.join(data, "base_dbs")],
         sandbox.Limits(**request["limits"]),
-        [sock.fileno()],
-        environ={"APPWORLD_ROOT": os.path.join(folder, "root"), "APPWORLD_CACHE": folder, "HOME": folder, "PATH": ""},
+        [end.fileno() for end in socks],
+        environ={"APPWORLD_ROOT": root, "APPWORLD_CACHE": folder, "HOME": folder, "PATH": ""},
         parent=parent,
         hidden=[tasks],
         folder_mb=4 * request["limits"]["file_mb"],
@@ -76,24 +140,8 @@ def _open(sock: socket.socket, request: dict[str, Any], parent: int) -> tuple[en
         landlock=request["landlock"],
         namespace=request["namespace"],
     )
-    world = engine.open_world(task_id, folder, request["turn_seconds"], request["max_api_calls"])
-    shutil.rmtree(os.path.join(folder, "root"))  # all is in memory now; the rows that belong to the task would stand out in its files
-    world._save_state = world.save_logs = lambda *args: None  # nobody reads them: the judge makes its own
-    log = engine.CallLog(world)
-    # What an agent draws from the system is the same in every run, as what it draws from `random` is.
-    os.urandom = random._urandom = random.Random(0).randbytes  # type: ignore[attr-defined]
+    world = engine.open_world(task_id, folder)
+    calls = engine.Calls(world, os.path.join(root, "data", "tasks", task_id, "dbs"))
+    shutil.rmtree(root)  # all is in memory now
     sandbox.seal(confinement)
-    return world, log, confinement
-
-
-def _reproducible(text: str, folder: str) -> str:
-    """Without what differs from process to process: the addresses in an object's repr, and the name of the working folder."""
-    return re.sub(r"\bat 0x[0-9a-f]{6,}\b", "at 0x0", text).replace(folder, "/home/agent")
-
-
-def _shorten(text: str, limit: int) -> tuple[list[str], int]:
-    """[text], or its head and tail, and the number of characters left out."""
-    if len(text) <= limit:
-        return [text], 0
-    tail = limit // 4
-    return [text[: limit - tail], text[len(text) - tail :] if tail else ""], len(text) - limit
+    return world, calls
