@@ -36,7 +36,8 @@ class AppWorldEnv(gym.Env[str, str]):
     scored as it stands. `step` after the end raises `ResetNeeded`.
 
     ## Failed episodes
-    If one of the episode's processes is lost (time, memory or CPU limit, a crash), or it cannot be scored, info["failed"] says why; success is False, completion and reward are 0. The next reset starts afresh.
+    If one of the episode's processes is lost (time, memory or CPU limit, a crash), or it cannot be scored, info["failed"] says why; success
+    is False, completion and reward are 0. The next reset starts afresh.
 
     ## Info
     Always task_id, success (bool), completion (0..1), turn, valid (whether the last action held code). From `reset` also instruction,

@@ -37,8 +37,8 @@ class Settings:
         turn_seconds: Time limit of one piece of code.
         grace_seconds: So much later the host kills an episode that did not stop by itself.
         max_api_calls: API calls of one piece of code.
-        memory_mb: Address space of each of an episode's two processes, and of the judge while it makes the episode's API calls again; beyond
-            the engine's own.
+        memory_mb: Address space of each of an episode's two processes, and of the judge while it makes the API calls again; beyond the
+            engine's own.
         cpu_seconds: CPU time of each of an episode's two processes.
         file_mb: Longest file in an episode's folder.
         forks: Children after which a warm process is replaced.

@@ -199,7 +199,7 @@ class ForkServers:
         self._lock = threading.Lock()
 
     def fork(self, request: dict[str, Any], folder: Path, *more: socket.socket) -> Child:
-        """A child that serves `request` with `more` sockets; a warm process that died is replaced. OSError, ValueError or Refused without one."""
+        """A child that serves `request`; a warm process that died is replaced. OSError, ValueError or Refused without one."""
         with self._lock:
             self._renew()
             try:

@@ -1,4 +1,4 @@
-"""The texts that the environment says. Each is a `str.format` template; `AppWorldEnv(prompts={...})` replaces any of them.
+"""The texts that the environment says. Each is a template with names in braces; `AppWorldEnv(prompts={...})` replaces any of them.
 
     instruction   info["instruction"], the same for every task     fields {turns} {max_chars}
     task          the first observation                            fields {task} {first_name} {last_name} {email} {phone_number} {datetime}
@@ -11,7 +11,7 @@ Double a brace to get one.
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from string import Formatter
 
 INSTRUCTION = """You are an assistant who does everyday tasks for a person, your supervisor, by calling the APIs of their apps.
 
@@ -108,10 +108,11 @@ def check_prompts(prompts: Mapping[str, str] | None) -> dict[str, str]:
     for name, template in (prompts or {}).items():
         if name not in DEFAULTS:
             raise ValueError(f"prompts: unknown key {name!r}; use {', '.join(DEFAULTS)}")
-        fields: dict[str, Any] = dict.fromkeys(FIELDS[name], 0)
         try:
-            str.format(template, **fields)
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            for _, field, spec, conversion in Formatter().parse(template):
+                if field is not None and (field not in FIELDS[name] or spec or conversion):  # a width could fill the memory
+                    raise KeyError(field)
+        except (KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"prompts[{name!r}]: not a template over {{{'}, {'.join(FIELDS[name])}}} ({error!r}); double other braces"
             ) from None

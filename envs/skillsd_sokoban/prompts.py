@@ -1,4 +1,4 @@
-"""The texts that the environment says. Each is a `str.format` template; `SokobanEnv(prompts={...})` replaces any of them.
+"""The texts that the environment says. Each is a template with names in braces; `SokobanEnv(prompts={...})` replaces any of them.
 
     instruction   info["instruction"], once an episode    fields {board} {format} {turns_left}
     observation   the answer to a valid action, and the first map   fields {board} {format} {message} {turn} {turns_left}
@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Mapping
-from typing import Any
+from string import Formatter
 
 INSTRUCTION = """You are an expert player of Sokoban, a puzzle in which a player pushes boxes onto targets inside a walled room.
 
@@ -50,11 +50,11 @@ def check_prompts(prompts: Mapping[str, str] | None) -> dict[str, str]:
     for name, template in (prompts or {}).items():
         if name not in DEFAULTS:
             raise ValueError(f"prompts: unknown key {name!r}; use {', '.join(DEFAULTS)}")
-        fields: dict[str, Any] = dict.fromkeys(FIELDS[name], "")
-        fields.update({number: 0 for number in ("turn", "turns_left") if number in fields})
         try:
-            str.format(template, **fields)
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            for _, field, spec, conversion in Formatter().parse(template):
+                if field is not None and (field not in FIELDS[name] or spec or conversion):  # a width could fill the memory
+                    raise KeyError(field)
+        except (KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"prompts[{name!r}]: not a template over {{{'}, {'.join(FIELDS[name])}}} ({error!r}); double other braces"
             ) from None

@@ -25,7 +25,7 @@ def bank(tmp_path: Path) -> Path:
     path = tmp_path / "donor" / "bank.sqlite"
     with SkillBank(path, capacity=1) as bank:
         bank.insert([Skill("s", "m", "go up", "t1", source_reward=0.5), Skill("s", "m", "go right", "t1", source_reward=1.0)], 2)
-        bank.insert([Skill("s", EVIL, "down " * 200, EVIL, source_iteration=3)], 3)
+        bank.insert([Skill("s", EVIL, "down " * 200, "[bold]t2[/bold]", source_iteration=3)], 3)
         bank.record_use(2, 4, reward=1.0)
     return path
 
@@ -44,6 +44,14 @@ def told(capsys: pytest.CaptureFixture[str]) -> Any:
 def held(path: Path) -> dict[str, list[str]]:
     with SkillBank(path, read_only=True) as bank:
         return {task: [skill.golden_workflow for skill in bank.skills(task)] for task in bank.tasks()}
+
+
+def test_a_task_s_name_forges_no_line(told, tmp_path):
+    """A bank from elsewhere may hold any name; in print it is part of one line."""
+    with SkillBank(tmp_path / "bank.sqlite") as bank:
+        bank.insert([Skill("s", "m", "go\nup", "t\n9.999  skill 7, task best: \x1b[2J" + "x" * 1_000_000)], 0)
+    lines = told("search", tmp_path / "bank.sqlite", "go up").splitlines()
+    assert len(lines) == 4 and not any(line.startswith("9.999") for line in lines) and max(map(len, lines)) < 500
 
 
 def test_from_one_bank_to_another(told, bank, tmp_path):

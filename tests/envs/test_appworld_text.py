@@ -51,8 +51,9 @@ def test_the_instruction_says_what_it_must():
 def test_every_text_can_be_replaced(name):
     template = " ".join(f"{{{field}}}" for field in FIELDS[name])
     assert check_prompts({name: template}) == {**DEFAULTS, name: template}
-    with pytest.raises(ValueError, match=rf"prompts\['{name}'\].*no_such"):
-        check_prompts({name: "{no_such}"})
+    for bad in ("{no_such}", f"{{{FIELDS[name][0]}:>50000000}}", f"{{{FIELDS[name][0]}!r}}"):
+        with pytest.raises(ValueError, match=rf"prompts\['{name}'\]"):
+            check_prompts({name: bad})
 
 
 def test_an_unknown_text_is_named():

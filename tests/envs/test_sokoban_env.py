@@ -264,6 +264,7 @@ def test_bad_options(options, message):
         ({"separator": "#"}, "separator"),
         ({"prompts": {"greeting": ""}}, "greeting"),
         ({"prompts": {"observation": "{bord}"}}, "observation"),
+        ({"prompts": {"observation": "{board:>50000000}"}}, "observation"),
         ({"invalid_penalty": -1}, "invalid_penalty"),
         ({"distance_reward": float("inf")}, "distance_reward"),
     ],

@@ -1,5 +1,6 @@
 """Skills as lines: nothing of them is lost or added, and what is no skill is named by its line."""
 
+import io
 import json
 from dataclasses import asdict, replace
 
@@ -7,7 +8,7 @@ import pytest
 
 from skillsd.errors import ConfigError
 from skillsd.skills import SkillBank
-from skillsd.skills.exchange import FORMAT, from_lines, to_lines
+from skillsd.skills.exchange import FORMAT, MAX_LINE, bounded_lines, from_lines, to_lines
 from skillsd.skills.skill import MAX_CHARS
 
 
@@ -57,9 +58,15 @@ BAD = {
     "a surrogate": (GOOD | {"golden_workflow": "\ud800"}, "lone surrogate"),
     "no task": (GOOD | {"task_id": ""}, "task_id is no text"),
     "a task that is a number": (GOOD | {"task_id": 3}, "task_id is no text"),
-    "a task with a surrogate": (GOOD | {"task_id": "\ud800"}, "surrogates not allowed"),
+    "a task with a surrogate": (GOOD | {"task_id": "\ud800"}, "task_id"),
+    "a task that forges a line": (GOOD | {"task_id": "t\n0.999  skill 1"}, "task_id"),
+    "a task that turns text around": (GOOD | {"task_id": "t\u202e"}, "task_id"),
+    "a task without end": (GOOD | {"task_id": "t" * 1_000_000}, "task_id has 1000000"),
+    "a line without end": (b" " * (MAX_LINE + 1) + b"{", "bytes"),
     "an endless reward": (GOOD | {"source_reward": float("inf")}, "source_reward is no finite number"),
     "a huge reward": (GOOD | {"source_reward": 10**400}, "source_reward is no finite number"),
+    "a reward whose sums overflow": (GOOD | {"source_reward": 1e308}, "source_reward is no finite number"),
+    "a reward that is none": (GOOD | {"source_reward": float("nan")}, "source_reward is no finite number"),
     "a reward that is true": (GOOD | {"source_reward": True}, "source_reward is no finite number"),
     "a reward as text": (GOOD | {"source_completion": "1"}, "source_completion is no finite number"),
     "half an iteration": (GOOD | {"source_iteration": 0.5}, "source_iteration is no whole number"),
@@ -73,6 +80,11 @@ def test_a_bad_line_is_named(bad):
     line = given if isinstance(given, bytes) else json.dumps(given).encode()
     with pytest.raises(ConfigError, match=rf"^FILE: line 3: .*{told}"):
         from_lines([json.dumps(GOOD).encode(), b"\n", line])
+
+
+def test_no_line_is_read_whole_that_is_too_long():
+    file = io.BytesIO(b"x" * (3 * MAX_LINE) + b"\ny\n")
+    assert max(map(len, bounded_lines(file))) == MAX_LINE + 1
 
 
 def test_a_line_by_hand(make_skill):

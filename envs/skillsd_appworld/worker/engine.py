@@ -84,7 +84,7 @@ class Calls:
 
     The judge makes the recorded calls on a fresh world and gets the same answers: what an API draws depends on the task and on the call's
     place in the record alone. An agent cannot draw it itself (the code that resets another person's password, say), as the key is made of
-    files that it cannot read. A token that no login gave is not used: AppWorld signs tokens with a word that everybody can read in its code.
+    files that it cannot read. A token that no login gave is not used: AppWorld signs tokens with a word that everybody can read.
 
     Args:
         world: An open world. Only calls made here may change it.

@@ -14,6 +14,7 @@ import yaml
 
 from skillsd.analysis.index import Index
 from skillsd.analysis.metrics import read_metrics
+from skillsd.bounded import read_yaml
 from skillsd.errors import ConfigError
 from skillsd.run_folder import BANK_FILE, CONFIG_FILE, METRICS_FILE, PANEL_FILE, TRAJECTORIES_FILE, VALIDATIONS_FILE, read_results
 from skillsd.skills import Skill, SkillBank
@@ -59,7 +60,7 @@ class Run:
         """The resolved configuration, nested; empty if it is missing."""
         path = self.folder / CONFIG_FILE
         try:
-            return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+            return dict(read_yaml(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
         except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as e:
             raise ConfigError(f"{path} is no configuration ({' '.join(str(e).split())}).") from e
 

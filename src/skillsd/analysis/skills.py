@@ -13,17 +13,16 @@ from skillsd.analysis.show import plain
 from skillsd.analysis.similar import SkillIndex
 from skillsd.durable import write
 from skillsd.errors import ConfigError, Parser
-from skillsd.rollout.guard import visible
+from skillsd.rollout.guard import one_line
 from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE
 from skillsd.skills import SkillBank
-from skillsd.skills.exchange import FORMAT, from_lines, to_lines
+from skillsd.skills.exchange import FORMAT, bounded_lines, from_lines, to_lines
 from skillsd.skills.imported import counted, earlier, in_use
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.tables import BEFORE
 from skillsd.words import count
 
 _BANK_HELP = f"a run folder (trainer.default_root_dir), also one that is training, or a {BANK_FILE}"
-_SHOWN_CHARS = 200
 
 
 def skills(args: Sequence[str]) -> None:
@@ -84,10 +83,10 @@ def _import(given: Any) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"RUN: {folder} is no folder: name that of the run to come.")
     if given.file == "-":
-        new = from_lines(sys.stdin.buffer)
+        new = from_lines(bounded_lines(sys.stdin.buffer))
     elif Path(given.file).is_file():
         with Path(given.file).open("rb") as f:
-            new = from_lines(f)
+            new = from_lines(bounded_lines(f))
     else:
         raise ConfigError(
             f"FILE: there is no {given.file}: name a file that `skillsd skills export` has written, or - for the standard input."
@@ -125,11 +124,10 @@ def _search(given: Any) -> None:
         return
     for s in rows:
         gone = "" if s["dropped"] is None else f", dropped in iteration {s['dropped']}"
-        head = f"skill {s['skill_id']}, task {s['task_id']}: mean reward {s['mean_reward']:.3f}, {s['uses']} uses{gone}"
-        print(visible(f"{s['similarity']:.3f}  {head}"))
+        head = f"skill {s['skill_id']}, task {one_line(s['task_id'])}: mean reward {s['mean_reward']:.3f}, {s['uses']} uses{gone}"
+        print(f"{s['similarity']:.3f}  {head}")
         for name in FIELDS:
-            text = " ".join(s[name].split())
-            print(visible(f"       {name}: {text[:_SHOWN_CHARS]}{'...' if len(text) > _SHOWN_CHARS else ''}"))
+            print(f"       {name}: {one_line(' '.join(s[name].split()))}")
     if not rows:
         print("no skill shares a word with it")
 

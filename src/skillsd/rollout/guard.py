@@ -44,6 +44,12 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def one_line(text: str, most: int = 200) -> str:
+    """A foreign name within a line that a terminal is given: `visible`, line ends and tabs escaped too, and at most `most` characters."""
+    text = f"{text[:most]}..." if len(text) > most else text
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def attempt(call: Callable[[], Any]) -> Any:
     """What the call answers, or a `Failure`. KeyboardInterrupt and SystemExit are not the environment's to raise: they end the run."""
     try:

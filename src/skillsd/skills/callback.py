@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning as L
 
 from skillsd import ranks
+from skillsd.bounded import fill
 from skillsd.errors import ConfigError
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills.bank import SkillBank
@@ -78,9 +79,9 @@ class SkillBankCallback(L.Callback):
         shown = ("transcript", "actions")
         for key, text, fields in (("template", self.template, FIELDS), ("transcript_template", self.transcript_template, shown)):
             try:
-                text.format(**dict.fromkeys(fields, ""))
-            except (KeyError, IndexError, AttributeError, ValueError) as e:
-                raise ConfigError(f"skills.{key}: use only {', '.join(fields)} in braces ({e!r} is none of them).") from e
+                fill(text, dict.fromkeys(fields, ""))
+            except ValueError as e:
+                raise ConfigError(f"skills.{key}: use only {', '.join(fields)} in braces ({e}).") from e
         self.prompts: dict[str, int] = {}
         self.failed = 0
         self.made = 0  # summaries that gave a skill since this start of the run
@@ -201,7 +202,7 @@ class SkillBankCallback(L.Callback):
     def _text(self, told: Skill | Trajectory | None) -> str:
         if isinstance(told, Trajectory):
             actions = " ".join(turn.action for turn in told.turns)
-            return self.transcript_template.format(transcript=conversation(told), actions=actions)
+            return fill(self.transcript_template, {"transcript": conversation(told), "actions": actions})
         return told.render(self.template) if told is not None else ""
 
     # -- what an iteration leaves ------------------------------------------------------------------------------------------

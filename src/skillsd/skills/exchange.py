@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from skillsd.errors import ConfigError
 from skillsd.skills.bank import SkillBank
@@ -15,6 +14,10 @@ FORMAT = "skillsd.skill.v1"
 SOURCE = {"source_iteration": int, "source_member": int, "source_reward": float, "source_completion": float}
 STATISTICS = ("skill_id", "uses", "mean_reward", "sources", "dropped")
 """Written to be read; another bank has its own."""
+MAX_LINE = 2 << 20
+"""Bytes of a line: three texts of `skill.MAX_CHARS`, each character escaped in twelve, and more."""
+MAX_TASK_ID = 1000
+"""Characters of a task's name."""
 
 
 def to_lines(bank: SkillBank, dropped: bool = False) -> Iterator[str]:
@@ -54,7 +57,14 @@ def from_lines(lines: Iterable[bytes]) -> list[Skill]:
     return skills
 
 
+def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long to be a skill the beginning."""
+    return iter(lambda: file.readline(MAX_LINE + 1), b"")
+
+
 def _skill(line: bytes) -> Skill:
+    if len(line) > MAX_LINE:
+        raise ValueError(f"it has more than {MAX_LINE} bytes")
     try:
         found = json.loads(line)
     except ValueError as e:
@@ -69,13 +79,16 @@ def _skill(line: bytes) -> Skill:
     task_id = found["task_id"]
     if not isinstance(task_id, str) or not task_id:
         raise ValueError("task_id is no text")
-    task_id.encode()  # a lone surrogate cannot be stored
+    if len(task_id) > MAX_TASK_ID:
+        raise ValueError(f"task_id has {len(task_id)} characters, more than {MAX_TASK_ID}")
+    if not task_id.isprintable():  # a line end would forge lines of what is printed; a lone surrogate cannot be stored
+        raise ValueError(f"task_id {task_id[:80]!a} holds what is no printable character")
     source = {name: _number(name, found[name], kind) for name, kind in SOURCE.items() if name in names}
     return Skill(**{name: found[name] for name in FIELDS}, task_id=task_id, **source).admitted()
 
 
 def _number(name: str, value: Any, kind: type) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
-    if not whole and not (kind is float and isinstance(value, float) and math.isfinite(value)):
-        raise ValueError(f"{name} is no {'finite' if kind is float else 'whole'} number")
+    fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if not fits or not abs(value) < 2**53:  # nan is not, either
+        raise ValueError(f"{name} is no {'finite' if kind is float else 'whole'} number below 2**53")
     return kind(value)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from skillsd.bounded import fill
 from skillsd.trajectory import Trajectory
 
 FIELDS = ("success_analysis", "mistake_analysis", "golden_workflow")
@@ -107,16 +108,16 @@ class Skill:
         """The text that is put in front of the teacher's prompt.
 
         Args:
-            template: A str.format template over the three fields.
+            template: Text with the names of the three fields in braces (`bounded.fill`).
 
         Raises:
-            ValueError: The template names something else, or its braces do not match.
+            ValueError: The template names something else, its braces do not match, or it repeats the texts without end.
         """
         try:
-            return template.format(**dict(zip(FIELDS, self.texts, strict=True)))
-        except (KeyError, IndexError, AttributeError, ValueError) as error:
+            return fill(template, dict(zip(FIELDS, self.texts, strict=True)))
+        except ValueError as error:
             raise ValueError(
-                f"skill template cannot be filled ({error!r}): use only {', '.join(FIELDS)} in braces, and double other braces"
+                f"skill template cannot be filled ({error}): use only {', '.join(FIELDS)} in braces, and double other braces"
             ) from error
 
     def of(self, trajectory: Trajectory) -> Skill:

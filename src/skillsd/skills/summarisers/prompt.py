@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+from skillsd.bounded import fill
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.summarisers.transcript import MIN_CHARS, conversation
 from skillsd.trajectory import Trajectory
@@ -45,7 +46,7 @@ How to write:
 {{"success_analysis": "...", "mistake_analysis": "...", "golden_workflow": "..."}}
 """
 )
-"""Default template (str.format): {conversation}, {result} (`solved` or `not solved`), {steps} (turns), {completion} (0..1)."""
+"""Default template (`bounded.fill`): {conversation}, {result} (`solved` or `not solved`), {steps} (turns), {completion} (0..1)."""
 
 FIELD_PROMPT = (
     _ATTEMPT
@@ -97,10 +98,8 @@ def check_prompt(template: str, max_chars: int, question: str | None = None) -> 
     fields = ["conversation", "result", "steps", "completion", *(["question"] if question is not None else [])]
     try:
         request = _fill(template, "\0", True, 1, 1.0, None if question is None else "\1")
-    except (KeyError, IndexError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"summary template cannot be filled ({error!r}): its fields are {', '.join(fields)}; double other braces"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"summary template cannot be filled ({error}): its fields are {', '.join(fields)}; double other braces") from error
     if "\0" not in request:
         raise ValueError("summary template has no {conversation}")
     if question is not None and "\1" not in request:
@@ -112,4 +111,4 @@ def check_prompt(template: str, max_chars: int, question: str | None = None) -> 
 def _fill(template: str, text: str, success: bool, steps: int, completion: float, question: str | None) -> str:
     more = {} if question is None else {"question": question}
     result = "solved" if success else "not solved"
-    return template.format(conversation=text, result=result, steps=steps, completion=float(completion), **more)
+    return fill(template, {"conversation": text, "result": result, "steps": steps, "completion": float(completion), **more})

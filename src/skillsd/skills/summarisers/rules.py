@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from skillsd.bounded import fill
 from skillsd.skills.skill import Skill
 from skillsd.skills.summarisers.protocol import Synchronous
 from skillsd.trajectory import Trajectory, Turn
@@ -60,7 +61,7 @@ class Digest:
 
 
 class RulesSummariser(Synchronous):
-    """Fills templates (str.format) from the counts of an episode.
+    """Fills templates (`bounded.fill`) from the counts of an episode.
 
     Fields of every template: {completion} (0..1), {turns}, {kept} (turns left after cutting loops), {cut} (turns - kept), {blocked} (turns
     that changed nothing), {loops} (returns to an earlier situation), {unparsed} (answers without an action), {workflow} (the kept actions,
@@ -106,8 +107,8 @@ class RulesSummariser(Synchronous):
         for template in (*self._solved, *self._unsolved):
             try:
                 self._fill(template, Digest(("a",), 1, 0, 0, 0), 1, 1.0)
-            except (KeyError, IndexError, AttributeError, ValueError) as error:
-                raise ValueError(f"rules template {template!r} cannot be filled ({error!r}): see RulesSummariser for its fields") from error
+            except ValueError as error:
+                raise ValueError(f"rules template {template!r} cannot be filled ({error}): see RulesSummariser for its fields") from error
 
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
         """One skill per trajectory; None where a text came out blank (an episode without turns, or without any action)."""
@@ -167,16 +168,11 @@ class RulesSummariser(Synchronous):
         )
 
     def _fill(self, template: str, digest: Digest, turns: int, completion: float) -> str:
-        return template.format(
-            completion=float(completion),
-            turns=turns,
-            kept=digest.kept,
-            cut=turns - digest.kept,
-            blocked=digest.blocked,
-            loops=digest.loops,
-            unparsed=digest.unparsed,
-            workflow=self.joiner.join(digest.actions),
-        )
+        values = {
+            "completion": float(completion), "turns": turns, "kept": digest.kept, "cut": turns - digest.kept, "blocked": digest.blocked,
+            "loops": digest.loops, "unparsed": digest.unparsed, "workflow": self.joiner.join(digest.actions),
+        }  # fmt: skip
+        return fill(template, values)
 
 
 def _compiled(name: str, pattern: str | None) -> re.Pattern[str] | None:
