@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.tolerance import ROUNDING
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 150
@@ -120,7 +121,7 @@ def bank_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def near(a: Any, b: Any, tolerance: float = 1e-6, where: str = "") -> None:
+def near(a: Any, b: Any, tolerance: float = ROUNDING, where: str = "") -> None:
     """Equal but for rounding, of floats and of a tensor's norm; and where not."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from tests.test_cli import Run as Fit
+from tests.tolerance import ROUNDING
 
 from skillsd.analysis import Run, Scorer
 from skillsd.durable import DamagedError
@@ -105,7 +106,7 @@ def test_without_a_skill_it_is_the_prompt_on_record(run, scorer):
 def test_adapters_from_elsewhere(run, scorer):
     exported = Scorer(run, run.folder / "adapter" / "student")
     for adapter in ("student", "teacher"):
-        np.testing.assert_allclose(exported.logprobs(0, adapter), scorer.logprobs(0), atol=1e-5)
+        np.testing.assert_allclose(exported.logprobs(0, adapter), scorer.logprobs(0), atol=ROUNDING)
     named = Scorer(run, run.folder / "checkpoints" / "last.ckpt")
     np.testing.assert_array_equal(named.logprobs(0), scorer.logprobs(0))
 

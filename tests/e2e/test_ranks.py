@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.e2e.runs import ROOT, RULES, Run, assert_equal, overlay
 from tests.ranks import Ranks, bank_rows, meeting, near, torchrun
+from tests.tolerance import ROUNDING
 
 from skillsd import cli
 from skillsd.module import SkillSD, micro_batches
@@ -175,7 +176,7 @@ def test_recorded_episodes_give_the_same_gradient_and_bank(one: tuple[Pair, dict
         assert not both[0] & both[1] and both[0] | both[1] == set(seen["rows"][i])  # no row twice, none left out
         for x in pair:
             off, size = (x["grads"][i] - seen["grads"][i]).norm(), seen["grads"][i].norm()
-            assert off <= 1e-6 * size, f"iteration {i}: {off / size}"
+            assert off <= ROUNDING * size, f"iteration {i}: {off / size}"
         assert torch.equal(pair[0]["grads"][i], pair[1]["grads"][i])
     assert any(g.any() for g in seen["grads"][::2]) and any(len(set(x)) > 1 for x in zip(*(x["parts"] for x in pair), strict=True))
     assert any(len(rows) < 64 for rows in seen["rows"][::2])  # groups without variance are left out
@@ -199,14 +200,14 @@ def test_played_on_two(one: tuple[Pair, dict[str, Any]], two: Pair) -> None:
     files = [list((run.folder / "tensorboard").glob("events*")) for run in (alone, two)]
     assert [len(x) for x in files] == [1, 1]
     scalars, histograms = zip(*(tensorboard(run.folder) for run in (alone, two)), strict=True)
-    near(scalars[1], scalars[0], 1e-5)
-    near(histograms[1], histograms[0], 1e-5)
+    near(scalars[1], scalars[0])
+    near(histograms[1], histograms[0])
     assert [len(scalars[1][k]) for k in ("loss/total", "panel/success")] == [STEPS, 2]
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> None:
     """`left` of two runs that have played: recorded log-probs depend on what was sampled with them in one batch; a gap adds up hundreds."""
-    for part, tolerance in (("episodes", 1e-5), ("bank", 1e-4), ("metrics", 1e-6), ("panel", 0.0), ("checkpoint", 1e-6)):
+    for part, tolerance in (("episodes", ROUNDING), ("bank", 1e-4), ("metrics", ROUNDING), ("panel", 0.0), ("checkpoint", ROUNDING)):
         near(a[part], b[part], tolerance, part)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.e2e.runs import RULES, Run, Server, overlay
 from tests.ranks import meeting
+from tests.tolerance import ROUNDING
 
 from skillsd.checkpoint import newest_good, read_checkpoint
 
@@ -71,11 +72,11 @@ def assert_as_one(run: Run, whole: Run) -> None:
     assert mine["skill"] == theirs["skill"]
     for table in ("event", "state"):  # the gap of a use is in them, and in the checksum at their end
         for a, b in zip(mine[table], theirs[table], strict=True):
-            assert [x if not isinstance(x, float) else pytest.approx(x, rel=1e-4, abs=1e-5) for x in a[:-1]] == list(b[:-1]), table
+            assert [x if not isinstance(x, float) else pytest.approx(x, rel=1e-4, abs=ROUNDING) for x in a[:-1]] == list(b[:-1]), table
     assert mine["panel"] == theirs["panel"]
     for a, b in zip(mine["metrics"], theirs["metrics"], strict=True):
         for key in a.keys() - {"policy/logp_drift", "policy/logp_drift_max", "teacher/k3"}:  # rounding is all that is in them
-            assert (a[key] == b[key] == "") or float(a[key]) == pytest.approx(float(b[key]), rel=1e-4, abs=1e-5), key
+            assert (a[key] == b[key] == "") or float(a[key]) == pytest.approx(float(b[key]), rel=1e-4, abs=ROUNDING), key
     adapters = [r.checkpoint()["state_dict"] for r in (run, whole)]
     for key, value in adapters[0].items():
         torch.testing.assert_close(value, adapters[1][key], rtol=1e-3, atol=1e-4)  # AdamW enlarges the rounding of small gradients

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from tests.ranks import Ranks, torchrun
+from tests.tolerance import ROUNDING
 
 from skillsd.callbacks import Panel, RunCheckpoint, RunLog, TeacherSync
 from skillsd.checkpoint import read_checkpoint
@@ -62,6 +63,6 @@ def test_two_ranks_with_half_the_base_each_are_one_with_all_of_it(fit, tmp_path)
         assert rows[-1]["grad_norm/total"] > 1e-3 and rows[-1]["skills/failed"] == 3 * len(rows)
         assert len(rows) == 1 or rows[1]["grad_norm/distillation"] > 1e-6
         for row, want in zip(rows, wanted, strict=True):
-            assert row == pytest.approx(want, rel=1e-4, abs=1e-5)
+            assert row == pytest.approx(want, rel=1e-4, abs=ROUNDING)
         for k, v in state.items():
-            torch.testing.assert_close(v, of_one[k], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(v, of_one[k], atol=1e-4, rtol=1e-3)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tests.forked import on_ranks
 from tests.policy.test_score import sequences
 from tests.rollout.test_engine import play
+from tests.tolerance import ROUNDING, close
 from torch.distributed.fsdp import fully_shard
 
 from skillsd.errors import ConfigError
@@ -75,12 +76,12 @@ def test_a_step_of_the_sharded_policy_is_that_of_the_whole(make_policy, two_rank
     assert told[0][1].gathered == 3 * 4 * layers // 2 and not Footprint(plain).gathered
     logps = [x for _, _, (logps, *_) in told for x in logps]
     for a, b in zip(logps, want[0], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+        close(a, b)
     for _, _, got in told:
         for a, b in zip((*got[1], *got[2]), (*want[1], *want[2]), strict=True):
-            assert (a - b).norm() <= 1e-6 * max(w.norm() for w in want[1])
+            assert (a - b).norm() <= ROUNDING * max(w.norm() for w in want[1])
         for k, v in got[3].items():
-            torch.testing.assert_close(v, want[3][k], atol=1e-6, rtol=1e-6)
+            close(v, want[3][k])
 
 
 def test_the_base_never_lies_whole_on_the_device(make_policy, two_ranks, monkeypatch):
@@ -114,7 +115,7 @@ def test_ranks_that_play_shorter_wait_for_the_others(make_policy, two_ranks):
         assert played[1 - rank] is None and not static and fused is None
         for (a, x), (b, y) in zip(played[rank], want[rank], strict=True):
             assert a == b
-            assert x == pytest.approx(y, abs=1e-6)
+            close(x, y)
 
 
 def test_an_error_leaves_the_others_alone(make_policy, two_ranks):
@@ -144,7 +145,7 @@ def test_checkpoints_and_adapters_go_both_ways(make_policy, two_ranks, tmp_path)
     (a, logp), (b, _) = two_ranks(work)
     other = make_policy(randomise=False)
     other.load_adapter_state(a)
-    torch.testing.assert_close(other.score("teacher", row).logp, logp, atol=1e-6, rtol=0)
+    close(other.score("teacher", row).logp, logp)
     whole.ema(0.25)
     for k, v in whole.adapter_state().items():
         assert type(a[k]) is torch.Tensor and torch.equal(a[k], v) and torch.equal(b[k], v)
@@ -163,7 +164,7 @@ def test_the_learners_kernels_read_gathered_weights(make_policy, two_ranks, monk
     got, idle = two_ranks(work)
     assert not idle[0]
     for a, b in zip((*got[0], *got[1], *got[2]), (*want[0], *want[1], *want[2]), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        close(a, b)
 
 
 def test_what_cannot_be_sharded_is_refused(make_policy, tiny_model, two_ranks, caplog):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from tests.tolerance import ROUNDING
 
 from skillsd.policy.kernels import reference, why_not
 from skillsd.policy.kernels.reference import NF4, Lora, Nf4Weight, Projection
@@ -14,7 +15,7 @@ from skillsd.policy.kernels import attention, elementwise, projections
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-CLOSE = dict(atol=2e-2, rtol=2e-2) if GPU else dict(atol=2e-5, rtol=1e-5)
+CLOSE = dict(atol=2e-2, rtol=2e-2) if GPU else dict(atol=ROUNDING, rtol=ROUNDING)
 
 
 @pytest.fixture

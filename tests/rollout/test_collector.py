@@ -12,6 +12,7 @@ from dataclasses import replace
 import gymnasium
 import pytest
 import torch
+from tests.tolerance import close
 
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
@@ -214,7 +215,7 @@ def test_same_seed_same_trajectories(policy, rows):
         got = collect(policy, [rows[i] for i in order], max_rows)
         for i, t in zip(order, got, strict=True):
             assert without_floats(t) == without_floats(want[i])
-            torch.testing.assert_close(torch.tensor(t.logprobs), torch.tensor(want[i].logprobs), atol=1e-5, rtol=0)
+            close(t.logprobs, want[i].logprobs)
 
 
 def test_another_seed_or_iteration_gives_others(policy, rows):
@@ -228,7 +229,7 @@ def test_trajectories_score_as_recorded(policy, rows):
     with torch.no_grad():
         logp = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask) for t in played]).logp
     for row, t in zip(logp, played, strict=True):
-        torch.testing.assert_close(row[: len(t.token_ids)], torch.tensor(t.logprobs), atol=2e-5, rtol=0)
+        close(row[: len(t.token_ids)], torch.tensor(t.logprobs))
 
 
 def test_a_skill_heads_the_prompt_of_who_acts(policy, rows):

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from tests.tolerance import ROUNDING, close
 
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
@@ -113,7 +114,7 @@ def test_nan_does_not_stay_in_a_slot(make_policy):
     session.forget([0])
     _, c = session.turn([Request(1, [4], 2, 7, 2), Request(2, [7, 8], 3, 0, 2)])
     (alone,) = fresh.turn([Request(2, [7, 8], 3, 0, 2)])
-    assert c.token_ids == alone.token_ids and c.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+    assert c.token_ids == alone.token_ids and c.logprobs == pytest.approx(alone.logprobs, abs=ROUNDING)
 
 
 def test_temperature_is_recorded(make_policy):
@@ -213,7 +214,7 @@ def graphs(monkeypatch):
 def assert_played_alike(a, b):
     for (x, x_logps), (y, y_logps) in zip(a, b, strict=True):
         assert x == y
-        torch.testing.assert_close(torch.tensor(x_logps), torch.tensor(y_logps), atol=1e-5, rtol=0)
+        close(x_logps, y_logps)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "mistral"])
@@ -341,7 +342,7 @@ def test_two_sessions_at_once(make_policy, static):
     a, b = engine.open(1.0), engine.open(1.0)
     assert a.stepper.cache is not b.stepper.cache and a.stepper.static and not b.stepper.static
     for x, y in zip(talk(a, b), talk(*(InProcessEngine(policy).open(1.0) for _ in prompts)), strict=True):
-        assert x.token_ids == y.token_ids and x.logprobs == pytest.approx(y.logprobs, abs=1e-5)
+        assert x.token_ids == y.token_ids and x.logprobs == pytest.approx(y.logprobs, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("rows", [3, 8])

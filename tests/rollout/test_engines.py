@@ -10,6 +10,7 @@ import torch
 from tests.rollout.fake_vllm import Direction, install
 from tests.rollout.test_collector import KWARGS, SOKOBAN
 from tests.rollout.test_engine import assert_scored_alike, play
+from tests.tolerance import ROUNDING
 from transformers import AutoModelForCausalLM
 
 from skillsd.data import RolloutData
@@ -50,10 +51,10 @@ def served(request, make_policy, tiny_model, tmp_path_factory, monkeypatch):
         return SimpleNamespace(policy=policy, engine=engine, atol=0.1, exact=False)
     policy = make_policy()
     if request.param == "default":
-        return SimpleNamespace(policy=policy, engine=InProcessEngine(policy), atol=1e-5, exact=True)
+        return SimpleNamespace(policy=policy, engine=InProcessEngine(policy), atol=ROUNDING, exact=True)
     install(monkeypatch)
     monkeypatch.setattr("skillsd.rollout.vllm_engine._gpu_bytes", lambda policy: 1 << 30)
-    return SimpleNamespace(policy=policy, engine=VllmEngine(policy, rows=5), atol=1e-5, exact=True)
+    return SimpleNamespace(policy=policy, engine=VllmEngine(policy, rows=5), atol=ROUNDING, exact=True)
 
 
 def same(served, a, b):

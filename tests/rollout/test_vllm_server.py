@@ -11,6 +11,7 @@ import pytest
 from tests.rollout.fake_server import FakeServer, serving
 from tests.rollout.test_engine import assert_scored_alike, play
 from tests.rollout.test_engines import randomise
+from tests.tolerance import ROUNDING
 
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
@@ -40,7 +41,7 @@ def engine(policy, two):
 def alike(a, b):
     """The same tokens, and log-probs up to rounding."""
     for (x, p), (y, q) in zip(a, b, strict=True):
-        assert x == y and p == pytest.approx(q, abs=1e-5)
+        assert x == y and p == pytest.approx(q, abs=ROUNDING)
 
 
 def test_equals_the_default_engine(policy, two, engine):
