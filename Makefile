@@ -3,7 +3,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
 PYTEST_ARGS ?=
-JOBS ?= 3
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
@@ -18,19 +18,19 @@ export GOMP_SPINCOUNT ?= 0
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'Variables: ARGS (to skillsd), PIP_ARGS (to pip), PYTEST_ARGS (to pytest), JOBS (of make check), PYTHON (a Python >= 3.11), VENV (.venv)'
+	@echo 'Variables: ARGS (to skillsd), PIP_ARGS (to pip), PYTEST_ARGS (to pytest), JOBS (processes of tests), PYTHON (a Python >= 3.11), VENV (.venv)'
 
 install: $(VENV)/.installed  ## make .venv and install skillsd with its pinned dependencies
 
 fit: $(VENV)/.installed  ## train on Sokoban and print the table; again: continue from the last checkpoint
 	$(BIN)/skillsd fit -c conf/sokoban.yaml --ckpt_path last $(ARGS)
 
-test: $(VENV)/.installed-dev  ## run the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow and not torture" $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev  ## run the tests that are not slow, in JOBS processes: under ten minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not torture" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 check: lint audit  ## lint, import rules, types, citation, then all tests in JOBS processes, the slow ones and AppWorld's too
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
-	$(BIN)/python -m pytest -m "not torture" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not torture" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 torture: $(VENV)/.installed-dev  ## what CI does in small for hours: kills, a failing disk, a long run, properties, a fuzz, mutants
 	$(BIN)/python -m tests.torture $(ARGS)

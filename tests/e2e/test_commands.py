@@ -172,6 +172,7 @@ def test_steps_tokens_and_seconds(finished):
         )
 
 
+@pytest.mark.slow
 def test_the_progress_bar_and_a_profile(tell, tmp_path):
     out = tell("fit", tmp_path / "run", "--trainer.max_epochs=3", "--trainer.enable_progress_bar=true", "--trainer.profiler=pytorch")
     shown = " ".join(out.split())

@@ -139,6 +139,7 @@ def test_a_new_learning_rate_holds(servers: tuple[Server, Server], tmp_path: Pat
     assert other.checkpoint()["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["hindsight", "off_policy_dynamic"])
 def test_one_kill_of_other_methods(servers: tuple[Server, Server], tmp_path: Path, variant: str) -> None:
     """Where the teacher's prompts are made of the rollout, or the teacher's weights make it."""

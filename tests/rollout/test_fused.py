@@ -22,7 +22,7 @@ from skillsd.policy.kernels import projections
 
 GPU = torch.cuda.is_available()
 SETTINGS = dict(quantise="nf4", dtype="bfloat16" if GPU else "float32", device="cuda" if GPU else "cpu", shape=WIDE)
-CLOSE = 0.1 if GPU else 2e-5
+CLOSE = 0.1 if GPU else ROUNDING
 SHORT = dict(rows=3, longest_prompt=8, turns=2, limit=3)
 """The interpreter takes seconds for a forward."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from pathlib import Path
@@ -101,10 +102,13 @@ class Studies:
 
 @pytest.fixture
 def studies(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Studies:
+    """One of your own. Its pictures are empty: they take most of a report's time, and `done` has real ones."""
     monkeypatch.setenv("FAKE_PLAN", str(tmp_path / "plan.json"))
+    monkeypatch.setattr("skillsd.study.plots.png", lambda figure: EMPTY_PNG)
     return Studies(tmp_path, capsys)
 
 
+EMPTY_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 METHODS, SEEDS = ("grpo", "skillsd", "shuffled"), (0, 1, 2)
 
 
