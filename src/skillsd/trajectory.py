@@ -169,7 +169,8 @@ def outline(line: bytes) -> tuple[Any, ...]:
     """
     check_line(line)
     at, after = [line.find(name) for name in _LISTS], line.rfind(_AFTER)
-    if -1 in at or at != sorted(at) or after < at[-1]:  # another program has written it
+    ours = line.rfind(_CRC.encode()) > after >= at[-1] and -1 not in at and at == sorted(at)
+    if not ours:  # another program has written it, or the checksum's own name is damaged: then it is a field that no trajectory has
         t = Trajectory.from_json(line.decode(errors="replace"))
         return (*(getattr(t, name) for name in FIELDS), len(t.turns), len(t.prompt_ids), len(t.token_ids), t.n_actions)
     try:
