@@ -11,10 +11,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c c
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
+# What differs on a GPU: policy, rollout and kernels, and whole runs.
+GPU_TESTS := tests/policy tests/rollout/test_fused.py tests/rollout/test_engine.py tests/rollout/test_engines.py tests/e2e/test_gpu.py
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install fit test check torture lint audit build smollm2 appworld clean
+.PHONY: help install fit test check gpu-check torture lint audit build smollm2 appworld clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +34,10 @@ test: $(VENV)/.installed-dev  ## run the tests that are not slow, in JOBS proces
 check: lint audit  ## lint, import rules, types, citation, then all tests in JOBS processes, the slow ones and AppWorld's too
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not torture" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+gpu-check: $(VENV)/.installed-dev  ## on a machine with an NVIDIA GPU: the kernels against their reference, a fit, a kill, an export, in nf4
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make gpu-check needs an NVIDIA GPU")'
+	$(BIN)/python -m pytest -m "not torture" $(GPU_TESTS) $(PYTEST_ARGS)
 
 torture: $(VENV)/.installed-dev  ## what CI does in small for hours: kills, a failing disk, a long run, properties, a fuzz, mutants
 	$(BIN)/python -m tests.torture $(ARGS)

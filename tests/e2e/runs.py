@@ -19,8 +19,11 @@ from typing import Any
 
 import torch
 import yaml
+from tests.conftest import SHAPE, WIDE
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from skillsd.checkpoint import newest_good, read_checkpoint
+from skillsd.policy.nano import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 9  # 3 epochs of 8 tasks, 3 an iteration: the last one of an epoch is a partial one
@@ -356,3 +359,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "off_policy_dynamic": {"bank": RULES, "teacher": {"mode": "sync", "every": 1}, "actor": "teacher"},
 }
+
+GPU_ROUNDING = 0.01
+"""Between the same numbers of two runs on a GPU: bfloat16 has 8 bits."""
+
+
+def close_on_a_gpu(record: dict[str, Any], whole: dict[str, Any]) -> str:
+    """Numbers of the first iteration that differs, if any; from the next one on another token may have been sampled.
+
+    Returns:
+        what differs, and by how much of itself (of 0.1 if it is smaller).
+
+    Raises:
+        AssertionError: A number differs by more than GPU_ROUNDING.
+    """
+    pairs = list(zip(record["metrics"], whole["metrics"], strict=True))
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if place is None:
+        return ""
+    both = {k: (float(v), float(pairs[place][1][k])) for k, v in pairs[place][0].items() if v != pairs[place][1][k]}
+    off = {k: abs(a - b) / max(abs(a), abs(b), 0.1) for k, (a, b) in both.items()}
+    key = max(off, key=lambda k: off[k])
+    off_by = f"iteration {place}, {key}: {off[key]:.2g}"
+    assert off[key] <= GPU_ROUNDING, off_by
+    return off_by
+
+
+def nf4_policy(folder: Path) -> dict[str, Any]:
+    """Settings of a policy on a tiny Qwen3 of random weights, written to `folder`, in nf4: on a GPU with the kernels and CUDA graphs."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=len(tokenizer), **SHAPE | WIDE)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"model": str(folder), "quantise": "nf4", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "init": None}}

@@ -28,11 +28,19 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from tests.conftest import SHAPE, WIDE
-from tests.e2e.runs import ROOT, RULES, VARIANTS, Fresh, Run, Server, assert_equal, build_faults, overlay
-from transformers import AutoModelForCausalLM, Qwen3Config
-
-from skillsd.policy.nano import build_tokenizer
+from tests.e2e.runs import (
+    ROOT,
+    RULES,
+    VARIANTS,
+    Fresh,
+    Run,
+    Server,
+    assert_equal,
+    build_faults,
+    close_on_a_gpu,
+    nf4_policy,
+    overlay,
+)  # fmt: skip
 
 MOMENTS = {
     "rollout": "skillsd.rollout.in_process:InProcessSession.step",
@@ -46,9 +54,6 @@ MOMENTS = {
     "summariser": "skillsd.skills.callback:SkillBankCallback._submit",
     "panel": "skillsd.callbacks.panel:write_panel",
 }
-
-CLOSE = 0.01
-"""Of numbers on a GPU: bfloat16 has 8 bits."""
 
 
 class Row(NamedTuple):
@@ -95,44 +100,18 @@ def kills(a: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def gpu(a: argparse.Namespace, folder: Path) -> list[Row]:
-    """The same on a GPU, up to rounding (`close`): nano, and a Qwen3 of random weights in nf4 with the kernels and CUDA graphs."""
+    """The same on a GPU, up to rounding (`close_on_a_gpu`): nano, and a Qwen3 of random weights in nf4 with the kernels and CUDA graphs."""
     if not torch.cuda.is_available():
         return [Row("SIGKILL on a GPU", 0, 0, "left out: no GPU")]
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=len(tokenizer), **SHAPE | WIDE)).save_pretrained(folder / "qwen3")
-    tokenizer.save_pretrained(folder / "qwen3")
-    nf4 = {"model": str(folder / "qwen3"), "quantise": "nf4", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "init": None}}
-    variants = {"ema": VARIANTS["ema"], "nf4": VARIANTS["ema"] | {"policy": nf4}}
+    variants = {"ema": VARIANTS["ema"], "nf4": VARIANTS["ema"] | {"policy": nf4_policy(folder / "qwen3")}}
     variants["deterministic"] = variants["nf4"] | {"trainer": {"deterministic": True}}
-    return killing(torch.cuda.get_device_name(), a, folder, variants, Fresh, close)
+    return killing(torch.cuda.get_device_name(), a, folder, variants, Fresh, close_on_a_gpu)
 
 
 def equal(record: dict[str, Any], whole: dict[str, Any]) -> str:
     """To the bit. Raises AssertionError if not."""
     assert_equal(record, whole)
     return ""
-
-
-def close(record: dict[str, Any], whole: dict[str, Any]) -> str:
-    """Numbers of the first iteration that differs, if any; from the next one on another token may have been sampled.
-
-    Returns:
-        what differs, and by how much of itself (of 0.1 if it is smaller).
-
-    Raises:
-        AssertionError: A number differs by more than CLOSE.
-    """
-    pairs = list(zip(record["metrics"], whole["metrics"], strict=True))
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if place is None:
-        return ""
-    both = {k: (float(v), float(pairs[place][1][k])) for k, v in pairs[place][0].items() if v != pairs[place][1][k]}
-    off = {k: abs(a - b) / max(abs(a), abs(b), 0.1) for k, (a, b) in both.items()}
-    key = max(off, key=lambda k: off[k])
-    told = f"iteration {place}, {key}: {off[key]:.2g}"
-    assert off[key] <= CLOSE, told
-    return told
 
 
 def killing(
