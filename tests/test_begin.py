@@ -1,4 +1,4 @@
-"""Whose a run folder is when a run begins."""
+"""How a fit begins in its run folder: what it continues, what it discards, what it leaves alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from skillsd.begin import guard_run_folder
+from skillsd.begin import plan, starts_anew
+from skillsd.durable import seal_folder, temporary, write
 from skillsd.errors import ConfigError
+from skillsd.run_folder import FORMAT, RunRecord, check_format, note_checkpoint, read_record, write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.tables import BEFORE
 
@@ -25,82 +27,191 @@ def left(folder: Path) -> list[str]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
+
+
+def begin(folder: Path, ckpt_path: str | None = None, overwrite: bool = False) -> None:
+    plan(folder, ckpt_path, overwrite).carry_out()
+
+
+def refused(folder: Path, ckpt_path: str | None = None, overwrite: bool = False) -> str:
+    """The refusal, which changes nothing."""
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError) as caught:
+        plan(folder, ckpt_path, overwrite)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    return str(caught.value)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that was killed before its first checkpoint."""
+    write_record(tmp_path, RunRecord())
+    (tmp_path / "config.yaml").write_text("x")
+    (tmp_path / "metrics.csv").write_text("x")
+    return tmp_path
+
+
+def checkpoint(folder: Path, name: str = "last.ckpt") -> Path:
+    path = folder / "checkpoints" / name
+    write(path, b"x", commit=lambda: note_checkpoint(folder, path.parent))
+    return path
 
 
 def test_imported_skills_alone_are_no_run(tmp_path):
     fill(tmp_path, BEFORE)
     for ckpt_path in (None, "last"):
-        guard_run_folder(tmp_path, ckpt_path, False)
+        begin(tmp_path, ckpt_path)
         assert names(tmp_path) == ["bank.sqlite"] and left(tmp_path) == ["-1"]
-    guard_run_folder(tmp_path, None, True)
+    begin(tmp_path, None, True)
     assert names(tmp_path) == []
 
 
-def test_a_run_is_refused_and_begun_anew_with_what_was_imported(tmp_path):
-    fill(tmp_path, BEFORE, 0, 1)
-    for file in (None, "config.yaml", "metrics.csv"):  # the bank alone may be all that is left
-        if file is not None:
-            (tmp_path / file).write_text("x")
-        with pytest.raises(ConfigError, match="earlier run"):
-            guard_run_folder(tmp_path, None, False)
-        assert left(tmp_path) == ["-1", "0", "1"]
-    guard_run_folder(tmp_path, "last", False)
-    assert names(tmp_path) == ["bank.sqlite"] and left(tmp_path) == ["-1"]
-    fill(tmp_path, 0)  # it goes on as a bank
-    assert left(tmp_path) == ["-1", "0"]
+def test_a_run_is_refused_and_begun_anew_with_what_was_imported(run):
+    fill(run, BEFORE, 0, 1)
+    assert "earlier run" in refused(run)
+    begin(run, "last")
+    assert names(run) == ["bank.sqlite"] and left(run) == ["-1"]
+    fill(run, 0)  # it goes on as a bank
+    assert left(run) == ["-1", "0"]
 
 
-def test_imported_skills_beside_a_run_are_refused_without_last(tmp_path):
-    fill(tmp_path, BEFORE)
-    (tmp_path / "config.yaml").write_text("x")
-    with pytest.raises(ConfigError, match="earlier run"):
-        guard_run_folder(tmp_path, None, False)
-    guard_run_folder(tmp_path, "last", False)
-    assert names(tmp_path) == ["bank.sqlite"] and left(tmp_path) == ["-1"]
-
-
-def test_what_was_not_imported_goes(tmp_path):
+def test_what_was_not_imported_goes(run):
     for iterations in ((0, 1), ()):
-        fill(tmp_path, *iterations)
-        (tmp_path / "metrics.csv").write_text("x")
-        guard_run_folder(tmp_path, "last", False)
-        assert names(tmp_path) == []
-    fill(tmp_path)  # a run that was killed before its first line
-    guard_run_folder(tmp_path, None, False)
-    assert names(tmp_path) == []
+        fill(run, *iterations)
+        (run / "metrics.csv").write_text("x")
+        begin(run, "last")
+        assert names(run) == []
+    fill(run)  # a run that was killed before its first line
+    begin(run)
+    assert names(run) == []
 
 
-def test_a_run_with_a_checkpoint_is_left_alone(tmp_path):
-    fill(tmp_path, BEFORE, 0)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").write_text("x")
+@pytest.mark.parametrize("place", ["checkpoints", "elsewhere"])
+def test_a_run_with_a_checkpoint_is_continued_or_discarded(run, place):
+    fill(run, BEFORE, 0)
+    write(run / place / "last.ckpt", b"x", commit=lambda: note_checkpoint(run, run / place))
     for ckpt_path in ("last", "other.ckpt"):
-        guard_run_folder(tmp_path, ckpt_path, False)
-        assert names(tmp_path) == ["bank.sqlite", "checkpoints"] and left(tmp_path) == ["-1", "0"]
-    guard_run_folder(tmp_path, "last", True)
-    assert names(tmp_path) == []
+        assert not starts_anew(run, ckpt_path, False)
+        begin(run, ckpt_path)
+        assert names(run) == sorted(["bank.sqlite", f"{place}/last.ckpt", "config.yaml", "metrics.csv"]) and left(run) == ["-1", "0"]
+    assert "earlier run" in refused(run)
+    assert "ckpt_path" in refused(run, str(run / place / "last.ckpt"), True)
+    begin(run, "last", True)
+    assert names(run) == [] and read_record(run) == RunRecord()
 
 
-@pytest.mark.parametrize("name", ["bank.sqlite", "bank.sqlite-wal"])
-def test_what_cannot_be_read_is_not_deleted_unasked(tmp_path, name):
+def test_a_checkpoint_that_is_gone_is_missed(run):
+    path = checkpoint(run)
+    path.rename(run / "moved.ckpt")
+    assert str(path.parent) in refused(run, "last")
+    path.parent.rmdir()
+    assert "--overwrite" in refused(run, "last")
+    path.parent.symlink_to("not-mounted")
+    assert "checkpoints" in refused(run, "last") and "checkpoints" in refused(run, None, True)
+    path.parent.unlink()
+    begin(run, None, True)
+    assert names(run) == ["moved.ckpt"]
+    begin(run, "last")  # of the new run there was none
+
+
+def test_a_first_checkpoint_that_was_never_finished_is_not_missed(run):
+    """Killed at any moment of its writing: on record or not, it has no name of its own yet."""
+    for on_record in (False, True):
+        (run / "checkpoints").mkdir(exist_ok=True)
+        temporary(run / "checkpoints" / "last.ckpt").write_bytes(b"x")
+        if on_record:
+            note_checkpoint(run, run / "checkpoints")
+        assert starts_anew(run, "last", False)
+        begin(run, "last")
+        assert names(run) == [] and read_record(run) == RunRecord()
+        (run / "metrics.csv").write_text("x")
+
+
+def test_half_a_discarded_run_is_no_run(run, monkeypatch):
+    """Killed in the middle of --overwrite, `last` does the rest, imported skills included."""
+    fill(run, BEFORE, 0)
+    checkpoint(run, "previous.ckpt")
+    checkpoint(run)
+    removed: list[Path] = []
+
+    def remove(path: Path) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        path.unlink()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("skillsd.begin._remove", remove)
+        begin(run, None, True)
+    assert removed == [run / "checkpoints" / "last.ckpt"] and len(names(run)) == 4
+    assert starts_anew(run, "last", False)
+    begin(run, "last")
+    assert names(run) == []
+
+
+def test_what_others_have_put_into_a_run_folder_stays(run):
+    checkpoint(run)
+    (run / "adapter" / "student").mkdir(parents=True)
+    (run / "adapter" / "student" / "adapter_config.json").write_text("{}")
+    seal_folder(run / "adapter" / "student")
+    (run / "tensorboard").mkdir()
+    for name in ("checkpoints/notes.txt", "adapter/mine.txt", "tensorboard/mine.txt", "chapter1.txt", "metrics.csv.tmp", "panel.json.tmp"):
+        (run / name).write_text("precious")
+    (run / "tensorboard" / "events.out.tfevents.1.host.2.0").write_text("x")
+    begin(run, None, True)
+    assert names(run) == sorted(
+        ["adapter/mine.txt", "chapter1.txt", "checkpoints/notes.txt", "metrics.csv.tmp", "panel.json.tmp", "tensorboard/mine.txt"]
+    )
+
+
+def test_what_could_be_taken_for_the_run_s_is_refused(run):
+    for name in ("checkpoints/golden.ckpt", "adapter/student/notes.txt", "model/notes.txt", "bank.sqlite/notes.txt"):
+        path = run / name
+        path.parent.mkdir(parents=True)
+        path.write_text("precious")
+        assert path.name in (said := refused(run, None, True)) or path.parent.name in said
+        path.unlink()
+        path.parent.rmdir()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.csv", "checkpoints/last.ckpt", "panel.json", "bank.sqlite-wal", "trajectories.jsonl"]
+)
+@pytest.mark.parametrize("ckpt_path", [None, "last"])
+def test_without_a_record_nothing_is_a_run_s(tmp_path, name, ckpt_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
-    with pytest.raises(ConfigError, match="earlier run"):
-        guard_run_folder(tmp_path, None, False)
-    if name == "bank.sqlite":
-        (tmp_path / "metrics.csv").write_text("x")
-        with pytest.raises(ConfigError, match=r"skills: .*left as it is"):
-            guard_run_folder(tmp_path, "last", False)
-        assert names(tmp_path) == ["bank.sqlite", "metrics.csv"]
-    assert (tmp_path / name).read_text() == "precious"
+    for overwrite in (False, True):
+        assert name in refused(tmp_path, ckpt_path, overwrite)
+
+
+def test_a_bank_that_cannot_be_read_is_not_deleted_unasked(run):
+    (run / "bank.sqlite").write_text("precious")
+    assert "earlier run" in refused(run)
+    assert "left as it is" in refused(run, "last")
 
 
 def test_validations_alone_are_no_run(tmp_path):
     """They are kept, unless everything is discarded."""
+    write_record(tmp_path)
     (tmp_path / "validations.jsonl").write_text("{}\n")
     for ckpt_path in (None, "last"):
-        guard_run_folder(tmp_path, ckpt_path, False)
+        begin(tmp_path, ckpt_path)
         assert names(tmp_path) == ["validations.jsonl"]
     fill(tmp_path, 0)
-    guard_run_folder(tmp_path, None, True)
+    begin(tmp_path, None, True)
     assert names(tmp_path) == []
+
+
+def test_format(tmp_path):
+    check_format(tmp_path)
+    (tmp_path / "metrics.csv").write_text("x")
+    for record in (None, '{"format": 999}', "{", "[]", '{"format": 1}'):
+        if record is not None:
+            (tmp_path / "run.json").write_text(record)
+        with pytest.raises(ConfigError, match=r"run\.json|format 999"):
+            check_format(tmp_path)
+    write_record(tmp_path, RunRecord())
+    check_format(tmp_path)
+    assert read_record(tmp_path) == RunRecord(FORMAT, None, False)

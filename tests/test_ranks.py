@@ -174,21 +174,68 @@ def test_balanced_is_a_partition_of_about_equal_sums(costs, world):
 
 @pytest.mark.parametrize(
     "environment, number",
-    [({}, 0), ({"RANK": "3", "LOCAL_RANK": "1"}, 3), ({"SLURM_PROCID": "2"}, 2), ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, 1),
-     ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1), ({"GROUP_RANK": "1"}, 1), ({"RANK": "", "LOCAL_RANK": "x"}, 0)],
+    [({}, 0), ({"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "1"}, 3), ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, 2),
+     ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, 1), ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1), ({"GROUP_RANK": "1"}, 1),
+     ({"RANK": "", "LOCAL_RANK": "x"}, 0), ({"RANK": "3"}, 0), ({"SLURM_PROCID": "2"}, 0),
+     ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_JOB_NAME": "interactive"}, 0)],
 )  # fmt: skip
 def test_rank_before_they_have_met(monkeypatch, environment, number):
-    for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"):
+    only(monkeypatch, environment)
+    assert (r.rank(), r.leads(), r.world()) == (number, number == 0, 1)
+
+
+def only(monkeypatch, environment):
+    """What launchers set: this and nothing else."""
+    for name in (*r._NUMBERS, *r._SIZES, "TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(r, "_alone", False)
-    assert (r.rank(), r.leads(), r.world()) == (number, number == 0, 1)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "1", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "1"}, {"SLURM_NTASKS": "4"}, {"NODE_RANK": "x"},
+     {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NODEID": "0"}],
+)  # fmt: skip
+def test_what_a_launcher_has_left_is_said_and_ignored_by_a_run_on_one_device(monkeypatch, capsys, environment):
+    only(monkeypatch, environment)
+    r.settle(False)
+    said = capsys.readouterr().err
+    assert all(name in said for name in environment if name not in ("SLURM_NODEID",)) and said.count("\n") == 1
+    assert not environment.keys() & os.environ.keys() and r.leads()
+    r.settle(False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "environment, number",
+    [({}, 0), ({"RANK": "1", "SLURM_PROCID": "1", "WORLD_SIZE": "2"}, 0), ({"MASTER_PORT": "1", "LOCAL_RANK": "1", "NODE_RANK": "0"}, 1),
+     ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1),
+     ({"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}, 1)],
+)  # fmt: skip
+def test_launchers_are_believed_where_several_are_asked_for(monkeypatch, environment, number):
+    only(monkeypatch, environment)
+    r.settle(True)
+    assert r.rank() == number
+
+
+@pytest.mark.parametrize(
+    "several, environment, name",
+    [(True, {"LOCAL_RANK": "1"}, "LOCAL_RANK"), (True, {"LOCAL_RANK": "x"}, "LOCAL_RANK"), (True, {"NODE_RANK": "1"}, "NODE_RANK"),
+     (True, {"SLURM_NTASKS": "4"}, "SLURM_PROCID"), (False, {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, "trainer.devices"),
+     (True, {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}, "SLURM_NTASKS_PER_NODE")],
+)  # fmt: skip
+def test_what_cannot_be_right_is_refused_by_name(monkeypatch, several, environment, name):
+    only(monkeypatch, environment)
+    with pytest.raises(ConfigError, match=f"^{name} "):
+        r.settle(several)
 
 
 def test_a_run_on_one_device_is_nobody_s_second_rank(monkeypatch):
     """`srun -n 8` may start eight runs of one rank, each with a number."""
     monkeypatch.setattr(r, "_alone", False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert list(r.share(2)) == [0, 1] == r.balanced([5.0, 1.0]) and not r.leads()
     check_strategy(SingleDeviceStrategy())

@@ -10,6 +10,7 @@ send FOLDER.
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,12 @@ from pathlib import Path
 from skillsd_appworld import places
 
 WORKER = Path(__file__).parent / "worker"
+MARK = ".made-by-skillsd-appworld"
+"""In an interpreter's folder that may be made anew."""
+
+
+class NotOurs(Exception):
+    """Something that this command has not made is where it would write."""
 
 
 class NoIndex(Exception):
@@ -26,15 +33,24 @@ class NoIndex(Exception):
 
 
 def install(folder: Path, pip_args: str = "") -> None:
-    """Make what is missing in `folder`. CalledProcessError if a step fails, NoIndex if that is why."""
+    """Make what is missing in `folder`. CalledProcessError if a step fails, NoIndex if that is why, NotOurs before anything is done."""
     folder = folder.expanduser().absolute()
     python, pins = folder / "venv" / "bin" / "python", WORKER / "constraints.txt"
     environ = {**os.environ, "APPWORLD_CACHE": str(folder / "cache"), "APPWORLD_ROOT": str(folder), "PYTHONHASHSEED": "0"}
-    done = folder / "venv" / ".installed"
+    done, mark = folder / "venv" / ".installed", folder / "venv" / MARK
+    if (folder / "venv").exists() and not (done.is_file() or mark.is_file()):
+        raise NotOurs(f"{folder / 'venv'} is there, and was not made by this command: move it away, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not done.is_file() or done.read_text() != pins.read_text():
         print(f"AppWorld's interpreter: {folder / 'venv'}", flush=True)
-        venv.create(folder / "venv", with_pip=True, clear=True)
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()  # one that is killed half way may be made again, by this
+        for old in mark.parent.iterdir():
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            elif old != mark:
+                old.unlink()
+        venv.create(folder / "venv", with_pip=True)
         pip, options = [str(python), "-m", "pip"], ["--quiet", "--disable-pip-version-check", *shlex.split(pip_args)]
         try:
             subprocess.run([*pip, "install", *options, "-c", str(pins), "appworld"], check=True)
@@ -59,6 +75,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         install(arguments.folder, arguments.pip_args)
+    except NotOurs as e:
+        print(f"error: {e}.", file=sys.stderr)
+        return 2
     except NoIndex:
         print(f"AppWorld is NOT set up: this machine reaches no package index ({arguments.folder}).", file=sys.stderr)
         return 0 if arguments.optional else 2

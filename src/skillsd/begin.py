@@ -1,46 +1,178 @@
-"""Whose a run folder is when a run begins."""
+"""How a fit begins in its run folder: what is continued, what is discarded, what is refused."""
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
+from skillsd.checkpoint import LAST, PREVIOUS
+from skillsd.durable import check_replaceable, is_sealed, is_sealed_archive, temporaries
 from skillsd.errors import ConfigError
-from skillsd.run_folder import BANK_FILE, CHECKPOINTS, FILES, FOLDERS, VALIDATIONS_FILE
+from skillsd.run_folder import (
+    ADAPTER,
+    BANK_FILE,
+    CHECKPOINTS,
+    FILES,
+    FOLDERS,
+    MODEL,
+    RECORD_FILE,
+    TENSORBOARD,
+    VALIDATIONS_FILE,
+    RunRecord,
+    check_format,
+    has_checkpoint,
+    read_record,
+    write_record,
+)
 from skillsd.skills.imported import counted, cut_to_imported
 
+T = TypeVar("T")
+STUDENT = f"{ADAPTER}/student"
 
-def guard_run_folder(folder: Path, ckpt_path: str | None, overwrite: bool) -> None:
-    """Refuse to fit into an earlier run's folder unless it is continued or discarded.
 
-    With `--ckpt_path last` and no checkpoint yet, what a killed run left before its first one is discarded: it starts fresh. Skills that
-    were imported are no run: what starts fresh has them, unless all is discarded.
+def starts_anew(folder: Path, ckpt_path: str | None, overwrite: bool) -> bool:
+    """A fit with these arguments continues from no checkpoint. Every rank finds the same: nothing is changed before all have asked.
 
     Raises:
-        ConfigError: the folder holds a run, or what starts fresh finds a bank that cannot be read.
+        ConfigError: `last` is asked for, and the checkpoint that was once written is not there.
     """
-    # Checkpoints go first: one without its bank could not be continued.
-    found = [folder / n for n in (*FOLDERS, *FILES) if (folder / n).exists()]
-    fresh = ckpt_path == "last" and not any((folder / CHECKPOINTS).glob("*.ckpt"))
-    if not found or (ckpt_path is not None and not fresh and not overwrite):
-        return
-    if not overwrite:
-        path = folder / BANK_FILE
-        bank = [p for p in found if p.name.startswith(BANK_FILE)]
-        if not fresh and (len(bank) < len(found) or not _only_imported(path)):
+    record = read_record(folder)
+    if overwrite or ckpt_path is None or (record is not None and record.discarding):
+        return True
+    return ckpt_path == "last" and not has_checkpoint(folder, record)
+
+
+@dataclass
+class Start:
+    """What is to be done before a fit writes anything.
+
+    Attributes:
+        folder: The run folder.
+        fresh: Nothing is continued.
+        discard: Files of an earlier run that go, in this order.
+        keep_imported: Of the bank what was imported stays.
+    """
+
+    folder: Path
+    fresh: bool = True
+    discard: list[Path] = field(default_factory=list)
+    keep_imported: bool = False
+
+    def carry_out(self) -> None:
+        """Leave the folder as the run needs it. Killed in the middle, the next start does the rest.
+
+        Raises:
+            ConfigError: The bank cannot be read.
+        """
+        record = read_record(self.folder) or RunRecord()
+        if self.fresh and self.discard:
+            # First of all, so that half of an earlier run is never taken for a run. What was imported goes only where all goes.
+            write_record(self.folder, RunRecord(discarding=not self.keep_imported))
+        kept = False
+        if self.keep_imported:
+            kept = bool(_readable(lambda: cut_to_imported(self.folder / BANK_FILE)))
+        for path in self.discard:
+            if not (kept and path.name.startswith(BANK_FILE)):
+                _remove(path)
+        for name in (STUDENT, *FOLDERS):
+            with suppress(OSError):  # what others have put there keeps it
+                if not (self.folder / name).is_symlink():
+                    (self.folder / name).rmdir()
+        write_record(self.folder, RunRecord() if self.fresh else replace(record, discarding=False))
+
+
+def plan(folder: Path, ckpt_path: str | None, overwrite: bool) -> Start:
+    """Find out how a fit begins, and change nothing.
+
+    Without a checkpoint to continue from, what a killed run left before its first one is discarded by `--ckpt_path last`. Skills that were
+    imported are no run: what starts fresh has them, unless all is discarded. Only files of a run are discarded: others that lie in its
+    folders stay, and what could be taken for the run's is refused.
+
+    Raises:
+        ConfigError: the folder holds a run that is neither continued nor discarded, files of no run in places that a run needs, a run of
+            another format, or a bank that cannot be read.
+    """
+    check_format(folder)
+    record = read_record(folder)
+    fresh = starts_anew(folder, ckpt_path, overwrite)
+    _check_places(folder)
+    found = list(_files_of_run(folder, record))
+    if not fresh:
+        return Start(folder, False, [p for p in found if p in temporaries(p.parent)])
+    bank = [p for p in found if p.name.startswith(BANK_FILE)]
+    only_imported = len(bank) == len(found) and _only_imported(folder / BANK_FILE)
+    if found and record is None and not only_imported:
+        raise ConfigError(
+            f"trainer.default_root_dir: {folder} holds {_inside(found[0], folder)}, and no {RECORD_FILE} says that a run has made it: "
+            "move it away, or name another folder."
+        )
+    for path in _checkpoints(folder, record).glob("*.ckpt"):
+        if path not in found:
             raise ConfigError(
-                f"trainer.default_root_dir: {folder} holds an earlier run: continue it with --ckpt_path last, "
-                "discard it with --overwrite=true, or name another folder."
+                f"trainer.default_root_dir: {path} is no checkpoint that a run has made there, and would be taken for one: move it away, "
+                "or name another folder."
             )
-        try:
-            if cut_to_imported(path):
-                found = [p for p in found if p not in bank]
-        except ValueError as e:
-            raise ConfigError(f"skills: {e}") from e
-    if overwrite:
-        found += [p for p in [folder / VALIDATIONS_FILE] if p.exists()]
-    for p in found:
-        shutil.rmtree(p) if p.is_dir() else p.unlink()
+    if overwrite and ckpt_path not in (None, "last") and Path(str(ckpt_path)).resolve() in [p.resolve() for p in found]:
+        raise ConfigError("ckpt_path: it is a file of the run that --overwrite discards: copy it elsewhere, or leave one of the two out.")
+    if overwrite or (record is not None and record.discarding):
+        return Start(folder, True, [*found, folder / VALIDATIONS_FILE])
+    if found and ckpt_path != "last" and not only_imported:
+        raise ConfigError(
+            f"trainer.default_root_dir: {folder} holds an earlier run: continue it with --ckpt_path last, "
+            "discard it with --overwrite=true, or name another folder."
+        )
+    if bank:
+        _readable(lambda: counted(folder / BANK_FILE))
+    return Start(folder, True, found, keep_imported=True)
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
+
+
+def _checkpoints(folder: Path, record: RunRecord | None) -> Path:
+    return folder / ((record and record.checkpoints) or CHECKPOINTS)
+
+
+def _files_of_run(folder: Path, record: RunRecord | None) -> Iterator[Path]:
+    """What a run has made, where run.json says that there was one. Checkpoints come first: one without its bank could not be continued."""
+    place = _checkpoints(folder, record)
+    if place.absolute().is_relative_to(folder.absolute()):
+        yield from (p for p in sorted(place.glob("*.ckpt*")) if p.name in (LAST, PREVIOUS) or _is_checkpoint(p))
+    yield from temporaries(place)
+    yield from (p for name in FILES if os.path.lexists(p := folder / name))
+    ends = tuple(f".{name}." for name in (*FILES, RECORD_FILE))
+    yield from (p for p in temporaries(folder) if p.name.startswith(ends))  # of what others write there just now, nothing
+    for name in (STUDENT, MODEL):
+        if is_sealed(folder / name):
+            yield from sorted((folder / name).iterdir())
+    yield from temporaries(folder / ADAPTER)
+    yield from sorted((folder / TENSORBOARD).glob("events.out.tfevents.*"))
+    yield from (folder / TENSORBOARD).glob("hparams.yaml")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """A checkpoint that a run has made, also one that it has set aside."""
+    return path.name.endswith((".ckpt", ".ckpt.abandoned")) and is_sealed_archive(path)
+
+
+def _check_places(folder: Path) -> None:
+    """Nothing else is where a run writes: it would fail at its end."""
+    for name in (*FILES, *FOLDERS):
+        path, is_folder = folder / name, name in FOLDERS
+        if os.path.lexists(path) and not (path.is_dir() if is_folder else path.is_file()):
+            raise ConfigError(
+                f"trainer.default_root_dir: {path} is no {'folder' if is_folder else 'file'}, or a link to nothing, and a run needs one of "
+                "that name: move it away, or name another folder."
+            )
+    for name in (STUDENT, MODEL):
+        if os.path.lexists(folder / name):
+            check_replaceable(folder / name, "trainer.default_root_dir")
 
 
 def _only_imported(bank: Path) -> bool:
@@ -48,3 +180,17 @@ def _only_imported(bank: Path) -> bool:
         return bank.is_file() and counted(bank)[1] == 0
     except ValueError:  # it may be somebody's work all the same
         return False
+
+
+def _readable(ask: Callable[[], T]) -> T:
+    try:
+        return ask()
+    except ValueError as e:
+        raise ConfigError(f"skills: {e}") from e
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():  # a folder that was being written
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

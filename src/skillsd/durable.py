@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import shutil
+import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import blake2b, sha256
 from io import BytesIO
 from pathlib import Path
@@ -18,34 +22,57 @@ _MARK = b"skillsd blake2b "
 _SEAL = len(_MARK) + 32
 SUMS = "SHA256SUMS"
 """Beside the files it is of, as `sha256sum -c` reads it."""
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}\.skillsd-tmp.*", re.DOTALL)
 
 
 class DamagedError(ConfigError):
     """A file is not what was written."""
 
 
-def write(path: Path, data: bytes | memoryview, keep: Path | None = None) -> None:
+def temporary(path: Path) -> Path:
+    """A name beside `path` that nobody else uses. It says whose it is: a kill may leave it behind (see `temporaries`)."""
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.skillsd-tmp")
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """What writes that were killed have left in a folder; also what is being written at this moment."""
+    return sorted(p for p in folder.glob(".*.skillsd-tmp*") if _TEMPORARY.fullmatch(p.name))
+
+
+def write(path: Path, data: bytes | memoryview, keep: Path | None = None, commit: Callable[[], None] | None = None) -> None:
     """Make `data` the content of a file, at once: whatever happens meanwhile, it holds the old one or the new one.
 
     Args:
         path: The file; its folder is made.
         data: All of it.
         keep: Where the old content goes.
+        commit: Called when the data is on the disk under a temporary name, before it gets its own. After it the temporary file stays if
+            the write fails, as it would after a kill.
 
     Raises:
         OSError: It could not be written. The file is as before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with named(path):
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        if keep is not None and path.exists():
-            _keep(path, keep)
-        os.replace(temporary, path)
-        sync(path.parent)
+    aside, committed = temporary(path), False
+    try:
+        with named(path):
+            with aside.open("xb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            if commit is not None:
+                sync(path.parent)
+                commit()
+                committed = True
+            if keep is not None and path.exists():
+                _keep(path, keep)
+            os.replace(aside, path)
+            sync(path.parent)
+    except BaseException:
+        if not committed:  # else what was committed is under the temporary name alone
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -58,8 +85,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def _keep(path: Path, keep: Path) -> None:
-    second = keep.with_name(f"{keep.name}.tmp")
-    second.unlink(missing_ok=True)
+    second = temporary(keep)
     try:
         os.link(path, second)  # the file itself stays in place meanwhile
     except OSError:
@@ -119,6 +145,13 @@ def check_archive(data: bytes | memoryview, name: str | Path) -> None:
         raise DamagedError(f"{name} is damaged: {bad} in it has a wrong checksum.")
 
 
+def is_sealed_archive(path: Path) -> bool:
+    """It ends as `seal` lets one end; whether it is whole is `check_archive`'s to say."""
+    with path.open("rb") as f:
+        f.seek(max(0, path.stat().st_size - _SEAL))
+        return f.read(len(_MARK)) == _MARK
+
+
 # -- a folder with a list of checksums ---------------------------------------------------------------------------------------------
 
 
@@ -143,3 +176,89 @@ def check_folder(folder: Path) -> None:
         path = folder / name
         if not name or not path.is_file() or sha256(path.read_bytes()).hexdigest() != digest:
             raise DamagedError(f"{path} is damaged: {folder / SUMS} has another checksum of it.")
+
+
+def is_sealed(folder: Path) -> bool:
+    """Its list names exactly the files that are there, every one is what was listed, and there is nothing else: nobody has added or
+    changed anything since `seal_folder`, so that it can be made again."""
+    try:
+        found = {entry.name: entry for entry in os.scandir(folder)}
+        lines = [line.partition("  ") for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
+        listed = {name: digest for digest, _, name in lines}
+        if not all(entry.is_file(follow_symlinks=False) for entry in found.values()) or found.keys() != {*listed, SUMS}:
+            return False
+        return all(sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in listed.items())
+    except (OSError, ValueError):
+        return False
+
+
+def remove_sealed(folder: Path) -> None:
+    """Remove a folder of which `is_sealed` holds, and nothing that came into it meanwhile."""
+    names = [line.partition("  ")[2] for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
+    for name in (*names, SUMS):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def check_replaceable(folder: Path, key: str) -> None:
+    """Refuse a place where no folder can be written, or where one lies that is not provably an earlier one of ours.
+
+    Args:
+        folder: Where one is to be written by `sealed_folder`.
+        key: What named it, for the message.
+
+    Raises:
+        ConfigError: It is a link, a file, the present folder, without a parent, or holds anything but what its SHA256SUMS lists.
+    """
+    cure = "name a folder that is not there yet."
+    try:
+        mode = os.lstat(folder).st_mode
+    except FileNotFoundError as e:
+        if not folder.parent.is_dir():
+            raise ConfigError(f"{key}: the folder {folder.parent} is not there: make it first, or name another.") from e
+        return
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{key}: {str(folder)[:200]} cannot be written ({getattr(e, 'strerror', e)}): {cure}") from e
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"{key}: {folder} is a {'link' if stat.S_ISLNK(mode) else 'file'}: {cure}")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{key}: {folder} is the present folder, or one that it lies in: {cure}")
+    if not is_sealed(folder):
+        raise ConfigError(
+            f"{key}: {folder} is there, and its {SUMS} does not list exactly the files that are in it, as they are, so it may hold "
+            f"somebody's work: {cure}"
+        )
+
+
+@contextmanager
+def sealed_folder(folder: Path, key: str) -> Iterator[Path]:
+    """Fill a folder aside; at the block's end it is sealed and put in place, also of an earlier one that is still sealed. If the block
+    raises, nothing is left of it.
+
+    Args:
+        folder: Where it is put. Its parent must be there.
+        key: What named it, for the message.
+
+    Yields:
+        The folder to put files into.
+
+    Raises:
+        ConfigError: See `check_replaceable`; asked before the block and after it.
+    """
+    check_replaceable(folder, key)
+    work = temporary(folder)
+    work.mkdir()
+    try:
+        yield work
+        seal_folder(work)
+        check_replaceable(folder, key)
+        if not folder.exists():
+            os.rename(work, folder)
+        else:
+            old = temporary(folder)
+            os.rename(folder, old)
+            os.rename(work, folder)
+            remove_sealed(old)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

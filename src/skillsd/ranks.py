@@ -7,6 +7,7 @@ Whether a rank is gone is another question (callbacks/peers.py). Without torch.d
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 POLLS = 0.001, 0.05
 """Seconds between two looks whether the others have come: the first ones, and at most."""
+_BY_HAND = "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"
+_NUMBERS = "RANK", *_BY_HAND, "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"
+_SIZES = "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"
 _groups: dict[Any, Any] = {}  # default group -> the one that waits
 _alone = False
 
@@ -42,13 +46,70 @@ def rank() -> int:
         return dist.get_rank()
     if _alone:
         return 0
-    for name in ("RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
     # Lightning's own variables give no number before it counts the processes of a node: that it is not 0 is all that matters here.
-    return next(
-        (int(n) for name in ("NODE_RANK", "GROUP_RANK", "LOCAL_RANK") if (n := os.environ.get(name, "0")).isdigit() and n != "0"), 0
-    )
+    names = {"torchrun": ("RANK",), "srun": ("SLURM_PROCID",)}.get(launcher(), _BY_HAND)
+    return next((int(n) for name in names if (n := os.environ.get(name, "0")).isdigit() and n != "0"), 0)
+
+
+def launcher() -> str:
+    """Who has started this process as one of several, by Lightning's own rule: torchrun, srun, or "" for Lightning and for a hand that
+    sets its variables. What other variables say then is not looked at."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    return "srun" if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive") else ""
+
+
+def settle(several: bool) -> None:
+    """Before a Trainer is made: take out of the environment what an earlier launcher has left there, and say so. From then on everybody
+    who asks, Lightning too, finds the same rank.
+
+    Args:
+        several: The configuration may ask for more than one process.
+
+    Raises:
+        ConfigError: A launcher has started other processes than the configuration asks for, or a variable says that this is one of
+            several, and nothing says where they meet.
+    """
+    alone(not several)
+    if _met():  # in a worker of Ray, say: who is who has been settled
+        return
+    by = launcher()
+    if by == "torchrun":
+        if not several and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError(f"trainer.devices is 1, and torchrun started {os.environ['WORLD_SIZE']} processes: set it to their number.")
+        _check_numbers("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif not several:
+        left = [n for n in (*_NUMBERS, *_SIZES) if os.environ.get(n, "0") not in ("0", "1" if n in _SIZES else "0")]
+        _take_out([n for n in (*_NUMBERS, *_SIZES) if left and n in os.environ], left)
+    elif by == "srun":
+        _check_numbers("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+        if os.environ["SLURM_NTASKS"] != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise ConfigError("SLURM_NTASKS_PER_NODE is not set: give srun --ntasks-per-node, or unset SLURM_NTASKS to run without srun.")
+    else:
+        left = [n for n in ("RANK", "SLURM_PROCID") if n in os.environ]
+        _take_out(left, left)
+        _check_numbers(*(n for n in _BY_HAND if n in os.environ))
+        if "MASTER_PORT" not in os.environ and (left := [n for n in _BY_HAND if os.environ.get(n, "0") != "0"]):
+            raise ConfigError(
+                f"{left[0]} is {os.environ[left[0]]}: it says that this is one of several processes, and no MASTER_PORT says where they "
+                f"meet: unset {left[0]}, or set MASTER_ADDR and MASTER_PORT."
+            )
+
+
+def _check_numbers(*names: str) -> None:
+    for name in names:
+        if not os.environ.get(name, "").isdigit():
+            given = f"is {os.environ[name]!r}" if name in os.environ else "is not set, as srun and torchrun set it in each process"
+            cure = "start this command with srun, or unset SLURM_NTASKS" if name.startswith("SLURM") else f"unset {name}"
+            raise ConfigError(f"{name} {given}: {cure}.")
+
+
+def _take_out(names: Sequence[str], said: Sequence[str]) -> None:
+    if said:
+        told = ", ".join(f"{name}={os.environ[name]}" for name in said)
+        print(f"the environment has {told}, and no launcher has started this process: this is ignored.", file=sys.stderr, flush=True)
+    for name in names:
+        del os.environ[name]
 
 
 def alone(yes: bool) -> None:

@@ -1,11 +1,13 @@
-"""A run folder: the names of its files, and the panel's results."""
+"""A run folder: the names of its files, the panel's results, and run.json, the record of what the folder is."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from skillsd.durable import temporaries, write
 from skillsd.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -20,13 +22,108 @@ FILES = (
     METRICS_FILE,
     TRAJECTORIES_FILE,
     PANEL_FILE,
-    f"{PANEL_FILE}.tmp",
     BANK_FILE,
-    *(f"{BANK_FILE}{end}" for end in ("-wal", "-shm", ".new")),
+    *(f"{BANK_FILE}{end}" for end in ("-wal", "-shm")),
 )
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
-FOLDERS = (CHECKPOINTS, ADAPTER, "tensorboard")
+MODEL = "model"
+TENSORBOARD = "tensorboard"
+FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, TENSORBOARD)
+RECORD_FILE = "run.json"
+LOCK_FILE = "run.lock"
+FORMAT = 1
+"""Of a run folder as this version writes and reads it. It rises when an older one can no longer be read or continued."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json says.
+
+    Attributes:
+        format: Of the folder.
+        checkpoints: The folder that a checkpoint was once written to, relative to the run folder if it lies in it; null if none ever was.
+        discarding: The removal of an earlier run has begun and has not ended: whatever else is there belongs to that run.
+    """
+
+    format: int = FORMAT
+    checkpoints: str | None = None
+    discarding: bool = False
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """A run folder's record; None where there is none.
+
+    Raises:
+        ConfigError: It is damaged, or of another format.
+    """
+    path = folder / RECORD_FILE
+    try:
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_bytes())
+        number = found["format"]
+        if number == FORMAT:
+            return RunRecord(number, found["checkpoints"], found["discarding"])
+    except OSError as e:
+        raise ConfigError(f"trainer.default_root_dir: {str(folder)[:200]} cannot be read ({e.strerror}): name another folder.") from e
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        raise ConfigError(f"trainer.default_root_dir: {path} is damaged ({e!r}): restore it, or name another folder.") from e
+    raise ConfigError(
+        f"trainer.default_root_dir: {folder} is a run folder of format {number}, and this version of skillsd reads format {FORMAT}: "
+        "use the version that made it, or name another folder."
+    )
+
+
+def write_record(folder: Path, record: RunRecord = RunRecord()) -> None:
+    """Write run.json, at once and durably."""
+    write(folder / RECORD_FILE, json.dumps(asdict(record), indent=1).encode() + b"\n")
+
+
+def note_checkpoint(folder: Path, checkpoints: Path) -> None:
+    """Put on record that a checkpoint is written to the folder `checkpoints`. A run of no record, made by hand, gets one."""
+    pairs = ((folder.absolute(), checkpoints.absolute()), (folder.resolve(), checkpoints.resolve()))
+    where = next((str(there.relative_to(here)) for here, there in pairs if there.is_relative_to(here)), str(checkpoints.absolute()))
+    if (record := read_record(folder)) is None or record.checkpoints != where or record.discarding:
+        write_record(folder, RunRecord(checkpoints=where))
+
+
+def check_format(folder: Path) -> None:
+    """Refuse what this version cannot read. A folder without a run is none of its business.
+
+    Raises:
+        ConfigError: It holds a run of an older or newer format, or its record is damaged.
+    """
+    if read_record(folder) is None and (found := run_files(folder)):
+        raise ConfigError(
+            f"trainer.default_root_dir: {folder} holds {found[0].relative_to(folder)} and no {RECORD_FILE}: it is a run folder of an older "
+            f"format (before {FORMAT}), or none. Use the version of skillsd that made it, or name another folder."
+        )
+
+
+def run_files(folder: Path) -> list[Path]:
+    """The files that a run writes and that are there. A bank alone is none: it carries a version of its own."""
+    names = (CONFIG_FILE, METRICS_FILE, TRAJECTORIES_FILE, PANEL_FILE)
+    return [*(p for name in names if (p := folder / name).is_file()), *sorted((folder / CHECKPOINTS).glob("*.ckpt"))]
+
+
+def has_checkpoint(folder: Path, record: RunRecord | None) -> bool:
+    """There is a checkpoint that `--ckpt_path last` might continue from.
+
+    Raises:
+        ConfigError: One was once written, and none is there.
+    """
+    place = folder / ((record and record.checkpoints) or CHECKPOINTS)
+    if any(place.glob("*.ckpt")):
+        return True
+    if record is None or record.checkpoints is None or record.discarding:
+        return False
+    if temporaries(place):  # killed after the record was made, before the first checkpoint got its name
+        return False
+    raise ConfigError(
+        f"ckpt_path: a checkpoint of this run was once written to {place}, and none is there: put it back (a disk that is not mounted?), "
+        "discard the run with --overwrite=true, or name another trainer.default_root_dir."
+    )
 
 
 def read_panel(folder: str | Path) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from skillsd.analysis.film import Film
 from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks.export import export_adapter
 from skillsd.checkpoint import LAST, newest_good, read_checkpoint
+from skillsd.durable import check_replaceable
 from skillsd.errors import ConfigError
-from skillsd.run_folder import CHECKPOINTS
+from skillsd.paths import read_path
+from skillsd.run_folder import CHECKPOINTS, FILES, FOLDERS, check_format, has_checkpoint, read_record
 
 
 class Trainer(L.Trainer):
@@ -33,8 +35,15 @@ class Trainer(L.Trainer):
             out: Folder to write.
             ckpt_path: The checkpoint; `last` is the run folder's own.
         """
+        folder = read_path(out, "out")
+        if folder.name in (*FILES, *FOLDERS) and folder.parent.resolve() == Path(self.default_root_dir).resolve():
+            raise ConfigError(f"out: {folder} is where the run itself writes: name another folder.")
+        check_replaceable(folder, "out")  # before the model is loaded
         steps = _restore(self, model, ckpt_path)
-        print(f"adapter: {export_adapter(model.policy, Path(out), steps)}")
+        try:
+            print(f"adapter: {export_adapter(model.policy, folder, steps, 'out')}")
+        except OSError as e:
+            raise ConfigError(f"out: {folder} cannot be written ({e.strerror or e}): name another folder.") from e
 
     def play(
         self,
@@ -76,8 +85,12 @@ class Trainer(L.Trainer):
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
+    if ckpt_path == "last":
+        run = Path(trainer.default_root_dir)
+        check_format(run)
+        has_checkpoint(run, read_record(run))  # or it says where it was
     folder = Path(trainer.default_root_dir) / CHECKPOINTS
-    path = newest_good(folder) or folder / LAST if ckpt_path == "last" else Path(ckpt_path)
+    path = newest_good(folder) or folder / LAST if ckpt_path == "last" else read_path(ckpt_path, "ckpt_path")
     if not path.is_file():
         raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
     checkpoint = read_checkpoint(path)

@@ -9,10 +9,12 @@ import pytest
 
 from skillsd.analysis.notebook import open_run, quiet
 from skillsd.errors import ConfigError
+from skillsd.run_folder import write_record
 
 
 def made(folder: Path) -> Path:
     folder.mkdir(parents=True)
+    write_record(folder)
     (folder / "config.yaml").write_text("seed_everything: 7\n")
     return folder
 

@@ -9,7 +9,7 @@ from tests.callbacks.test_panel import panel, scenarios_of, scored
 
 from skillsd.analysis.panel import print_report
 from skillsd.callbacks.panel import add_validation, summarise, write_panel
-from skillsd.run_folder import read_panel
+from skillsd.run_folder import read_panel, write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.statistics import wilson_interval
 
@@ -30,6 +30,7 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     with SkillBank(tmp_path / "bank.sqlite") as bank:
         bank.insert([Skill("a", "b", "c", "t1"), Skill("a", "b", "d", "t1"), Skill("a", "b", "c", "t2")], 0)
     (tmp_path / "adapter" / "student").mkdir(parents=True)
+    write_record(tmp_path)
     (tmp_path / "metrics.csv").touch()
     print_report(tmp_path)
     out = capsys.readouterr().out

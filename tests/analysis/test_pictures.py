@@ -14,6 +14,7 @@ from PIL import Image
 
 from skillsd.analysis import Run
 from skillsd.analysis.pictures import Pictures
+from skillsd.run_folder import write_record
 
 SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"
 
@@ -21,6 +22,7 @@ SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"
 @pytest.fixture
 def pictures(tmp_path):
     def pictures(env: Any, **data: Any) -> Any:
+        write_record(tmp_path)
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"env": env, **data}}}))
         return closing(Pictures(Run(tmp_path)))
 

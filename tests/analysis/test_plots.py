@@ -11,6 +11,7 @@ from PIL import Image
 from tests.analysis.test_run import METRICS, SHORT, append
 
 from skillsd.analysis import Run, plots
+from skillsd.run_folder import write_record
 from skillsd.statistics import t_interval
 
 REWARDS = [[[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], [[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0]]]
@@ -28,6 +29,7 @@ def run(tmp_path):
     lines = [
         dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "loss/total": str(i * 0.5), "reward/mean": "0"} for i in range(3)
     ]
+    write_record(tmp_path)
     (tmp_path / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in lines)]) + "\n")
     return Run(tmp_path)
 

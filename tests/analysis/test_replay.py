@@ -14,6 +14,7 @@ from skillsd.analysis.replay import effect, paired, replay
 from skillsd.errors import ConfigError
 from skillsd.policy.load import adapter_folder
 from skillsd.rollout import make_env
+from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 
 N = 12
@@ -26,6 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     config = yaml.safe_load((conf_dir() / "sokoban.yaml").read_text())
     config["data"]["init_args"]["env_kwargs"] |= ENV
+    write_record(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     init = config["data"]["init_args"]
     env = make_env(init["env"], init["env_kwargs"])

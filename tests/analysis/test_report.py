@@ -26,6 +26,7 @@ from skillsd.analysis.plots import curve
 from skillsd.analysis.report import report
 from skillsd.callbacks.panel import summarise, write_panel
 from skillsd.errors import ConfigError
+from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Trajectory, Turn
 
@@ -59,6 +60,7 @@ def episodes() -> list[Trajectory]:
 def build(made: Path) -> None:
     """A finished run."""
     made.mkdir()
+    write_record(made)
     (made / "config.yaml").write_text("# lightning.pytorch==2.6.6\n" + yaml.safe_dump(CONFIG))
     append(made / "trajectories.jsonl", episodes())
     rows = [dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0"} for i in range(3)]
@@ -215,6 +217,7 @@ def test_secrets_are_left_out(folder, monkeypatch):
     monkeypatch.setattr("skillsd.analysis.examples.MOST_CHARS", 60)  # cuts within the secret
     at = "swordfish-9f8e7d6c5b"
     append(folder / "trajectories.jsonl", [replace(SHORT, iteration=3, turns=(Turn(f"{'x' * 45}{at}", at, 0.0),), instruction=at)])
+    write_record(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "note": at}))
     page, text = written(folder, checks=[{**CHECKS[0], "detail": at}])
     assert "swordfish" not in page + text and text.count("[MY_API_TOKEN]") == Page(page).text.count("[MY_API_TOKEN]") == 5
@@ -232,6 +235,7 @@ def test_what_is_long_is_cut(folder):
 
 @pytest.mark.parametrize("config", ["", "data:\n", "data: {init_args: {env: nosuch_module:X-v0}}\nmodel: [1]\n"])
 def test_a_run_that_has_just_begun(tmp_path, config):
+    write_record(tmp_path)
     (tmp_path / "config.yaml").write_text(config)
     for _ in range(2):
         page, text = written(tmp_path)
@@ -245,6 +249,7 @@ def test_a_run_that_has_just_begun(tmp_path, config):
 
 def test_the_code_of_an_environment_that_cannot_be_made(tmp_path):
     data = {"init_args": {"env": "skillsd_appworld:skillsd/AppWorld-v0", "env_kwargs": {"python": str(tmp_path / "nosuch")}}}
+    write_record(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     append(tmp_path / "trajectories.jsonl", [replace(SHORT, turns=(Turn("done", "for x in y:\n    print('<b>')", 0.0),))])
     page, text = written(tmp_path)
@@ -267,7 +272,7 @@ def test_the_rule():
     assert 50 not in found  # of the kind that is in neither, the last one
 
 
-@pytest.mark.parametrize(("args", "told"), [(["--nosuch"], "unrecognized arguments"), (["-o", "FILE"], "-o .*FILE: it cannot be written")])
+@pytest.mark.parametrize(("args", "told"), [(["--nosuch"], "unrecognized arguments"), (["-o", "FILE"], "-o: FILE is a file")])
 def test_what_is_refused(folder, args, told, monkeypatch):
     monkeypatch.chdir(folder)
     Path("FILE").touch()
@@ -280,6 +285,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(cli, "rows", lambda network: asked.append(network) or CHECKS)
     assert cli.main(["report", str(tmp_path)]) == 2 and "is no run folder" in capsys.readouterr().err
+    write_record(tmp_path)
     (tmp_path / "config.yaml").touch()
     assert cli.main(["report", str(tmp_path)]) == 0 and capsys.readouterr().err == "" and asked == [False]
     assert (tmp_path / "report" / "report.md").read_text().startswith(f"# Run {tmp_path.name}\n")

@@ -20,6 +20,7 @@ from skillsd.analysis import Run
 from skillsd.analysis.index import Index
 from skillsd.callbacks.log import COLUMNS as METRICS
 from skillsd.errors import ConfigError
+from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import COUNTS, FIELDS, Trajectory, Turn
 
@@ -41,6 +42,7 @@ def append(path: Path, rows: list[Trajectory], mode: str = "a") -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
+    write_record(tmp_path)
     (tmp_path / "config.yaml").write_text("seed_everything: 7\nmodel: {class_path: X}\n")
     append(tmp_path / "trajectories.jsonl", numbered(6))
     return Run(tmp_path)

@@ -18,6 +18,7 @@ from tests.tolerance import ROUNDING
 from skillsd.analysis import Run, Scorer
 from skillsd.durable import DamagedError
 from skillsd.errors import ConfigError
+from skillsd.run_folder import write_record
 from skillsd.skills import Skill
 
 pytestmark = [
@@ -114,6 +115,7 @@ def test_adapters_from_elsewhere(run, scorer):
 def test_what_cannot_be_scored(run, scorer, tmp_path):
     with pytest.raises(ConfigError, match="nosuch: no adapters there: name a checkpoint or a PEFT folder"):
         Scorer(run, tmp_path / "nosuch")
+    write_record(tmp_path)
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(ConfigError, match="names no policy"):
         Scorer(Run(tmp_path))

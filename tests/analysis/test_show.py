@@ -11,6 +11,7 @@ import pytest
 from tests.analysis.test_run import METRICS, SHORT, append
 
 from skillsd import cli
+from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Turn
 
@@ -20,6 +21,7 @@ EVIL = "\x1b[31m[bold]red[/bold] :smile: \ud800"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two iterations: task t1 twice, the second time with equal rewards, and t2 once, which failed."""
+    write_record(tmp_path)
     (tmp_path / "config.yaml").write_text("seed_everything: 7\n")
     groups = [(0, "t1", None, (1.0, 0.0)), (0, "t2", None, (0.0, 0.0)), (1, "t1", 1, (1.0, 1.0))]
     rows = [replace(SHORT, iteration=i, task_id=t, member=m, skill_id=s, reward=r) for i, t, s, rs in groups for m, r in enumerate(rs)]
@@ -139,6 +141,7 @@ def test_what_is_not_there(folder, capsys, args, told):
 def test_a_run_that_has_just_begun(tmp_path, capsys):
     assert cli.main(["show", str(tmp_path / "nosuch")]) == 2
     assert "is no run folder" in capsys.readouterr().err
+    write_record(tmp_path)
     (tmp_path / "config.yaml").touch()
     assert cli.main(["show", str(tmp_path)]) == 0
     assert "0 iterations, 0 trajectories of 0 tasks" in " ".join(capsys.readouterr().out.split())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from skillsd import cli
+from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.tables import BEFORE
 
@@ -103,6 +104,7 @@ def test_a_pipe(told, bank, tmp_path, monkeypatch):
 def test_the_runs_settings_hold(told, bank, tmp_path):
     new, file = tmp_path / "new", tmp_path / "skills.jsonl"
     new.mkdir()
+    write_record(new)
     (new / "config.yaml").write_text("skills: {capacity: 1, drop: oldest, booking: gap, refresh: epoch}\n")
     told("export", bank, "--all", "-o", file)
     said = told("import", new, file)

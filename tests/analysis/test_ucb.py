@@ -10,11 +10,13 @@ import pytest
 from skillsd.analysis import Run
 from skillsd.analysis.ucb import ucb_scores
 from skillsd.errors import ConfigError
+from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank, ucb_score
 
 
 def played(folder: Path, booking: str, untried: str, c: float) -> list[dict]:
     """A bank with inserts, merges, uses and drops, and how it stood before each iteration by its own account."""
+    write_record(folder)
     (folder / "config.yaml").write_text(f"skills: {{context: {{init_args: {{c: {c}, untried: {untried}}}}}}}\n")
     rng, stood = random.Random(0), []
     with SkillBank(folder / "bank.sqlite", capacity=2, booking=booking) as bank:
@@ -66,6 +68,7 @@ def test_of_some_tasks_and_by_another_rule(tmp_path):
 
 
 def test_no_bank_and_a_damaged_one(tmp_path):
+    write_record(tmp_path)
     (tmp_path / "config.yaml").write_text("{}\n")
     assert list(ucb_scores(Run(tmp_path)))[:3] == ["iteration", "task_id", "skill_id"]
     (tmp_path / "bank.sqlite").write_bytes(b"x" * 100)

@@ -19,6 +19,8 @@ import pytest
 import torch
 from tests.e2e.runs import ROOT, STEPS, VARIANTS, Run, Server, assert_equal, overlay
 
+from skillsd.durable import temporary
+
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[Server, Server]]:
@@ -71,7 +73,7 @@ def tear(run: Run) -> None:
     for name in ("metrics.csv", "trajectories.jsonl"):
         with (run.folder / name).open("a") as f:
             f.write('7,2,"torn')
-    (run.folder / "checkpoints" / "last.ckpt.tmp").write_bytes(b"PK")
+    temporary(run.folder / "checkpoints" / "last.ckpt").write_bytes(b"PK")
 
 
 def test_one_kill(servers: tuple[Server, Server], tmp_path: Path) -> None:

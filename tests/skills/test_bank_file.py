@@ -184,16 +184,13 @@ def test_what_is_left_of_another_bank_is_not_played_into_a_new_one(tmp_path, lef
     assert [file.name for file in tmp_path.iterdir()] == [left]
 
 
-def test_what_is_left_of_a_bank_that_was_not_finished_is_swept_away(tmp_path, monkeypatch):
-    for end in ("", "-journal", "-wal", "-shm"):
-        (tmp_path / f"bank.sqlite.new{end}").write_bytes(b"old")
+def test_a_bank_is_made_aside_under_a_name_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "bank.sqlite.new").write_bytes(b"precious")
     there, replace = [], os.replace
-    monkeypatch.setattr(
-        bank_file.os, "replace", lambda old, new: (there.append([file.name for file in tmp_path.iterdir()]), replace(old, new))
-    )
+    monkeypatch.setattr(bank_file.os, "replace", lambda old, new: (there.append(len(list(tmp_path.iterdir()))), replace(old, new)))
     SkillBank(tmp_path / "bank.sqlite").close()
-    assert there == [["bank.sqlite.new"]]  # all of the new one is in it before it gets its name
-    assert [file.name for file in tmp_path.iterdir()] == ["bank.sqlite"]
+    assert there == [2]  # all of the new one is in it before it gets its name
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bank.sqlite", "bank.sqlite.new"]
 
 
 def test_a_new_bank_is_flushed_into_its_folder(tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 The people, texts and numbers are our own invention; the databases, API docs and task files are written by the installed package's own
 classes, so that nothing of AppWorld is part of this project. They are no AppWorld tasks, and results on them are no AppWorld results:
-ROOT/tiny.json, written last, says so to every reader. A ROOT made earlier is replaced whole, outputs of experiments included.
+ROOT/tiny.json, written last, says so to every reader. In a ROOT made earlier they are replaced whole; what
+else lies there, outputs of experiments say, stays.
 
 To add a family: copy the class in tiny/ that comes nearest, change what it says, and name it in FAMILIES. `build` adds rows with
 world.add(...) and draws whatever a task asks or answers from `content`, which keeps the splits apart; the solution uses the APIs as an
@@ -107,7 +108,11 @@ def replace(root: Path, building: Path) -> None:
     if root.exists():
         root.rename(old)
     building.rename(root)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        for entry in old.iterdir():
+            if not (root / entry.name).exists():  # not ours: outputs of experiments, say
+                entry.rename(root / entry.name)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def build(root: Path, seed: int) -> None:

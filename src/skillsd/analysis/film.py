@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from io import BytesIO
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,12 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from skillsd.durable import write
 from skillsd.errors import ConfigError
+from skillsd.paths import read_path
 from skillsd.rollout import ask, make_env
 from skillsd.rollout.guard import visible
 from skillsd.rollout.picture import draws, picture_of
 
 TURN_MS, LAST_MS = 700, 2500
 """How long a frame stands, milliseconds."""
+COMMENT = b"skillsd play"
+"""In a file of ours, which may be made again."""
 _TEXT, _PAD = 14, 5  # pixels
 _MOST_CHARS = 200  # of a caption, before it is cut to the picture's width
 _FOR_PALETTE = 32  # frames that the palette is made from
@@ -36,16 +38,30 @@ class Film:
     """
 
     def __init__(self, path: str | None, data: Any) -> None:
-        self.path, self.env = None if path is None else Path(path), None
+        self.path, self.env = None if path is None else read_path(path, "gif"), None
         self.frames: list[tuple[NDArray[np.uint8], str]] = []
         if self.path is None:
             return
         if self.path.suffix.lower() != ".gif" or self.path.is_dir():
             raise ConfigError(f"gif is {visible(str(path))}: give the name of a file that ends in .gif.")
+        self._check_replaceable()
         self.env = make_env(data.env_id, data.env_kwargs)
         if not draws(self.env):
             self.env.close()
             raise ConfigError(f"gif: {data.env_id} offers no picture(observation) to draw: leave out --gif.")
+
+    def _check_replaceable(self) -> None:
+        """Raises ConfigError if there is a file that is no animation of ours."""
+        assert self.path is not None
+        try:
+            if not self.path.exists():
+                return
+            with Image.open(self.path) as image:
+                ours = image.info.get("comment") == COMMENT and not self.path.is_symlink()
+        except OSError:
+            ours = False
+        if not ours:
+            raise ConfigError(f"gif: {visible(str(self.path))} is there, and was not made by this command: name another file.")
 
     def __enter__(self) -> Film:
         return self
@@ -81,7 +97,7 @@ class Film:
         out = BytesIO()
         first, *others = _compose(self.frames)
         times = [TURN_MS] * len(others) + [LAST_MS]
-        first.save(out, format="gif", save_all=True, append_images=others, duration=times, loop=0, disposal=1)
+        first.save(out, format="gif", save_all=True, append_images=others, duration=times, loop=0, disposal=1, comment=COMMENT)
         try:
             write(self.path, out.getbuffer())
         except OSError as e:

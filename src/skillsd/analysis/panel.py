@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from skillsd.analysis.document import Table
 from skillsd.rollout.guard import visible
@@ -69,7 +70,7 @@ def print_panel(panel: Mapping[str, Any], console: Console) -> None:
         out.add_row(*row)
     console.print(out)
     for line in notes(panel):
-        console.print(line, soft_wrap=True)
+        console.print(Text(line), soft_wrap=True)
 
 
 def print_report(folder: Path) -> None:
@@ -81,7 +82,7 @@ def print_report(folder: Path) -> None:
             console.print(f"skill bank: {count(len(bank), 'skill')} of {count(len(bank.tasks()), 'task')}")
     for name, path in (("adapter", f"{ADAPTER}/student"), ("log", METRICS_FILE), ("trajectories", TRAJECTORIES_FILE)):
         if (folder / path).exists():
-            console.print(f"{name}: {folder / path}", soft_wrap=True)
+            console.print(Text(visible(f"{name}: {folder / path}")), soft_wrap=True)
 
 
 def _validated(record: Mapping[str, Any]) -> str:

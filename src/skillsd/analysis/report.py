@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -13,8 +12,9 @@ from skillsd.analysis import examples, origin, panel, plots
 from skillsd.analysis.document import Block, Cards, Code, Heading, Picture, entities, html, markdown
 from skillsd.analysis.pictures import TRUST, Pictures
 from skillsd.analysis.run import Run
-from skillsd.durable import write
+from skillsd.durable import check_replaceable, sealed_folder
 from skillsd.errors import ConfigError, Parser, redacted
+from skillsd.paths import read_path
 from skillsd.rollout.guard import visible
 from skillsd.run_folder import CONFIG_FILE
 
@@ -55,24 +55,25 @@ def report(args: Sequence[str], checks: Callable[[], Sequence[dict[str, str]]]) 
         checks: Gives the rows of `skillsd doctor`.
 
     Raises:
-        ConfigError: unknown arguments, no run folder, or a damaged file.
+        ConfigError: unknown arguments, no run folder, a damaged file, or something in the report's place that is none.
     """
     parser = Parser(
         prog="skillsd report", description=f"Write a run as one HTML file that needs no other, and as Markdown with pictures. {TRUST}"
     )
     parser.add_argument("run", metavar="RUN", help="a run folder (trainer.default_root_dir), also one that is training")
-    parser.add_argument("-o", "--out", metavar="FOLDER", help="where to; default: RUN/report")
+    parser.add_argument("-o", "--out", metavar="FOLDER", help="a new folder, or an earlier report; default: RUN/report")
     given = parser.parse_args(args)
     run = Run(given.run)
-    folder = Path(given.out) if given.out is not None else run.folder / "report"
+    folder, key = (run.folder / "report", "RUN") if given.out is None else (read_path(given.out, "-o"), "-o")
+    check_replaceable(folder, key)
     with Console(stderr=True).status(Text(visible(f"reading {run.folder}"))), closing(Pictures(run)) as pictures:
         made = blocks(run, pictures, checks())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for picture in _pictures(made):
-            (folder / picture.name).write_bytes(picture.png)
-        write(folder / "report.md", markdown(made, entities).encode())
-        write(folder / "report.html", html(made, STYLE, META).encode())
+        with sealed_folder(folder, key) as work:
+            for picture in _pictures(made):
+                (work / picture.name).write_bytes(picture.png)
+            (work / "report.md").write_bytes(markdown(made, entities).encode())
+            (work / "report.html").write_bytes(html(made, STYLE, META).encode())
     except OSError as e:
         raise ConfigError(f"-o {visible(str(folder))}: it cannot be written ({e.strerror}): name another folder.") from e
     print(f"report: {folder / 'report.html'}, {folder / 'report.md'}")

@@ -16,7 +16,17 @@ from skillsd.analysis.index import Index
 from skillsd.analysis.metrics import read_metrics
 from skillsd.bounded import read_yaml
 from skillsd.errors import ConfigError
-from skillsd.run_folder import BANK_FILE, CONFIG_FILE, METRICS_FILE, PANEL_FILE, TRAJECTORIES_FILE, VALIDATIONS_FILE, read_results
+from skillsd.paths import read_path
+from skillsd.run_folder import (
+    BANK_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    PANEL_FILE,
+    TRAJECTORIES_FILE,
+    VALIDATIONS_FILE,
+    check_format,
+    read_results,
+)
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.skill import FIELDS as TEXTS
 from skillsd.trajectory import COUNTS, FIELDS, Trajectory
@@ -36,11 +46,12 @@ class Run:
         folder: What `trainer.default_root_dir` named.
 
     Raises:
-        ConfigError: it is no run folder; any attribute raises it for a file that is damaged.
+        ConfigError: it is no run folder, or one of another format; any attribute raises it for a file that is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = read_path(folder, "RUN")
+        check_format(self.folder)
         if not any((self.folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE, BANK_FILE, VALIDATIONS_FILE)):
             raise ConfigError(
                 f"{self.folder} is no run folder (it has no {CONFIG_FILE}, {METRICS_FILE} or {BANK_FILE}): name one that fit has made."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from skillsd.analysis.show import plain
 from skillsd.analysis.similar import SkillIndex
 from skillsd.durable import write
 from skillsd.errors import ConfigError, Parser
+from skillsd.paths import read_path
 from skillsd.rollout.guard import one_line
-from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE
-from skillsd.skills import SkillBank
+from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE, LOCK_FILE, check_format, read_record
+from skillsd.run_lock import RunLock
+from skillsd.skills import Skill, SkillBank
 from skillsd.skills.exchange import FORMAT, bounded_lines, from_lines, to_lines
 from skillsd.skills.imported import counted, earlier, in_use
 from skillsd.skills.skill import FIELDS
@@ -51,6 +54,7 @@ def skills(args: Sequence[str]) -> None:
     )
     into.add_argument("run_folder", metavar="RUN", help="its folder, also one that is not there yet")
     into.add_argument("file", metavar="FILE", help="what export has written; - is the standard input. All of it enters, or nothing")
+    into.add_argument("--steal-lock", action="store_true", help="take the folder from a process on another host, which is known to be dead")
     find = command("search", "print the skills that are most like a text, dropped ones included", _search)
     find.add_argument("bank", metavar="RUN_OR_BANK", help=_BANK_HELP)
     find.add_argument("query", metavar="QUERY", help="words, or moves")
@@ -61,31 +65,34 @@ def skills(args: Sequence[str]) -> None:
 
 
 def _export(given: Any) -> None:
+    out = None if given.out is None else read_path(given.out, "-o")
+    if out is not None and os.path.lexists(out):
+        raise ConfigError(f"-o: {given.out} is there already: remove it, or name another file.")
     try:
         with SkillBank(_bank_file(given.bank), read_only=True) as bank:
             lines = to_lines(bank, given.all)
-            if given.out is None:
+            if out is None:
                 for line in lines:
                     print(line)
             else:
                 text = "".join(f"{line}\n" for line in lines).encode()
     except ValueError as e:
         raise ConfigError(f"RUN_OR_BANK: {e}") from e
-    if given.out is not None:
+    if out is not None:
         try:
-            write(Path(given.out), text)
+            write(out, text)
         except OSError as e:
             raise ConfigError(f"-o: {given.out} cannot be written ({e.strerror}): name another file.") from e
 
 
 def _import(given: Any) -> None:
-    folder = Path(given.run_folder)
+    folder, file = read_path(given.run_folder, "RUN"), read_path(given.file, "FILE")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"RUN: {folder} is no folder: name that of the run to come.")
     if given.file == "-":
         new = from_lines(bounded_lines(sys.stdin.buffer))
-    elif Path(given.file).is_file():
-        with Path(given.file).open("rb") as f:
+    elif file.is_file():
+        with file.open("rb") as f:
             new = from_lines(bounded_lines(f))
     else:
         raise ConfigError(
@@ -93,11 +100,21 @@ def _import(given: Any) -> None:
         )
     if not new:
         raise ConfigError("FILE: it holds no skill: nothing was imported.")
+    lock = RunLock(folder, given.steal_lock, "RUN")
+    try:
+        _insert(folder, new)
+    finally:
+        lock.release()
+
+
+def _insert(folder: Path, new: list[Skill]) -> None:
+    """Put skills into the bank of a run folder that is ours."""
     told = Run(folder).config.get("skills") if (folder / CONFIG_FILE).is_file() else None
     settings = {k: told[k] for k in ("capacity", "drop", "booking") if k in told} if isinstance(told, dict) else {}
     path = folder / BANK_FILE
     try:
-        if any((folder / CHECKPOINTS).glob("*.ckpt")) or counted(path)[1]:
+        record = read_record(folder)
+        if any((folder / CHECKPOINTS).glob("*.ckpt")) or counted(path)[1] or (record is not None and record.checkpoints is not None):
             raise ConfigError(f"RUN: the run in {folder} has begun, and could not go on with other skills: name a new folder.")
         if in_use(path):
             raise ConfigError(f"RUN: {path} is open in another process, a run that begins, say: name a new folder.")
@@ -112,7 +129,7 @@ def _import(given: Any) -> None:
     dropped, tasks = int(after["dropped"] - before["dropped"]), len({skill.task_id for skill in unknown})
     print(f"imported {count(len(unknown), 'new skill')} of {count(tasks, 'task')}: {path} holds {int(after['size'])}")
     print(f"{len(new) - len(unknown)} were there already; {dropped} were dropped, as a task keeps {'all' if most is None else most}")
-    others = any(p.name != BANK_FILE for p in folder.iterdir())
+    others = any(p.name not in (BANK_FILE, LOCK_FILE) for p in folder.iterdir())
     print(f"begin with them: skillsd fit ... --trainer.default_root_dir={folder}{' --ckpt_path last' if others else ''}")
 
 
@@ -133,7 +150,10 @@ def _search(given: Any) -> None:
 
 
 def _bank_file(given: str) -> Path:
-    path = Path(given) / BANK_FILE if Path(given).is_dir() else Path(given)
+    path = read_path(given, "RUN_OR_BANK")
+    if path.is_dir():
+        check_format(path)
+        path = path / BANK_FILE
     if not path.is_file():
         raise ConfigError(f"RUN_OR_BANK: there is no {path}: name a run folder, or a bank's file.")
     return path

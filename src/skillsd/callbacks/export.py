@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from skillsd import ranks
-from skillsd.durable import seal_folder, sync
+from skillsd.durable import sealed_folder
 from skillsd.run_folder import ADAPTER
 from skillsd.words import count
 
@@ -33,25 +31,29 @@ applies to what is built on it.
 """
 
 
-def export_adapter(policy: Any, folder: Path, steps: int) -> Path:
-    """Write the student to `folder` (weights, configuration, model card, checksums); an older folder is replaced in one step."""
+def export_adapter(policy: Any, folder: Path, steps: int, key: str = "trainer.default_root_dir") -> Path:
+    """Write the student to `folder` (weights, configuration, model card, checksums), also in place of an earlier export that nobody has
+    changed since.
+
+    Args:
+        policy: Whose student.
+        folder: Where to; its parent must be there.
+        steps: Iterations, for the model card.
+        key: What named the folder, for messages.
+
+    Raises:
+        ConfigError: Something else is there.
+    """
     from skillsd import __version__
 
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    policy.save_adapter(temporary, "student")
     lora = policy.settings.lora
     card = CARD.format(
         base=policy.settings.model, digest=policy.digest, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__,
         steps=count(steps, "iteration"),
     )  # fmt: skip
-    (temporary / "student" / "README.md").write_text(card)
-    seal_folder(temporary / "student")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary / "student", folder)
-    sync(folder.parent)
-    shutil.rmtree(temporary)
+    with sealed_folder(folder, key) as work:
+        policy.save_student(work)
+        (work / "README.md").write_text(card)
     return folder
 
 
@@ -60,4 +62,6 @@ class AdapterExport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if ranks.leads():
-            export_adapter(pl_module.policy, Path(trainer.default_root_dir) / ADAPTER / "student", trainer.global_step)
+            folder = Path(trainer.default_root_dir) / ADAPTER
+            folder.mkdir(parents=True, exist_ok=True)
+            export_adapter(pl_module.policy, folder / "student", trainer.global_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from skillsd import ranks
 from skillsd.checkpoint import LAST, PREVIOUS, newest_good, plain, read_checkpoint, step_of
 from skillsd.durable import seal, write
-from skillsd.run_folder import CHECKPOINTS
+from skillsd.run_folder import CHECKPOINTS, note_checkpoint
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -50,6 +51,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._place(trainer)
         trainer.strategy.checkpoint_io = self._io
+        self._io.run_folder = Path(trainer.default_root_dir)
         if stage == "fit":
             trainer.fit_loop.__class__ = _RunLoop
         super().setup(trainer, pl_module, stage)
@@ -111,6 +113,7 @@ class CheckpointFiles(TorchCheckpointIO):
         super().__init__()
         self.unwritten: tuple[Path, memoryview] | None = None
         self.writing = threading.RLock()
+        self.run_folder: Path | None = None  # whose record says that a checkpoint was written
         self.good: set[Path] = set()  # written or read here: a damaged one does not replace the one before it
         self.begun_at: int | None = None  # the iteration of what was read, until something is written
 
@@ -128,9 +131,14 @@ class CheckpointFiles(TorchCheckpointIO):
             if self.unwritten is not None:
                 path, data = self.unwritten
                 self._set_aside(path)
-                write(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST and path in self.good else None)
+                keep = path.with_name(PREVIOUS) if path.name == LAST and path in self.good else None
+                write(path, data, keep, commit=partial(self._note, path.parent))
                 self.unwritten = None
                 self.good.add(path)
+
+    def _note(self, folder: Path) -> None:
+        if self.run_folder is not None:
+            note_checkpoint(self.run_folder, folder)
 
     def _set_aside(self, path: Path) -> None:
         """A run that goes on from an older checkpoint by name leaves the newer ones behind: they are not what `last` is to find."""

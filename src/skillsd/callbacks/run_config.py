@@ -32,9 +32,10 @@ class SaveRunConfig(SaveConfigCallback):
         for folder, found in self.logs.items():
             for path in sorted({folder, *folder.rglob("*")} - found, reverse=True):
                 with suppress(OSError):
-                    path.rmdir() if path.is_dir() else path.unlink()
-        with suppress(OSError):
-            Path(trainer.default_root_dir).rmdir()  # if it is empty
+                    if path.is_dir():
+                        path.rmdir()
+                    elif path.name.startswith("events.out.tfevents.") or path.name == "hparams.yaml":
+                        path.unlink()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not ranks.leads():
@@ -42,4 +43,6 @@ class SaveRunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.started = True
-        write(folder / CONFIG_FILE, self.parser.dump(self.config, skip_unset=False).encode())
+        config = self.config.clone()  # given again, it must not discard this run, or take it from another process
+        config.overwrite = config.steal_lock = False
+        write(folder / CONFIG_FILE, self.parser.dump(config, skip_unset=False).encode())

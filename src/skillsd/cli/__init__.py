@@ -23,6 +23,7 @@ from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.class_paths import config
 from skillsd.cli.arguments import packaged, resolve_configs
 from skillsd.cli.configured import CLI
+from skillsd.cli.owner import RunOwner
 from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, redacted, told, users_business
 from skillsd.process import guarded
@@ -134,19 +135,21 @@ def _run(argv: list[str]) -> int:
 
 def configured(argv: list[str]) -> None:
     """fit, validate, export, play: what a configuration describes."""
-    CLI(
-        asked=next((a for a in argv if a in CLI.subcommands()), ""),
-        model_class=L.LightningModule,
-        datamodule_class=L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        trainer_class=Trainer,
-        seed_everything_default=0,
-        save_config_callback=SaveRunConfig,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
-        args=resolve_configs(argv),
-    )
+    with RunOwner() as owner:
+        CLI(
+            owner=owner,
+            asked=next((a for a in argv if a in CLI.subcommands()), ""),
+            model_class=L.LightningModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
+            args=resolve_configs(argv),
+        )
 
 
 def _unread() -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from skillsd import conf_dir
+from skillsd.paths import read_path
 
 
 def resolve_configs(args: list[str]) -> list[str]:
     """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists; a bare `--skill` (or another of `bare`) means true."""
-    bare, values = ("--skill", "--overwrite", "--only_report"), ("true", "false")
+    bare, values = ("--skill", "--overwrite", "--only_report", "--steal_lock"), ("true", "false")
+    args = [a.replace("--steal-lock", "--steal_lock", 1) if a.partition("=")[0] == "--steal-lock" else a for a in args]
     out = [f"{a}=true" if a in bare and b not in values else a for a, b in zip(args, [*args[1:], ""], strict=True)]
     for i, arg in enumerate(out):
         flag, _, value = arg.partition("=")
@@ -41,8 +42,8 @@ def _nulls(args: list[str]) -> list[str]:
 
 
 def packaged(name: str) -> str:
-    if Path(name).exists():
-        return name
+    if (path := read_path(name, "config")).exists():
+        return str(path) if name.startswith("~") else name
     relative = name.removeprefix("conf/")
     for candidate in (relative, f"{relative}.yaml"):
         if (conf_dir() / candidate).is_file():

@@ -10,20 +10,24 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from skillsd import ranks
 from skillsd.analysis.panel import print_report
-from skillsd.begin import guard_run_folder
+from skillsd.begin import starts_anew
 from skillsd.callbacks import Diagnostics, MemoryPlan, PeerWatch, TeacherSync
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import read_checkpoint
+from skillsd.cli.owner import RunOwner
 from skillsd.errors import ConfigError, hold_secret, one_line, secrets
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.module import check_strategy
+from skillsd.paths import read_paths
 from skillsd.pretrain import Cloning
+from skillsd.run_folder import has_checkpoint, read_record
 from skillsd.skills.callback import SkillBankCallback
 
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -43,11 +47,12 @@ class CLI(LightningCLI):
 
     Args:
         asked: The subcommand. Only its arguments are made: those of the other subcommands take longer than to read a configuration.
+        owner: Holds the run folder of fit and validate until it is closed.
         **kwargs: As for LightningCLI.
     """
 
-    def __init__(self, asked: str, **kwargs: Any) -> None:
-        self.asked = asked
+    def __init__(self, asked: str, owner: RunOwner, **kwargs: Any) -> None:
+        self.asked, self.owner = asked, owner
         super().__init__(**kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -74,6 +79,12 @@ class CLI(LightningCLI):
             default=False,
             help="fit: discard an earlier run in the run folder, and skills that were imported into it",
         )
+        parser.add_argument(
+            "--steal_lock",
+            type=bool,
+            default=False,
+            help="fit, validate: take the run folder from a process on another host, which is known to be dead",
+        )
         parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
 
     def _parse_ckpt_path(self) -> None:
@@ -99,6 +110,7 @@ class CLI(LightningCLI):
             if (key := reading(e)) and not isinstance(e, UnicodeDecodeError | OmegaConfBaseException):
                 raise ConfigError(f"{key}: its value cannot be read: {why}") from e
             raise ConfigError(f"config: it cannot be read ({why}): write UTF-8, no ${{...}} but to a key that exists, no circles.") from e
+        read_paths(self.config)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -112,10 +124,9 @@ class CLI(LightningCLI):
         if given is not None and given not in KEYWORDS and "://" not in given and not Path(given).exists():
             raise ConfigError(f"ckpt_path: no checkpoint at {given}: name one, `last`, or leave it out.")
         several = str(config.trainer.devices) != "1" or config.trainer.num_nodes > 1 or config.trainer.strategy != "auto"
-        if self.subcommand == "fit" and (ranks.leads() or not several):
-            guard_run_folder(Path(config.trainer.default_root_dir or "."), config.get("ckpt_path"), config.get("overwrite"))
-        if config.get("overwrite") and given == "last":
-            config.ckpt_path = None  # there is none any more; another rank might be here before rank 0 has removed it
+        if not (several and config.trainer.plugins):  # a plugin may know the ranks from elsewhere
+            ranks.settle(several)
+        rank_zero_only.rank = ranks.rank()  # type: ignore[attr-defined]  # Lightning's was read from the environment when it was imported
 
     def instantiate_classes(self) -> None:
         """Build everything; a class that refuses its arguments gives one line."""
@@ -143,6 +154,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         trainer: Any = self.trainer
+        self._begin_fit()
         for callback in trainer.callbacks:
             if isinstance(callback, SkillBankCallback):
                 callback.check_summariser()
@@ -151,8 +163,21 @@ class CLI(LightningCLI):
         gc.freeze()  # modules and configuration stay: garbage collections in the rollout's loops need not walk over them
         self._remember()
 
+    def _begin_fit(self) -> None:
+        config, folder = self.config["fit"], Path(self.trainer.default_root_dir)
+        ckpt_path, overwrite = config.get("ckpt_path"), bool(config.get("overwrite"))
+        if ranks.leads():
+            self.owner.begin_fit(self.trainer, ckpt_path, overwrite, bool(config.get("steal_lock")))
+        if starts_anew(folder, ckpt_path, overwrite):
+            self.config_init["fit"].ckpt_path = None  # what is there is removed later: Lightning would take it
+
     def before_validate(self) -> None:
         trainer: Any = self.trainer
+        if ranks.leads():
+            self.owner.take(trainer, bool(self.config["validate"].get("steal_lock")))
+            if self.config["validate"].get("ckpt_path") == "last":
+                has_checkpoint(self.owner.folder, read_record(self.owner.folder))
+            self.owner.record()
         if trainer.limit_val_batches == 0:  # meant for fit, where a callback plays the panel
             trainer.limit_val_batches = 1.0
         # The run's own TensorBoard record is training's: a validation would stand in it once more at step 0.

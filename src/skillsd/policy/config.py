@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from skillsd.errors import ConfigError
+from skillsd.paths import read_text_path
 
 
 @dataclass
@@ -22,6 +23,9 @@ class LoraSettings:
     """Names of the linear layers to adapt, or `all-linear`."""
     init: str | None = None
     """Adapter that student and teacher start from: a PEFT folder, or `nano-recover` (shipped, for `nano`); null is the base model."""
+
+    def __post_init__(self) -> None:
+        self.init = None if self.init is None else read_text_path(self.init, "policy.lora.init")
 
 
 @dataclass
@@ -52,6 +56,8 @@ class PolicySettings:
     """On a GPU, score a bfloat16 base, in nf4 or not, with kernels of our own in Triton; the log says why where they can't be used."""
 
     def __post_init__(self) -> None:
+        self.model = read_text_path(self.model, "policy.model")
+        self.chat_template = None if self.chat_template is None else read_text_path(self.chat_template, "policy.chat_template")
         if self.shard and self.quantise == "nf4":
             raise ConfigError("policy.shard: a base in 4 bits stays whole on each GPU: set it to false, or policy.quantise to none.")
         if self.lora.r < 1:

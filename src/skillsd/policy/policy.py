@@ -264,6 +264,13 @@ class Policy(nn.Module):
         except SafetensorError as e:  # its text alone says what the system answered
             raise OSError(f"{folder / name}: {e}. Free the disk, and resume") from e
 
+    def save_student(self, folder: Path) -> None:
+        """Write the student's adapter as the PEFT folder `folder`, which is there and empty. Raises OSError."""
+        self.save_adapter(folder, "student")  # PEFT makes a folder of the adapter's name
+        for path in (folder / "student").iterdir():
+            path.rename(folder / path.name)
+        (folder / "student").rmdir()
+
     # -- ranks ----------------------------------------------------------------------------------------------------------
 
     @property

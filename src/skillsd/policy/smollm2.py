@@ -70,9 +70,10 @@ def convert(source: Path, target: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(work)
         tokenizer.save_pretrained(work)
         work.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(work, target)
+        try:
+            os.replace(work, target)
+        except OSError as e:
+            raise ConfigError(f"policy.model: {target} is there and holds no model of ours ({e.strerror}): move it away.") from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from skillsd.durable import sealed_folder
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy, PolicySettings
 from skillsd.pretrain.demonstrations import Demonstrations, DemonstrationSettings, collate
 from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Row, ask, make_env, tasks_of
+from skillsd.run_folder import ADAPTER, MODEL
 from skillsd.skills import RulesSummariser
 from skillsd.statistics import wilson_interval
 from skillsd.trajectory import Task
@@ -108,13 +110,18 @@ class Cloning(L.LightningModule):
 
     def on_train_end(self) -> None:
         folder = Path(self.trainer.default_root_dir)
+        key = "trainer.default_root_dir"
         if self.train_what == "lora":
-            self.policy.save_adapter(folder / "adapter")
-            self.print(f"adapter: {folder / 'adapter' / 'student'}")
+            (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
+            with sealed_folder(folder / ADAPTER / "student", key) as work:
+                self.policy.save_student(work)
+            self.print(f"adapter: {folder / ADAPTER / 'student'}")
         else:
-            self.policy.base.save_pretrained(folder / "model")
-            self.policy.tokenizer.save_pretrained(folder / "model")
-            self.print(f"model: {folder / 'model'}")
+            folder.mkdir(parents=True, exist_ok=True)
+            with sealed_folder(folder / MODEL, key) as work:
+                self.policy.base.save_pretrained(work)
+                self.policy.tokenizer.save_pretrained(work)
+            self.print(f"model: {folder / MODEL}")
 
 
 class DemonstrationData(L.LightningDataModule):

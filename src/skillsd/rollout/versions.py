@@ -39,7 +39,7 @@ class Versions:
     def __init__(self, policy: Policy, folder: str | None, run: str = "", staleness: int = 0) -> None:
         self.policy, self.run = policy, run
         self._temporary = tempfile.TemporaryDirectory(prefix="skillsd-adapters-") if folder is None else None
-        self.folder = Path(self._temporary.name if self._temporary is not None else str(folder)).absolute()
+        self.folder = Path(self._temporary.name if self._temporary is not None else str(folder)).expanduser().absolute()
         self._states: dict[str, Any] = {}
         self._recent: defaultdict[str, deque[Version]] = defaultdict(lambda: deque(maxlen=staleness + 1))
         self._written: dict[str, Path] = {}

@@ -11,11 +11,11 @@ import sqlite3
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import cast, get_args
 
-from skillsd.durable import sync
+from skillsd.durable import sync, temporary
 from skillsd.skills.ledger import Ledger
 from skillsd.skills.skill import FIELDS, Skill
 from skillsd.skills.tables import SCHEMA, TALLY, Booking, Damaged, Event
@@ -207,9 +207,18 @@ def _create(path: Path, booking: Booking) -> None:
         if left.exists():  # SQLite would replay it into the new file
             raise refused(left, f"it is left over from a bank that is gone ({path.name})")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = _sidecar(path, ".new")
-    for stale in (new, _sidecar(new, "-journal"), _sidecar(new, "-wal"), _sidecar(new, "-shm")):
-        stale.unlink(missing_ok=True)
+    new = temporary(path)
+    try:
+        _make(new, path, booking)
+        os.replace(new, path)
+    finally:
+        for end in ("", "-journal", "-wal", "-shm"):
+            with suppress(OSError):
+                _sidecar(new, end).unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def _make(new: Path, path: Path, booking: Booking) -> None:
     try:
         db = sqlite3.connect(new, isolation_level=None)
         try:
@@ -220,8 +229,6 @@ def _create(path: Path, booking: Booking) -> None:
             db.close()
     except sqlite3.Error as error:
         raise translated(error, path) from error
-    os.replace(new, path)
-    sync(path.parent)
 
 
 def _check_header(path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from skillsd import __version__
+from skillsd.durable import write
 from skillsd.errors import ConfigError
 from skillsd.run_folder import read_panel
 from skillsd.study.settings import StudySettings
@@ -159,6 +160,4 @@ def _git(root: Path, *args: str) -> str:
 
 def replace(path: Path, content: str | bytes) -> None:
     """Write a file at once: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(temporary, path)
+    write(path, content if isinstance(content, bytes) else content.encode())

@@ -37,10 +37,16 @@ def locked(folder: Path) -> Iterator[int]:
         The lock's file descriptor.
 
     Raises:
-        ConfigError: another study holds it.
+        ConfigError: another study holds it, it cannot be a folder, or it holds what no study has made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as f:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strangers = [] if (folder / LOCK).is_file() or any(folder.glob("cells/*/seed-*/cell.json")) else sorted(folder.iterdir())
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"folder: {str(folder)[:200]} cannot be the study's ({getattr(e, 'strerror', e)}): name another.") from e
+    if strangers:
+        raise ConfigError(f"folder: {folder} holds {strangers[0].name}, and no study has made it: move it away, or name another.")
+    with (folder / LOCK).open("a") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:

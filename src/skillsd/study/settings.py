@@ -11,6 +11,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from skillsd.errors import ConfigError
+from skillsd.paths import read_path
 
 BASE = "base"
 """The untrained agent's name in the report."""
@@ -50,6 +51,7 @@ class StudySettings:
     """Run nothing: make the report of what is finished."""
 
     def __post_init__(self) -> None:
+        self.folder = str(read_path(self.folder, "folder"))
         if not self.configs or not self.methods or not self.seeds:
             raise ConfigError("configs, methods, seeds: a study needs at least one of each: name its file (-c study/sokoban-nano).")
         for name in self.methods:

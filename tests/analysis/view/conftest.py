@@ -15,6 +15,7 @@ from werkzeug.serving import make_server
 
 from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
+from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Turn
 
@@ -25,6 +26,7 @@ EVIL = "</pre><script>window.pwned=1</script><img src=x onerror='window.pwned=1'
 def hostile(folder: Path) -> Path:
     """Every text that comes from outside is EVIL: tasks, observations, actions, failures, skills, the panel's levels."""
     folder.mkdir()
+    write_record(folder)
     (folder / "config.yaml").write_text(
         json.dumps({"seed_everything": 7, "data": {"init_args": {"env": EVIL.encode(errors="replace").decode()}}})
     )

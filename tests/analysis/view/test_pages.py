@@ -18,6 +18,7 @@ from skillsd.analysis import Run, Scorer, SkillIndex
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
+from skillsd.run_folder import write_record
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
@@ -282,6 +283,7 @@ def test_a_run_without_its_bank(another):
 def test_odd_configurations(another):
     folder, get = another
     for text in ("skills: null\ndata: null\nmodel: null\n", "data: 5\nmodel: {init_args: {policy: x}}\nskills: [1]\n", ""):
+        write_record(folder)
         (folder / "config.yaml").write_text(text)
         for path in ("", "trajectory/0", "compare"):
             get(path)

@@ -1,0 +1,90 @@
+"""What fit and validate hold of their run folder while they run."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lightning as L
+
+from skillsd.begin import Start, plan
+from skillsd.errors import ConfigError
+from skillsd.run_folder import RECORD_FILE, VALIDATIONS_FILE, RunRecord, check_format, read_record, run_files, write_record
+from skillsd.run_lock import RunLock
+
+
+class RunOwner:
+    """Takes a run folder on rank 0, and gives it back at the block's end without a trace if no run has begun in it."""
+
+    def __init__(self) -> None:
+        self.lock: RunLock | None = None
+        self.folder = Path()
+        self._made_record = False
+
+    def __enter__(self) -> RunOwner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.lock is None:
+            return
+        with suppress(OSError):
+            if self._made_record and not run_files(self.folder) and not (self.folder / VALIDATIONS_FILE).exists():
+                (self.folder / RECORD_FILE).unlink()
+        self.lock.release()
+        self.lock = None
+
+    def take(self, trainer: L.Trainer, steal: bool) -> None:
+        """Lock the folder and put it on record.
+
+        Raises:
+            ConfigError: It belongs to a process that runs, cannot be a run folder, or is of another format.
+        """
+        self.folder = folder = run_folder(trainer)
+        self.lock = RunLock(folder, steal)
+        check_format(folder)
+
+    def record(self) -> None:
+        """Make run.json before anything else is written: without it nothing in the folder is known to be a run's."""
+        if read_record(self.folder) is None:
+            write_record(self.folder, RunRecord())
+            self._made_record = True
+
+    def begin_fit(self, trainer: L.Trainer, ckpt_path: str | None, overwrite: bool, steal: bool) -> None:
+        """The same for a fit; what is to be discarded goes when everything else has been checked.
+
+        Raises:
+            ConfigError: See `plan`.
+        """
+        self.take(trainer, steal)
+        start = plan(self.folder, ckpt_path, overwrite)
+        self.record()
+        trainer.callbacks.insert(0, StartRun(start))  # type: ignore[attr-defined]
+
+
+class StartRun(L.Callback):
+    """Discards what is to be discarded: after the model is loaded, before the bank is opened."""
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start.carry_out()
+
+
+def run_folder(trainer: Any) -> Path:
+    """Where the trainer writes.
+
+    Raises:
+        ConfigError: Lightning's loggers would write elsewhere, or among the run's own files.
+    """
+    given = str(trainer.default_root_dir)
+    if os.path.expandvars(given) != given:
+        raise ConfigError(f"trainer.default_root_dir: {given} names a variable, which is not put in place: write the path in full.")
+    folder = Path(given)
+    for logger in trainer.loggers:
+        if logger.log_dir and os.path.realpath(logger.log_dir) == os.path.realpath(folder):
+            raise ConfigError(f"trainer.logger: {type(logger).__name__} writes into the run folder itself: give it a name of its own.")
+    return folder
