@@ -117,10 +117,15 @@ def test_the_last_partial_batch_is_kept(join):
 def test_a_stream_goes_on_where_it_stood(join):
     """Trajectories are a function of (seed, iteration) alone."""
     whole = [b for stream in [join().train_dataloader()] for _ in range(2) for b in stream]
-    data = join()
-    data.load_state_dict({"position": 4})
+    data, other = join(), join()
+    other.train_dataloader()
+    data.load_state_dict(other.state_dict() | {"position": 4})
     assert list(data.train_dataloader()) == whole[4:]
-    assert data.state_dict() == {"position": 6}
+    assert data.state_dict()["position"] == 6
+    with pytest.raises(ConfigError, match=r"data\.init_args: .*seed was 0 and is 1"):
+        join(seed=1).load_state_dict(other.state_dict())
+    with pytest.raises(ConfigError, match="ckpt_path"):
+        join().load_state_dict({"position": 4})
     assert list(join(seed=1).train_dataloader()) != whole[:3]
 
 

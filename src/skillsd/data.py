@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from skillsd.continuation import check_episodes, episodes
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
@@ -95,6 +96,7 @@ class RolloutData(L.LightningDataModule):
         self.panel_seeds, self.seed = panel_seeds or [0], seed
         self.rollout_s = 0.0
         self._resume_at = 0
+        self._episodes: dict[str, str] | None = None  # of a run that trains
         self._stream: GroupStream | None = None
         self._collector: Collector | None = None
         self._background: Background | None = None
@@ -102,7 +104,7 @@ class RolloutData(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """List the tasks. Raises ConfigError for an empty split, overlapping splits, or G < 2 where a group baseline is needed."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        self.panel_tasks = self._tasks(self.panel_split, "panel_split")
+        self.panel_tasks, self._episodes = self._tasks(self.panel_split, "panel_split"), None
         if stage != "fit":
             self._check_playable(self.panel_tasks)
             self._check_chat(module)
@@ -131,6 +133,8 @@ class RolloutData(L.LightningDataModule):
                 f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
                 "or set model.init_args.objective.policy_weight to 0."
             )
+        numbers = {"seed": self.seed, "batch_tasks": self.batch_tasks, "group_size": self.group_size}
+        self._episodes = episodes(self.env_id, self.env_kwargs, self.train_tasks, **numbers)
         self._check_playable([*self.train_tasks, *self.panel_tasks])
         self._check_chat(module)
 
@@ -225,12 +229,21 @@ class RolloutData(L.LightningDataModule):
         self._stream.position = self._resume_at
         return self._stream
 
-    def state_dict(self) -> dict[str, int]:
-        """The stream's. Lightning restores a loader only if nobody asked for its length (estimated_stepping_batches) before."""
-        return self._stream.state_dict() if self._stream is not None else {}
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's, and what decides which episodes it plays.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The inverse of `state_dict`; comes before `train_dataloader`."""
+        Lightning restores a loader only if nobody asked for its length (estimated_stepping_batches) before.
+        """
+        return {**self._stream.state_dict(), "episodes": self._episodes} if self._stream is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; comes between `setup` and `train_dataloader`.
+
+        Raises:
+            ConfigError: the run played other episodes.
+        """
+        if self._episodes is not None:  # it is to go on
+            check_episodes(state.get("episodes"), self._episodes)
         self._resume_at = state["position"]
 
     def val_dataloader(self) -> PanelStream:

@@ -258,7 +258,7 @@ class Run:
             "trajectories": (self.folder / "trajectories.jsonl").read_bytes(),
             "panel": json.loads((self.folder / "panel.json").read_text()),
             "adapter": (self.folder / "adapter" / "student" / "adapter_model.safetensors").read_bytes(),
-            "checkpoint": {k: v for k, v in checkpoint.items() if k != "callbacks"},
+            "checkpoint": {k: v for k, v in checkpoint.items() if k not in ("callbacks", "settings")},
             "journal": journal,
             **tables,
         }

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from skillsd import ranks
 from skillsd.checkpoint import LAST, PREVIOUS, newest_good, plain, read_checkpoint, step_of
+from skillsd.continuation import say_changes, settings
 from skillsd.durable import seal, write
 from skillsd.run_folder import CHECKPOINTS, note_checkpoint
 
@@ -87,7 +88,16 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["settings"] = self._settings(trainer)
+
+    def _settings(self, trainer: L.Trainer) -> dict[str, str]:
+        return settings(getattr(trainer, "skillsd_config", {}), str(trainer.default_root_dir))
+
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say which settings are no longer the run's: its record is of both."""
+        if trainer.state.fn == "fit" and (said := say_changes(checkpoint.get("settings", {}), self._settings(trainer))):
+            ranks.say(said)
         self._last_global_step_saved = checkpoint["global_step"]
 
 

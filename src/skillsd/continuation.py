@@ -1,0 +1,89 @@
+"""A run that goes on: what must be as it was, since the record would lie otherwise, and what may change and is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from skillsd.errors import ConfigError
+from skillsd.keys import leaves
+from skillsd.trajectory import Task
+
+PLACES = ("ckpt_path", "config", "overwrite", "weights_only", "trainer.default_root_dir")
+"""Keys that say how a run is started and where it lies, and nothing about it."""
+FEW, SHORT = 8, 60
+"""Changes that are listed, and characters of a value."""
+
+
+def episodes(env: str, env_kwargs: Mapping[str, Any], tasks: Sequence[Task], **numbers: int) -> dict[str, str]:
+    """What decides which episodes a run plays, as text by key of the data module.
+
+    Args:
+        env, env_kwargs: The environment.
+        tasks: The training tasks in their order; what is kept of them is a digest of their ids and options.
+        **numbers: Seed, tasks an iteration, trajectories a task.
+    """
+    listed = json.dumps([[t.task_id, t.options] for t in tasks], sort_keys=True, default=_kind)
+    digest = blake2b(listed.encode(), digest_size=8).hexdigest()
+    told = {"env": env, **dict(leaves(dict(env_kwargs), "env_kwargs")), **numbers}
+    return {k: _text(v) for k, v in told.items()} | {"tasks": f"{len(tasks)} with the digest {digest}"}
+
+
+def check_episodes(saved: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+    """Refuse to go on with other episodes than a checkpoint's run had.
+
+    Args:
+        saved, now: What `episodes` gave for the run, and gives here.
+
+    Raises:
+        ConfigError: They differ, or the checkpoint does not say.
+    """
+    if saved is None:
+        raise ConfigError("ckpt_path: the checkpoint does not say which episodes its run plays: it is of an older version of skillsd.")
+    if changed := changes(saved, now):
+        raise ConfigError(
+            f"data.init_args: a run goes on with the episodes that it began with, and {_listed(changed)}: set them as they were, or name "
+            "a new run folder."
+        )
+
+
+def settings(config: Mapping[str, Any], folder: str) -> dict[str, str]:
+    """A resolved configuration as text by key, for a checkpoint; paths in the run folder are kept without it."""
+    told = {}
+    for key, value in leaves(config):
+        if key not in PLACES:
+            inside = isinstance(value, str) and f"{value}/".startswith(f"{folder.rstrip('/')}/")
+            told[key] = f"(run folder){value[len(folder.rstrip('/')) :]}" if inside else _text(value)
+    return told
+
+
+def say_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """One line about settings that are no longer a checkpoint's; "" if all are."""
+    changed = changes(saved, now) if saved and now else []  # a run from a script has no configuration
+    return f"going on with other settings: {_listed(changed)}" if changed else ""
+
+
+def changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Key, old and new value of what differs, in the order of the keys."""
+    keys = sorted(saved.keys() | now.keys())
+    return [(k, saved.get(k, "not set"), now.get(k, "not set")) for k in keys if saved.get(k) != now.get(k)]
+
+
+def _listed(changed: Sequence[tuple[str, str, str]]) -> str:
+    said = [f"{key} was {_cut(old)} and is {_cut(new)}" for key, old, new in changed[:FEW]]
+    return ", ".join(said) + (f", and {len(changed) - FEW} more" if len(changed) > FEW else "")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=_kind, ensure_ascii=False)
+
+
+def _kind(value: Any) -> str:
+    """An object that is no plain data has no text that the next process would give it too."""
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
