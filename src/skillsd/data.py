@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +95,7 @@ class RolloutData(L.LightningDataModule):
         self.panel_temperature, self.panel_attempts, self.panel_adapter = panel_temperature, panel_attempts, panel_adapter
         self.panel_seeds, self.seed = panel_seeds or [0], seed
         self.rollout_s = 0.0
+        self.progress: Callable[[str, int, int], object] | None = None  # is told what is played, and how many episodes of how many
         self._resume_at = 0
         self._episodes: dict[str, str] | None = None  # of a run that trains
         self._stream: GroupStream | None = None

@@ -98,7 +98,10 @@ class GroupStream:
         d, started = self.data, time.perf_counter()
         first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
         rows = [Row(t, k, text if k >= first else "") for t, text in zip(tasks, skills, strict=True) for k in range(d.group_size)]
-        played = collector.collect(rows, seed=d.seed, iteration=iteration, adapter=d.acting)
+        report: Callable[[int], object] | None = None
+        if getattr(d, "progress", None) is not None and collector is d.collector:  # not from the background
+            report = partial(_report, d.progress, f"iteration {iteration + 1}", 0, 1.0, len(rows))
+        played = collector.collect(rows, seed=d.seed, iteration=iteration, adapter=d.acting, progress=report)
         # A skill that leaves no room to act is left out: an episode that was not played would count as a reward of 0.
         if crowded := [i for i, t in enumerate(played) if rows[i].skill and not t.turns and t.finish_reason == "length"]:
             log.warning("iteration %d: %d prompts with a skill are too long; these episodes are played without.", iteration, len(crowded))
@@ -164,6 +167,8 @@ class PanelStream:
         self.data = data
         self.rows = [(seed, Row(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
         self.size = 4 * data.rollout.max_rows * ranks.world()
+        self.progress: Callable[[str, int, int], object] | None = getattr(data, "progress", None)
+        """Called with `panel`, the number of finished episodes and that of all, often; of several ranks by this one's share."""
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
@@ -177,5 +182,14 @@ class PanelStream:
             with d.policy.together():
                 for seed in dict.fromkeys(s for s, _ in mine):
                     rows = [r for s, r in mine if s == seed]
-                    played += d.collector.collect(rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter)
+                    done = start + len(played) * len(part) // len(mine)
+                    report = self.progress and partial(_report, self.progress, "panel", done, len(part) / len(mine), len(self.rows))
+                    played += d.collector.collect(
+                        rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter, progress=report
+                    )
             yield [t for theirs in ranks.gather(played) for t in theirs]
+
+
+def _report(progress: Callable[[str, int, int], object], what: str, before: int, scale: float, total: int, n: int) -> None:
+    """Pass on that n more episodes than `before` are finished, each of which stands for `scale` of all ranks' together."""
+    progress(what, before + round(n * scale), total)

@@ -7,6 +7,7 @@ from skillsd.callbacks.log import RunLog
 from skillsd.callbacks.memory import MemoryPlan
 from skillsd.callbacks.panel import Panel
 from skillsd.callbacks.peers import PeerWatch
+from skillsd.callbacks.progress import ProgressLog
 from skillsd.callbacks.resume import RunCheckpoint
 from skillsd.callbacks.teacher import TeacherSync
 
@@ -17,6 +18,7 @@ __all__ = [
     "MemoryPlan",
     "Panel",
     "PeerWatch",
+    "ProgressLog",
     "RunCheckpoint",
     "RunLog",
     "TeacherSync",

@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 
 from skillsd import ranks
+from skillsd.callbacks.progress import draws_bar
 from skillsd.checkpoint import read_checkpoint
 from skillsd.durable import write
 from skillsd.errors import ConfigError
@@ -110,13 +111,15 @@ class Panel(L.Callback):
     def _play(self, trainer: L.Trainer, when: str) -> dict[str, Any]:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         played: list[Trajectory] = []
-        with Progress(disable=not (trainer.progress_bar_callback and ranks.leads()), transient=True) as bar:
-            if not bar.console.is_terminal:  # a log file shows no bar
+        drawn = draws_bar(trainer) and ranks.leads()
+        with Progress(disable=not drawn, transient=True) as bar:
+            if not drawn:
                 ranks.say(f"panel {when}: {count(len(loader.rows), 'episode')}")
-            task = bar.add_task(f"panel {when}", total=len(loader))
+            else:
+                task = bar.add_task(f"panel {when}", total=len(loader.rows))
+                loader.progress = lambda _, done, __: bar.update(task, completed=done)
             for batch in loader:
                 played += batch
-                bar.advance(task)
         result = summarise(played, _scenarios(trainer))
         ranks.say(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(result).items()))
         return result

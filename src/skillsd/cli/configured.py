@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from skillsd import ranks
 from skillsd.analysis.panel import print_report
 from skillsd.begin import starts_anew
-from skillsd.callbacks import Diagnostics, MemoryPlan, PeerWatch, TeacherSync
+from skillsd.callbacks import Diagnostics, MemoryPlan, PeerWatch, ProgressLog, TeacherSync
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import read_checkpoint
 from skillsd.cli.owner import RunOwner
@@ -148,7 +148,10 @@ class CLI(LightningCLI):
         if isinstance(self.model, Cloning):  # pre-training has neither
             callbacks = [c for c in callbacks if not isinstance(c, TeacherSync | SkillBankCallback)]
         watch = [] if any(isinstance(c, PeerWatch) for c in given) else [PeerWatch()]
-        trainer = super()._instantiate_trainer({**config, "callbacks": [*callbacks, Diagnostics(), *given, MemoryPlan(), *watch]}, [])
+        says = [] if any(isinstance(c, ProgressLog) for c in given) else [ProgressLog()]
+        trainer = super()._instantiate_trainer(
+            {**config, "callbacks": [*callbacks, Diagnostics(), *says, *given, MemoryPlan(), *watch]}, []
+        )
         check_strategy(trainer.strategy)  # ranks of ddp_spawn and its like begin before any hook
         return trainer
 
