@@ -334,9 +334,22 @@ def test_debugging_shows_the_traceback(run, monkeypatch):
     with pytest.raises(ConfigError, match="group_size"):
         run("--data.init_args.group_size=1")
     monkeypatch.delenv("SKILLSD_DEBUG")
-    monkeypatch.setattr("skillsd.callbacks.log.RunLog._append", lambda *_: (_ for _ in ()).throw(OSError(errno.EBADF, "broken")))
-    with pytest.raises(OSError, match="broken"):  # nobody's bad input
+    monkeypatch.setattr("skillsd.callbacks.log.RunLog._append", None)
+    with pytest.raises(TypeError):  # nobody's bad input
         run()
+
+
+def test_code_of_the_user_s_is_named_and_leaves_nothing(run, tmp_path, monkeypatch):
+    (tmp_path / "my_code.py").write_text(
+        "import lightning\nclass Mine(lightning.Callback):\n  def setup(self, *_, **__):\n    raise KeyError('odd')\n"
+    )
+    (tmp_path / "my_broken_code.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = sorted(tmp_path.rglob("*.*"))
+    assert "Mine.setup" in (line := run.refuses("--trainer.callbacks+=my_code.Mine")) and "my_code.py:4" in line and "KeyError" in line
+    line = run.refuses("--trainer.callbacks+=my_broken_code.Mine")
+    assert "trainer.callbacks" in line and "my_broken_code.py:1" in line and "no_such_package_at_all" in line
+    assert [p for p in sorted(tmp_path.rglob("*.*")) if "__pycache__" not in str(p)] == before
 
 
 # -- names and versions -----------------------------------------------------------------------------------------------------------

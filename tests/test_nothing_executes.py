@@ -39,8 +39,6 @@ MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpi
 CALLS = {"eval", "exec", "compile", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "os.system", "os.popen"}
 TRUE = {"trust_remote_code", "allow_pickle", "shell"}
 ALLOWED = {
-    # The name of torch's and Lightning's error for a file that is no checkpoint; nothing is unpickled.
-    ("src/skillsd/cli/__init__", "from pickle import UnpicklingError"), ("src/skillsd/errors.py", "from pickle import UnpicklingError"),
     # AppWorld's worker runs the agent's code: in a process of its own, inside the sandbox that tests/envs/test_appworld_hostile.py attacks.
     ("envs/skillsd_appworld/worker", "compile"), ("envs/skillsd_appworld/worker", "exec"),
 }  # fmt: skip

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import grimp
@@ -27,8 +28,11 @@ def test_one_version() -> None:
 
 
 def test_console_script() -> None:
-    (script,) = importlib.metadata.entry_points(group="console_scripts", name="skillsd")
-    assert script.value == "skillsd.cli:main"
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["skillsd"]
+    script = importlib.metadata.EntryPoint("skillsd", declared, "console_scripts")
+    assert (
+        script.load() is importlib.import_module("skillsd.__main__").main
+    )  # which is light: it tells what fails while others are imported
 
 
 def test_conf_dir_is_the_repository_s() -> None:

@@ -1,14 +1,11 @@
-"""Bad input: the error of the house, the one line that the command line makes of any error that is the user's business, and what no
-line may hold: a secret."""
+"""Bad input: the error of the house, what a parser's error comes to in one line, and what no line may hold: a secret."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-from argparse import ArgumentError, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Iterator
-from pickle import UnpicklingError
 from typing import NoReturn
 
 _SECRET_NAME = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
@@ -29,35 +26,11 @@ class Parser(ArgumentParser):
         raise ConfigError(f"{message} (`{self.prog} --help` shows what is accepted)")
 
 
-def users_business(e: Exception) -> bool:
-    """Bad input, a disk that is full, broken or read-only (what the bank reports has no number), or a file that is no checkpoint."""
-    if isinstance(e, OSError):
-        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
-        return _no_checkpoint(e) or e.errno in (None, *disk)
-    return _no_checkpoint(e) or not isinstance(e, KeyError | RuntimeError)
-
-
-def _no_checkpoint(e: Exception) -> bool:
-    """What torch and Lightning raise for garbage, for a file that was cut short, and for another program's."""
-    cut = isinstance(e, OSError) and e.errno == errno.EINVAL and e.filename is None
-    return cut or isinstance(e, UnpicklingError) or any(mark in str(e) for mark in ("PytorchStreamReader", "pytorch-lightning_version"))
-
-
-def told(e: Exception) -> str:
-    """The one line."""
-    if _no_checkpoint(e):
-        return "ckpt_path: the file is not a checkpoint of skillsd, or is damaged: name another, or leave it out."
-    if isinstance(e, OSError) and e.errno is not None:
-        fix = "check the disk" if e.errno == errno.EIO else "make room"
-        return f"{e.strerror}: {e.filename or 'the run folder'}: {fix}, or name another trainer.default_root_dir."
-    return one_line(str(e)) if isinstance(e, ArgumentError) else " ".join(str(e).split())
-
-
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it, from the last to the first, as a traceback shows them: at most 8."""
+    """The error and what led to it, from the last to the first, as a traceback shows them: at most 20."""
     at: BaseException | None = error
     seen: list[int] = []
-    while at is not None and id(at) not in seen and len(seen) < 8:
+    while at is not None and id(at) not in seen and len(seen) < 20:
         seen.append(id(at))
         yield at
         inner = at.exceptions[0] if isinstance(at, BaseExceptionGroup) else None

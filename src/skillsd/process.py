@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from skillsd.errors import users_business
-
 
 @dataclass
 class Guard:
@@ -32,7 +30,7 @@ def guarded() -> Iterator[Guard]:
     before = threading.excepthook
 
     def failed(args: Any) -> None:
-        if isinstance(args.exc_value, OSError) and users_business(args.exc_value):
+        if isinstance(args.exc_value, OSError | MemoryError):
             guard.failed.append(args.exc_value)
         else:
             before(args)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from skillsd import cli, errors
+from skillsd.diagnosis import report
 from skillsd.errors import ConfigError, hold_secret, redacted
 
 KEY = "sk-planted-Zq83hTnv0LxWm5RbYd2KcJ7u"
@@ -231,6 +232,6 @@ def test_the_traceback_of_an_error_is_redacted(clean, capsys):
     try:
         raise ConfigError(f"say {KEY}")
     except ConfigError as e:
-        cli._show_error(type(e), e, e.__traceback__)
+        report(type(e), e, e.__traceback__)
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith("say [A]\n") and KEY not in err

@@ -15,7 +15,8 @@ import torch
 
 from skillsd.analysis.run import Run
 from skillsd.checkpoint import check_base, newest_good, read_checkpoint
-from skillsd.errors import ConfigError, told, users_business
+from skillsd.diagnosis import explain
+from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import Chat
 from skillsd.run_folder import CHECKPOINTS
@@ -52,9 +53,9 @@ class Scorer:
             try:
                 checkpoint = read_checkpoint(source)
             except Exception as e:
-                if not users_business(e):
+                if (line := explain(e)) is None:
                     raise
-                raise ConfigError(f"{source}: {told(e)}") from e
+                raise ConfigError(f"{source}: {line}") from e
             check_base(checkpoint, self.policy.identity)
             self.policy.load_adapter_state(checkpoint["state_dict"])
         self.chat = Chat(self.policy.tokenizer, self.policy.stop_ids)

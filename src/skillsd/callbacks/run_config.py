@@ -29,6 +29,9 @@ class SaveRunConfig(SaveConfigCallback):
         """Lightning opens its loggers before anything is checked: remove what they made."""
         if getattr(self, "started", False) or not ranks.leads():
             return
+        for logger in trainer.loggers:
+            with suppress(Exception):  # TensorBoard writes later, and would miss its file
+                logger.finalize("failed")
         for folder, found in self.logs.items():
             for path in sorted({folder, *folder.rglob("*")} - found, reverse=True):
                 with suppress(OSError):

@@ -7,11 +7,8 @@ import logging
 import os
 import select
 import sys
-import traceback
 import warnings
-from argparse import ArgumentError
-from pickle import UnpicklingError
-from typing import Any
+from io import TextIOWrapper
 
 import lightning as L
 from jsonargparse import set_parsing_settings
@@ -24,8 +21,9 @@ from skillsd.class_paths import config
 from skillsd.cli.arguments import packaged, resolve_configs
 from skillsd.cli.configured import CLI
 from skillsd.cli.owner import RunOwner
+from skillsd.diagnosis import explain, report, where
 from skillsd.doctor import doctor, rows
-from skillsd.errors import ConfigError, redacted, told, users_business
+from skillsd.errors import redacted
 from skillsd.process import guarded
 from skillsd.trainer import Trainer
 
@@ -62,40 +60,42 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=f"(?s).*{text}")
 
 
-def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """The interpreter's hook: a traceback holds no secrets."""
-    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-
-
 def main(args: ArgsType = None) -> int:
-    """Run a command. Bad input prints one line and returns 2; SKILLSD_DEBUG=1 shows the traceback instead."""
+    """Run a command. What is the user's business (`diagnosis.explain`) prints one line and returns 2; SKILLSD_DEBUG=1 shows the traceback
+    instead. Our own faults are raised.
+    """
+    _print_anything()
     argv = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
-    if argv == ["--version"]:
-        print(f"skillsd {__version__}")
-        return 0
     argv = argv or ["--help"]
     if argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
         argv += ["-c", "sokoban"]
     quiet()
-    sys.excepthook = _show_error
+    sys.excepthook = report
     set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True)
     with guarded() as guard:
         try:
             code = _run(argv)
             if guard.failed:
                 raise guard.failed[0]
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return code
         except BrokenPipeError:
             if not _unread():
                 raise
             return 1
-        except (ConfigError, ArgumentError, OSError, UnpicklingError, KeyError, RuntimeError) as e:
-            if os.environ.get("SKILLSD_DEBUG") == "1" or not users_business(e):
+        except Exception as e:
+            line = explain(e)
+            if os.environ.get("SKILLSD_DEBUG") == "1" or line is None:
                 raise
-            print(f"{ranks.name()}error: {redacted(told(e))}", file=sys.stderr)
+            print(f"{ranks.name()}error: {redacted(line)}", file=sys.stderr)
+            _unwritten()
             return 2
         except (KeyboardInterrupt, SystemExit) as e:
             if isinstance(e, SystemExit) and not isinstance(e.__context__, KeyboardInterrupt):
+                if place := where(e).user:
+                    print(f"error: {place} ended the program: sys.exit() is not for code that others call", file=sys.stderr)
+                    return 2
                 raise
             return 128 + guard.signal  # Lightning makes an exit of an interruption
         finally:
@@ -103,6 +103,9 @@ def main(args: ArgsType = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if argv == ["--version"]:
+        print(f"skillsd {__version__}")
+        return 0
     match argv[0]:  # commands without a configuration; what they import is slow (pandas, matplotlib), so late
         case "config":  # it imports nothing that a file names
             config(resolve_configs(argv)[1:])
@@ -117,9 +120,9 @@ def _run(argv: list[str]) -> int:
 
             view(argv[1:])
         case "report":
-            from skillsd.analysis.report import report
+            from skillsd.analysis.report import report as make_report
 
-            report(argv[1:], lambda: rows(network=False))
+            make_report(argv[1:], lambda: rows(network=False))
         case "skills":
             from skillsd.analysis.skills import skills
 
@@ -150,6 +153,22 @@ def configured(argv: list[str]) -> None:
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
             args=resolve_configs(argv),
         )
+
+
+def _print_anything() -> None:
+    """A terminal that cannot show a character gets its code: a name or a picture is no reason to end."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _unwritten() -> None:
+    """Keep the interpreter's last flush quiet where stdout takes no more: a full disk, say."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _unread() -> bool:

@@ -22,6 +22,7 @@ from skillsd.callbacks import Diagnostics, MemoryPlan, PeerWatch, ProgressLog, T
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import read_checkpoint
 from skillsd.cli.owner import RunOwner
+from skillsd.diagnosis import blame
 from skillsd.errors import ConfigError, hold_secret, one_line, secrets
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.module import check_strategy
@@ -104,7 +105,8 @@ class CLI(LightningCLI):
         except ConfigError:
             raise
         except ArgumentError as e:
-            raise ConfigError(one_line(str(e), specifying(e))) from e
+            line = one_line(str(e), specifying(e))
+            raise ConfigError(f"{line.partition(': ')[0]}: {said}" if (said := blame(e)) else line) from e
         except (ValueError, OmegaConfBaseException, RecursionError) as e:
             why = " ".join(str(e).split())
             if (key := reading(e)) and not isinstance(e, UnicodeDecodeError | OmegaConfBaseException):
@@ -134,9 +136,13 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except ConfigError:
             raise
-        except (ValueError, TypeError, MisconfigurationException) as e:
+        except Exception as e:
+            known = isinstance(e, ValueError | TypeError | ImportError | MisconfigurationException)
+            said = "" if _ours(e) else blame(e)
+            if not known and not said:
+                raise
             key = refusing(e, self.config[self.subcommand].as_dict()) or "trainer"
-            raise ConfigError(f"{key}: " * (not _ours(e)) + one_line(str(e))) from e
+            raise ConfigError(f"{key}: " * (not _ours(e)) + (said or one_line(str(e)))) from e
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # `teacher` and `skills` come first: what is logged and saved at an iteration's end includes theirs.
