@@ -30,6 +30,8 @@ from benchmarks.peers import add_arguments, measurements
 from benchmarks.random_model import random_model
 
 CONF = Path(__file__).parents[1] / "conf"
+BARE = ("--panel.enabled=false", "--adapter.enabled=false", "--trainer.logger=false", "--trainer.enable_checkpointing=false")
+"""The record of the iterations alone."""
 CAPPED = """
 import sys
 from skillsd.cli import main
@@ -125,7 +127,7 @@ def main() -> None:
         file.write_text(yaml.safe_dump(overlay))
         run = Path(folder, "run")
         settings = ["-c", str(CONF / "sokoban-paper.yaml"), "-c", str(file), f"--trainer.default_root_dir={run}"]
-        settings += [f"--trainer.max_steps={a.iterations}", "--trainer.callbacks=[skillsd.callbacks.RunLog]", *further]
+        settings += [f"--trainer.max_steps={a.iterations}", *BARE, *further]
         start = [sys.executable, "-m", "skillsd"] if a.cap is None else [sys.executable, "-c", CAPPED.format((a.cap - 0.75) * 2**30)]
         rows = fit([*start, "fit", *settings], run, Path(folder, "log"))
     peak, rows = max(r["memory/peak_gib"] for r in rows), rows[1:]

@@ -72,7 +72,7 @@ def measure(a: argparse.Namespace, model: str, ranks: int, further: list[str]) -
         os.environ["SCALING_OUT"] = folder
         settings = ["-c", str(CONF / "sokoban-paper.yaml"), "-c", str(file), f"--trainer.default_root_dir={run}"]
         settings += [f"--trainer.accelerator={a.accelerator}", f"--trainer.devices={ranks}", f"--trainer.max_steps={a.iterations}"]
-        settings += ["--trainer.callbacks=[skillsd.callbacks.RunLog,skillsd.callbacks.RunCheckpoint]"]
+        settings += ["--panel.enabled=false", "--adapter.enabled=false"]
         settings += ["--trainer.strategy=ddp"] * (ranks > 1)
         fit([sys.executable, "-m", "benchmarks.scaling_worker", "fit", *settings, *further], run, Path(folder, "log"))
         files = [Path(folder, f"rank-{n}.jsonl") for n in range(ranks)]

@@ -9,10 +9,12 @@ import gymnasium
 import pytest
 import yaml
 from bitsandbytes.nn import Linear4bit
+from lightning.pytorch.loggers import TensorBoardLogger
 
 import skillsd.cli
 from skillsd import conf_dir
-from skillsd.callbacks import Panel, RunCheckpoint, RunLog, TeacherSync
+from skillsd.callbacks import EnvStepBudget, Panel, RunCheckpoint, RunLog, TeacherSync
+from skillsd.cli.standard import STANDARD
 from skillsd.errors import ConfigError
 from skillsd.keys import leaves
 from skillsd.pretrain import DemonstrationData
@@ -144,37 +146,36 @@ def test_method_model_and_hardware_stack(fit, tiny_model):
 
 def test_lists_merge_in_overlays(fit, tmp_path):
     """`callbacks+:` appends; a list of the same length changes items in place, and leaves what it does not name."""
-    listed = [c["class_path"] for c in read("sokoban.yaml")["trainer"]["callbacks"]]
 
-    def overlay(name: str, **panel: Any) -> str:
-        items = [{"class_path": c, "init_args": panel if c.endswith("Panel") else {}} for c in listed]
+    def overlay(name: str, at: str, **arguments: Any) -> str:
+        items = [{"class_path": f"lightning.pytorch.callbacks.{c}", "init_args": arguments if c == at else {}} for c in listed]
         (tmp_path / name).write_text(yaml.safe_dump({"trainer": {"callbacks": items}}))
         return str(tmp_path / name)
 
+    listed = ["LearningRateMonitor", "DeviceStatsMonitor"]
     more = tmp_path / "more.yaml"
     more.write_text("trainer:\n  callbacks+:\n    - {class_path: skillsd.callbacks.EnvStepBudget, init_args: {steps: 9}}\n")
-    cli = fit(["sokoban.yaml", overlay("a.yaml", every=3), overlay("b.yaml", before=False), str(more)])
-    config = cli.config["fit"].trainer.callbacks
-    assert [c.class_path for c in config] == [*listed, "skillsd.callbacks.EnvStepBudget"] and config[-1].init_args.steps == 9
-    (panel,) = (c for c in cli.trainer.callbacks if isinstance(c, Panel))
-    assert (panel.every, panel.before, panel.after) == (3, False, True)
+    a, b = overlay("a.yaml", listed[0], log_momentum=True), overlay("b.yaml", listed[0], log_weight_decay=True)
+    config = fit(["sokoban.yaml", a, b, str(more)]).config["fit"].trainer.callbacks
+    assert [c.class_path.split(".")[-1] for c in config] == [*listed, "EnvStepBudget"] and config[-1].init_args.steps == 9
+    assert config[0].init_args.log_momentum and config[0].init_args.log_weight_decay
 
 
 # -- `teacher:` and `skills:` -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL_EXPERIMENTS)
-def test_the_two_callbacks_that_every_run_has(fit, name):
-    """They come first, whatever the list says: what is logged and saved at an iteration's end includes theirs."""
+def test_the_callbacks_that_every_run_has(fit, name, tmp_path):
+    """Those that act come first: what is logged and saved at an iteration's end includes theirs. No experiment lists any."""
     cli = fit([name])
+    assert [k for k in kinds(cli) if k in STANDARD.values()] == list(STANDARD.values())
+    assert set(read(name)["trainer"]) == {"default_root_dir", "max_epochs"}
+    assert isinstance(cli.trainer.logger, TensorBoardLogger) and Path(cli.trainer.logger.log_dir) == tmp_path / "tensorboard"
     assert (
         kinds(cli)[:2] == [TeacherSync, SkillBankCallback]
         and sync(cli).mode == ("frozen" if name == "sokoban.yaml" else "sync")
         and sync(cli).every == 1
     )
-    assert not [c for c in read(name)["trainer"]["callbacks"] if c["class_path"].endswith(("TeacherSync", "SkillBankCallback"))]
-    bare = fit([name], "--trainer.callbacks=null")
-    assert kinds(bare)[:2] == [TeacherSync, SkillBankCallback] and bank(bare).template == bank(cli).template
 
 
 def test_they_are_set_in_a_file_and_by_flags(fit, tmp_path):
@@ -203,10 +204,8 @@ def test_a_model_overlay_changes_the_skill_texts_alone(fit, tmp_path, name):
     assert set(given["trainer"]) == {"default_root_dir"} and "teacher" not in given
     assert set(given["skills"]) == {"summariser", "template", "transcript_template"}
     other = tmp_path / "other.yaml"
-    listed = [c["class_path"] for c in read("sokoban.yaml")["trainer"]["callbacks"]]
-    items = [{"class_path": c, "init_args": {"before": False} if c.endswith("Panel") else {}} for c in listed]
     settings = {"teacher": {"mode": "ema", "rate": 0.5}, "skills": {"capacity": 3, "context": {"class_path": "skillsd.skills.NoContext"}}}
-    other.write_text(yaml.safe_dump({"trainer": {"callbacks": items}, **settings}))
+    other.write_text(yaml.safe_dump({"panel": {"before": False}, **settings}))
     for files in (["sokoban.yaml", str(other), name], ["sokoban.yaml", name, str(other)]):
         cli = fit(files)
         assert (sync(cli).mode, sync(cli).rate, bank(cli).bank_settings["capacity"]) == ("ema", 0.5, 3)
@@ -325,7 +324,9 @@ def test_a_study_s_cells(fit, name, monkeypatch):
         controls = {"no_skill_trace_gate": "no_skill", "shuffled_trace_gate": "shuffled_skill"}
         control = METHODS[controls[cell.method]] if cell.method in controls else {}
         assert method(cli) == SKILL_SD | METHODS["trace_gate" if control else cell.method] | control
-        assert kinds(cli)[:3] == [TeacherSync, SkillBankCallback, RunLog] and RunCheckpoint in kinds(cli)
+        assert [k for k in kinds(cli) if k in STANDARD.values()] == [TeacherSync, SkillBankCallback, RunLog, Panel, RunCheckpoint]
+        (log, saver) = (next(c for c in cli.trainer.callbacks if type(c) is k) for k in (RunLog, RunCheckpoint))
+        assert not log.trajectories and saver._every_n_train_steps > 1 and EnvStepBudget in kinds(cli)
         assert cli.datamodule.seed == cell.seed
         (panel,) = (c for c in cli.trainer.callbacks if isinstance(c, Panel))
         assert panel.before and panel.after and panel.every > 0
@@ -356,7 +357,7 @@ def test_a_later_flag_overrides_the_file(fit, tmp_path):
     )
     assert cli.model.optim.lr == 1e-6 and cli.datamodule.seed == 3
     assert cli.datamodule.env_kwargs["max_turns"] == 7 and cli.datamodule.env_kwargs["boxes"] == 2
-    assert Path(cli.trainer.logger.save_dir) == tmp_path  # ${...default_root_dir} follows its flag
+    assert Path(cli.trainer.logger.save_dir) == tmp_path
 
 
 def test_the_paper_s_setting(fit):

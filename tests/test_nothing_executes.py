@@ -21,6 +21,7 @@ import yaml
 
 from skillsd import class_paths, cli
 from skillsd.class_paths import KEYS, selected
+from skillsd.cli.standard import STANDARD
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.load import load_base, load_tokenizer
@@ -292,7 +293,8 @@ def test_the_table_is_true():
             else:
                 assert issubclass(kind, bases), path
     listed = {path for key in KEYS for path in key.shipped}
-    built_in = {"skillsd.callbacks.MemoryPlan", "skillsd.callbacks.TeacherSync", "skillsd.skills.GroupContext"}
+    standard = {f"skillsd.callbacks.{kind.__name__}" for kind in STANDARD.values()}
+    built_in = standard | {"skillsd.callbacks.Diagnostics", "skillsd.callbacks.MemoryPlan", "skillsd.skills.GroupContext"}
     for package in ("skillsd.callbacks", "skillsd.objective", "skillsd.skills"):
         module: Any = importlib.import_module(package)
         bases = tuple(

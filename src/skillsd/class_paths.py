@@ -20,7 +20,7 @@ _OBJECTIVE = "model.init_args.objective"
 _SIGNALS = tuple(f"skillsd.objective.{name}" for name in ("NaiveK3", "OPID", "RLSD", "SDAR", "SDPG", "SDPO", "SkillSD", "UCOB"))
 _SUMMARISERS = ("RulesSummariser", "BaseSummariser", "OpenAISummariser")
 _CONTEXTS = ("BankContext", "NoContext", "ShuffledContext", "HindsightContext", "SiblingContext", "GroundTruthContext")
-_CALLBACKS = ("AdapterExport", "EnvStepBudget", "Panel", "PeerWatch", "RunCheckpoint", "RunLog")
+_CALLBACKS = ("EnvStepBudget", "PeerWatch", "ProgressLog")
 
 
 class Key(NamedTuple):
@@ -49,15 +49,7 @@ KEYS = (
     Key("trainer.accelerator", ("lightning.pytorch.accelerators.Accelerator",)),
     Key("trainer.strategy", ("lightning.pytorch.strategies.Strategy",)),
     Key("trainer.profiler", ("lightning.pytorch.profilers.Profiler",)),
-    Key(
-        "trainer.plugins",
-        (
-            "lightning.pytorch.plugins.Precision",
-            "lightning.fabric.plugins.ClusterEnvironment",
-            "lightning.fabric.plugins.CheckpointIO",
-            "lightning.pytorch.plugins.LayerSync",
-        ),
-    ),
+    Key("trainer.plugins", ("lightning.fabric.plugins.ClusterEnvironment",)),
 )
 ENVIRONMENT = "data.init_args.env"
 """Names no class, but a module too: `module:Id-v0`."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from skillsd import ranks
 from skillsd.continuation import check_episodes, episodes
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
@@ -206,6 +207,9 @@ class RolloutData(L.LightningDataModule):
             trainer: Any = self.trainer
             engine = make_engine(policy, self.rollout, run=str(Path(trainer.default_root_dir).resolve()))
             self._collector = Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length)
+            if self.rollout.max_turn_tokens is None:
+                most, context = self.rollout.turn_tokens(policy.context_length), policy.context_length
+                ranks.say(f"rollout.max_turn_tokens: {most}, since it is not set and the model's context is {context} tokens.")
         return self._collector
 
     @property

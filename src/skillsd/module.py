@@ -122,7 +122,7 @@ class SkillSD(L.LightningModule):
     def configure_optimizers(self) -> Any:
         o = self.optim
         optimizer = torch.optim.AdamW(self.policy.student_parameters(), o.lr, weight_decay=o.weight_decay)
-        total = max(1, o.schedule_steps or int(self.trainer.estimated_stepping_batches))
+        total = max(1, o.schedule_steps or self.trainer.estimated_stepping_batches)  # infinite without an end: see cli
 
         def factor(step: int) -> float:
             if step < o.warmup_steps:

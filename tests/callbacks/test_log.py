@@ -27,7 +27,7 @@ def test_tokens_are_kept_for_tensorboard_alone(tmp_path):
     told = TensorBoardLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")
     assert asked(RunLog(), *told) == [0, 10, 20] and asked(RunLog(histogram_every=7), *told) == [0, 7, 14]
     assert asked(RunLog(), told[1]) == asked(RunLog()) == asked(RunLog(histogram_every=0), *told) == []
-    with pytest.raises(ConfigError, match=r"^RunLog.histogram_every is -1: give 0 \(never\)"):
+    with pytest.raises(ConfigError, match=r"^log.histogram_every is -1: give 0 \(never\)"):
         RunLog(histogram_every=-1)
 
 

@@ -278,7 +278,7 @@ def test_no_entry_where_a_run_ends(tmp_path):
     Panel(every=1).on_train_batch_end(at(tmp_path, 8, scored({"a": "11", "b": "10"})), None, None, None, 0)
     shares = {"success": 0.75, "completion": 0.75, "task_goal_completion": 0.75, "scenario_goal_completion": 0.5}
     assert read_panel(tmp_path) == {"during": {"8": {"n": 4, **shares}}}
-    with pytest.raises(ConfigError, match=r"Panel\.every is -1"):
+    with pytest.raises(ConfigError, match=r"panel\.every is -1"):
         Panel(every=-1)
 
 

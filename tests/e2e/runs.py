@@ -297,12 +297,6 @@ def overlay(
     callbacks: Sequence[dict[str, Any]] = (), data: dict[str, Any] | None = None, log: dict[str, Any] | None = None, **model: Any,
 ) -> Path:  # fmt: skip
     """Everything tiny; `bank`, `teacher`, `checkpoint`, `panel` and `log` are arguments of their callbacks."""
-    named: dict[str, dict[str, Any]] = {
-        "skillsd.callbacks.RunLog": log or {},
-        "skillsd.callbacks.Panel": panel or {},
-        "skillsd.callbacks.AdapterExport": {},
-        "skillsd.callbacks.RunCheckpoint": checkpoint or {},
-    }
     env = {
         "size": 6, "boxes": 1, "difficulties": {"short": {"lengths": [3, 6]}}, "splits": {"train": {"short": 8}, "test": {"short": 6}},
         "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
@@ -316,12 +310,13 @@ def overlay(
     }
     config = {
         "trainer": {
-            "max_epochs": 3, "enable_progress_bar": False,
-            "callbacks": [*callbacks, *({"class_path": k, "init_args": v} for k, v in named.items())],
-            **(trainer or {}),
+            "max_epochs": 3, "enable_progress_bar": False, "callbacks": list(callbacks), **(trainer or {}),
         },
         "teacher": teacher,
         "skills": bank,
+        "log": log or {},
+        "panel": panel or {},
+        "checkpoint": checkpoint or {},
         "model": {"init_args": model},
         "data": {
             "init_args": {

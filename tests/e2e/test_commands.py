@@ -130,7 +130,6 @@ def test_the_run_folder(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["trainer"]["default_root_dir"] == str(finished) and config["seed_everything"] == 0
     assert config["data"]["init_args"]["env_kwargs"]["splits"]["train"] == {"short": 5}
-    assert config["trainer"]["logger"]["init_args"]["save_dir"] == str(finished)
 
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
     assert list(rows[0]) == ["iteration", "epoch", *METRICS]
@@ -251,8 +250,7 @@ def test_tensorboard_compares_runs(finished, tell, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a").symlink_to(finished)
     other = tmp_path / "runs" / "b"
-    flags = callbacks(RunLog={"histogram_every": 1}, Panel={}, AdapterExport={}, RunCheckpoint={})
-    tell("fit", other, "-c", "method/trace_gate", "--skills.min_reward=null", flags, "--trainer.max_steps=3")
+    tell("fit", other, "-c", "method/trace_gate", "--skills.min_reward=null", "--log.histogram_every=1", "--trainer.max_steps=3")
 
     events, rows = events_of(other), list(csv.DictReader((other / "metrics.csv").open()))
     assert len(rows) == 3
@@ -348,12 +346,7 @@ def test_a_budget_of_environment_steps(tell, tmp_path):
     assert len(env_steps(whole)) == len(used) + 1 and env_steps(whole)[:-1] == used
 
 
-def callbacks(**given: dict[str, Any]) -> str:
-    """The flag that lists callbacks with their arguments."""
-    return "--trainer.callbacks=" + json.dumps([{"class_path": f"skillsd.callbacks.{k}", "init_args": v} for k, v in given.items()])
-
-
-CURVE = callbacks(RunLog={}, Panel={"every": 1}, AdapterExport={}, RunCheckpoint={})
+CURVE = "--panel.every=1"
 
 
 def test_a_learning_curve(run, tell, tmp_path):
@@ -380,11 +373,9 @@ def test_a_learning_curve(run, tell, tmp_path):
     assert panel(folder) == content
 
 
-@pytest.mark.parametrize("order", [("Panel", "EnvStepBudget"), ("EnvStepBudget", "Panel")])
-def test_a_learning_curve_has_no_point_where_a_budget_ends(tell, tmp_path, order):
-    """Whichever of the two callbacks is listed first: `after` is that point."""
-    given: dict[str, dict[str, Any]] = {"Panel": {"every": 1}, "EnvStepBudget": {"steps": 60}}
-    tell("fit", tmp_path / "run", callbacks(RunLog={}, **{k: given[k] for k in order}, RunCheckpoint={}), "--trainer.max_epochs=40")
+def test_a_learning_curve_has_no_point_where_a_budget_ends(tell, tmp_path):
+    """`after` is that point."""
+    tell("fit", tmp_path / "run", CURVE, budget(60), "--trainer.max_epochs=40")
     n = len(env_steps(tmp_path / "run"))
     assert 1 < n < 8 and list(panel(tmp_path / "run")["during"]) == [str(k) for k in range(1, n)]
 

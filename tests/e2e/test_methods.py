@@ -46,8 +46,9 @@ FIRST = 3
 TINY: dict[str, Any] = {
     "trainer": {
         "max_epochs": 2, "max_steps": 5, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False,
-        "callbacks": [{"class_path": "skillsd.callbacks.RunLog"}],
     },
+    "panel": {"enabled": False},
+    "adapter": {"enabled": False},
     "model": {
         "init_args": {
             "policy": {"lora": {"init": None}}, "grad_norm_every": 1,

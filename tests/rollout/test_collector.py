@@ -84,7 +84,9 @@ def ten_turns():
     engine = Scripted(t.convert_tokens_to_ids(["left", "left", "<|end|>"]), t.eos_token_id)
 
     def play(context_length=2048, n=1, **limits):
-        collector = Collector("test/TenTurns-v0", {}, Chat(t, [t.eos_token_id]), engine, RolloutSettings(**limits), context_length)
+        collector = Collector(
+            "test/TenTurns-v0", {}, Chat(t, [t.eos_token_id]), engine, RolloutSettings(**{"max_turn_tokens": 512} | limits), context_length
+        )
         played = collector.collect([Row(Task(str(i))) for i in range(n)], seed=0, iteration=0)
         return played[0] if n == 1 else played
 

@@ -299,12 +299,9 @@ def fit(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
 
     def run(train: list[str], *flags: str, folder: str = "run", **model: Any) -> tuple[int, str]:
         monkeypatch.setattr(Hostile, "splits", {"train": train, "test": ["held out", "raises:1", "held out too"]})
-        callbacks = {"RunLog": {}, "Panel": {}, "RunCheckpoint": {}}
         config = {
-            "trainer": {
-                "max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu",
-                "callbacks": [{"class_path": f"skillsd.callbacks.{k}", "init_args": v} for k, v in callbacks.items()],
-            },
+            "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
+            "adapter": {"enabled": False},
             "model": {
                 "init_args": {"policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "init": None}}, "optimizer": {"lr": 5e-3}, **model}
             },

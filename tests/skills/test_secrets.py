@@ -182,7 +182,7 @@ def test_a_key_in_the_configuration_is_refused(clean, tmp_path, tiny_model, caps
     assert f"skills.summariser.init_args.system holds the value of the environment variable {NAME}" in line
     monkeypatch.setenv("HF_TOKEN", KEY[::-1])
     named = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"filename": KEY[::-1]}}
-    base["trainer"]["callbacks"] = [{"class_path": "skillsd.callbacks.RunLog"}, named]
+    base["trainer"]["callbacks"] = [named]
     line = refused(tmp_path, capsys, base)
     assert KEY[::-1] not in line
 

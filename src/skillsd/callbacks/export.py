@@ -58,7 +58,15 @@ def export_adapter(policy: Any, folder: Path, steps: int, key: str = "trainer.de
 
 
 class AdapterExport(L.Callback):
-    """Writes adapter/student in the run folder when training ends."""
+    """Writes adapter/student in the run folder when training ends.
+
+    Args:
+        enabled: false leaves the callback out of the run.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__()
+        self.enabled = enabled
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if ranks.leads():

@@ -42,13 +42,14 @@ class RunLog(L.Callback):
     Args:
         trajectories: Write trajectories.jsonl.
         histogram_every: Iterations between two histograms for TensorBoard; 0 never.
+        enabled: false leaves the callback out of the run.
     """
 
-    def __init__(self, trajectories: bool = True, histogram_every: int = 10) -> None:
+    def __init__(self, trajectories: bool = True, histogram_every: int = 10, enabled: bool = True) -> None:
         super().__init__()
         if histogram_every < 0:
-            raise ConfigError(f"RunLog.histogram_every is {histogram_every}: give 0 (never) or a number of iterations.")
-        self.trajectories, self.histogram_every = trajectories, histogram_every
+            raise ConfigError(f"log.histogram_every is {histogram_every}: give 0 (never) or a number of iterations.")
+        self.trajectories, self.histogram_every, self.enabled = trajectories, histogram_every, enabled
         self.draws = True  # until the environment fails to
         self.trains = False  # a finished run that is run again does not
         self.seen: dict[str, tuple[int, int]] = {}  # length and CRC-32 of each file

@@ -36,13 +36,14 @@ class Panel(L.Callback):
         before: Play it before training (a resumed run reads panel.json instead).
         after: Play it after training (a finished run that is run again reads panel.json instead).
         every: Play it every so many iterations in between, for a learning curve (`during` of panel.json); 0 never.
+        enabled: false leaves the callback out of a fit.
     """
 
-    def __init__(self, before: bool = True, after: bool = True, every: int = 0) -> None:
+    def __init__(self, before: bool = True, after: bool = True, every: int = 0, enabled: bool = True) -> None:
         super().__init__()
         if every < 0:
-            raise ConfigError(f"Panel.every is {every}: give 0 (never) or a number of iterations.")
-        self.before, self.after, self.every = before, after, every
+            raise ConfigError(f"panel.every is {every}: give 0 (never) or a number of iterations.")
+        self.before, self.after, self.every, self.enabled = before, after, every, enabled
         self.played: list[Trajectory] = []
         self.result: dict[str, Any] = {}
         self.trained = False

@@ -147,7 +147,7 @@ def configured(argv: list[str]) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=Trainer,
-            seed_everything_default=0,
+            auto_configure_optimizers=False,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},

@@ -18,28 +18,20 @@ from omegaconf.errors import OmegaConfBaseException
 from skillsd import ranks
 from skillsd.analysis.panel import print_report
 from skillsd.begin import starts_anew
-from skillsd.callbacks import Diagnostics, MemoryPlan, PeerWatch, ProgressLog, TeacherSync
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import read_checkpoint
+from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_values
 from skillsd.cli.owner import RunOwner
+from skillsd.cli.standard import STANDARD, check_trainer, complete
 from skillsd.diagnosis import blame
 from skillsd.errors import ConfigError, hold_secret, one_line, secrets
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.module import check_strategy
 from skillsd.paths import read_paths
-from skillsd.pretrain import Cloning
 from skillsd.run_folder import has_checkpoint, read_record
 from skillsd.skills.callback import SkillBankCallback
 
-KEYWORDS = ("last", "best", "hpc", "registry")
-"""What Lightning takes for `ckpt_path` beside a path."""
-TYPES = {
-    "trainer": L.Trainer,
-    "model": L.LightningModule,
-    "data": L.LightningDataModule,
-    "teacher": TeacherSync,
-    "skills": SkillBankCallback,
-}
+TYPES = {"trainer": L.Trainer, "model": L.LightningModule, "data": L.LightningDataModule, **STANDARD}
 """The classes behind the keys at the top of a configuration."""
 
 
@@ -71,9 +63,17 @@ class CLI(LightningCLI):
             "play": skip,
         }
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_seed(parser)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_trainer_arguments(parser)
+        parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(TeacherSync, "teacher")
-        parser.add_lightning_class_args(SkillBankCallback, "skills")
+        for key, kind in STANDARD.items():
+            parser.add_lightning_class_args(kind, key)
         parser.add_argument(
             "--overwrite",
             type=bool,
@@ -86,7 +86,7 @@ class CLI(LightningCLI):
             default=False,
             help="fit, validate: take the run folder from a process on another host, which is known to be dead",
         )
-        parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse", compute_fn=_run_seed)
+        parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse")
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a damaged checkpoint at once. Lightning would also take the class paths and settings that it holds."""
@@ -120,12 +120,15 @@ class CLI(LightningCLI):
         refuse_secrets(dict(leaves(nested)))
         refuse_shapes(nested, TYPES)
         refuse_nulls(nested, TYPES)
+        check_values(nested["trainer"])
         if config.get("weights_only") is False:
             raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")
         given = config.get("ckpt_path")
-        if given is not None and given not in KEYWORDS and "://" not in given and not Path(given).exists():
+        if given is not None and given != "last" and "://" not in given and not Path(given).exists():
             raise ConfigError(f"ckpt_path: no checkpoint at {given}: name one, `last`, or leave it out.")
         several = str(config.trainer.devices) != "1" or config.trainer.num_nodes > 1 or config.trainer.strategy != "auto"
+        if given == "last" and config.trainer.enable_checkpointing is False:
+            raise ConfigError("ckpt_path: last is a checkpoint, and trainer.enable_checkpointing is false: leave one of them out.")
         if not (several and config.trainer.plugins):  # a plugin may know the ranks from elsewhere
             ranks.settle(several)
         rank_zero_only.rank = ranks.rank()  # type: ignore[attr-defined]  # Lightning's was read from the environment when it was imported
@@ -145,20 +148,10 @@ class CLI(LightningCLI):
             raise ConfigError(f"{key}: " * (not _ours(e)) + (said or one_line(str(e)))) from e
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        # `teacher` and `skills` come first: what is logged and saved at an iteration's end includes theirs.
-        given = config["callbacks"] or []
-        given = given if isinstance(given, list) else [given]
-        for kind, key in ((TeacherSync, "teacher"), (SkillBankCallback, "skills")):
-            if any(isinstance(c, kind) for c in given):
-                raise ConfigError(f"trainer.callbacks: every run has one {kind.__name__}: give its settings under `{key}:` instead.")
-        if isinstance(self.model, Cloning):  # pre-training has neither
-            callbacks = [c for c in callbacks if not isinstance(c, TeacherSync | SkillBankCallback)]
-        watch = [] if any(isinstance(c, PeerWatch) for c in given) else [PeerWatch()]
-        says = [] if any(isinstance(c, ProgressLog) for c in given) else [ProgressLog()]
-        trainer = super()._instantiate_trainer(
-            {**config, "callbacks": [*callbacks, Diagnostics(), *says, *given, MemoryPlan(), *watch]}, []
-        )
+        made = dict(zip(self._parser(self.subcommand).callback_keys, callbacks, strict=True))
+        trainer = super()._instantiate_trainer({**complete(config, made, self.model, str(self.subcommand)), **ALWAYS}, [])
         check_strategy(trainer.strategy)  # ranks of ddp_spawn and its like begin before any hook
+        check_trainer(trainer, self.model)
         return trainer
 
     def before_fit(self) -> None:
@@ -187,8 +180,6 @@ class CLI(LightningCLI):
             if self.config["validate"].get("ckpt_path") == "last":
                 has_checkpoint(self.owner.folder, read_record(self.owner.folder))
             self.owner.record()
-        if trainer.limit_val_batches == 0:  # meant for fit, where a callback plays the panel
-            trainer.limit_val_batches = 1.0
         # The run's own TensorBoard record is training's: a validation would stand in it once more at step 0.
         trainer.loggers = [x for x in trainer.loggers if not isinstance(x, TensorBoardLogger)]
         self._remember()
@@ -199,6 +190,8 @@ class CLI(LightningCLI):
                 callback.remember(self.trainer)
 
     def after_fit(self) -> None:
+        if not self.trainer.global_step:
+            ranks.say("no iteration was trained: trainer.max_epochs, max_steps or max_time leaves room for none.")
         if ranks.leads():
             print_report(Path(self.trainer.default_root_dir))
 
@@ -227,7 +220,3 @@ def refuse_secrets(config: dict[str, Any]) -> None:
                 f"{found[0]} holds the value of the environment variable {name}, which would be written to the run folder: "
                 "leave it out, or give the variable's name where a key asks for one (api_key_env)."
             )
-
-
-def _run_seed(seed: Any) -> int:
-    return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0

@@ -181,7 +181,7 @@ class Collector:
                 if len(done) == len(rows):
                     return [done[i] for i in range(len(rows))]
                 playing |= {e.index: e for e in ready}
-                most = self.settings.max_turn_tokens
+                most = self.settings.turn_tokens(self.context_length)
                 session.submit([Request(e.index, e.new_ids, e.key, len(e.token_ids), min(most, self._room(e))) for e in ready])
                 said = session.step()
                 actions = [self.chat.action_text(c.token_ids) for _, c in said]

@@ -17,8 +17,8 @@ class RolloutSettings:
 
     temperature: float = 1.0
     """Sampling temperature in training; evaluation is greedy. The loss uses the same one."""
-    max_turn_tokens: int = 512
-    """Most tokens of one answer; a longer one is cut there and played as it is."""
+    max_turn_tokens: int | None = None
+    """Most tokens of one answer; a longer one is cut there and played as it is. null: a 32nd of the model's context, at most 512."""
     max_trajectory_tokens: int = 20480
     """Most tokens after the prompt, all turns together (the paper's response length)."""
     max_prompt_tokens: int = 8192
@@ -58,7 +58,7 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows", "max_observation_chars"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
         if self.engine not in ("default", "vllm", "servers"):
             raise ConfigError(f"rollout.engine is {self.engine}: one of default, vllm, servers.")
@@ -73,6 +73,10 @@ class RolloutSettings:
             raise ConfigError(f"rollout.max_failed is {self.max_failed}: give a share of the episodes, from 0 to 1 (never stops).")
         if self.temperature <= 0:
             raise ConfigError(f"rollout.temperature is {self.temperature}: give a value above 0 (training samples, evaluation is greedy).")
+
+    def turn_tokens(self, context_length: int) -> int:
+        """`max_turn_tokens` for a model of this context: room for 32 answers. A small agent may not stop by itself."""
+        return self.max_turn_tokens or max(1, min(512, context_length // 32))
 
     def _check_servers(self) -> None:
         if bool(self.servers) != (self.engine == "servers"):

@@ -162,7 +162,7 @@ class Runner:
         if code == 0:
             try:
                 if not r.cell.finished():
-                    raise ConfigError("the run ended without `after` in panel.json: is the Panel callback there?")
+                    raise ConfigError("the run ended without `after` in panel.json: are panel.enabled and panel.after true?")
                 self.finished[r.cell] = read_cell(r.cell)
             except ConfigError as e:
                 with (r.cell.folder / LOG).open("a") as log:
