@@ -50,7 +50,7 @@ def python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
     def read1(self: Any, n: int = -1) -> bytes:
         part = plain(self, n)
-        if self.length == 0:
+        if self.length == 0 and self.fp is not None:
             self._close_conn()
         return part
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from skillsd.analysis.frames import text_frame
 from skillsd.analysis.score import Scorer
 from skillsd.errors import ConfigError
 from skillsd.rollout import Collector, InProcessEngine, RolloutSettings, Row, read_tasks
@@ -65,7 +66,7 @@ def replay(
     planned = [(*what, member) for what in [*plain, *with_skill] for member in range(members)]
     rows = [Row(known.get(task_id) or Task(task_id), member, text) for task_id, _, text, member in planned]
     played = _play(scorer, data, rows, adapter, temperature, stream_key("replay", run.config.get("seed_everything", 0), seed))
-    frame = pd.DataFrame(
+    frame = text_frame(
         [
             (task_id, skill_id, member, t.success, t.completion, len(t.turns), t.finish_reason)
             for (task_id, skill_id, _, member), t in zip(planned, played, strict=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
+from skillsd.analysis.frames import text_frame
 from skillsd.analysis.index import Index
 from skillsd.analysis.metrics import read_metrics
 from skillsd.bounded import read_yaml
@@ -120,7 +121,7 @@ class Run:
         `finish_reason` (done, horizon, length, failed), `failure` (why, or ""); `skill_id` of its teacher's skill (or missing); `n_turns`;
         `prompt_tokens`, `tokens` after the prompt, and how many of these were sampled, `action_tokens`.
         """
-        frame = pd.DataFrame(self._lines.rows, columns=[*FIELDS, *COUNTS])
+        frame = text_frame(self._lines.rows, columns=[*FIELDS, *COUNTS])
         frame.index.name = "trajectory"
         try:
             return frame.astype({"success": bool, "skill_id": "Int64"})
@@ -138,7 +139,7 @@ class Run:
         for n, t in self._whole(numbers):
             after = [*(turn.observation for turn in t.turns[1:]), t.final_observation]
             rows += [(n, k, x.observation, x.action, x.reward, y) for k, (x, y) in enumerate(zip(t.turns, after, strict=False))]
-        return pd.DataFrame(rows, columns=["trajectory", "turn", "observation", "action", "reward", "next_observation"])
+        return text_frame(rows, columns=["trajectory", "turn", "observation", "action", "reward", "next_observation"])
 
     def tokens(self, numbers: Iterable[int] | int) -> pd.DataFrame:
         """A row a token after the prompt: `trajectory`, `position` (from 0), `turn`, `token_id`, `sampled`, `logprob` (nats, under the
@@ -150,7 +151,7 @@ class Run:
             for at, (token, sampled, logp) in enumerate(zip(t.token_ids, t.action_mask, t.logprobs, strict=True)):
                 turn, before = turn + (before and not sampled), sampled
                 rows.append((n, at, turn, token, sampled, logp if sampled else float("nan")))
-        return pd.DataFrame(rows, columns=["trajectory", "position", "turn", "token_id", "sampled", "logprob"])
+        return text_frame(rows, columns=["trajectory", "position", "turn", "token_id", "sampled", "logprob"])
 
     def _whole(self, numbers: Iterable[int] | int) -> Iterator[tuple[int, Trajectory]]:
         for n in [numbers] if isinstance(numbers, Integral) else numbers:  # type: ignore[union-attr, list-item]
@@ -224,8 +225,8 @@ def read_bank(path: Path) -> Bank:
         log = list(bank.events())
         skills = {e.skill_id: bank.get(e.skill_id) for e in log if e.kind == "insert"}
     rows = [(e.kind, e.iteration, skills[e.skill_id].task_id, e.skill_id, e.reward, e.gap) for e in log]
-    events = pd.DataFrame(rows, columns=list(_EVENT), index=pd.Index([e.seq for e in log], name="event", dtype=int))
-    frame = pd.DataFrame(
+    events = text_frame(rows, columns=list(_EVENT), index=pd.Index([e.seq for e in log], name="event", dtype=int))
+    frame = text_frame(
         [[getattr(skill, name) for name in _SKILL] for skill in skills.values()],
         columns=list(_SKILL), index=pd.Index(skills, name="skill_id", dtype=int),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from skillsd.analysis.frames import text_frame
 from skillsd.analysis.run import Run, opened_bank
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills.bank_file import connect
@@ -53,7 +54,7 @@ def ucb_scores(run: Run, tasks: Collection[str] | None = None, c: float | None =
                     rows += _standing(iteration + 1, ledger.live(task_id), c, untried)
     finally:
         ledger.close()
-    return pd.DataFrame(rows, columns=["iteration", "task_id", "skill_id", "uses", "mean_reward", "score", "best"])
+    return text_frame(rows, columns=["iteration", "task_id", "skill_id", "uses", "mean_reward", "score", "best"])
 
 
 def _standing(iteration: int, live: list[State], c: float, untried: Untried) -> list[tuple[Any, ...]]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from skillsd.analysis import panel, plots, show, syntax
 from skillsd.analysis.document import data_uri
+from skillsd.analysis.frames import text_frame
 from skillsd.analysis.heat import heat
 from skillsd.analysis.origin import lookup
 from skillsd.analysis.run import Run
@@ -136,7 +137,7 @@ def _tasks(run: Run) -> pd.DataFrame:
     by_task = groups.groupby(level="task_id")
     solved = played[played["success"]].sort_values("n_turns", kind="stable").reset_index().groupby("task_id")
     tasks = played.groupby("task_id")
-    frame = pd.DataFrame(
+    frame = text_frame(
         {
             "groups": by_task.size(),
             "trajectories": tasks.size(),
