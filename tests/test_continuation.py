@@ -39,7 +39,7 @@ def played(**changes: Any) -> dict[str, str]:
         ({"tasks": TASKS[::-1]}, "tasks was 2 with"),
         ({"tasks": [TASKS[0], Task("b", "train", options={"board": "X"})]}, "tasks was 2 with"),
     ],
-    ids=str,
+    ids=["seed", "batch_tasks", "env", "a changed argument", "a new argument", "order of tasks", "a changed task"],
 )
 def test_other_episodes_are_refused(change: dict[str, Any], said: str) -> None:
     check_episodes(played(), played())
