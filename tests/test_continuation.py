@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from tests.test_cli import Run
 
 from skillsd.continuation import check_episodes, episodes, say_changes, settings
+from skillsd.data import RolloutData
 from skillsd.errors import ConfigError
+from skillsd.policy.nano import TEMPLATE, build_tokenizer
 from skillsd.trajectory import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*in eval mode at the start")
@@ -45,6 +47,16 @@ def test_other_episodes_are_refused(change: dict[str, Any], said: str) -> None:
     check_episodes(played(), played())
     with pytest.raises(ConfigError, match=said):
         check_episodes(played(), played(**change))
+
+
+def test_another_template_or_vocabulary_is_refused() -> None:
+    tokenizer, other, words = build_tokenizer(), build_tokenizer(), build_tokenizer()
+    other.chat_template += " "
+    words.add_tokens(["new"])
+    check_episodes(played(tokenizer=tokenizer), played(tokenizer=build_tokenizer()))
+    for changed, key in ((other, r"policy\.chat_template"), (words, r"policy\.model")):
+        with pytest.raises(ConfigError, match=key):
+            check_episodes(played(tokenizer=tokenizer), played(tokenizer=changed))
 
 
 def test_a_moved_run_has_the_same_settings() -> None:
@@ -91,13 +103,15 @@ def run(finished: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyP
         ("--data.init_args.group_size=3", "group_size was 2 and is 3"),
         ("--data.init_args.batch_tasks=1", "batch_tasks was 2 and is 1"),
         ("--data.init_args.env_kwargs.max_turns=3", r"env_kwargs\.max_turns was 2 and is 3"),
+        ("--model.init_args.policy.chat_template=other.jinja", r"policy\.chat_template"),
         ("--data.init_args.env_kwargs.splits={train: {short: 4}, test: {short: 2}}", "tasks was 2 with .* and is 4 with"),
     ],
 )
 def test_a_run_goes_on_with_its_episodes(run: Run, flag: str, said: str) -> None:
     before = run.files()
+    Path("other.jinja").write_text("{# the same, said otherwise #}" + TEMPLATE)
     line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2", flag)
-    assert "data.init_args" in line and re.search(said, line), line
+    assert re.search(said, line), line
     assert run.files() == before
 
 
@@ -120,6 +134,16 @@ def test_other_weights_under_the_same_name_are_refused(run: Run, tmp_path: Path)
         line = run.refuses("--ckpt_path", "last", *flags, command=command)
         assert "ckpt_path" in line and "policy.model" in line, (command, line)
     assert run.files() == before and not (tmp_path / "out").exists()
+
+
+class OtherData(RolloutData):
+    """A user's own class, whose state is not under the name of the one that the run began with."""
+
+
+def test_the_position_is_not_left_out(run: Run) -> None:
+    before = run.files()
+    line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2", "--data.class_path=tests.test_continuation.OtherData")
+    assert "data.class_path" in line and "OtherData" in line and run.files() == before
 
 
 def test_every_command_takes_the_checkpoint_with_the_highest_step(run: Run, tmp_path: Path) -> None:

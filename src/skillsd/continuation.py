@@ -17,18 +17,26 @@ FEW, SHORT = 8, 60
 """Changes that are listed, and characters of a value."""
 
 
-def episodes(env: str, env_kwargs: Mapping[str, Any], tasks: Sequence[Task], **numbers: int) -> dict[str, str]:
-    """What decides which episodes a run plays, as text by key of the data module.
+def episodes(env: str, env_kwargs: Mapping[str, Any], tasks: Sequence[Task], tokenizer: Any = None, **numbers: int) -> dict[str, str]:
+    """What decides which episodes a run plays, as text by key.
 
     Args:
         env, env_kwargs: The environment.
         tasks: The training tasks in their order; what is kept of them is a digest of their ids and options.
+        tokenizer: With a chat template; likewise a digest of it and of the vocabulary.
         **numbers: Seed, tasks an iteration, trajectories a task.
     """
-    listed = json.dumps([[t.task_id, t.options] for t in tasks], sort_keys=True, default=_kind)
-    digest = blake2b(listed.encode(), digest_size=8).hexdigest()
     told = {"env": env, **dict(leaves(dict(env_kwargs), "env_kwargs")), **numbers}
-    return {k: _text(v) for k, v in told.items()} | {"tasks": f"{len(tasks)} with the digest {digest}"}
+    kept = {f"data.init_args.{k}": _text(v) for k, v in told.items()}
+    kept["data.init_args.tasks"] = f"{len(tasks)} with the digest {_digest([[t.task_id, t.options] for t in tasks])}"
+    if tokenizer is not None:
+        kept["policy.chat_template"] = f"one with the digest {_digest(tokenizer.chat_template)}"
+        kept["policy.model (its tokenizer)"] = f"one with the digest {_digest(sorted(tokenizer.get_vocab().items()))}"
+    return kept
+
+
+def _digest(value: Any) -> str:
+    return blake2b(_text(value).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def check_episodes(saved: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
@@ -44,8 +52,8 @@ def check_episodes(saved: Mapping[str, str] | None, now: Mapping[str, str]) -> N
         raise ConfigError("ckpt_path: the checkpoint does not say which episodes its run plays: it is of an older version of skillsd.")
     if changed := changes(saved, now):
         raise ConfigError(
-            f"data.init_args: a run goes on with the episodes that it began with, and {_listed(changed)}: set them as they were, or name "
-            "a new run folder."
+            f"a run goes on with the episodes that it began with, and {_listed(changed)}: set it as it was, or name a new run folder "
+            "(trainer.default_root_dir)."
         )
 
 

@@ -135,15 +135,17 @@ class RolloutData(L.LightningDataModule):
                 f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
                 "or set model.init_args.objective.policy_weight to 0."
             )
-        numbers = {"seed": self.seed, "batch_tasks": self.batch_tasks, "group_size": self.group_size}
-        self._episodes = episodes(self.env_id, self.env_kwargs, self.train_tasks, **numbers)
         self._check_playable([*self.train_tasks, *self.panel_tasks])
-        self._check_chat(module)
+        numbers = {"seed": self.seed, "batch_tasks": self.batch_tasks, "group_size": self.group_size}
+        self._episodes = episodes(self.env_id, self.env_kwargs, self.train_tasks, self._check_chat(module), **numbers)
 
-    def _check_chat(self, module: Any) -> None:
+    def _check_chat(self, module: Any) -> Any:
         """Refuse a chat template before anything is written; after the tasks, since a hub's tokenizer may take minutes not to come."""
-        if module is not None:
-            Chat(load_tokenizer(module.settings), ())
+        if module is None:
+            return None
+        tokenizer = load_tokenizer(module.settings)
+        Chat(tokenizer, ())
+        return tokenizer
 
     def _check_playable(self, tasks: Sequence[Task]) -> None:
         """Reset the environment to each task of a file: a bad board is better known now than in the middle of a run."""

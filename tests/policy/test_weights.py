@@ -109,6 +109,13 @@ def test_a_layer_is_missed_in_4_bits_too(tiny_model: Callable[..., str], tmp_pat
     assert make(whole, quantise="nf4").digest == make(whole).digest
 
 
+def test_an_adapter_is_no_base(model: Path) -> None:
+    """transformers would load the base that it names."""
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somebody/else"}')
+    with pytest.raises(ConfigError, match=r"policy\.model: .*adapter_config\.json.*policy\.lora\.init"):
+        make(model)
+
+
 @pytest.mark.parametrize("name", [None, "mine.jinja"])
 def test_a_template_that_does_not_parse(model: Path, tmp_path: Path, name: str | None) -> None:
     path = tmp_path / name if name else model / "chat_template.jinja"

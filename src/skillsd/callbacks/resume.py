@@ -19,6 +19,7 @@ from skillsd import ranks
 from skillsd.checkpoint import LAST, PREVIOUS, newest_good, plain, read_checkpoint, step_of
 from skillsd.continuation import say_changes, settings
 from skillsd.durable import seal, write
+from skillsd.errors import ConfigError
 from skillsd.run_folder import CHECKPOINTS, note_checkpoint
 
 
@@ -95,9 +96,18 @@ class RunCheckpoint(ModelCheckpoint):
         return settings(getattr(trainer, "skillsd_config", {}), str(trainer.default_root_dir))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say which settings are no longer the run's: its record is of both."""
-        if trainer.state.fn == "fit" and (said := say_changes(checkpoint.get("settings", {}), self._settings(trainer))):
-            ranks.say(said)
+        """Say which settings are no longer the run's: its record is of both.
+
+        Raises:
+            ConfigError: Lightning knows a data module's state by its class, and the run had another class.
+        """
+        if trainer.state.fn == "fit":
+            name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
+            others = [k for k, state in checkpoint.items() if isinstance(state, dict) and "episodes" in state]
+            if others and name not in others:
+                raise ConfigError(f"data.class_path: the checkpoint's run had {others[0]}, and here it is {name}: set it as it was.")
+            if said := say_changes(checkpoint.get("settings", {}), self._settings(trainer)):
+                ranks.say(said)
         self._last_global_step_saved = checkpoint["global_step"]
 
 
@@ -155,7 +165,8 @@ class CheckpointFiles(TorchCheckpointIO):
         if self.begun_at is not None:
             for other in path.parent.glob("*.ckpt"):
                 if other != path and (step_of(other) or 0) > self.begun_at:
-                    other.replace(other.with_name(f"{other.name}.abandoned"))
+                    aside = other.replace(other.with_name(f"{other.name}.abandoned"))
+                    print(f"{other} is of iterations that are played anew: it is {aside.name} now.", file=sys.stderr, flush=True)
         self.begun_at = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

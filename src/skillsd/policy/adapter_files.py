@@ -12,7 +12,7 @@ import torch
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from skillsd.durable import check_folder
+from skillsd.durable import DamagedError, check_folder
 from skillsd.errors import ConfigError
 from skillsd.policy.config import LoraSettings
 from skillsd.policy.weights import read_json, stored
@@ -57,6 +57,12 @@ def load_adapter(
     Raises:
         ConfigError: A file is missing or cannot be read, a setting is not known to be right, or not every tensor is there with its shape.
     """
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{KEY}: {folder} is not a PEFT adapter folder ({CONFIG} is missing).")
+    try:
+        check_folder(folder)
+    except DamagedError as e:
+        raise DamagedError(f"{KEY}: {e}") from e
     config = _check_config(folder, lora)
     _check_base(folder, config, base)
     path = folder / WEIGHTS
@@ -66,7 +72,6 @@ def load_adapter(
     for k, t in stored(path, KEY).items():
         if k in shapes and shapes[k] != t.shape:
             raise ConfigError(f"{KEY}: {k} in {path} has shape {list(t.shape)}, and policy.model with policy.lora needs {list(shapes[k])}.")
-    check_folder(folder)
     saved = load_peft_weights(str(folder), device="cpu")
     if odd := [k for k, t in saved.items() if not torch.isfinite(t).all()]:
         raise ConfigError(f"{KEY}: {odd[0]} in {path} is not finite: give an adapter that was not spoilt in training.")
@@ -98,8 +103,6 @@ def _unlike(path: Path, missing: list[str], unexpected: list[str], needed: int, 
 
 
 def _check_config(folder: Path, lora: LoraSettings) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{KEY}: {folder} is not a PEFT adapter folder ({CONFIG} is missing).")
     config = read_json(folder / CONFIG, KEY)
     if config.get("peft_type") not in RIGHT["peft_type"]:
         raise ConfigError(f"{KEY}: {folder} is not a LoRA adapter ({config.get('peft_type')}).")

@@ -56,6 +56,11 @@ def model_folder(name: str) -> str:
         return str(cached_folder())
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():  # transformers would load the base that it names, wherever that is
+            raise ConfigError(
+                f"policy.model: the folder {name} holds an adapter (adapter_config.json): name its base here, and the folder as "
+                "policy.lora.init."
+            )
         if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
             raise ConfigError(
                 f"policy.model: the folder {name} has its weights in a pickle (pytorch_model.bin), which could run code: convert them to "
@@ -149,6 +154,8 @@ def load_base(settings: PolicySettings, device: torch.device, place: torch.devic
             check_files(Path(folder), "policy.model")
             model_tensors(Path(folder))  # transformers' own errors name no file
         model, info = AutoModelForCausalLM.from_pretrained(folder, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub
+        raise ConfigError(f"policy.model: {settings.model} is an adapter: name its base here, and a folder with it as policy.lora.init.")
     _check_complete(settings.model, model, info)
     for module in model.modules():
         # With it, an eval-mode forward re-packs the weights in place and later gradients are silently wrong.
