@@ -47,7 +47,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
 ]
 KEYS = """iteration task_id member seed instruction prompt_ids token_ids action_mask logprobs turns reward completion success finish_reason
-skill_id failure crc32""".split()
+skill_id failure final_observation crc32""".split()
 TINY: dict[str, Any] = {
     "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
     "model": {
@@ -121,11 +121,11 @@ def trajectories(folder: Path) -> list[Trajectory]:
 
 def test_the_run_folder(finished):
     assert sorted(p.name for p in finished.iterdir()) == [
-        "adapter", "bank.sqlite", "checkpoints", "config.yaml", "metrics.csv", "panel.json", "tensorboard", "trajectories.jsonl"
+        "adapter", "bank.sqlite", "checkpoints", "config.yaml", "metrics.csv", "panel.json", "run.json", "tensorboard", "trajectories.jsonl"
     ]  # fmt: skip
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["last.ckpt", "previous.ckpt"]
     assert sorted(p.name for p in (finished / "adapter" / "student").iterdir()) == [
-        "README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"
+        "README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "base.json"
     ]  # fmt: skip
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["trainer"]["default_root_dir"] == str(finished) and config["seed_everything"] == 0
@@ -235,7 +235,7 @@ def test_tensorboard(finished):
     images = events.Images("episode")
     assert [e.step for e in images] == [0, 2]
     for e, t in zip(images, first, strict=True):
-        boards = [env.picture(turn.observation) for turn in t.turns]
+        boards = [env.picture(o) for o in (*(turn.observation for turn in t.turns), t.final_observation)]
         assert np.array_equal(np.asarray(Image.open(BytesIO(e.encoded_image_string))), board.strip(boards))
     with SkillBank(finished / "bank.sqlite", read_only=True) as bank:
         past = [e for e in bank.events() if e.iteration <= 2]
@@ -434,7 +434,7 @@ def test_validate(run, tell, tmp_path):
     fresh = tmp_path / "fresh"  # without a checkpoint: the agent as it is
     tell("validate", fresh)
     assert read_validations(fresh)[-1]["levels"] == panel(run)["before"]["levels"]
-    assert [p.name for p in fresh.iterdir()] == ["validations.jsonl"]  # no run: a fit may begin here
+    assert sorted(p.name for p in fresh.iterdir()) == ["run.json", "validations.jsonl"]  # no run: a fit may begin here
     tell("validate", fresh, "--data.init_args.panel_adapter=null")
     assert read_validations(fresh)[-1]["levels"] == panel(run)["before"]["levels"]  # adapters begin at nothing
     start = f"--model.init_args.policy.lora.init={run / 'adapter' / 'student'}"
