@@ -159,4 +159,5 @@ def read_results(folder: str | Path) -> dict[str, Any]:
         ConfigError: One of them is damaged.
     """
     validations = read_validations(folder)
-    return read_panel(folder) | ({"validations": validations} if validations else {})
+    panel = {key: part for key, part in read_panel(folder).items() if key != "validations"}
+    return panel | ({"validations": validations} if validations else {})

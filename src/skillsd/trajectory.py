@@ -8,7 +8,7 @@ made when sampling and used everywhere a loss, an entropy or a count is taken.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 from zlib import crc32
@@ -139,11 +139,42 @@ class Trajectory:
             raw["turns"] = tuple(Turn(**t) for t in raw["turns"])
             for key in ("prompt_ids", "token_ids", "action_mask", "logprobs"):
                 raw[key] = tuple(raw[key])
-            if raw["finish_reason"] not in _REASONS:
-                raise ValueError(f"finish_reason is {raw['finish_reason']!a:.80}")
+            check_values(raw)
+            ids, texts = (*raw["prompt_ids"], *raw["token_ids"]), [text for t in raw["turns"] for text in (t.observation, t.action)]
+            if not len(raw["token_ids"]) == len(raw["action_mask"]) == len(raw["logprobs"]):
+                raise ValueError("token_ids, action_mask and logprobs are not of one length")
+            numbers = (*raw["logprobs"], *(t.reward for t in raw["turns"]))
+            if not (all(type(x) is int for x in ids) and all(isinstance(x, int | float) for x in numbers)):
+                raise ValueError("a token id, log-prob or reward is no number")
+            if not all(isinstance(text, str) for text in (*texts, raw["instruction"], raw.get("final_observation") or "")):
+                raise ValueError("an observation or action is no text")
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ValueError(f"the line is no trajectory ({e})") from e
+
+
+_MAX_WHOLE, _MAX_REAL = 2**53, 3.4028235e38  # what a float64 counts, what a float32 holds
+_MAX_NAME = 10_000  # characters
+
+
+def check_values(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value of FIELDS that no run writes: of another type, not finite, or too large to compute with or to show."""
+
+    def whole(x: Any) -> bool:
+        return type(x) is int and abs(x) < _MAX_WHOLE
+
+    def real(x: Any) -> bool:
+        return type(x) in (int, float) and abs(x) <= _MAX_REAL  # nan is not, either
+
+    checks: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("iteration", "member"), lambda x: whole(x) and x >= 0), "seed": whole, "skill_id": lambda x: x is None or whole(x),
+        **dict.fromkeys(("reward", "completion"), real), "success": lambda x: type(x) is bool,
+        "finish_reason": lambda x: isinstance(x, str) and x in _REASONS,
+        **dict.fromkeys(("task_id", "failure"), lambda x: isinstance(x, str) and len(x) <= _MAX_NAME),
+    }  # fmt: skip
+    for name, fits in checks.items():
+        if name in raw and not fits(raw[name]):  # a missing one is missed elsewhere
+            raise ValueError(f"{name} is {str(raw[name])[:80]!a}")
 
 
 def check_line(line: bytes) -> None:
@@ -175,8 +206,7 @@ def outline(line: bytes) -> tuple[Any, ...]:
         return (*(getattr(t, name) for name in FIELDS), len(t.turns), len(t.prompt_ids), len(t.token_ids), t.n_actions)
     try:
         known = json.loads(line[: at[0]] + b"}") | json.loads(b"{" + line[after + 2 :])
-        if known["finish_reason"] not in _REASONS:
-            raise ValueError(f"finish_reason is {known['finish_reason']!a:.80}")
+        check_values(known)
         start = [i + len(name) for i, name in zip(at, _LISTS, strict=True)]
         prompt, tokens = (line.count(b",", start[k], at[k + 1]) + (start[k] < at[k + 1]) for k in (0, 1))
         turns, sampled = line.count(_TURN, start[4] - 1, after), line.count(b"true", start[2], at[3])

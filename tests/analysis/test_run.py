@@ -161,7 +161,7 @@ def test_trajectories(run):
     append(run.folder / "trajectories.jsonl", [SHORT])
     path = run.folder / "trajectories.jsonl"
     path.write_text(json.dumps(json.loads(SHORT.to_json()) | {"skill_id": "x"}) + "\n")
-    with pytest.raises(ConfigError, match="a skill_id is no number"):
+    with pytest.raises(ConfigError, match=r"trajectories\.jsonl:1: .*skill_id"):
         run.trajectories  # noqa: B018
 
 

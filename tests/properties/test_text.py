@@ -43,6 +43,7 @@ SAID = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs")), min_size=1,
 """Of a skill, which has no control characters."""
 SKILLS = st.builds(Skill, *[SAID.map(str.strip)] * 3)
 NUMBERS = st.floats(allow_nan=False)
+SHOWN = st.floats(allow_nan=False, allow_infinity=False, width=32)  # rewards and completions: what a float32 holds
 
 
 @pytest.mark.parametrize("action_format", FORMATS)
@@ -139,7 +140,7 @@ def trajectories(draw):
     return Trajectory(
         draw(ids), draw(ANY), draw(ids), draw(ids), draw(ANY), tuple(draw(st.lists(ids, max_size=4))),
         tuple(draw(st.lists(ids, min_size=n, max_size=n))), tuple(draw(st.lists(st.booleans(), min_size=n, max_size=n))), tuple(logprobs),
-        draw(TURNS), draw(NUMBERS), draw(NUMBERS), draw(st.booleans()), draw(st.sampled_from(["done", "length", "horizon", "failed"])),
+        draw(TURNS), draw(SHOWN), draw(SHOWN), draw(st.booleans()), draw(st.sampled_from(["done", "length", "horizon", "failed"])),
         draw(st.none() | ids), draw(ANY), draw(st.none() | ANY),
     )  # fmt: skip
 

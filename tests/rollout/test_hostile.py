@@ -23,12 +23,13 @@ import yaml
 from tests.rollout.test_collector import Scripted
 
 from skillsd import cli
+from skillsd.bounded import visible
 from skillsd.callbacks import resume
 from skillsd.module import SkillSD
 from skillsd.objective import Objective
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row, guard
-from skillsd.rollout.guard import MOST_SAID, visible
+from skillsd.rollout.guard import MOST_SAID
 from skillsd.trajectory import FAILURES, Task, Trajectory
 
 CONTROL = "".join(map(chr, [*range(32), 127, 0x9B, 0x202E])) + "\x1b[2J\u2028"

@@ -195,3 +195,20 @@ def test_a_hole_in_the_log_of_a_large_file_is_seen_by_who_reads_it(tmp_path, mak
     with SkillBank(path, read_only=True) as bank, pytest.raises(ValueError, match="rows of its table 'event' are missing"):
         told.extend(e.seq for e in bank.events())
     assert told == [1]  # nothing from behind it
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["CREATE TRIGGER t AFTER INSERT ON event BEGIN DELETE FROM skill; END", "CREATE VIEW v AS SELECT 1", "CREATE TABLE more (x)",
+     "CREATE INDEX i ON event (abs(seq))"],
+)  # fmt: skip
+def test_a_bank_that_brings_statements_along_is_refused(tmp_path, make_skill, statement):
+    path = tmp_path / "bank.sqlite"
+    with SkillBank(path) as bank:
+        bank.insert([make_skill("a")], 0)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(statement)
+        db.commit()
+    for read_only in (True, False):
+        with pytest.raises(ValueError, match="damaged"), SkillBank(path, read_only=read_only):
+            pass

@@ -11,6 +11,8 @@ from skillsd.trajectory import Trajectory, outline
 
 _TAIL = 64
 """Bytes; what ends a file that was read before, to see whether it was cut back and written anew."""
+MAX_LINE = 1 << 26
+"""Bytes of a line; a trajectory of 100,000 tokens has a tenth of them."""
 
 
 class Index:
@@ -62,8 +64,10 @@ class Index:
                 self._forget()
             if f is not None:
                 f.seek(self.starts[-1])
-                for line in f:
+                while line := f.readline(MAX_LINE + 1):
                     if not line.endswith(b"\n"):
+                        if len(line) > MAX_LINE:
+                            raise ConfigError(f"{self.path}:{len(self.rows) + 1}: the line has more than {MAX_LINE} bytes.")
                         break
                     try:
                         self.rows.append(outline(line))

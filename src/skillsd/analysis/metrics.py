@@ -30,8 +30,12 @@ def read_metrics(path: Path) -> pd.DataFrame:
     except ValueError as e:
         raise ConfigError(f"{path} holds what is no number ({e})") from e
     frame = pd.DataFrame(numbers, columns=header, dtype=float)
-    if header and "iteration" not in header:
-        raise ConfigError(f"{path} has no column iteration")
+    if missing := [name for name in ("iteration", "epoch") if header and name not in header]:
+        raise ConfigError(f"{path} has no column {missing[0]}")
+    if len(set(header)) < len(header):
+        raise ConfigError(f"{path} has two columns of one name")
     if header and frame["iteration"].tolist() != list(range(len(frame))):
         raise ConfigError(f"the iterations of {path} are not 0, 1, 2, ...")
+    if header and not (frame["epoch"].abs() < 2**53).all():
+        raise ConfigError(f"an epoch of {path} is no whole number")
     return frame

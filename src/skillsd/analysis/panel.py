@@ -50,8 +50,8 @@ def notes(panel: Mapping[str, Any]) -> list[str]:
     for when, part in rounds(panel).items():
         if "settings" in part:
             told.append(f"{when}: {_validated(part)}")
-        if len(part["pass_at"]) > 1:
-            told.append(f"{when}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in part["pass_at"].items()))
+        if len(part.get("pass_at", ())) > 1:
+            told.append(visible(f"{when}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in part["pass_at"].items())))
         if goals := [k for k in ("task_goal_completion", "scenario_goal_completion") if k in part]:
             shares = (f"{k.replace('_', ' ')} {_interval(part[k], *part[f'{k}_interval'])}" for k in goals)
             told.append(f"{when}: {', '.join(shares)}")

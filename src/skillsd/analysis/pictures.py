@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from skillsd.analysis.run import Run
+from skillsd.errors import ConfigError
 from skillsd.rollout import make_env
 from skillsd.rollout.guard import Failure, attempt
 from skillsd.rollout.picture import picture_of
@@ -35,7 +36,7 @@ class Pictures:
     def __init__(self, run: Run) -> None:
         self._env: Any = None
         declared: Any = None
-        with suppress(KeyError, TypeError, AttributeError):
+        with suppress(KeyError, TypeError, AttributeError, ConfigError):  # the page that shows the configuration says what is wrong with it
             env_id, kwargs = run.environment
             made = attempt(lambda: make_env(env_id, kwargs).unwrapped)  # whatever its code does here
             self._env = None if isinstance(made, Failure) else made

@@ -12,7 +12,7 @@ from typing import Any
 from skillsd.analysis.film import Film
 from skillsd.errors import ConfigError
 from skillsd.rollout import Row, ask, demonstrate, make_env, plan_of
-from skillsd.rollout.guard import visible
+from skillsd.rollout.guard import one_line, visible
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills import BankContext, SkillBank
 from skillsd.trajectory import Task, Turn
@@ -151,7 +151,7 @@ def skill_text(trainer: Any, data: Any, task: Any) -> str:
 
 
 def _print_head(task: Task, instruction: str) -> None:
-    print(visible(f"task {task.task_id} {task.difficulty}"))
+    print(f"task {one_line(str(task.task_id))} {one_line(str(task.difficulty))}")
     if instruction:
         print(visible(instruction))
 

@@ -27,6 +27,7 @@ PLAYED = {"reward/mean": "reward", "reward/success": "success", "reward/completi
 """Metrics that every task's group measures anew, which gives them an interval."""
 POINTS = 60
 """Most points of a curve; of a longer run iterations are put together."""
+_LARGEST = 3.4028235e38
 _INK = "#010203"  # stands for currentColor, which matplotlib does not know
 _LOCK = Lock()  # matplotlib's settings are those of the whole process
 
@@ -46,7 +47,8 @@ def curve(run: Run, name: str, window: int | None = None) -> pd.DataFrame:
     Raises:
         KeyError: there is no such metric.
     """
-    values = run.metrics[name].dropna()
+    values = run.metrics[name]
+    values = values[values.abs() <= _LARGEST]  # what is not finite, or overflows an axis, leaves a gap
     n, window = len(run.metrics), window or _window(run)
     if name in PLAYED and not run.trajectories.empty:
         return _over_groups(run, PLAYED[name], window)
@@ -119,7 +121,8 @@ def lines(series: Mapping[str, pd.Series[Any]], title: str, marker: str = "") ->
 @contextmanager
 def _axes(title: str, legend: bool) -> Iterator[Axes]:
     """The axes of a new figure, in the page's ink."""
-    with _LOCK, mpl.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)):
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+    with _LOCK, mpl.rc_context({**ink, "text.parse_math": False}):  # a name with two dollars is no formula
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         figure.patch.set_alpha(0.0)
         ax = figure.subplots()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from numbers import Integral
@@ -15,7 +15,8 @@ import yaml
 from skillsd.analysis.frames import text_frame
 from skillsd.analysis.index import Index
 from skillsd.analysis.metrics import read_metrics
-from skillsd.bounded import read_yaml
+from skillsd.analysis.results import check_difference, check_round, check_validation
+from skillsd.bounded import fill, read_yaml
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
 from skillsd.run_folder import (
@@ -30,11 +31,10 @@ from skillsd.run_folder import (
 )
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.skill import FIELDS as TEXTS
+from skillsd.skills.skill import SKILL_TEMPLATE
 from skillsd.trajectory import COUNTS, FIELDS, Trajectory
 
 _SKILL = ("task_id", "source_iteration", "source_member", "source_reward", "source_completion", "uses", "mean_reward", "sources", *TEXTS)
-_ROUND = ("n", "success", "success_interval", "levels")
-"""What the panel's result of a round has at least."""
 _EVENT = ("kind", "iteration", "task_id", "skill_id", "reward", "gap")
 
 
@@ -64,17 +64,35 @@ class Run:
 
     def refresh(self) -> None:
         """Forget what was read; of trajectories only what was appended is read again."""
-        for name in ("config", "metrics", "panel", "trajectories", "_lines", "_bank", "bank_size"):
+        for name in ("_config", "metrics", "panel", "trajectories", "_lines", "_bank", "bank_size"):
             self.__dict__.pop(name, None)
 
-    @cached_property
+    @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration, nested; empty if it is missing."""
+        if isinstance(self._config, ConfigError):
+            raise self._config
+        return self._config
+
+    @cached_property
+    def _config(self) -> dict[str, Any] | ConfigError:
+        # An error is kept as well: what is costly to refuse is refused once.
         path = self.folder / CONFIG_FILE
         try:
             return dict(read_yaml(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
         except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as e:
-            raise ConfigError(f"{path} is no configuration ({' '.join(str(e).split())}).") from e
+            return ConfigError(f"{path} is no configuration ({' '.join(str(e).split())}).")
+
+    @property
+    def skill_template(self) -> str:
+        """The wrapper of a skill in front of the teacher's prompt. Raises ConfigError if the configuration's cannot be filled."""
+        skills = self.config.get("skills")
+        template = (skills.get("template") if isinstance(skills, dict) else None) or SKILL_TEMPLATE
+        try:
+            fill(template, dict.fromkeys(TEXTS, ""))
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"{self.folder / CONFIG_FILE}: skills.template cannot be filled ({e}).") from e
+        return str(template)
 
     @property
     def environment(self) -> tuple[str, dict[str, Any]]:
@@ -87,12 +105,16 @@ class Run:
         """Results on the held-out tasks, with intervals: `before` and `after` of panel.json, and the list `validations`, what each
         `skillsd validate` found, if there was one."""
         found = read_results(self.folder)
-        parts: list[tuple[str, str, Any]] = [(PANEL_FILE, when, found[when]) for when in ("before", "after") if when in found]
-        parts += [(VALIDATIONS_FILE, f"line {i}", x) for i, x in enumerate(found.get("validations", ()), 1)]
-        for name, when, part in parts:
-            needed = (*_ROUND, "checkpoint", "step", "settings") if name == VALIDATIONS_FILE else _ROUND
-            if missing := [key for key in needed if not isinstance(part, dict) or key not in part]:
-                raise ConfigError(f"{self.folder / name} is damaged ({when} has no {missing[0]}): move it away.")
+        checks: list[tuple[str, str, Callable[[Any], None], Any]] = [
+            *((PANEL_FILE, when, check_round, found[when]) for when in ("before", "after") if when in found),
+            *((PANEL_FILE, when, check_difference, found[when]) for when in ("difference",) if when in found),
+            *((VALIDATIONS_FILE, f"line {i}", check_validation, x) for i, x in enumerate(found.get("validations", ()), 1)),
+        ]
+        for name, where, check, part in checks:
+            try:
+                check(part)
+            except ValueError as e:
+                raise ConfigError(f"{self.folder / name} is damaged ({where} {e}): move it away.") from e
         return found
 
     @cached_property
@@ -123,10 +145,7 @@ class Run:
         """
         frame = text_frame(self._lines.rows, columns=[*FIELDS, *COUNTS])
         frame.index.name = "trajectory"
-        try:
-            return frame.astype({"success": bool, "skill_id": "Int64"})
-        except (TypeError, ValueError) as e:
-            raise ConfigError(f"{self._index.path}: a skill_id is no number ({e}).") from e
+        return frame.astype({"success": bool, "skill_id": "Int64"})
 
     def trajectory(self, number: int) -> Trajectory:
         """One trajectory, whole. Raises IndexError if there is none of that number."""

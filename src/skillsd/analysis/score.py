@@ -20,7 +20,7 @@ from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import Chat
 from skillsd.run_folder import CHECKPOINTS
-from skillsd.skills import SKILL_TEMPLATE, Skill
+from skillsd.skills import Skill
 from skillsd.trajectory import Trajectory
 
 
@@ -59,7 +59,7 @@ class Scorer:
             check_base(checkpoint, self.policy.identity)
             self.policy.load_adapter_state(checkpoint["state_dict"])
         self.chat = Chat(self.policy.tokenizer, self.policy.stop_ids)
-        self.template = run.config.get("skills", {}).get("template") or SKILL_TEMPLATE
+        self.template = run.skill_template
         self.temperature = float(run.config["data"]["init_args"].get("rollout", {}).get("temperature", 1.0))
 
     def logprobs(self, number: int, adapter: str | None = "student", skill: Skill | str | int | None = None) -> npt.NDArray[np.float32]:

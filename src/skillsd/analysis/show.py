@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +17,7 @@ from rich.text import Text
 from skillsd.analysis.panel import print_panel
 from skillsd.analysis.run import Run
 from skillsd.errors import ConfigError, Parser
-from skillsd.rollout.guard import visible
+from skillsd.rollout.guard import one_line, visible
 from skillsd.words import count
 
 _SHOWN = ("reward/success", "reward/mean", "loss/total", "teacher/gap_mean", "policy/entropy", "time/rollout_s", "time/update_s")
@@ -72,7 +73,7 @@ def overview(run: Run) -> dict[str, Any]:
         values.loc[metrics["teacher/k3"] == 0, "teacher/gap_mean"] = float("nan")
     return {
         "folder": str(run.folder),
-        "seed": run.config.get("seed_everything"),
+        "seed": seed if isinstance(seed := run.config.get("seed_everything"), int | None) else str(seed),
         "iterations": len(metrics),
         "trajectories": len(played),
         "tasks": int(played["task_id"].nunique()),
@@ -112,8 +113,8 @@ def task(run: Run, task_id: str) -> dict[str, Any]:
     """
     rows = run.trajectories[run.trajectories["task_id"] == task_id]
     if rows.empty:
-        known = ", ".join(map(visible, list(dict.fromkeys(run.trajectories["task_id"]))[:5]))
-        raise ConfigError(f"--task {visible(task_id)}: {run.folder} has no trajectory of it (it has {known or 'none at all'}, ...).")
+        known = ", ".join(map(one_line, list(dict.fromkeys(run.trajectories["task_id"]))[:5]))
+        raise ConfigError(f"--task {one_line(task_id)}: {run.folder} has no trajectory of it (it has {known or 'none at all'}, ...).")
     groups = [
         {
             "iteration": int(iteration),
@@ -135,15 +136,16 @@ def skills(run: Run) -> list[dict[str, Any]]:
 
 
 def plain(row: pd.Series[Any]) -> dict[str, Any]:
-    """Python's own numbers, None for what is missing or no number."""
-    return {str(k): None if pd.isna(v) else v.item() if hasattr(v, "item") else v for k, v in row.items()}
+    """Python's own numbers, None for what is missing or not finite."""
+    values = {str(k): None if pd.isna(v) else v.item() if hasattr(v, "item") else v for k, v in row.items()}
+    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in values.items()}
 
 
 # -- the same as text ---------------------------------------------------------------------------------------------------------------
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=Text(visible(title)), title_justify="left")
+    table = Table(title=Text(one_line(title)), title_justify="left")
     for name in columns:
         table.add_column(name, justify="left" if name in ("", "task", "workflow") else "right", overflow="fold")
     return table
@@ -176,7 +178,7 @@ def _print_overview(panel: dict[str, Any], seen: dict[str, Any], out: Console) -
 def _print_trajectory(t: dict[str, Any], out: Console) -> None:
     skill = "no skill" if t["skill_id"] is None else f"its teacher saw skill {t['skill_id']}"
     out.print(
-        visible(f"trajectory {t['trajectory']}: iteration {t['iteration']}, task {t['task_id']}, member {t['member']}, {skill}"),
+        f"trajectory {t['trajectory']}: iteration {t['iteration']}, task {one_line(t['task_id'])}, member {t['member']}, {skill}",
         soft_wrap=True,
     )
     if t["instruction"]:
@@ -185,7 +187,7 @@ def _print_trajectory(t: dict[str, Any], out: Console) -> None:
         out.print(visible(f"--- turn {number}\n{turn['observation']}\n> {turn['action']}{_unread(turn)}"), soft_wrap=True)
     if t["final_observation"] is not None:
         out.print(visible(f"--- at the end\n{t['final_observation']}"), soft_wrap=True)
-    why = f" ({visible(t['failure'])})" if t["failure"] else ""
+    why = f" ({one_line(t['failure'], 1000)})" if t["failure"] else ""
     end = f"completion {t['completion']:.2f}, reward {t['reward']:.2f}, {count(len(t['turns']), 'turn')}"
     out.print(f"--- {t['finish_reason']}{why}: success {t['success']}, {end}", soft_wrap=True)
 
@@ -208,8 +210,8 @@ def _print_skills(seen: list[dict[str, Any]], out: Console) -> None:
     table = _table("skills", "id", "task", "from", "uses", "reward", "sources", "dropped", "workflow")
     for s in seen:
         dropped = "" if s["dropped"] is None else str(s["dropped"])
-        text = Text(visible(" ".join(s["golden_workflow"].split()))[:200])
+        text = Text(one_line(" ".join(s["golden_workflow"].split())))
         origin = "imported" if s["inserted"] < 0 else str(s["source_iteration"])
         numbers = (origin, str(s["uses"]), _number(s["mean_reward"]), str(s["sources"]), dropped)
-        table.add_row(str(s["skill_id"]), Text(visible(s["task_id"])), *numbers, text)
+        table.add_row(str(s["skill_id"]), Text(one_line(s["task_id"])), *numbers, text)
     out.print(table)

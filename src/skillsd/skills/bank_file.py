@@ -106,6 +106,11 @@ def _checked(reader: sqlite3.Connection, path: Path) -> Ledger:
     reader.execute("BEGIN")  # what it sees is settled by its first look
     version = _version(reader)
     _check_version(version, path)
+    found = reader.execute("SELECT type, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchall()
+    if {kind for kind, _ in found} - {"table", "index"}:  # whoever made the file could have our own statements run others
+        raise Damaged("it has triggers or views")
+    if version == SCHEMA_VERSION and {sql for _, sql in found} != set(SCHEMA):
+        raise Damaged("its tables are not those of a skill bank")
     whole = path.stat().st_size <= WHOLE_CHECK_BYTES
     if whole and (problem := reader.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise Damaged(" ".join(problem.split()))
@@ -115,8 +120,6 @@ def _checked(reader: sqlite3.Connection, path: Path) -> Ledger:
             reader.backup(copy)
         _migrate(copy)
         reader = copy
-    if not set(SCHEMA) <= {row[0] for row in reader.execute("SELECT sql FROM sqlite_master")}:
-        raise Damaged("its tables are not those of a skill bank")
     ledger = Ledger(reader, _booking(reader))
     ledger.verify(every_row_counted=whole)
     return ledger

@@ -7,7 +7,7 @@ comes from agents and environments is data: escaped by the templates, and no scr
 from __future__ import annotations
 
 import hmac
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import wraps
 from typing import Any
 
@@ -75,6 +75,8 @@ def create_app(site: Site, token: str) -> Flask:
             def shown(run: str, **where: Any) -> Response:
                 opened = site.runs.get(run) or abort(404, f"There is no run {run} here.")
                 stamp = opened.update()
+                with suppress(ConfigError):
+                    opened.run.config  # noqa: B018 - read before the lock, which the pages of all runs wait for
                 with opened.lock if locked else nullcontext():
                     try:
                         made = make(opened, **where)
@@ -132,7 +134,7 @@ def create_app(site: Site, token: str) -> Flask:
     def skill_pair(opened: Opened) -> dict[str, Any]:
         return pages.skill_pair(opened, request.args.get("a", 0, int), request.args.get("b", 0, int))
 
-    @page("compare", "compare.html")
+    @page("compare", "compare.html", locked=False)
     def compare(opened: Opened) -> dict[str, Any]:
         name = request.args.get("with") or next((n for n in site.runs if n != opened.name), "")
         other = site.runs.get(name)
@@ -141,7 +143,10 @@ def create_app(site: Site, token: str) -> Flask:
         if other is None or other is opened:
             return {"other": None}
         other.update()
-        return pages.compare(opened, other)
+        with suppress(ConfigError):
+            other.run.config  # noqa: B018 - before the lock, as above
+        with opened.lock:
+            return pages.compare(opened, other)
 
     return app
 

@@ -21,9 +21,10 @@ from skillsd.analysis.run import Run
 from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
 from skillsd.analysis.view.site import Opened
+from skillsd.errors import ConfigError
 from skillsd.keys import leaves
 from skillsd.rollout.guard import visible
-from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE
+from skillsd.skills.skill import FIELDS, Skill
 from skillsd.statistics import paired_difference
 from skillsd.words import count
 
@@ -38,6 +39,8 @@ CURVES = {
     "memory/peak_gib": "peak memory, GiB",
 }
 """Of the metrics, those that the overview shows at first."""
+MOST_CURVES = 100
+"""On one page; a run measures half as many things."""
 ROWS = 100
 """Of a table on one page."""
 NEAR = 20_000
@@ -81,7 +84,7 @@ def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
     """How the run goes: curves, the panel, speed and memory; all metrics if `everything`."""
     run = opened.run
     names = {name: name for name in run.metrics.columns if name != "epoch"} if everything else CURVES
-    measured = [name for name in names if name in run.metrics and run.metrics[name].notna().any()]
+    measured = [name for name in names if name in run.metrics and run.metrics[name].notna().any()][:MOST_CURVES]
     figures = [opened.once(("curve", name, names[name]), partial(_curve, {"": run}, name, names[name])) for name in measured]
     seen = show.overview(run)
     facts = {
@@ -197,8 +200,7 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
         for turn in seen["turns"]
     ]
     final = None if seen["final_observation"] is None else _observed(opened, seen["final_observation"])
-    template = lookup(opened.run.config, "skills.template")
-    told = {"skill": skill, "text": skill and skill.render(template if isinstance(template, str) and template else SKILL_TEMPLATE)}
+    told = {"skill": skill, "text": skill and _rendered(opened.run, skill)}
     found = _scores(opened, n, scored) if scored in HEATS else None
     return {"t": seen, "turns": turns, "final": final, "last": last, "group": group, "told": told, "heats": HEATS, "scored": found}
 
@@ -206,6 +208,14 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
 def _observed(opened: Opened, observation: str) -> dict[str, Any]:
     png = opened.pictures.png(observation)
     return {"picture": png and data_uri(png), "observation": Markup(syntax.output(observation))}
+
+
+def _rendered(run: Run, skill: Skill) -> str:
+    """What the teacher saw of a skill, or why that cannot be shown."""
+    try:
+        return skill.render(run.skill_template)
+    except (ConfigError, ValueError) as e:
+        return str(e)
 
 
 def _scores(opened: Opened, n: int, kind: str) -> dict[str, Any]:
@@ -341,6 +351,6 @@ def _difference(a: Run, b: Run) -> dict[str, Any] | None:
         return None
     try:
         mean, low, high = paired_difference(one, other)
-    except ValueError:
+    except (ValueError, KeyError, TypeError):  # from elsewhere
         return None
     return {"n": len(one["levels"]), "mean": mean, "low": low, "high": high}
