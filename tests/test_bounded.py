@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from skillsd import cli
 from skillsd.bounded import MAX_FILLED_CHARS, MAX_YAML_CHARS, fill, read_yaml
 from skillsd.skills.skill import Skill
 
@@ -28,6 +29,13 @@ BOMBS = {
 def test_yaml_that_grows_is_refused(name):
     with pytest.raises(ValueError, match=r"values|within|part of|characters"):
         read_yaml(BOMBS[name])
+
+
+def test_a_file_that_one_only_looks_at_is_bounded(tmp_path, capsys):
+    """`skillsd config` is for files that one does not trust yet."""
+    (tmp_path / "bomb.yaml").write_text(BOMBS["lists"])
+    assert cli.main(["config", "-c", str(tmp_path / "bomb.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_yaml_with_aliases_is_read():

@@ -65,6 +65,19 @@ def _count(node: yaml.Node, known: dict[int, tuple[int, int] | None], depth: int
     return found
 
 
+def visible(text: str) -> str:
+    """Text that a terminal may be given: all but printable characters, line ends and tabs is escaped (\\x1b, \\ud800)."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """A foreign name within a line that a terminal is given: `visible`, line ends and tabs escaped too, and at most `most` characters."""
+    text = f"{text[:most]}..." if len(text) > most else text
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def fill(template: str, values: Mapping[str, Any]) -> str:
     """A template with its {names} replaced; {{ and }} are braces. Names stand alone, but a float may be given a precision of one digit, as
     in {completion:.0%}: what `str.format` could do beyond that (widths, attributes, indices) is refused.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from skillsd.bounded import read_yaml
 from skillsd.errors import ConfigError, Parser
 
 _OBJECTIVE = "model.init_args.objective"
@@ -120,10 +121,10 @@ def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> None:
 
 def _read(name: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        content = read_yaml(Path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"-c {name}: there is no such file that can be read: check the path.") from e
-    except (yaml.YAMLError, RecursionError) as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise ConfigError(f"-c {name}: {' '.join(str(e).split())}") from e
     if not isinstance(content, dict):
         raise ConfigError(f"-c {name}: a configuration is a mapping of keys to values.")

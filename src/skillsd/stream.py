@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from skillsd import ranks
+from skillsd.bounded import one_line
 from skillsd.errors import ConfigError
 from skillsd.module import last_checkpoint
 from skillsd.rollout import Collector, Row, VllmServers
@@ -116,7 +117,7 @@ class GroupStream:
         told = ranks.gather((len(played), [t for t in played if t.failed]))
         episodes, failed = sum(n for n, _ in told), [t for _, theirs in told for t in theirs]
         if failed and ranks.leads():
-            log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), episodes, failed[0].failure)
+            log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), episodes, one_line(failed[0].failure, 1000))
         if len(failed) > self.data.rollout.max_failed * episodes:
             raise ConfigError(self._summary(iteration, failed, episodes))
 

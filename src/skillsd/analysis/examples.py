@@ -11,8 +11,8 @@ import pandas as pd
 from skillsd.analysis.document import Block, Cards, Code, Heading, Picture
 from skillsd.analysis.pictures import Pictures
 from skillsd.analysis.run import Run
+from skillsd.bounded import visible
 from skillsd.errors import redacted
-from skillsd.rollout.guard import visible
 from skillsd.skills.skill import FIELDS
 from skillsd.trajectory import Trajectory, Turn
 from skillsd.words import count

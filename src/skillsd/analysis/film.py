@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from skillsd.bounded import visible
 from skillsd.durable import write
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
 from skillsd.rollout import ask, make_env
-from skillsd.rollout.guard import visible
 from skillsd.rollout.picture import draws, picture_of
 
 TURN_MS, LAST_MS = 700, 2500

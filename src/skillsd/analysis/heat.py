@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from math import isfinite
 
-from skillsd.rollout.guard import visible
+from skillsd.bounded import visible
 
 STRENGTH = 0.6
 """Most opaque colour of a background: text of either scheme can be read on it."""

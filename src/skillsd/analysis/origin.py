@@ -15,8 +15,8 @@ from typing import Any
 from skillsd import __version__
 from skillsd.analysis.document import Table
 from skillsd.analysis.run import Run
+from skillsd.bounded import visible
 from skillsd.errors import redacted
-from skillsd.rollout.guard import visible
 from skillsd.run_folder import ADAPTER, CONFIG_FILE
 from skillsd.words import count
 

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from skillsd.analysis.document import Table
-from skillsd.rollout.guard import visible
+from skillsd.bounded import visible
 from skillsd.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_results
 from skillsd.skills import SkillBank
 from skillsd.statistics import bootstrap_mean

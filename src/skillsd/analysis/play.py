@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from skillsd.analysis.film import Film
+from skillsd.bounded import one_line, visible
 from skillsd.errors import ConfigError
 from skillsd.rollout import Row, ask, demonstrate, make_env, plan_of
-from skillsd.rollout.guard import one_line, visible
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills import BankContext, SkillBank
 from skillsd.trajectory import Task, Turn

@@ -12,10 +12,10 @@ from skillsd.analysis import examples, origin, panel, plots
 from skillsd.analysis.document import Block, Cards, Code, Heading, Picture, entities, html, markdown
 from skillsd.analysis.pictures import TRUST, Pictures
 from skillsd.analysis.run import Run
+from skillsd.bounded import visible
 from skillsd.durable import check_replaceable, sealed_folder
 from skillsd.errors import ConfigError, Parser, redacted
 from skillsd.paths import read_path
-from skillsd.rollout.guard import visible
 from skillsd.run_folder import CONFIG_FILE
 
 CURVES = {

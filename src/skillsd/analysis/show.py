@@ -16,8 +16,8 @@ from rich.text import Text
 
 from skillsd.analysis.panel import print_panel
 from skillsd.analysis.run import Run
+from skillsd.bounded import one_line, visible
 from skillsd.errors import ConfigError, Parser
-from skillsd.rollout.guard import one_line, visible
 from skillsd.words import count
 
 _SHOWN = ("reward/success", "reward/mean", "loss/total", "teacher/gap_mean", "policy/entropy", "time/rollout_s", "time/update_s")

@@ -12,10 +12,10 @@ from typing import Any
 from skillsd.analysis.run import Run, read_bank
 from skillsd.analysis.show import plain
 from skillsd.analysis.similar import SkillIndex
+from skillsd.bounded import one_line
 from skillsd.durable import write
 from skillsd.errors import ConfigError, Parser
 from skillsd.paths import read_path
-from skillsd.rollout.guard import one_line
 from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE, LOCK_FILE, check_format, read_record
 from skillsd.run_lock import RunLock
 from skillsd.skills import Skill, SkillBank

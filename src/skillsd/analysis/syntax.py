@@ -11,7 +11,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import JsonLexer, PythonLexer, PythonTracebackLexer, get_lexer_by_name
 from pygments.util import ClassNotFound
 
-from skillsd.rollout.guard import visible
+from skillsd.bounded import visible
 
 _FENCE = re.compile(r"^(```+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _FORMAT = HtmlFormatter(nowrap=True)

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skillsd.bounded import visible
 from skillsd.durable import write
 from skillsd.keys import leaves
-from skillsd.rollout.guard import visible
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Trajectory
 from skillsd.words import count

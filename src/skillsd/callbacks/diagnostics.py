@@ -10,8 +10,8 @@ from typing import Any
 import lightning as L
 
 from skillsd import ranks
+from skillsd.bounded import visible
 from skillsd.module import SkillSD
-from skillsd.rollout.guard import visible
 from skillsd.skills import BankContext, NoContext
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import TrajectoryGroup

@@ -16,11 +16,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from skillsd import ranks
+from skillsd.bounded import visible
 from skillsd.callbacks import board
 from skillsd.durable import DamagedError, checksum, named, sync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS
-from skillsd.rollout.guard import Failure, visible
+from skillsd.rollout.guard import Failure
 from skillsd.rollout.picture import picture_of
 from skillsd.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.skills.callback import SkillBankCallback

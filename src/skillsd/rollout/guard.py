@@ -14,6 +14,8 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, NamedTuple
 
+from skillsd.bounded import visible
+
 MOST_SAID = 500  # characters of a failure's text
 
 
@@ -35,19 +37,6 @@ class Misbehaved(Exception):
 
 class _Hung(BaseException):
     """Raised into a call that takes too long; no Exception, which an environment might catch."""
-
-
-def visible(text: str) -> str:
-    """Text that a terminal may be given: all but printable characters, line ends and tabs is escaped (\\x1b, \\ud800)."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-def one_line(text: str, most: int = 200) -> str:
-    """A foreign name within a line that a terminal is given: `visible`, line ends and tabs escaped too, and at most `most` characters."""
-    text = f"{text[:most]}..." if len(text) > most else text
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def attempt(call: Callable[[], Any]) -> Any:

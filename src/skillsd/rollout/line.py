@@ -12,8 +12,8 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+from skillsd.bounded import visible
 from skillsd.errors import causes, redacted
-from skillsd.rollout.guard import visible
 
 CONNECT_S = 5.0
 _ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that has lost its power is missed after 25 s

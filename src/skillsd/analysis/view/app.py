@@ -17,8 +17,8 @@ from werkzeug.exceptions import HTTPException
 from skillsd.analysis import syntax
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.site import Opened, Site
+from skillsd.bounded import visible
 from skillsd.errors import ConfigError
-from skillsd.rollout.guard import visible
 
 HOSTS = ("127.0.0.1", "localhost")
 HEADERS = {

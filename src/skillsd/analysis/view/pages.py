@@ -21,9 +21,9 @@ from skillsd.analysis.run import Run
 from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
 from skillsd.analysis.view.site import Opened
+from skillsd.bounded import visible
 from skillsd.errors import ConfigError
 from skillsd.keys import leaves
-from skillsd.rollout.guard import visible
 from skillsd.skills.skill import FIELDS, Skill
 from skillsd.statistics import paired_difference
 from skillsd.words import count

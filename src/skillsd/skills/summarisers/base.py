@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from skillsd.bounded import one_line
 from skillsd.skills.skill import FIELDS, MAX_ANSWER_FIELD_CHARS, Skill, without_thoughts
 from skillsd.skills.summarisers.prompt import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
 from skillsd.skills.summarisers.protocol import Synchronous
@@ -109,5 +110,5 @@ class BaseSummariser(Synchronous):
             return Skill(success, mistakes, workflow).admitted(MAX_ANSWER_FIELD_CHARS).of(trajectory)
         except ValueError as error:
             self.last_error = str(error)
-            log.info("no skill from %s, member %d: %s", trajectory.task_id, trajectory.member, error)
+            log.info("no skill from %s, member %d: %s", one_line(trajectory.task_id), trajectory.member, error)
             return None

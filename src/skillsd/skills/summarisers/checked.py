@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from skillsd.bounded import one_line
 from skillsd.errors import ConfigError, causes
 from skillsd.skills.skill import Skill
 from skillsd.skills.summarisers.protocol import Finished, Summariser, in_order
@@ -111,5 +112,5 @@ def _taken(given: object, source: Skill) -> Skill | None:
     try:
         return source.with_texts(Skill.admitted(given).texts)
     except ValueError as error:
-        log.info("no skill from %s, member %d: %s", source.task_id, source.source_member, error)
+        log.info("no skill from %s, member %d: %s", one_line(source.task_id), source.source_member, error)
         return None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from skillsd.bounded import one_line
 from skillsd.errors import ConfigError, causes, redacted
 from skillsd.skills.skill import Skill
 from skillsd.skills.summarisers.endpoint import Endpoint, NoAnswer
@@ -230,7 +231,7 @@ class OpenAISummariser:
             if error:
                 self.last_error = error
         if error and error != "closed" and (t := job.trajectory) is not None:
-            log.warning("no skill from %s, member %d: %s", t.task_id, t.member, error)
+            log.warning("no skill from %s, member %d: %s", one_line(t.task_id), t.member, error)
         return True
 
     def _over(self, job: _Job) -> bool:
