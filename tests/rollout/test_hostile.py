@@ -205,7 +205,8 @@ threads.wait(calls)
 print(calls[0].result().kind, calls[1].result())
 threads.close()
 """
-    env = os.environ | {"PYTHONPATH": str(Path(guard.__file__).parent)}  # by itself: the package takes seconds to import
+    folder = Path(guard.__file__).parent  # by itself: its package takes seconds to import
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder, folder.parents[1])))}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env, check=True)
     assert run.stdout == "hung 7\n"
 
