@@ -21,7 +21,7 @@ from benchmarks.bank import resident, timed
 from skillsd.analysis import Run
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.site import Opened
-from skillsd.run_folder import CONFIG_FILE, TRAJECTORIES_FILE
+from skillsd.run_folder import CONFIG_FILE, TRAJECTORIES_FILE, write_record
 from skillsd.trajectory import Trajectory, Turn
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = [(made(n, args.tokens).to_json() + "\n").encode() for n in range(1000)]
     with tempfile.TemporaryDirectory() as folder:
+        write_record(Path(folder))
         Path(folder, CONFIG_FILE).touch()
         path = Path(folder, TRAJECTORIES_FILE)
         with path.open("wb") as f:

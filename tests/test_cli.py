@@ -316,7 +316,7 @@ def test_a_full_disk(run, monkeypatch, where):
     assert run("--ckpt_path", "last") == 0  # with room again it goes on
     files = run.files()
     assert files["metrics.csv"].count(b"\n") == 2 and files["trajectories.jsonl"].count(b"\n") == 4
-    assert "checkpoints/last.ckpt" in files and not any(name.endswith(".tmp") for name in files)
+    assert "checkpoints/last.ckpt" in files and not any(".skillsd-tmp" in name for name in files)
 
 
 def test_a_full_disk_keeps_the_checkpoint(ended, monkeypatch):

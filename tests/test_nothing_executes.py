@@ -25,6 +25,7 @@ from skillsd.cli.standard import STANDARD
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.load import load_base, load_tokenizer
+from skillsd.run_folder import write_record
 from skillsd.skills.callback import SkillBankCallback
 
 pytestmark = [
@@ -146,6 +147,7 @@ def test_a_malicious_checkpoint(run, tmp_path):
     mark.unlink()
     last = run.folder / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
+    write_record(run.folder)
     shutil.copy(tmp_path / "zip.ckpt", last)
     plain, zipped = str(tmp_path / "plain.ckpt"), str(tmp_path / "zip.ckpt")
     for command, given in (("fit", plain), ("fit", zipped), ("fit", "last"), ("validate", "last"), ("export", zipped), ("play", "last")):

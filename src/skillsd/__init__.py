@@ -1,6 +1,7 @@
 """skillsd: train multi-turn LLM agents with Skill-SD (arXiv:2604.10674). Importing this loads neither torch nor lightning."""
 
 import os
+import sys
 
 from skillsd._conf import conf_dir
 
@@ -10,6 +11,11 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 # Likewise. A rank that is gone gives one line of ours; PyTorch's sockets give a page each.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+# Likewise Lightning, which takes these for numbers: what else they hold is no rank, and ends its import with a traceback.
+for _name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+    if not os.environ.get(_name, "0").isdigit():
+        print(f"{_name} is {os.environ.pop(_name)!r}, which is no rank: it is ignored.", file=sys.stderr)
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,6 @@ from skillsd.errors import ConfigError
 from skillsd.run_folder import (
     ADAPTER,
     BANK_FILE,
-    CHECKPOINTS,
     FILES,
     FOLDERS,
     MODEL,
@@ -25,6 +24,7 @@ from skillsd.run_folder import (
     VALIDATIONS_FILE,
     RunRecord,
     check_format,
+    checkpoint_folder,
     has_checkpoint,
     read_record,
     write_record,
@@ -111,7 +111,7 @@ def plan(folder: Path, ckpt_path: str | None, overwrite: bool) -> Start:
             f"trainer.default_root_dir: {folder} holds {_inside(found[0], folder)}, and no {RECORD_FILE} says that a run has made it: "
             "move it away, or name another folder."
         )
-    for path in _checkpoints(folder, record).glob("*.ckpt"):
+    for path in checkpoint_folder(folder, record).glob("*.ckpt"):
         if path not in found:
             raise ConfigError(
                 f"trainer.default_root_dir: {path} is no checkpoint that a run has made there, and would be taken for one: move it away, "
@@ -135,13 +135,9 @@ def _inside(path: Path, folder: Path) -> Path:
     return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
-def _checkpoints(folder: Path, record: RunRecord | None) -> Path:
-    return folder / ((record and record.checkpoints) or CHECKPOINTS)
-
-
 def _files_of_run(folder: Path, record: RunRecord | None) -> Iterator[Path]:
     """What a run has made, where run.json says that there was one. Checkpoints come first: one without its bank could not be continued."""
-    place = _checkpoints(folder, record)
+    place = checkpoint_folder(folder, record)
     if place.absolute().is_relative_to(folder.absolute()):
         yield from (p for p in sorted(place.glob("*.ckpt*")) if p.name in (LAST, PREVIOUS) or _is_checkpoint(p))
     yield from temporaries(place)

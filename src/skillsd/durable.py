@@ -257,7 +257,11 @@ def sealed_folder(folder: Path, key: str) -> Iterator[Path]:
         else:
             old = temporary(folder)
             os.rename(folder, old)
-            os.rename(work, folder)
+            try:
+                os.rename(work, folder)
+            except OSError:
+                os.rename(old, folder)
+                raise
             remove_sealed(old)
         sync(folder.parent)
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 from skillsd.errors import ConfigError
 
-PATH_KEYS = ("default_root_dir", "save_dir", "dirpath", "ckpt_path", "out", "gif", "servers_folder")
+PATH_KEYS = ("default_root_dir", "save_dir", "dirpath", "ckpt_path", "out", "gif", "servers_folder", "tasks_file")
 """Keys of a configuration that name a file or a folder, wherever they stand. Those of a policy are read by its settings."""
 _OTHERS = ("env_kwargs", "env_overrides", "panel_env_kwargs")
 """What stands under these is the environment's."""

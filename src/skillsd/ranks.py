@@ -86,7 +86,7 @@ def settle(several: bool) -> None:
         if os.environ["SLURM_NTASKS"] != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
             raise ConfigError("SLURM_NTASKS_PER_NODE is not set: give srun --ntasks-per-node, or unset SLURM_NTASKS to run without srun.")
     else:
-        left = [n for n in ("RANK", "SLURM_PROCID") if n in os.environ]
+        left = [n for n in ("RANK", "SLURM_PROCID") if os.environ.get(n, "0") != "0"]
         _take_out(left, left)
         _check_numbers(*(n for n in _BY_HAND if n in os.environ))
         if "MASTER_PORT" not in os.environ and (left := [n for n in _BY_HAND if os.environ.get(n, "0") != "0"]):

@@ -107,13 +107,18 @@ def run_files(folder: Path) -> list[Path]:
     return [*(p for name in names if (p := folder / name).is_file()), *sorted((folder / CHECKPOINTS).glob("*.ckpt"))]
 
 
+def checkpoint_folder(folder: Path, record: RunRecord | None) -> Path:
+    """Where a run's checkpoints lie."""
+    return folder / ((record and record.checkpoints) or CHECKPOINTS)
+
+
 def has_checkpoint(folder: Path, record: RunRecord | None) -> bool:
     """There is a checkpoint that `--ckpt_path last` might continue from.
 
     Raises:
         ConfigError: One was once written, and none is there.
     """
-    place = folder / ((record and record.checkpoints) or CHECKPOINTS)
+    place = checkpoint_folder(folder, record)
     if any(place.glob("*.ckpt")):
         return True
     if record is None or record.checkpoints is None or record.discarding:

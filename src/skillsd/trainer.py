@@ -14,7 +14,7 @@ from skillsd.checkpoint import LAST, newest_good, read_checkpoint
 from skillsd.durable import check_replaceable
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
-from skillsd.run_folder import CHECKPOINTS, FILES, FOLDERS, check_format, has_checkpoint, read_record
+from skillsd.run_folder import FILES, FOLDERS, check_format, checkpoint_folder, has_checkpoint, read_record
 
 
 class Trainer(L.Trainer):
@@ -85,12 +85,14 @@ class Trainer(L.Trainer):
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
+    path = read_path(ckpt_path, "ckpt_path")
     if ckpt_path == "last":
         run = Path(trainer.default_root_dir)
         check_format(run)
-        has_checkpoint(run, read_record(run))  # or it says where it was
-    folder = Path(trainer.default_root_dir) / CHECKPOINTS
-    path = newest_good(folder) or folder / LAST if ckpt_path == "last" else read_path(ckpt_path, "ckpt_path")
+        record = read_record(run)
+        has_checkpoint(run, record)  # or it says where it was
+        folder = checkpoint_folder(run, record)
+        path = newest_good(folder) or folder / LAST
     if not path.is_file():
         raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
     checkpoint = read_checkpoint(path)

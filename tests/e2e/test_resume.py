@@ -35,6 +35,7 @@ MOMENTS: list[tuple[str, int, bool]] = [
     ("skillsd.rollout.in_process:InProcessSession.step", 3, False),  # in the `before` panel
     ("skillsd.callbacks.log:RunLog._append", 3, False),  # the first row stands, its trajectories do not; no checkpoint yet
     ("skillsd.callbacks.resume:CheckpointFiles.save_checkpoint", 1, False),  # all is written, but not the first checkpoint
+    ("skillsd.callbacks.resume:note_checkpoint", 1, True),  # it is on record, and has no name yet
     ("skillsd.callbacks.resume:CheckpointFiles.save_checkpoint", 1, True),  # and just after it
     ("skillsd.rollout.in_process:InProcessSession.step", 4, True),  # in a rollout
     ("skillsd.policy.policy:Policy._score", 3, True),  # in a training step
@@ -125,6 +126,27 @@ def test_skills_of_another_run(servers: tuple[Server, Server], tmp_path: Path) -
     assert_equal(killed.record(), record)
     assert [event[:3] for event in record["event"][:10]] == [*((i, -1, "insert") for i in range(1, 10)), (10, 0, "use")]
     assert {float(row["teacher/skill_share"]) for row in record["metrics"]} == {1.0}
+
+
+def test_a_second_fit_beside_a_running_one(servers: tuple[Server, Server], tmp_path: Path) -> None:
+    """It is refused with the first one's process, which goes on; what is killed owns nothing any more."""
+    file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"])
+    first, second = (Run(tmp_path / "run", s, file) for s in servers)
+    second.log = tmp_path / "second.log"
+    pid = servers[0].start(first.args(), first.log)
+    while not first.has_rows(1):
+        os.kill(pid, 0)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGSTOP)  # it would have ended before the others have begun
+    said = [second.fit(*flags, code=2) for flags in ((), ("--ckpt_path", "last"), ("--overwrite=true",))]
+    os.kill(pid, signal.SIGCONT)
+    assert all(f"process {pid} on" in text for text in said)
+    assert servers[0].wait() == 0, first.log.read_text()[-5000:]
+    assert [row["iteration"] for row in first.rows()] == [str(i) for i in range(STEPS)]
+    record = first.record()
+    assert second.kill_when(lambda: (second.folder / "run.lock").exists(), 0.0) and (second.folder / "run.lock").exists()
+    second.resume()
+    assert_equal(second.record(), record)
 
 
 def test_a_new_learning_rate_holds(servers: tuple[Server, Server], tmp_path: Path) -> None:

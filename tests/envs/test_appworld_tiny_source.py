@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from skillsd_appworld import install
+
 WORKER = Path(__file__).resolve().parents[2] / "envs" / "skillsd_appworld" / "worker"
 
 
@@ -144,3 +146,20 @@ def test_refuses_an_interpreter_without_appworld(tmp_path: Path) -> None:
     result = run(tmp_path / "tiny")
     assert result.returncode == 2 and "has no appworld" in result.stderr and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_have_put_into_a_root_stays(source, tmp_path):
+    for name in ("root/tiny.json", "root/experiments/mine.txt", "new/tiny.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source.make_tiny.replace(tmp_path / "root", tmp_path / "new")
+    left = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {"root/tiny.json": "new/tiny.json", "root/experiments/mine.txt": "root/experiments/mine.txt"}
+
+
+def test_somebody_s_interpreter_is_not_made_anew(tmp_path, capsys, monkeypatch):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "mine.txt").write_text("precious")
+    monkeypatch.setattr(sys, "argv", ["install", str(tmp_path)])
+    assert install.main() == 2 and "venv" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob("*")] == ["venv", "mine.txt"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from skillsd.errors import ConfigError
+from skillsd.run_folder import write_record
 from skillsd.study.cells import Cell
 from skillsd.study.results import WINDOW, read_cell, read_metrics, tables
 
@@ -20,6 +21,7 @@ rollout/env_steps rollout/tokens learner/tokens time/rollout_s time/teacher_s ti
 def cell(folder: Path, rows: list[list[float | str]], columns: list[str] = COLUMNS, during: dict | None = None) -> Cell:
     """A finished run folder."""
     folder.mkdir(exist_ok=True)
+    write_record(folder)
     with (folder / "metrics.csv").open("w") as f:
         csv.writer(f).writerows([columns, *rows])
     result = {"n": 2, "success": 0.5, "completion": 0.75, "levels": [{"task_id": "a", "member": 0, "seed": 0}] * 2}
@@ -93,3 +95,10 @@ def test_an_unplayed_panel_before_is_not_a_number(tmp_path):
     (tmp_path / "panel.json").write_text(json.dumps(panel))
     results, curves = tables([read_cell(made)])
     assert isnan(results["before_success"][0]) and isnan(curves["panel_success"][0]) and curves["panel_success"][2] == 0.5 != nan
+
+
+def test_a_cell_of_an_older_format(tmp_path):
+    made = cell(tmp_path, full(2))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ConfigError, match=r"run\.json"):
+        read_cell(made)

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from skillsd.errors import ConfigError
+from skillsd.study.runner import locked
+from skillsd.study.settings import StudySettings
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -36,7 +38,7 @@ def test_a_study_from_beginning_to_end(studies):
     rows = read_csv(studies.folder / "results.csv")
     assert [(r["method"], r["seed"]) for r in rows] == [("grpo", "0"), ("skillsd", "0"), ("grpo", "1"), ("skillsd", "1")]
     assert {p.name for p in studies.folder.iterdir()} >= {"report.md", "report.html", "results.csv", "curves.csv", "differences.png"}
-    assert not list(studies.folder.rglob("*.tmp"))
+    assert not list(studies.folder.rglob("*.skillsd-tmp"))
     before = {p: p.read_bytes() for p in studies.folder.glob("*.*") if p.suffix != ".lock"}
     assert studies("--threads=2", "--set.trainer.max_epochs=3", '--set.data.splits={"train": 8}') == 0
     assert studies.calls() == [] and "4 finished, 0 to run" in studies.out
@@ -163,7 +165,7 @@ def test_what_no_study_made_is_refused(studies):
     folder = studies.folder / "cells/grpo/seed-0"
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text("")
-    with pytest.raises(ConfigError, match="holds something that no study made"):
+    with pytest.raises(ConfigError, match="no study"):
         studies()
     (folder / "metrics.csv").unlink()
     (folder / "cell.json").write_text("{")
@@ -260,3 +262,21 @@ def test_the_cells_obey_ctrl_c_even_where_the_shell_ignores_it(studies, monkeypa
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+def test_a_folder_of_somebody_else_is_no_study_s(tmp_path):
+    for name in ("results.csv", "report.md", "mine.png", "cells"):
+        (tmp_path / name).write_text("precious")
+        with pytest.raises(ConfigError, match=f"folder: .* holds {name}"), locked(tmp_path):
+            pass
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "precious")]
+        (tmp_path / name).unlink()
+    for place in ("file", "file/below", "n" * 300):
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match="folder: "), locked(tmp_path / place):
+            pass
+
+
+def test_a_path_is_read_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert StudySettings(configs=["a"], methods={"grpo": []}, folder="~/study").folder == str(tmp_path / "study")

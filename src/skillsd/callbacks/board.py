@@ -30,7 +30,7 @@ ROWS, CHARS = 20, 300
 """Of the table of skills: most rows, and most characters in a cell."""
 READ = 10_000
 """Skills that are looked at for it, at most: half a second."""
-NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "ckpt_path", "overwrite", "weights_only")
+NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "ckpt_path", "overwrite", "steal_lock", "weights_only")
 """Keys that say where a run is and how it was begun; they and what is under them."""
 
 

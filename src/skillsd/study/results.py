@@ -13,7 +13,7 @@ import pandas as pd
 
 from skillsd.analysis.metrics import read_metrics as read_table
 from skillsd.errors import ConfigError
-from skillsd.run_folder import METRICS_FILE, read_panel
+from skillsd.run_folder import METRICS_FILE, check_format, read_panel
 from skillsd.study.cells import Cell, replace
 
 WINDOW = 10
@@ -67,8 +67,9 @@ def read_cell(cell: Cell) -> Finished:
     """Read a finished cell's run folder.
 
     Raises:
-        ConfigError: its files are damaged.
+        ConfigError: its files are damaged, or of another format.
     """
+    check_format(cell.folder)
     metrics, panel = read_metrics(cell.folder), read_panel(cell.folder)
     before, after = panel.get("before", {}), panel["after"]
     metrics.loc[metrics["teacher/k3"] == 0, SPOKEN] = nan  # no teacher was scored: a gap of 0 would read as agreement

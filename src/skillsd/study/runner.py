@@ -25,6 +25,8 @@ from skillsd.words import count, duration
 
 FIT = (sys.executable, "-m", "skillsd", "fit")
 LOCK = "study.lock"
+WRITTEN = ("cells", "results.csv", "curves.csv", "report.md", "report.html")
+"""What a study writes to its folder, beside pictures."""
 TAIL = 12
 """Lines of a failed cell's log that are shown."""
 
@@ -41,7 +43,8 @@ def locked(folder: Path) -> Iterator[int]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strangers = [] if (folder / LOCK).is_file() or any(folder.glob("cells/*/seed-*/cell.json")) else sorted(folder.iterdir())
+        ours = (folder / LOCK).is_file() or any(folder.glob("cells/*/seed-*/cell.json"))
+        strangers = [] if ours else sorted(p for p in folder.iterdir() if p.name in WRITTEN or p.suffix == ".png")
     except (OSError, ValueError) as e:
         raise ConfigError(f"folder: {str(folder)[:200]} cannot be the study's ({getattr(e, 'strerror', e)}): name another.") from e
     if strangers:
