@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 _SECRET_NAME = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _PIECE = 8  # characters of a secret in a row that are one too many
+SURE = 12
+"""Characters from which on the value of a secret is no word of a text."""
 _CLASSES = ("data", "model", "logger", "strategy", "profiler", "summariser", "context", "loss", "advantage", "multiplier", "gate")
 """Keys that take a class path: the parser's errors leave out the `init_args` under them."""
 _held: dict[str, str] = {}
@@ -91,9 +93,17 @@ def _key(message: str) -> str:
 
 
 def hold_secret(name: str, value: str) -> None:
-    """Note the value of the environment variable `name`, whatever it is called, as one that `redacted` takes out. Short ones are words."""
+    """Note the value of the environment variable `name`, whatever it is called, as a key that skillsd uses: `redacted` and `without_keys`
+    take it out. Short ones are words."""
     if len(value) >= 6:
         _held[value] = name
+
+
+def hold_keys(config: Mapping[str, Any]) -> None:
+    """Note the keys whose variables a configuration names (`api_key_env`, `servers_key_env`); dotted key -> value."""
+    for key, value in config.items():
+        if key.rpartition(".")[2] in ("api_key_env", "servers_key_env") and isinstance(value, str):
+            hold_secret(value, os.environ.get(value, ""))
 
 
 def read_key(variable: str, key: str) -> str:
@@ -114,12 +124,21 @@ def read_key(variable: str, key: str) -> str:
 
 def secrets() -> dict[str, str]:
     """Value -> name: what `hold_secret` noted, and the environment variables whose name ends in KEY, TOKEN, SECRET or PASSWORD."""
-    named = {value: name for name, value in os.environ.items() if len(value) >= 12 and _SECRET_NAME.search(name)}
+    named = {value: name for name, value in os.environ.items() if len(value) >= SURE and _SECRET_NAME.search(name)}
     return named | _held
 
 
+def without_keys(text: str) -> str:
+    """Data as it is, but for whole values of keys that skillsd itself uses. What else looks like a secret may be a word of the data, and
+    so may a key of less than 12 characters, such as local servers are given (`ollama`)."""
+    for value in sorted((v for v in _held if len(v) >= SURE), key=len, reverse=True):
+        text = text.replace(value, f"[{_held[value]}]")
+    return text
+
+
 def redacted(text: str) -> str:
-    """`text` without secrets and without pieces of 8 characters or more of them: error texts echo keys, whole or cut."""
+    """An error's text without secrets and without pieces of 8 characters or more of them: servers echo keys, whole or cut. Not for data:
+    see `without_keys`."""
     for value, name in secrets().items():
         size = min(_PIECE, len(value))
         hits = {value[at : at + size] for at in range(len(value) - size + 1)}

@@ -213,14 +213,22 @@ def test_what_the_run_has_recorded(folder):
 
 
 def test_secrets_are_left_out(folder, monkeypatch):
+    """Those that the run used; what else has a secret's name may be a word of the data."""
+    monkeypatch.setattr("skillsd.errors._held", {})
     monkeypatch.setenv("MY_API_TOKEN", "swordfish-9f8e7d6c5b")
+    monkeypatch.setenv("POSTGRES_PASSWORD", "password1234")
     monkeypatch.setattr("skillsd.analysis.examples.MOST_CHARS", 60)  # cuts within the secret
     at = "swordfish-9f8e7d6c5b"
     append(folder / "trajectories.jsonl", [replace(SHORT, iteration=3, turns=(Turn(f"{'x' * 45}{at}", at, 0.0),), instruction=at)])
     write_record(folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "note": at}))
+    append(folder / "trajectories.jsonl", [replace(SHORT, iteration=3, task_id="password1234")])
+    (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "note": at, "skills": {"api_key_env": "MY_API_TOKEN"}}))
     page, text = written(folder, checks=[{**CHECKS[0], "detail": at}])
-    assert "swordfish" not in page + text and text.count("[MY_API_TOKEN]") == Page(page).text.count("[MY_API_TOKEN]") == 5
+    assert (
+        "swordfish" not in page + text
+        and text.count("[MY_API_TOKEN]") == Page(page).text.count("[MY_API_TOKEN]") == 5
+        and "password1234" in page
+    )
 
 
 def test_what_is_long_is_cut(folder):

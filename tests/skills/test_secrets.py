@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from skillsd import cli, errors
+from skillsd.cli.configured import refuse_secrets
 from skillsd.diagnosis import report
-from skillsd.errors import ConfigError, hold_secret, redacted
+from skillsd.errors import ConfigError, hold_secret, redacted, without_keys
 
 KEY = "sk-planted-Zq83hTnv0LxWm5RbYd2KcJ7u"
 NAME = "MY_PLANTED_VARIABLE"  # its name does not say what it is
@@ -59,7 +60,7 @@ class Echo(BaseHTTPRequestHandler):
         server.seen.append(said)
         step, status = self.steps[(len(server.seen) - 1) % len(self.steps)], 200
         escaped = "".join(f"\\u{ord(c):04x}" for c in said)  # JSON's other way to write it
-        texts = {"success_analysis": f"tell {said}", "mistake_analysis": said[:20], "golden_workflow": "ESCAPED"}
+        texts = {"success_analysis": f"tell {said}", "mistake_analysis": "none", "golden_workflow": "ESCAPED"}
         content = json.dumps(texts).replace("ESCAPED", escaped) if step == "skill" else f"I cannot, {said}"
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
         data = {"id": said, "object": "chat.completion", "created": 0, "model": said, "choices": [choice]}
@@ -185,6 +186,25 @@ def test_a_key_in_the_configuration_is_refused(clean, tmp_path, tiny_model, caps
     base["trainer"]["callbacks"] = [named]
     line = refused(tmp_path, capsys, base)
     assert KEY[::-1] not in line
+
+
+def test_what_only_has_the_name_of_a_secret_is_data(clean, caplog, monkeypatch):
+    """A path in CACHE_KEY and a password that is a word stop no run and are masked in no data; what a key of ours holds is refused."""
+    monkeypatch.setenv("CACHE_KEY", "/home/me/cache")
+    monkeypatch.setenv("POSTGRES_PASSWORD", "password1234")
+    monkeypatch.setenv("OPENAI_API_KEY", "ollama")  # what local servers are given
+    config = {"trainer.default_root_dir": "/home/me/cache/run", "skills.summariser.init_args.base_url": "http://ollama:11434/v1"}
+    refuse_secrets(config)
+    assert not caplog.records
+    refuse_secrets({**config, "data.init_args.env_kwargs.password": "password1234"})
+    assert "env_kwargs.password holds the value of the environment variable POSTGRES_PASSWORD" in caplog.text
+    said = "log in with the password1234 to ollama, files are in /home/me/cache"
+    assert without_keys(said) == said and redacted(said) != said
+    monkeypatch.setenv(NAME, KEY)
+    for name in ("skills.summariser.init_args.api_key_env", "data.init_args.rollout.servers_key_env"):
+        with pytest.raises(ConfigError, match=f"^model.x holds the value of the environment variable {NAME}"):
+            refuse_secrets({name: NAME, "model.x": ["a", f"Bearer {KEY}"]})
+    assert without_keys(f"{KEY} {KEY[:-1]} {KEY}") == f"[{NAME}] {KEY[:-1]} [{NAME}]"
 
 
 def test_request_settings_that_only_sound_like_keys(monkeypatch):

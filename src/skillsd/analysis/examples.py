@@ -1,5 +1,5 @@
 """A few trajectories and skills of a run, chosen by a rule and told in a report's blocks. What agents and environments wrote is cut,
-made visible and freed of secrets here; the document escapes it."""
+made visible and freed of keys here; the document escapes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skillsd.analysis.document import Block, Cards, Code, Heading, Picture
 from skillsd.analysis.pictures import Pictures
 from skillsd.analysis.run import Run
 from skillsd.bounded import visible
-from skillsd.errors import redacted
+from skillsd.errors import without_keys
 from skillsd.skills.skill import FIELDS
 from skillsd.trajectory import Trajectory, Turn
 from skillsd.words import count
@@ -40,9 +40,9 @@ def choose(played: pd.DataFrame) -> list[int]:
 
 
 def said(text: str) -> str:
-    """What somebody else wrote, to be shown: cut, without secrets, all characters printable."""
+    """What somebody else wrote, to be shown: without keys that skillsd uses, cut, all characters printable."""
     more = f"\n[... cut: {len(text)} characters in all]" if len(text) > MOST_CHARS else ""
-    return visible(redacted(text[:MOST_CHARS])) + more
+    return visible(without_keys(text)[:MOST_CHARS]) + more
 
 
 def trajectories(run: Run, pictures: Pictures) -> list[Block]:

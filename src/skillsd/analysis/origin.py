@@ -16,7 +16,7 @@ from skillsd import __version__
 from skillsd.analysis.document import Table
 from skillsd.analysis.run import Run
 from skillsd.bounded import visible
-from skillsd.errors import redacted
+from skillsd.errors import redacted, without_keys
 from skillsd.run_folder import ADAPTER, CONFIG_FILE
 from skillsd.words import count
 
@@ -91,12 +91,12 @@ def recorded(run: Run) -> dict[str, str]:
 def installed(checks: Sequence[Mapping[str, str]]) -> Table:
     """The rows of `skillsd doctor`, the home folder's name left out."""
     home = str(Path.home())
-    rows = [(c["check"], c["state"], _plain(c["detail"].replace(home, "~"))) for c in checks]
+    rows = [(c["check"], c["state"], visible(redacted(c["detail"].replace(home, "~")))) for c in checks]
     return Table(("check", "state", "what was found"), rows, 3)
 
 
 def _plain(value: Any) -> str:
-    return visible(redacted(f"{value:g}" if isinstance(value, float) else str(value)))
+    return visible(without_keys(f"{value:g}" if isinstance(value, float) else str(value)))
 
 
 def _read(path: Path) -> str:

@@ -14,7 +14,8 @@ from skillsd.analysis.pictures import TRUST, Pictures
 from skillsd.analysis.run import Run
 from skillsd.bounded import visible
 from skillsd.durable import check_replaceable, sealed_folder
-from skillsd.errors import ConfigError, Parser, redacted
+from skillsd.errors import ConfigError, Parser, hold_keys, without_keys
+from skillsd.keys import leaves
 from skillsd.paths import read_path
 from skillsd.run_folder import CONFIG_FILE
 
@@ -64,6 +65,7 @@ def report(args: Sequence[str], checks: Callable[[], Sequence[dict[str, str]]]) 
     parser.add_argument("-o", "--out", metavar="FOLDER", help="a new folder, or an earlier report; default: RUN/report")
     given = parser.parse_args(args)
     run = Run(given.run)
+    hold_keys(dict(leaves(run.config)))
     folder, key = (run.folder / "report", "RUN") if given.out is None else (read_path(given.out, "-o"), "-o")
     check_replaceable(folder, key)
     with Console(stderr=True).status(Text(visible(f"reading {run.folder}"))), closing(Pictures(run)) as pictures:
@@ -120,7 +122,7 @@ def _config(run: Run) -> Block:
     if not run.config:
         return f"There is no {CONFIG_FILE}."
     text = (run.folder / CONFIG_FILE).read_text(encoding="utf-8")
-    return Code(visible(redacted(text.rstrip())), "yaml")
+    return Code(visible(without_keys(text.rstrip())), "yaml")
 
 
 def _pictures(made: Sequence[Block]) -> Iterator[Picture]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from argparse import ArgumentError
 from pathlib import Path
@@ -24,13 +25,17 @@ from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_val
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete
 from skillsd.diagnosis import blame
-from skillsd.errors import ConfigError, hold_secret, one_line, secrets
+from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, one_line, secrets, without_keys
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.module import check_strategy
 from skillsd.paths import read_paths
 from skillsd.run_folder import has_checkpoint, read_record
 from skillsd.skills.callback import SkillBankCallback
 
+log = logging.getLogger(__name__)
+
+KEY_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+"""Environment variables from which the libraries of a run take keys, whatever its configuration names."""
 TYPES = {"trainer": L.Trainer, "model": L.LightningModule, "data": L.LightningDataModule, **STANDARD}
 """The classes behind the keys at the top of a configuration."""
 
@@ -209,14 +214,20 @@ def refuse_secrets(config: dict[str, Any]) -> None:
     """The configuration goes into the run folder, so it may name an environment variable that holds a key, and not hold the key.
 
     Raises:
-        ConfigError: a value holds that of an environment variable which is a secret by its name, or which an `api_key_env` names.
+        ConfigError: a value holds a key that skillsd or a library of its uses: that of a variable which an `api_key_env` names, or of one
+            of KEY_VARIABLES. What another variable's name calls a secret may be a path or a word: it is warned of.
     """
-    for key, value in config.items():
-        if key.endswith((".api_key_env", ".servers_key_env")) and isinstance(value, str):
-            hold_secret(value, os.environ.get(value, ""))
-    for secret, name in secrets().items():
-        if found := [key for key, value in config.items() if isinstance(value, str | list) and secret in str(value)]:
+    hold_keys(config)
+    for name in KEY_VARIABLES:
+        hold_secret(name, os.environ.get(name, ""))
+    texts = {key: str(value) for key, value in config.items() if isinstance(value, str | list)}
+    for key, text in texts.items():
+        if (masked := without_keys(text)) != text:
+            name = next(name for name in secrets().values() if f"[{name}]" in masked)
             raise ConfigError(
-                f"{found[0]} holds the value of the environment variable {name}, which would be written to the run folder: "
+                f"{key} holds the value of the environment variable {name}, which would be written to the run folder: "
                 "leave it out, or give the variable's name where a key asks for one (api_key_env)."
             )
+    for secret, name in secrets().items():
+        if len(secret) >= SURE and os.sep not in secret and (found := [key for key, text in texts.items() if secret in text]):
+            log.warning("%s holds the value of the environment variable %s, and is written to the run folder.", found[0], name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skillsd.bounded import one_line
-from skillsd.errors import ConfigError, causes, redacted
+from skillsd.errors import ConfigError, causes, redacted, without_keys
 from skillsd.skills.skill import Skill
 from skillsd.skills.summarisers.endpoint import Endpoint, NoAnswer
 from skillsd.skills.summarisers.prompt import SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
@@ -220,7 +220,7 @@ class OpenAISummariser:
             if answer.cut:
                 raise NoAnswer(f"{answer.cut}; {error}") from error
             raise
-        return skill.with_texts(map(redacted, skill.texts)).of(job.trajectory)
+        return skill.with_texts(map(without_keys, skill.texts)).of(job.trajectory)
 
     def _finish(self, job: _Job, skill: Skill | None, error: str) -> bool:
         error = redacted(error)[:_MOST_SAID]
