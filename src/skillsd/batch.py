@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skillsd import ranks
 from skillsd.errors import ConfigError
+from skillsd.objective import Objective, float32_rewards, group_advantages
 from skillsd.policy import TokenSequence
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
@@ -71,12 +72,13 @@ class Batch:
         student, teacher: What each scores, by row.
         told: Whether the row's teacher sees something that its student does not.
         by_teacher: Rows that the teacher sampled, bool [rows].
-        zero_variance: Of each group, whether its members all got the same reward; failed ones have none. None if all failed.
+        advantage: Of each row relative to its group, float32 [rows]; 0 for failed episodes and in groups with fewer than two others.
+        zero_variance: Of each group, whether all its advantages are 0; None if all its members failed.
         return_gap: See `objective.signal.Tokens`, [rows].
         kept: Rows that train: with an action, not failed, and not in a group that the filter leaves out.
     """
 
-    def __init__(self, groups: Sequence[TrajectoryGroup], drop_zero_variance: bool) -> None:
+    def __init__(self, groups: Sequence[TrajectoryGroup], objective: Objective) -> None:
         self.rows = [t for g in groups for t in g.trajectories]
         members = [(g, k, t) for g in groups for k, t in enumerate(g.trajectories)]
         self.student = [TokenSequence(g.student_prompts[k], t.token_ids, t.action_mask) for g, k, t in members]
@@ -84,14 +86,26 @@ class Batch:
         self.told = [g.told(k) for g, k, _ in members]
         self.by_teacher = torch.tensor([g.by_teacher for g, _, _ in members])
         self.return_gap = torch.tensor([return_gap(g, k) for g, k, _ in members])
-        self.zero_variance = [len({t.reward for t in g.counted}) == 1 if g.counted else None for g in groups]
-        flat = [drop_zero_variance and z for g, z in zip(groups, self.zero_variance, strict=True) for _ in g.trajectories]
+        advantages = [advantages_of(g, objective.policy_weight > 0) for g in groups]
+        self.advantage = torch.cat(advantages)
+        self.zero_variance = [not bool(a.any()) if g.counted else None for g, a in zip(groups, advantages, strict=True)]
+        dropped = objective.group_filter == "zero_variance"
+        flat = [dropped and z for g, z in zip(groups, self.zero_variance, strict=True) for _ in g.trajectories]
         self.kept = [i for i, t in enumerate(self.rows) if t.n_actions and not t.failed and not flat[i]]
 
     def share(self, teacher_rows: Collection[int]) -> list[int]:
         """Of `kept` this rank's rows, of about as much work as every other's: a teacher's forward costs a third of a student's pass."""
         costs = [len(self.student[i]) + len(self.teacher[i]) / 3 * (i in teacher_rows) for i in self.kept]
         return [self.kept[k] for k in ranks.balanced(costs)]
+
+
+def advantages_of(g: TrajectoryGroup, needed: bool = False) -> Tensor:
+    """[G] float32. A single episode that is left has nothing to compare with. Raises ValueError for a group of one if they are `needed`."""
+    out = torch.zeros(len(g.trajectories))
+    if len(g.counted) > 1 or (needed and len(g.trajectories) < 2):
+        left = torch.tensor([not t.failed for t in g.trajectories])
+        out[left] = group_advantages(float32_rewards(torch.tensor([[t.reward for t in g.counted]], dtype=torch.float64)))[0]
+    return out
 
 
 def return_gap(g: TrajectoryGroup, member: int) -> float:

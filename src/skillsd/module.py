@@ -25,7 +25,7 @@ from skillsd import ranks
 from skillsd.batch import Batch, Update, mean, padded, reduce, total_norm
 from skillsd.checkpoint import LAST, check_base
 from skillsd.errors import ConfigError
-from skillsd.objective import Objective, group_advantages
+from skillsd.objective import Objective
 from skillsd.policy import OUT_OF_MEMORY, Policy, PolicySettings, Scores, micro_batches, of_the_base
 from skillsd.run_folder import CHECKPOINTS
 from skillsd.trajectory import FAILURES, Trajectory, TrajectoryGroup
@@ -154,9 +154,9 @@ class SkillSD(L.LightningModule):
 
     def training_step(self, groups: Sequence[TrajectoryGroup], batch_idx: int) -> dict[str, Any]:
         started = time.perf_counter()
-        batch = Batch(groups, self.objective.group_filter == "zero_variance")
+        batch = Batch(groups, self.objective)
         rows, temperature = batch.rows, groups[0].temperature
-        advantage = self._advantages(groups)
+        advantage = batch.advantage
         n = max(1, sum(rows[i].n_actions for i in batch.kept))  # N of Eq. 3-14: one count, whatever the micro-batches
         weight = self.objective.weight(self.global_step)
         teacher_rows = self._teacher_rows(batch, weight)
@@ -279,17 +279,6 @@ class SkillSD(L.LightningModule):
         """A backward that tells no other rank: micro-batches differ in number, and there is one reduction after the last."""
         model = self.trainer.model
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
-    def _advantages(self, groups: Sequence[TrajectoryGroup]) -> Tensor:
-        """[B * G], float32; 0 for failed episodes. Without a policy loss a group may have one member and no baseline."""
-        out = [torch.zeros(len(g.trajectories)) for g in groups]
-        if self.objective.policy_weight == 0 and any(len(g.trajectories) < 2 for g in groups):
-            return torch.cat(out)
-        for g, advantage in zip(groups, out, strict=True):
-            if len(g.counted) > 1 or len(g.counted) == len(g.trajectories):  # a single one that is left has nothing to compare with
-                left = torch.tensor([not t.failed for t in g.trajectories])
-                advantage[left] = group_advantages(torch.tensor([[t.reward for t in g.counted]]))[0]
-        return torch.cat(out)
 
     def _teacher_rows(self, batch: Batch, weight: float) -> set[int]:
         """Rows that need a teacher. A prompt that does not fit is left out whole and counted."""

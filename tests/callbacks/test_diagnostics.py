@@ -17,6 +17,7 @@ from skillsd.callbacks.diagnostics import (
     Seen,
     cannot_read,
     flat_rewards,
+    merged_rewards,
     no_gradient,
     no_second_visit,
     no_skill_made,
@@ -65,6 +66,14 @@ def test_rewards_that_never_differ():
     seen.add([group(0.0, 1.0)], metrics(0.0), 1.0, UNK)
     seen.add(unsolved, metrics(1.0), 1.0, UNK)
     assert seen.flat == 1 and flat_rewards(seen, 1.0, over=True) == ""
+
+
+def test_rewards_that_cannot_be_told_apart():
+    for rewards in ((0.1 + 0.2, 0.3), (1e16, 1e16 + 2, 1e16), (1e-12, 2e-12)):
+        seen = after(1, [group(*rewards), group(1.0, 0.0)], metrics())
+        assert repr(max(rewards)) in merged_rewards(seen, 1.0) and merged_rewards(seen, 0.0) == ""
+    for rewards in ((0.0, 1.0), (1e8, 1e8 + 0.1, 1e8, 1e8), (1.0,) * 4, (0.0, 1e30)):
+        assert merged_rewards(after(1, [group(*rewards)], metrics()), 1.0) == ""
 
 
 def test_a_gradient_of_zero():

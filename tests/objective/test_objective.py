@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from statistics import mean, stdev
@@ -29,6 +30,7 @@ from skillsd.objective import (
     Tokens,
     TraceGate,
     clipped_policy_loss,
+    float32_rewards,
     group_advantages,
 )
 
@@ -71,6 +73,31 @@ def test_group_advantages_by_hand():
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 0.7])
 def test_equal_rewards_have_no_advantage(reward):
     assert group_advantages(torch.full((2, 7), reward)).eq(0).all()
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_usual_rewards_are_float32_as_they_are(size):
+    """Their advantages are those of the recorded runs to the bit."""
+    for values in ((0.0, 1.0), (0.0, 1 / 3, 2 / 3, 1.0), (-3.0, 0.1, 7.5)):
+        rewards = list(itertools.islice(itertools.product(values, repeat=size), 5000))
+        want = group_advantages(torch.tensor(rewards))
+        assert group_advantages(float32_rewards(torch.tensor(rewards, dtype=torch.float64))).equal(want)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e8, -1e12])
+@pytest.mark.parametrize("step", [1.0, 0.1])
+def test_rewards_far_from_zero_are_told_apart(offset, step):
+    rewards = torch.tensor([[offset, offset + step, offset, offset], [offset] * 4], dtype=torch.float64)
+    got, want = group_advantages(float32_rewards(rewards)), group_advantages(torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0] * 4]))
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-6)  # of 0.1 float64 keeps three digits beside 1e12
+    assert got[1].eq(0).all()
+
+
+def test_what_only_rounding_tells_apart_is_equal():
+    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3], [1e16, 1e16 + 2, 1e16]], dtype=torch.float64)
+    assert (rewards[:, :1] != rewards).any(-1).all() and group_advantages(float32_rewards(rewards)).eq(0).all()
+    huge = torch.tensor([[1e37, -1e37, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(float32_rewards(huge)), torch.tensor([[1.0, -1.0, 0.0]]))
 
 
 def test_a_group_of_one_is_refused():

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 
 from skillsd import ranks
+from skillsd.batch import advantages_of
 from skillsd.bounded import visible
 from skillsd.module import SkillSD
 from skillsd.skills import BankContext, NoContext
@@ -23,6 +24,8 @@ PATIENCE = 5
 """Iterations in a row without rewards that differ, or without a gradient, before it is said; a shorter run says it at its end."""
 FEW_ACTIONS, FEW_SUMMARIES = 20, 20
 """So many actions of which none was understood, or summaries of which none became a skill, are enough to say so."""
+SMALL_ADVANTAGE = 0.5
+"""The largest advantage of a group is at least 0.7, but where its rewards are told apart by rounding errors alone."""
 FEW_UNKNOWN, UNKNOWN_SHARE = 3, 0.01
 """Unknown tokens among what the model reads in an iteration: up to so many, or up to this share, are nothing to mention."""
 
@@ -40,6 +43,7 @@ class Seen:
         unknown, read: Unknown tokens among those of prompts and observations in the last iteration, and all of these.
         refused, skills: Summaries that failed, and those that became skills.
         why: Why the latest one failed, if that is known.
+        merged: The two ends of a group whose rewards differ so little that no advantage comes of it; empty if there was none.
     """
 
     iterations: int = 0
@@ -53,6 +57,7 @@ class Seen:
     refused: int = 0
     skills: int = 0
     why: str = ""
+    merged: tuple[float, ...] = ()
 
     def add(self, groups: Sequence[TrajectoryGroup], metrics: dict[str, float], policy_weight: float, unknown_id: int | None) -> None:
         """Take in an iteration.
@@ -73,6 +78,10 @@ class Seen:
         rows = [t for g in groups for t in g.trajectories]
         judged = [turn.valid for t in rows for turn in t.turns if turn.valid is not None]
         self.actions, self.understood = self.actions + len(judged), self.understood + sum(judged)
+        for g in groups:
+            rewards = sorted({t.reward for t in g.counted})
+            if len(rewards) > 1 and float(advantages_of(g).abs().max()) < SMALL_ADVANTAGE:
+                self.merged = rewards[0], rewards[-1]
         self.unknown = self.read = 0
         for t in rows if unknown_id is not None else ():
             self.read += len(t.prompt_ids) + len(t.token_ids) - t.n_actions
@@ -106,6 +115,17 @@ def no_gradient(seen: Seen, over: bool = False) -> str:
     return (
         f"The gradient was exactly 0 {when}, although rewards differed or a teacher saw a skill, so the student does not change: look at "
         "model.init_args.objective (weights, gate) and at the size of the rewards, which may be too large or too close for float32."
+    )
+
+
+def merged_rewards(seen: Seen, policy_weight: float) -> str:
+    """The rewards of a group differ, and its advantages are nearly 0."""
+    if not policy_weight or not seen.merged:
+        return ""
+    low, high = seen.merged
+    return (
+        f"A group's rewards lie between {low!r} and {high!r}, too close together to be told apart: its advantages are nearly 0. Let the "
+        "environment pay rewards that differ by more than 1e-7, and by more than 1e-13 of their size."
     )
 
 
@@ -153,9 +173,9 @@ def no_second_visit(iterations: float, epoch: int, imported: int) -> str:
 class Diagnostics(L.Callback):
     """Warns when a run trains but cannot learn, each reason once, and says what to change. It changes no number.
 
-    The reasons: rewards that differ in no group, a gradient of exactly 0 where there should be one, actions that the environment never
-    understands (for those that say so, in info["valid"]), a prompt in unknown tokens, a summariser that makes no skill, and a run that
-    ends before any task is played a second time.
+    The reasons: rewards that differ in no group, or too little to be told apart, a gradient of exactly 0 where there should be one,
+    actions that the environment never understands (for those that say so, in info["valid"]), a prompt in unknown tokens, a summariser that
+    makes no skill, and a run that ends before any task is played a second time.
     """
 
     def __init__(self) -> None:
@@ -187,6 +207,7 @@ class Diagnostics(L.Callback):
         self._say(cannot_read, self.seen)
         self._say(not_understood, self.seen)
         self._say(flat_rewards, self.seen, weight)
+        self._say(merged_rewards, self.seen, weight)
         self._say(no_gradient, self.seen)
         self._say(no_skill_made, self.seen)
 

@@ -1,7 +1,7 @@
 """The mathematics: pure functions on tensors, composed by `Objective`. One algorithm is one file; `signal` says how to write another."""
 
 from skillsd.objective.gates import OutcomeGate, PositiveGate, SigmoidGate, TraceGate
-from skillsd.objective.grpo import clipped_policy_loss, group_advantages
+from skillsd.objective.grpo import clipped_policy_loss, float32_rewards, group_advantages
 from skillsd.objective.naive_k3 import NaiveK3
 from skillsd.objective.objective import Objective, Terms
 from skillsd.objective.opid import OPID
@@ -32,6 +32,7 @@ __all__ = [
     "Tokens",
     "TraceGate",
     "clipped_policy_loss",
+    "float32_rewards",
     "group_advantages",
     "k3",
 ]

@@ -34,6 +34,25 @@ def group_advantages(rewards: Tensor, eps: float = 1e-8) -> Tensor:
     return torch.where(equal, 0.0, centred / (rewards.std(-1, keepdim=True) + eps))
 
 
+def float32_rewards(rewards: Tensor) -> Tensor:
+    """The rewards of groups as float32, with the group advantages that they have in float64.
+
+    Where a group's rewards lie so close together for their size that float32 would merge them (1e8 and 1e8 + 0.1), they are measured from
+    the smallest one: advantages do not change with an offset. Others are rounded as they are. Rewards that differ by no more than a sum of
+    float64 numbers is off by are equal.
+
+    Args:
+        rewards: [B, G] float64, of at most 1e37 in size.
+
+    Returns:
+        [B, G] float32.
+    """
+    least, size = rewards.amin(-1, keepdim=True), rewards.abs().amax(-1, keepdim=True)
+    spread = rewards.amax(-1, keepdim=True) - least
+    above = torch.where(spread > 2**-48 * size, rewards - least, 0.0)  # 16 roundings of float64
+    return torch.where(size > 2**10 * spread, above, rewards).float()
+
+
 def clipped_policy_loss(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
 ) -> tuple[Tensor, Tensor]:
