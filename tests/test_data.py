@@ -280,6 +280,8 @@ GOOD = [{"task_id": "a", "split": "train"}, {"task_id": "b", "split": "test"}]
         ('"text"', "JSON object"),
         ('{"split": "train"}', "task_id"),
         ('{"task_id": "c"}', "split"),
+        ('{"task_id": null, "split": "train"}', "task_id"),
+        ('{"task_id": ["c"], "split": "train"}', "task_id"),
         ('{"task_id": "a", "split": "train"}', "repeats the task_id a"),
     ],
 )
@@ -400,15 +402,15 @@ def closed(envs: list[Any]) -> list[int]:
 def test_environments_made_to_look_are_closed(join, tmp_path, opened):
     """Those that list tasks and those that check boards, also where they refuse."""
     join()
-    assert closed(opened) == [1, 1]
+    assert closed(opened) == [1, 1, 1]  # two that list the tasks, one that is tried
     with pytest.raises(ConfigError, match="nosuch"):
         join(panel_split="nosuch")
-    assert closed(opened) == [1, 1, 1]
+    assert closed(opened) == [1] * 4
     lines = [g | {"board": BOARD} for g in GOOD]
     join(tasks_file=write(tmp_path / "a.jsonl", *lines))
     with pytest.raises(ConfigError, match="task b"):
         join(tasks_file=write(tmp_path / "b.jsonl", lines[0], lines[1] | {"board": "#"}))
-    assert closed(opened) == [1] * 5
+    assert closed(opened) == [1] * 6
 
 
 class Stop(L.Callback):
@@ -441,14 +443,14 @@ def test_a_run_closes_its_environments(make_policy, tmp_path, opened, error, wor
     else:
         with pytest.raises(RuntimeError, match="out of luck"):
             trainer(Stop(error)).fit(module, datamodule=data)
-    assert len(opened) == 2 + 4 and closed(opened) == [1] * 6  # two list the tasks, four are played in
+    assert len(opened) == 3 + 4 and closed(opened) == [1] * 7  # two list the tasks, one is tried, four are played in
     assert not [t for t in threading.enumerate() if t.name.startswith("environment")]
     val = trainer()
     val.limit_val_batches = 1.0
     val.validate(module, datamodule=data, verbose=False)  # the collector is made anew, and closed
-    assert len(opened) == 6 + 1 + 3 and closed(opened) == [1] * 10
+    assert len(opened) == 7 + 2 + 3 and closed(opened) == [1] * 12
     data.teardown("validate")  # nothing is left to do
-    assert closed(opened) == [1] * 10
+    assert closed(opened) == [1] * 12
 
 
 # -- skills ---------------------------------------------------------------------------------------------------------------------

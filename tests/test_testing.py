@@ -1,5 +1,9 @@
 """check_text_env accepts a sound environment and names each breach of a broken one."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gymnasium as gym
 import pytest
 from gymnasium import spaces
@@ -75,6 +79,13 @@ def test_an_episode_may_fail_on_what_cannot_be_read():
     check_text_env(failing()())
     check_text_env(failing()(), actions=["b", "a"])
     check_text_env(failing(lambda info: {"failed": None, "success": False, "completion": 0.0})())  # it did not
+
+
+def test_it_asks_without_asserts_too():
+    """`python -O` leaves assert statements out."""
+    code = "import tests.test_testing as t; t.check_text_env(type('B', (t.Guess,), {'answer': None})())"
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 1 and "step's observation must be a str, not NoneType" in done.stderr
 
 
 def test_scenarios_pass():

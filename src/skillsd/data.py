@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from skillsd import ranks
 from skillsd.continuation import check_episodes, episodes
@@ -26,7 +27,9 @@ from skillsd.rollout import (
     Request,
     RolloutSettings,
     ask,
+    check_env,
     demonstrate,
+    label,
     make_engine,
     make_env,
     read_tasks,
@@ -148,11 +151,11 @@ class RolloutData(L.LightningDataModule):
         return tokenizer
 
     def _check_playable(self, tasks: Sequence[Task]) -> None:
-        """Reset the environment to each task of a file: a bad board is better known now than in the middle of a run."""
-        if self.tasks_file is None:
-            return
-        with closing(make_env(self.env_id, self.env_kwargs)) as env:
-            for task in tasks:
+        """Try the environment on the first task, and reset it to each task of a file: what is bad is better known now than in the middle of
+        a run. An environment of its own is tried, and no random number of the run is drawn."""
+        with isolate_rng(include_cuda=False), closing(make_env(self.env_id, self.env_kwargs)) as env:
+            check_env(env, tasks[0], self.rollout)
+            for task in tasks if self.tasks_file is not None else ():
                 try:
                     env.reset(seed=0, options={**task.options, "task_id": task.task_id})
                 except (ValueError, KeyError, TypeError) as e:
@@ -169,7 +172,7 @@ class RolloutData(L.LightningDataModule):
                 raise
             except (ValueError, KeyError, FileNotFoundError) as e:
                 raise ConfigError(f"data.init_args.{key}: {e}") from e
-        listed = [Task(t["task_id"], split, str(t.get("difficulty") or ""), scenario=str(t.get("scenario") or "")) for t in tasks]
+        listed = [Task(t["task_id"], split, label(t.get("difficulty")), scenario=label(t.get("scenario"))) for t in tasks]
         if not listed:
             raise ConfigError(f"data.init_args.{key}: the split {split} has no tasks: name another or enlarge it in env_kwargs.")
         return listed

@@ -43,24 +43,31 @@ def check_text_env(env: gym.Env, *, split: str = "train", actions: Sequence[str]
     raise AssertionError('reset(options={"task_id": "no such task"}) must raise KeyError or ValueError, not play another task')
 
 
+def _require(kept: Any, finding: str) -> None:
+    """As `assert`, which `python -O` leaves out."""
+    if not kept:
+        raise AssertionError(finding)
+
+
 def _check_tasks(env: gym.Env, split: str) -> list[dict[str, Any]]:
     listing = getattr(env.unwrapped, "tasks", None)
-    assert callable(listing), "env.unwrapped.tasks(split) is missing: return a list of dicts with task_id, split and difficulty"
+    _require(callable(listing), "env.unwrapped.tasks(split) is missing: return a list of dicts with task_id, split and difficulty")
     try:
         tasks = listing(split)
     except (KeyError, ValueError) as error:
         raise AssertionError(f"tasks({split!r}) raised {error!r}: offer that split, or call check_text_env(env, split=...)") from error
-    assert isinstance(tasks, list) and tasks, f"tasks({split!r}) must return a list with at least one task, not {tasks!r:.80}"
+    _require(isinstance(tasks, list) and tasks, f"tasks({split!r}) must return a list with at least one task, not {tasks!r:.80}")
     for task in tasks:
-        assert isinstance(task, dict) and {"task_id", "split", "difficulty"} <= set(task), (
-            f"a task is a dict with task_id, split, difficulty: {task!r}"
+        _require(
+            isinstance(task, dict) and {"task_id", "split", "difficulty"} <= set(task),
+            f"a task is a dict with task_id, split, difficulty: {task!r}",
         )
-        assert isinstance(task["task_id"], str) and task["task_id"], f"task_id must be a str that is not empty: {task!r}"
-        assert isinstance(task.get("scenario", ""), str), f"scenario must be a str, or be left out: {task!r}"
-        assert task["split"] == split, f"tasks({split!r}) lists a task of another split: {task!r}"
+        _require(isinstance(task["task_id"], str) and task["task_id"], f"task_id must be a str that is not empty: {task!r}")
+        _require(isinstance(task.get("scenario", ""), str), f"scenario must be a str, or be left out: {task!r}")
+        _require(task["split"] == split, f"tasks({split!r}) lists a task of another split: {task!r}")
     ids = [task["task_id"] for task in tasks]
-    assert len(set(ids)) == len(ids), f"tasks({split!r}) lists a task_id twice: give every task its own"
-    assert listing(split) == tasks, f"tasks({split!r}) changes from call to call: return the same tasks in the same order"
+    _require(len(set(ids)) == len(ids), f"tasks({split!r}) lists a task_id twice: give every task its own")
+    _require(listing(split) == tasks, f"tasks({split!r}) changes from call to call: return the same tasks in the same order")
     try:
         listing("no such split")
     except (KeyError, ValueError):
@@ -71,30 +78,31 @@ def _check_tasks(env: gym.Env, split: str) -> list[dict[str, Any]]:
 def _check_spaces(env: gym.Env) -> None:
     for name in ("observation_space", "action_space"):
         space = getattr(env, name, None)
-        assert isinstance(space, gym.Space), f"env.{name} is missing: set it to a subclass of spaces.Text that accepts any str"
+        _require(isinstance(space, gym.Space), f"env.{name} is missing: set it to a subclass of spaces.Text that accepts any str")
         for text in _UNREADABLE:
-            assert space.contains(text), f"env.{name} refuses {text!r}: use a subclass of spaces.Text whose contains accepts any str"
+            _require(space.contains(text), f"env.{name} refuses {text!r}: use a subclass of spaces.Text whose contains accepts any str")
 
 
 def _reset(env: gym.Env, task_id: str) -> tuple[str, dict[str, Any]]:
     result = env.reset(seed=0, options={"task_id": task_id})
-    assert isinstance(result, tuple) and len(result) == 2, "reset must return (observation, info)"
+    _require(isinstance(result, tuple) and len(result) == 2, "reset must return (observation, info)")
     obs, info = result
-    assert isinstance(obs, str), f"reset's observation must be a str, not {type(obs).__name__}"
-    assert isinstance(info, dict), f"reset's info must be a dict, not {type(info).__name__}"
+    _require(isinstance(obs, str), f"reset's observation must be a str, not {type(obs).__name__}")
+    _require(isinstance(info, dict), f"reset's info must be a dict, not {type(info).__name__}")
     for key in ("task_id", "instruction"):
-        assert isinstance(info.get(key), str), f"reset's info[{key!r}] must be a str; it is {info.get(key)!r}"
-    assert info["task_id"] == task_id, f"reset was asked for task {task_id!r} and info['task_id'] is {info['task_id']!r}"
+        _require(isinstance(info.get(key), str), f"reset's info[{key!r}] must be a str; it is {info.get(key)!r}")
+    _require(info["task_id"] == task_id, f"reset was asked for task {task_id!r} and info['task_id'] is {info['task_id']!r}")
     return obs, info
 
 
 def _check_reset(env: gym.Env, task_id: str, other: str) -> None:
     first = _reset(env, task_id)
-    assert _reset(env, task_id) == first, (
-        f"two resets to task {task_id!r} with the same seed differ: derive all randomness from seed and task_id"
+    _require(
+        _reset(env, task_id) == first,
+        f"two resets to task {task_id!r} with the same seed differ: derive all randomness from seed and task_id",
     )
     _reset(env, other)
-    assert _reset(env, task_id) == first, f"reset to {task_id!r} differs after another task was played: clear all state in reset"
+    _require(_reset(env, task_id) == first, f"reset to {task_id!r} differs after another task was played: clear all state in reset")
 
 
 def _play(env: gym.Env, task_id: str, actions: Sequence[str], max_turns: int) -> list[tuple]:
@@ -107,16 +115,16 @@ def _play(env: gym.Env, task_id: str, actions: Sequence[str], max_turns: int) ->
             result = env.step(action)
         except Exception as error:
             raise AssertionError(f"step({action!r}) raised {error!r}: answer with a message instead, whatever the action") from error
-        assert isinstance(result, tuple) and len(result) == 5, "step must return (observation, reward, terminated, truncated, info)"
+        _require(isinstance(result, tuple) and len(result) == 5, "step must return (observation, reward, terminated, truncated, info)")
         obs, reward, terminated, truncated, info = result
         over = terminated or truncated
-        assert isinstance(obs, str), f"step's observation must be a str, not {type(obs).__name__}"
-        assert isinstance(info, dict), f"step's info must be a dict, not {type(info).__name__}"
+        _require(isinstance(obs, str), f"step's observation must be a str, not {type(obs).__name__}")
+        _require(isinstance(info, dict), f"step's info must be a dict, not {type(info).__name__}")
         for name, flag in (("terminated", terminated), ("truncated", truncated)):
-            assert isinstance(flag, bool), f"step's {name} must be a bool, not {type(flag).__name__}"
-        assert isinstance(reward, int | float) and math.isfinite(reward), f"the reward must be a finite float; it is {reward!r}"
+            _require(isinstance(flag, bool), f"step's {name} must be a bool, not {type(flag).__name__}")
+        _require(isinstance(reward, int | float) and math.isfinite(reward), f"the reward must be a finite float; it is {reward!r}")
         valid = info.get("valid", True)
-        assert isinstance(valid, bool), f"info['valid'] must be a bool (could the action be read?), or be left out; it is {valid!r}"
+        _require(isinstance(valid, bool), f"info['valid'] must be a bool (could the action be read?), or be left out; it is {valid!r}")
         steps.append((obs, float(reward), terminated, truncated, dict(info)))
         if over:
             if info.get("failed") is None:
@@ -124,29 +132,33 @@ def _play(env: gym.Env, task_id: str, actions: Sequence[str], max_turns: int) ->
             else:
                 _check_failed(info["failed"], actions)
             return steps
-        assert not info.get("failed"), f"info['failed'] must come with terminated or truncated: {info['failed']!r} at turn {len(steps)}"
-        assert reward == 0, (
-            f"the reward before the end must be 0; it was {reward} at turn {len(steps)}: pay the completion at the end, without shaping"
+        _require(
+            not info.get("failed"), f"info['failed'] must come with terminated or truncated: {info.get('failed')!r} at turn {len(steps)}"
+        )
+        _require(
+            reward == 0,
+            f"the reward before the end must be 0; it was {reward} at turn {len(steps)}: pay the completion at the end, without shaping",
         )
     raise AssertionError(f"the episode had not ended after {max_turns} turns: every action, also one that cannot be read, must cost a turn")
 
 
 def _check_end(reward: float, info: dict[str, Any]) -> None:
     success, completion = info.get("success"), info.get("completion")
-    assert isinstance(success, bool), f"info['success'] must be a bool at the end; it is {success!r}"
+    _require(isinstance(success, bool), f"info['success'] must be a bool at the end; it is {success!r}")
     number = isinstance(completion, int | float) and not isinstance(completion, bool)
-    assert completion is not None and number and 0 <= completion <= 1, (
-        f"info['completion'] must be a float from 0 to 1 at the end; it is {completion!r}"
+    _require(
+        completion is not None and number and 0 <= completion <= 1,
+        f"info['completion'] must be a float from 0 to 1 at the end; it is {completion!r}",
     )
-    assert math.isclose(reward, completion, abs_tol=1e-9), f"the reward at the end must be the completion: {reward} against {completion}"
-    assert not success or completion == 1, (
-        f"info['success'] is True while info['completion'] is {completion}: a success completes everything"
+    _require(math.isclose(reward, completion, abs_tol=1e-9), f"the reward at the end must be the completion: {reward} against {completion}")
+    _require(
+        not success or completion == 1, f"info['success'] is True while info['completion'] is {completion}: a success completes everything"
     )
 
 
 def _check_failed(reason: Any, actions: Sequence[str]) -> None:
-    assert isinstance(reason, str) and reason, f"info['failed'] must be a str that says why, and be left out otherwise; it is {reason!r}"
-    assert actions is _UNREADABLE, f"the episode failed, on actions that should play: {reason}"
+    _require(isinstance(reason, str) and reason, f"info['failed'] must be a str that says why, and be left out otherwise; it is {reason!r}")
+    _require(actions is _UNREADABLE, f"the episode failed, on actions that should play: {reason}")
 
 
 def _check_replay(env: gym.Env, task_id: str, actions: Sequence[str] | None, max_turns: int) -> None:
@@ -155,13 +167,13 @@ def _check_replay(env: gym.Env, task_id: str, actions: Sequence[str] | None, max
         _reset(env, task_id)
         plan = env.unwrapped.solution()
     if plan:
-        assert all(isinstance(action, str) for action in plan), "solution() must return a list of actions as str, or None"
+        _require(all(isinstance(action, str) for action in plan), "solution() must return a list of actions as str, or None")
         info = _play(env, task_id, plan, max_turns)[-1][4]
-        assert info["success"], f"solution() of task {task_id!r} does not lead to success"
+        _require(info["success"], f"solution() of task {task_id!r} does not lead to success")
     actions = actions or plan or _UNREADABLE
     first = _play(env, task_id, actions, max_turns)
     again = _play(env, task_id, actions, max_turns)
-    assert again == first, f"the same actions on task {task_id!r} gave another episode: step must be deterministic"
+    _require(again == first, f"the same actions on task {task_id!r} gave another episode: step must be deterministic")
 
 
 def _check_finish(env: gym.Env, task_id: str) -> None:
@@ -169,11 +181,11 @@ def _check_finish(env: gym.Env, task_id: str) -> None:
         return
     _reset(env, task_id)
     info = env.unwrapped.finish()
-    assert isinstance(info, dict), f"finish() must return the final info, a dict, not {type(info).__name__}"
+    _require(isinstance(info, dict), f"finish() must return the final info, a dict, not {type(info).__name__}")
     completion = info.get("completion")
     _check_end(completion if isinstance(completion, int | float) else math.nan, info)
 
 
 def _check_unreadable(env: gym.Env, task_id: str, max_turns: int) -> None:
     steps = _play(env, task_id, _UNREADABLE, max_turns)
-    assert all(obs for obs, *_ in steps), "an action that cannot be read was answered with an empty observation: say what is accepted"
+    _require(all(obs for obs, *_ in steps), "an action that cannot be read was answered with an empty observation: say what is accepted")

@@ -19,7 +19,8 @@ FinishReason = Literal["done", "length", "horizon", "failed"]
 _REASONS = get_args(FinishReason)
 FAILURES = ("raised", "hung", "observation", "reward", "model", "environment")
 """Why episodes fail: a call of the environment raised, or did not come back; what it said is no text that tokens can hold, or has too many
-characters; a reward or completion is no finite number; the model's log-probs are none; or the environment itself says so."""
+characters; a reward or completion is no finite number, or a success no bool; the model's log-probs are none; or the environment itself says
+so."""
 
 
 @dataclass(frozen=True)

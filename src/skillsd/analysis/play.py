@@ -12,7 +12,7 @@ from typing import Any
 from skillsd.analysis.film import Film
 from skillsd.bounded import one_line, visible
 from skillsd.errors import ConfigError
-from skillsd.rollout import Row, ask, demonstrate, make_env, plan_of
+from skillsd.rollout import Row, answers, ask, demonstrate, make_env, plan_of
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills import BankContext, SkillBank
 from skillsd.trajectory import Task, Turn
@@ -50,7 +50,10 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
         task = pick(data, data._tasks(data.panel_split, "panel_split"), level, task_id)
         options = {**task.options, "task_id": task.task_id}
         observation, info = ask(env, f"reset() to task {task.task_id}", lambda: _parts(env.reset(seed=0, options=options), 2))
-        _print_head(task, str(info.get("instruction", "")))
+        instruction = info.get("instruction", "")
+        if not isinstance(instruction, str):
+            raise ConfigError(f"data.init_args.env: {data.env_id}: info['instruction'] is a {type(instruction).__name__}, not a str.")
+        _print_head(task, instruction)
         turns, reward, finish, failure = 0, 0.0, "", ""
         while not finish:
             action = ask(env, f"the policy {policy}", partial(act, observation), (ConfigError,))
@@ -64,9 +67,8 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
             if terminated or truncated:
                 failure = f"environment: {info['failed']}" if info.get("failed") else ""
                 finish = "failed" if failure else "done" if terminated else "horizon"
-    success, completion = bool(info.get("success", False)), float(info.get("completion", 0.0))
-    if failure:  # it counts as nothing done, as in training
-        success, completion, reward = False, 0.0, 0.0
+        success, completion = (False, 0.0) if failure else ask(env, "step()", partial(_outcome, info))
+    reward = 0.0 if failure else reward  # it counts as nothing done, as in training
     _show_last(observation, _ending(finish, success), film)
     _print_end(finish, success, completion, reward, turns, failure)
     film.save()
@@ -102,6 +104,11 @@ def _next_of_plan(env: Any) -> str | None:
 
 def _step(env: Any, action: str) -> tuple[Any, ...]:
     return _parts(env.step(action), 5)
+
+
+def _outcome(info: Mapping[str, Any]) -> tuple[bool, float]:
+    end = answers.end(info)
+    return end.success, end.completion
 
 
 def _parts(answer: Any, n: int) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """From tasks to trajectories: conversation format, sampling noise, engines and the collector."""
 
-from skillsd.rollout.ask import ask, plan_of, tasks_of
+from skillsd.rollout.ask import ask, check_env, label, plan_of, tasks_of
 from skillsd.rollout.background import Background
 from skillsd.rollout.cache import CacheFull, Room
 from skillsd.rollout.chat import Chat
@@ -30,7 +30,9 @@ __all__ = [
     "VllmEngine",
     "VllmServers",
     "ask",
+    "check_env",
     "demonstrate",
+    "label",
     "make_engine",
     "make_env",
     "plan_of",

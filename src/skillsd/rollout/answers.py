@@ -17,6 +17,8 @@ from skillsd.rollout.guard import Misbehaved
 from skillsd.trajectory import FinishReason, Task
 
 Env = gymnasium.Env[str, str]
+MAX_REWARD = 1e37
+"""The largest reward, of a step and of an episode: float32, in which losses are, holds ten times as much."""
 
 
 class Start(NamedTuple):
@@ -61,16 +63,16 @@ def reset(env: Env, task: Task, most: int) -> Start:
     # Always the same seed: a task is the same in every run and for every member of its group.
     observation, info = _parts("reset", env.reset(seed=0, options={**task.options, "task_id": task.task_id}), 2)
     info = _info(info)
-    return Start(_text("the observation", observation, most), _text("the instruction", str(info.get("instruction", "")), most), info)
+    return Start(_text("the observation", observation, most), _text("info['instruction']", info.get("instruction", ""), most), info)
 
 
 def step(env: Env, action: str, most: int) -> Reply:
     """Play one turn."""
     observation, reward, terminated, truncated, info = _parts("step", env.step(action), 5)
     info = _info(info)
-    finish: FinishReason | None = "done" if terminated else "horizon" if truncated else None
+    finish: FinishReason | None = "done" if flag("terminated", terminated) else "horizon" if flag("truncated", truncated) else None
     outcome = end(info) if finish is not None else NOTHING  # first: if the environment calls the episode failed, the rest does not count
-    return Reply(_text("the observation", observation, most), _number("the reward", reward), finish, outcome, info)
+    return Reply(_text("the observation", observation, most), number("the reward", reward, -MAX_REWARD, MAX_REWARD), finish, outcome, info)
 
 
 def valid(info: Mapping[str, Any]) -> bool | None:
@@ -89,7 +91,16 @@ def end(info: Mapping[str, Any]) -> End:
     """What a last info says. Misbehaved also where the environment itself calls the episode failed."""
     if info.get("failed"):
         raise Misbehaved("environment", str(info["failed"]))
-    return End(_number("the completion", info.get("completion", 0.0), 0.0, 1.0), bool(info.get("success", False)))
+    return End(number("the completion", info.get("completion", 0.0), 0.0, 1.0), flag("info['success']", info.get("success", False)))
+
+
+def flag(what: str, value: Any) -> bool:
+    """A bool, also NumPy's, or 0 or 1; Misbehaved for anything else, whose truth might not be what is meant ("False")."""
+    if value is True or value is False:  # as nearly always
+        return value
+    if not isinstance(value, int | np.bool_ | np.integer) or value not in (0, 1):
+        raise Misbehaved("reward", f"{what} is {value!r:.80}, not a bool")
+    return bool(value)
 
 
 def _parts(call: str, answer: Any, n: int) -> tuple[Any, ...]:
@@ -115,10 +126,11 @@ def _text(what: str, text: Any, most: int) -> str:
             text.encode()
         except UnicodeEncodeError as e:
             raise Misbehaved("observation", f"{what} is no text: a lone surrogate at character {e.start}") from e
-    return text
+    return text if type(text) is str else str.__str__(text)  # of NumPy's
 
 
-def _number(what: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+def number(what: str, value: Any, least: float, most: float) -> float:
+    """A finite number between two bounds, as a float. Misbehaved for anything else."""
     if type(value) is float and math.isfinite(value) and least <= value <= most:  # as nearly always
         return value
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:

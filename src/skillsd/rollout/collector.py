@@ -298,7 +298,9 @@ class Collector:
                 e.observation, reward, e.finish, e.end, e.info = answer
                 e.final_observation = e.observation
                 e.reward += reward
-                if e.finish is None:
+                if abs(e.reward) > answers.MAX_REWARD:
+                    e.fail(Failure("reward", f"the rewards add up to {e.reward:g}, more than {answers.MAX_REWARD:g}"))
+                elif e.finish is None:
                     going.append((e, j.completion.stopped))
             else:
                 e.finish, e.end = "length", answer

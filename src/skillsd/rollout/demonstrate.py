@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import gymnasium
 
+from skillsd.rollout.answers import flag
 from skillsd.rollout.ask import ask, plan_of
 from skillsd.trajectory import Task, Turn
 
@@ -38,11 +40,11 @@ def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: ran
 
     def reset() -> tuple[str, str, bool]:
         observation, info = env.reset(options={**task.options, "task_id": task.task_id})
-        return _text(observation), str(info.get("instruction", "")), bool(info.get("success", False))
+        return _text(observation), _text(info.get("instruction", ""), "info['instruction']"), _success(info)
 
     def step() -> tuple[str, float, bool, bool]:
         observation, reward, terminated, truncated, info = env.step(action)
-        return _text(observation), float(reward), bool(terminated or truncated), bool(info.get("success", False))
+        return _text(observation), float(reward), flag("terminated", terminated) or flag("truncated", truncated), _success(info)
 
     observation, instruction, success = ask(env, "reset()", reset)
     turns, labels, over = [], [], False
@@ -55,7 +57,11 @@ def demonstrate(env: gymnasium.Env[str, str], task: Task, noise: float, rng: ran
     return Demonstration(turns, labels, instruction, success, observation)
 
 
-def _text(observation: Any) -> str:
-    if not isinstance(observation, str):
-        raise TypeError(f"the observation is a {type(observation).__name__}, not a str")
-    return observation
+def _text(text: Any, what: str = "the observation") -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is a {type(text).__name__}, not a str")
+    return text
+
+
+def _success(info: Mapping[str, Any]) -> bool:
+    return flag("info['success']", info.get("success", False))

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from skillsd.errors import ConfigError
+from skillsd.rollout.ask import label
 from skillsd.trajectory import Task
+
+
+def _word(value: Any, key: str) -> str:
+    """A text or a number as text, "" for null; TypeError for what else there is in JSON, which has no name."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise TypeError(f"{key} is {value!r:.80}, not a text")
+    return label(value)
 
 
 def read_tasks(path: Path, split: str, key: str) -> list[Task]:
@@ -19,9 +28,10 @@ def read_tasks(path: Path, split: str, key: str) -> list[Task]:
             continue
         try:
             raw = json.loads(line)
-            task = Task(
-                str(raw.pop("task_id")), str(raw.pop("split")), str(raw.pop("difficulty", "")), raw, str(raw.pop("scenario", None) or "")
-            )  # fmt: skip
+            name, within, difficulty, scenario = (_word(raw.pop(key, None), key) for key in ("task_id", "split", "difficulty", "scenario"))
+            if not name or not within:
+                raise KeyError("task_id" if within else "split")
+            task = Task(name, within, difficulty, raw, scenario)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
             raise ConfigError(f"data.init_args.tasks_file: {path}:{number} needs a JSON object with task_id and split ({e}).") from e
         if task.split != split:
