@@ -13,7 +13,7 @@ scripted agents to callables that make one with `act(observation) -> action`; `p
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 
@@ -50,7 +50,7 @@ def _require(kept: Any, finding: str) -> None:
 
 
 def _check_tasks(env: gym.Env, split: str) -> list[dict[str, Any]]:
-    listing = getattr(env.unwrapped, "tasks", None)
+    listing: Any = getattr(env.unwrapped, "tasks", None)
     _require(callable(listing), "env.unwrapped.tasks(split) is missing: return a list of dicts with task_id, split and difficulty")
     try:
         tasks = listing(split)
@@ -77,7 +77,7 @@ def _check_tasks(env: gym.Env, split: str) -> list[dict[str, Any]]:
 
 def _check_spaces(env: gym.Env) -> None:
     for name in ("observation_space", "action_space"):
-        space = getattr(env, name, None)
+        space: Any = getattr(env, name, None)
         _require(isinstance(space, gym.Space), f"env.{name} is missing: set it to a subclass of spaces.Text that accepts any str")
         for text in _UNREADABLE:
             _require(space.contains(text), f"env.{name} refuses {text!r}: use a subclass of spaces.Text whose contains accepts any str")
@@ -112,7 +112,7 @@ def _play(env: gym.Env, task_id: str, actions: Sequence[str], max_turns: int) ->
     while len(steps) < max_turns:
         action = actions[len(steps) % len(actions)]
         try:
-            result = env.step(action)
+            result: Any = env.step(action)
         except Exception as error:
             raise AssertionError(f"step({action!r}) raised {error!r}: answer with a message instead, whatever the action") from error
         _require(isinstance(result, tuple) and len(result) == 5, "step must return (observation, reward, terminated, truncated, info)")
@@ -143,7 +143,7 @@ def _play(env: gym.Env, task_id: str, actions: Sequence[str], max_turns: int) ->
 
 
 def _check_end(reward: float, info: dict[str, Any]) -> None:
-    success, completion = info.get("success"), info.get("completion")
+    success, completion = info.get("success"), cast(float, info.get("completion"))
     _require(isinstance(success, bool), f"info['success'] must be a bool at the end; it is {success!r}")
     number = isinstance(completion, int | float) and not isinstance(completion, bool)
     _require(
