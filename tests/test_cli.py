@@ -136,7 +136,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown context": (["--skills.context=skillsd.skills.NoSuch"], r"skills\.context: .*NoSuch"),
     "a summariser's server that is not there": (
         ["--skills.summariser=skillsd.skills.OpenAISummariser", "--skills.summariser.model=m",
-         "--skills.summariser.base_url=http://127.0.0.1:9/v1", "--trainer.fast_dev_run=1"],
+         "--skills.summariser.base_url=http://127.0.0.1:9/v1", "--trainer.max_steps=1"],
         r"skills\.summariser: .*http://127\.0\.0\.1:9/v1.*refused",
     ),
     "a summariser's address that is none": (

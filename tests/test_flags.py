@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from skillsd import cli
 from skillsd.callbacks import EnvStepBudget, Panel, PeerWatch, RunLog
 from skillsd.cli import flags as table
-from skillsd.cli.standard import STANDARD, check_trainer, complete, order_callbacks
+from skillsd.cli.standard import STANDARD, UNFIT, check_trainer, complete, order_callbacks
 from skillsd.errors import ConfigError
 from skillsd.module import OptimizerSettings, SkillSD
 from skillsd.policy import PolicySettings
@@ -164,6 +165,12 @@ def test_the_order_of_callbacks(capsys):
 def test_a_standard_callback_in_the_list_is_refused_with_its_key(key):
     with pytest.raises(ConfigError, match=f"trainer.callbacks: .*`{key}:`"):
         order_callbacks(standard(), [STANDARD[key]()])
+
+
+def test_callbacks_of_lightning_that_do_not_fit_are_refused():
+    for kind, cure in UNFIT.items():
+        with pytest.raises(ConfigError, match=re.escape(cure)):
+            order_callbacks(standard(), [kind.__new__(kind)])
 
 
 def trainer_config(**changes: Any) -> dict[str, Any]:

@@ -13,7 +13,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
@@ -34,6 +43,16 @@ STANDARD: dict[str, type[L.Callback]] = {
     "checkpoint": RunCheckpoint,
 }
 """Key -> the callback that it sets."""
+UNFIT: dict[type[L.Callback], str] = {
+    BatchSizeFinder: "set data.init_args.batch_tasks",
+    GradientAccumulationScheduler: "an update takes all of data.init_args.batch_tasks x group_size",
+    LearningRateFinder: "set model.init_args.optimizer.lr",
+    ModelPruning: "the base is frozen: set a smaller model.init_args.policy.lora.r",
+    SpikeDetection: "updates that are not finite are skipped without it",
+    StochasticWeightAveraging: "teacher.mode=ema averages the teacher, and the student stays as it is",
+    WeightAveraging: "teacher.mode=ema averages the teacher, and the student stays as it is",
+}
+"""Lightning's callbacks that change training in ways for which this module is not made, and what to set instead."""
 ACTING = ("teacher", "skills")
 """They change what training does; the others record it."""
 
@@ -53,9 +72,12 @@ def order_callbacks(
         max_time: As the Trainer takes it.
 
     Raises:
-        ConfigError: a standard callback stands in the list, or two callbacks do the same.
+        ConfigError: a standard callback or one of UNFIT stands in the list, or two callbacks do the same.
     """
     made, own = dict(made), list(given)
+    for callback in own if made else ():
+        if cure := next((cure for kind, cure in UNFIT.items() if isinstance(callback, kind)), ""):
+            raise ConfigError(f"trainer.callbacks: {type(callback).__name__} is not for skillsd: {cure}.")
     for key, kind in STANDARD.items():
         if any(type(c) is kind for c in own):
             raise ConfigError(f"trainer.callbacks: every run has one {kind.__name__}: give its settings under `{key}:` instead.")
