@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,6 +75,24 @@ def _exists(pid: int) -> bool:
     except OSError:
         pass
     return True
+
+
+def running(folder: Path) -> Owner | None:
+    """The process that seems to write into a run folder just now; None if there is none. It takes no lock, so nobody who starts is refused.
+
+    A killed one leaves its file: it counts while a process of its number exists on this host, or while an owner elsewhere gives signs of
+    life.
+    """
+    path, me = folder / LOCK_FILE, this_process()
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        owner, age = _read(fd), time.time() - os.fstat(fd).st_mtime
+    finally:
+        os.close(fd)
+    return owner if owner is not None and is_alive(owner, me, None, age, False) else None
 
 
 class RunLock:

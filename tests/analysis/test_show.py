@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tests.analysis.test_run import METRICS, SHORT, append
 
 from skillsd import cli
 from skillsd.run_folder import write_record
+from skillsd.run_lock import RunLock
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Turn
 
@@ -69,6 +71,16 @@ def test_the_trend_is_of_many_iterations(shown, folder):
     assert ["first", "5", "last", "5"] in lines and ["reward/success", "0.400", "0.200"] in lines
     assert ["teacher/gap_mean", "-", "1.000"] in lines
     assert json.loads(shown("--json"))["averaged"] == 5
+
+
+def test_a_run_that_goes_on_says_so(shown, folder):
+    """And one that was killed does not, although its lock is still there."""
+    lock = RunLock(folder)
+    assert f"running now: process {os.getpid()} on " in shown() and json.loads(shown("--json"))["running"]
+    held = (folder / "run.lock").read_text()
+    lock.release()
+    (folder / "run.lock").write_text(held.replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
+    assert "running" not in shown() and json.loads(shown("--json"))["running"] is None
 
 
 def test_a_run(shown, folder):

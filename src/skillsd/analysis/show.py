@@ -18,6 +18,7 @@ from skillsd.analysis.panel import print_panel
 from skillsd.analysis.run import Run
 from skillsd.bounded import one_line, visible
 from skillsd.errors import ConfigError, Parser
+from skillsd.run_lock import running
 from skillsd.words import count
 
 _SHOWN = ("reward/success", "reward/mean", "loss/total", "teacher/gap_mean", "policy/entropy", "time/rollout_s", "time/update_s")
@@ -73,6 +74,7 @@ def overview(run: Run) -> dict[str, Any]:
         values.loc[metrics["teacher/k3"] == 0, "teacher/gap_mean"] = float("nan")
     return {
         "folder": str(run.folder),
+        "running": None if (owner := running(run.folder)) is None else str(owner),
         "seed": seed if isinstance(seed := run.config.get("seed_everything"), int | None) else str(seed),
         "iterations": len(metrics),
         "trajectories": len(played),
@@ -163,6 +165,8 @@ def _print_overview(panel: dict[str, Any], seen: dict[str, Any], out: Console) -
         f"{seen['folder']}: {count(seen['iterations'], 'iteration')}, {played}{ends}",
         soft_wrap=True,
     )
+    if seen["running"]:
+        out.print(visible(f"running now: {seen['running']}"), soft_wrap=True)
     if seen["metrics"]:
         n = seen["averaged"]
         many = f" {n}" if n > 1 else ""

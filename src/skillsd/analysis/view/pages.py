@@ -95,6 +95,7 @@ def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
         "trajectories": seen["trajectories"],
         "tasks": seen["tasks"],
         "last written": opened.written(),
+        "running now": seen["running"] or "no",
         "ended": ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items()),
         "skills": f"{seen['skills']['held']} held, {seen['skills']['ever']} ever, of {count(seen['skills']['tasks'], 'task')}",
         **_costs(run),
