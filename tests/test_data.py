@@ -212,6 +212,11 @@ def test_too_many_failed_episodes(join):
         f"2 raised, first on task {first}: raised: OSError: gone). There is no checkpoint yet: mend the environment and resume, "
         "or set a larger share."
     )
+    kinds[:] = ["model: a sampled token's log-prob is not finite"] * 3  # no environment's fault
+    stream.position = 0
+    with pytest.raises(ConfigError, match=r"rollout\.max_failed.*policy\.model") as told:
+        next(iter(stream))
+    assert "environment" not in str(told.value)
 
 
 def test_the_panel_is_the_same_each_time(join):

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from skillsd import __main__, cli, errors, keys
+from skillsd.analysis.origin import installed
 from skillsd.diagnosis import blame, explain, report
 from skillsd.errors import ConfigError
+from skillsd.policy.smollm2 import cache_folder
 
 MINE = """\
 import json
@@ -114,6 +116,13 @@ def test_a_terminal_that_has_no_such_characters(monkeypatch):
     assert out.buffer.getvalue() == b"L\\xf6se es\n"  # type: ignore[attr-defined]
 
 
+def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["fit", "-c", "sokoban"]) == 2 and "folder is gone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["config", "--version"])
 def test_a_stdout_that_takes_no_more(monkeypatch, capfd, command):
     full = open("/dev/full", "w")  # noqa: SIM115 - closing it fails
@@ -160,3 +169,15 @@ def test_causes_are_whole_without_repetition_and_without_secrets(monkeypatch):
     assert len(list(errors.chain(top))) == 3
     top.__suppress_context__ = True
     assert errors.causes(top) == "RuntimeError: Connection error."
+
+
+def test_without_a_home_folder_nothing_needs_one_that_need_not(monkeypatch):
+    def unknown(_: int) -> Any:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("SKILLSD_CACHE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert installed([{"check": "a", "state": "ok", "detail": "/home/me"}]).rows == [("a", "ok", "/home/me")]
+    with pytest.raises(ConfigError, match="home folder"):
+        cache_folder()

@@ -54,7 +54,8 @@ def explain(error: BaseException) -> str | None:
     if place.user:
         return blame(error)
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in OURS:
-        return f"a package is missing or does not fit: {causes(error)}: install it (`skillsd doctor` shows what is there)."
+        cure = "install it" if isinstance(error, ModuleNotFoundError) else "see whether it fits the others"
+        return f"a package cannot be imported ({causes(error)}): {cure} (`skillsd doctor` shows what is there)."
     if place.package:
         return f"the package {place.package} cannot be imported ({causes(error)}): install it anew."
     if isinstance(error, OSError):
@@ -105,7 +106,8 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
 
 def _is_library(filename: str) -> bool:
     generated = filename.startswith(("<frozen", "<string>", "<__array_function__"))
-    return generated or "-packages/" in filename or str(Path(filename).resolve()).startswith(_LIBRARIES)
+    compiled = not filename.startswith("<") and not Path(filename).is_absolute()  # Cython's: pandas/_libs/lib.pyx
+    return generated or compiled or "-packages/" in filename or str(Path(filename).resolve()).startswith(_LIBRARIES)
 
 
 def _name(frame: FrameType) -> str:

@@ -125,9 +125,12 @@ class GroupStream:
         kinds = Counter(t.failure_kind for t in failed)
         first = {t.failure_kind: t for t in reversed(failed)}
         told = "; ".join(f"{n} {k}, first on task {first[k].task_id}: {first[k].failure[:200]}" for k, n in kinds.items())
+        cures = ["mend the environment"] if set(kinds) - {"model"} else []
+        if "model" in kinds:
+            cures.append("see whether the weights of policy.model and of the adapters are finite and policy.dtype has their range")
         return (
             f"rollout.max_failed is {self.data.rollout.max_failed:g}, and in iteration {iteration} {len(failed)} of {episodes} episodes "
-            f"failed ({told}). {last_checkpoint(self.data.trainer)}: mend the environment and resume, or set a larger share."
+            f"failed ({told}). {last_checkpoint(self.data.trainer)}: {', '.join(cures)} and resume, or set a larger share."
         )
 
     def _group(self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str]) -> TrajectoryGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ def recorded(run: Run) -> dict[str, str]:
 
 def installed(checks: Sequence[Mapping[str, str]]) -> Table:
     """The rows of `skillsd doctor`, the home folder's name left out."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # as it stands where there is no home
     rows = [(c["check"], c["state"], visible(redacted(c["detail"].replace(home, "~")))) for c in checks]
     return Table(("check", "state", "what was found"), rows, 3)
 

@@ -23,7 +23,7 @@ from skillsd.cli.configured import CLI
 from skillsd.cli.owner import RunOwner
 from skillsd.diagnosis import explain, report, where
 from skillsd.doctor import doctor, rows
-from skillsd.errors import redacted
+from skillsd.errors import ConfigError, redacted
 from skillsd.process import guarded
 from skillsd.trainer import Trainer
 
@@ -74,6 +74,7 @@ def main(args: ArgsType = None) -> int:
     set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True)
     with guarded() as guard:
         try:
+            _check_folder()
             code = _run(argv)
             if guard.failed:
                 raise guard.failed[0]
@@ -153,6 +154,14 @@ def configured(argv: list[str]) -> None:
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
             args=resolve_configs(argv),
         )
+
+
+def _check_folder() -> None:
+    """Raises ConfigError if the present folder has been removed, which libraries say in odd ways."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as e:
+        raise ConfigError("the present folder is gone: change to one that is there (cd).") from e
 
 
 def _print_anything() -> None:

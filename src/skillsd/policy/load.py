@@ -16,7 +16,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
 from transformers.utils import cached_file
 
-from skillsd.errors import ConfigError
+from skillsd.errors import ConfigError, causes
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.nano import build_config, build_tokenizer
 from skillsd.policy.weights import check_files, digest, digest_of, model_tensors
@@ -259,5 +259,8 @@ def _own_code(name: str) -> ConfigError:
 def _not_found(name: str, what: str, error: Exception) -> ConfigError:
     if Path(name).expanduser().is_dir():
         return ConfigError(f"policy.model: the folder {name} holds no {what} that transformers can read: {str(error).splitlines()[0]}")
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return ConfigError(f"policy.model: {name} is neither a local folder nor reachable on the hub{offline}: check the name or the network.")
+    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else causes(error)[:300]
+    return ConfigError(
+        f"policy.model: {name} is no local folder, and its {what} cannot be had from the hub ({why}): "
+        "check the name, the network and whether you may read it."
+    )

@@ -262,7 +262,7 @@ class Policy(nn.Module):
             self.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
             write_base(folder / name, self.identity)
         except SafetensorError as e:  # its text alone says what the system answered
-            raise OSError(f"{folder / name}: {e}. Free the disk, and resume") from e
+            raise OSError(f"{folder / name} could not be written: {e}") from e
 
     def save_student(self, folder: Path) -> None:
         """Write the student's adapter as the PEFT folder `folder`, which is there and empty. Raises OSError."""

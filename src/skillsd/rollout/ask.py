@@ -35,7 +35,8 @@ def ask(env: Any, call: str, work: Callable[[], T], told: tuple[type[Exception],
     except told:
         raise
     except Exception as e:
-        raise ConfigError(f"data.init_args.env: {_name(env)}: {call} failed ({failure(e).text()}): mend the environment.") from e
+        cure = "" if isinstance(e, OSError | MemoryError) else ": mend the environment"  # those may be the machine's
+        raise ConfigError(f"data.init_args.env: {_name(env)}: {call} failed ({failure(e).text()}){cure}.") from e
 
 
 UNREADABLE = ("", "\x00 \u2603 no such action")

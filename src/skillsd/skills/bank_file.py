@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from skillsd.durable import sync, temporary
+from skillsd.errors import ConfigError
 from skillsd.skills.ledger import Ledger
 from skillsd.skills.skill import FIELDS, Skill
 from skillsd.skills.tables import SCHEMA, TALLY, Booking, Damaged, Event
@@ -26,12 +27,26 @@ LOCK_WAIT_S = 10.0
 WHOLE_CHECK_BYTES = 2**25
 """Up to this size a file is checked as a whole when it is opened; of any size, every row is checked when it is read."""
 
-_TRANSIENT = {5, 6, 8, 10, 13, 14}  # busy, locked, read-only, input/output, full, cannot open: the world's fault, not the file's
+_LOCAL = "some network file systems have no locks for SQLite: if this is one, name a run folder on a local disk"
+_ADVICE = {
+    3: "see whether this user may write there",
+    5: f"another process may hold the bank: end it and resume; {_LOCAL}",
+    6: f"another process may hold the bank: end it and resume; {_LOCAL}",
+    8: "see whether this user may write there, and whether the file system is mounted read-only",
+    10: f"see whether the disk is full or fails; {_LOCAL}",
+    13: "make room, and resume",
+    14: f"see whether the folder is there and this user may write in it; {_LOCAL}",
+    15: _LOCAL,
+    22: _LOCAL,
+    7: "see whether there is memory",
+    9: "it was interrupted",
+}
+"""SQLite's result codes for what is the world's fault and not the file's, and what may help."""
 
 
-def refused(path: Path, why: str) -> ValueError:
+def refused(path: Path, why: str) -> ConfigError:
     """The error for a file that is not a usable bank."""
-    return ValueError(f"{path}: {why}. It was left as it is: move it away, restore a good copy, or choose another path for the bank")
+    return ConfigError(f"{path}: {why}. It was left as it is: move it away, restore a good copy, or choose another path for the bank")
 
 
 def translated(error: sqlite3.Error | UnicodeDecodeError, path: Path | None) -> Exception:
@@ -43,8 +58,8 @@ def translated(error: sqlite3.Error | UnicodeDecodeError, path: Path | None) -> 
     if isinstance(error, UnicodeDecodeError) or "Could not decode" in str(error):  # in a message of SQLite's, or in a row
         return refused(where, f"the file is damaged ({' '.join(str(error).split())})")
     code = getattr(error, "sqlite_errorcode", 10) & 0xFF
-    if code in _TRANSIENT:
-        return OSError(f"{where}: {error}. Free the disk, or end the other process that holds the bank, and resume")
+    if code in _ADVICE:
+        return OSError(f"{where}: {error}: {_ADVICE[code]}")
     return refused(where, f"SQLite cannot read it as a skill bank ({error})")
 
 
@@ -227,7 +242,7 @@ def _make(new: Path, path: Path, booking: Booking) -> None:
         try:
             _fill(db, booking)
             if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":  # it gives no other sign of an error
-                raise OSError(f"{path}: it could not be made. Free the disk, and start again")
+                raise OSError(f"{path}: SQLite's write-ahead log cannot be made there: see whether there is room; {_LOCAL}")
         finally:
             db.close()
     except sqlite3.Error as error:

@@ -15,7 +15,7 @@ from skillsd.analysis.pictures import Pictures
 from skillsd.analysis.run import Run
 from skillsd.analysis.score import Scorer
 from skillsd.checkpoint import newest_good
-from skillsd.errors import ConfigError
+from skillsd.errors import ConfigError, causes
 from skillsd.run_folder import CHECKPOINTS, FILES, VALIDATIONS_FILE
 
 T = TypeVar("T")
@@ -89,8 +89,8 @@ class Opened:
                 self._scorer = None  # its memory is needed
                 try:
                     self._scorer = Scorer(Run(self.run.folder), path, torch.device(self.device))
-                except RuntimeError as e:
-                    raise ConfigError(f"--device {self.device}: {' '.join(str(e).split())}") from e
+                except RuntimeError as e:  # of a device that is not there, or too small
+                    raise ConfigError(f"the model cannot be loaded on --device {self.device}: {causes(e)}") from e
                 self._checkpoint = checkpoint
                 self._scores.clear()
             if key not in self._scores:
