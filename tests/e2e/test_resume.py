@@ -212,8 +212,7 @@ def test_base_summariser_that_answers(tmp_path: Path, monkeypatch: pytest.Monkey
                 raise EndedError
 
         monkeypatch.setattr(RunLog, "on_train_batch_end", end)
-        with pytest.raises(EndedError):
-            cli.main(ended.args())
+        assert cli.main(ended.args()) == 2  # an error in code that is not ours is one line
         monkeypatch.setattr(RunLog, "on_train_batch_end", log)
         assert cli.main(ended.args("--ckpt_path", "last")) == 0
     finally:
