@@ -296,7 +296,8 @@ def test_the_table_is_true():
                 assert issubclass(kind, bases), path
     listed = {path for key in KEYS for path in key.shipped}
     standard = {f"skillsd.callbacks.{kind.__name__}" for kind in STANDARD.values()}
-    built_in = standard | {"skillsd.callbacks.Diagnostics", "skillsd.callbacks.MemoryPlan", "skillsd.skills.GroupContext"}
+    built_in = standard | {"skillsd.callbacks.Diagnostics", "skillsd.callbacks.MemoryPlan"}
+    built_in |= {"skillsd.skills.GroupContext", "skillsd.skills.SynchronousSummariser"}
     for package in ("skillsd.callbacks", "skillsd.objective", "skillsd.skills"):
         module: Any = importlib.import_module(package)
         bases = tuple(

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from importlib import import_module
+from typing import Any
 
 from skillsd._conf import conf_dir
 
@@ -19,4 +21,22 @@ for _name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
 
 __version__ = "0.1.0"
 
+_BASES = {
+    "Callback": "skillsd.callbacks",
+    "Gate": "skillsd.objective",
+    "GroupContext": "skillsd.skills",
+    "PrivilegedContext": "skillsd.skills",
+    "Signal": "skillsd.objective",
+    "Summariser": "skillsd.skills",
+    "SynchronousSummariser": "skillsd.skills",
+    "Tokens": "skillsd.objective",
+}
+"""What classes of one's own are made from -> its module, imported when it is asked for."""
+
 __all__ = ["__version__", "conf_dir"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _BASES:
+        return getattr(import_module(_BASES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 
-MAX_YAML_CHARS = 500_000
-"""Longest configuration that is read, in characters."""
 MAX_LEAVES = 100_000
 """Values of a configuration, each alias counted as what it stands for."""
 MAX_DEPTH = 50
@@ -21,26 +19,13 @@ MAX_FILLED_CHARS = 2_000_000
 _PRECISION = re.compile(r"\.\d[f%]")
 
 
-def read_yaml(text: str) -> Any:
-    """What a YAML document holds: plain types only.
+def check_yaml(root: yaml.Node) -> None:
+    """Refuse a composed YAML document that is too deep, or whose aliases stand for too much, before anything of it is built.
 
     Raises:
-        yaml.YAMLError: It is no YAML.
-        ValueError: It is too long, too deep, or its aliases stand for too much; nothing of it has been built then.
+        ValueError: It is.
     """
-    if len(text) > MAX_YAML_CHARS:
-        raise ValueError(f"it has {len(text)} characters, more than {MAX_YAML_CHARS}")
-    loader = yaml.SafeLoader(text)  # not the one in C: brackets within brackets end its process
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count(node, {}, 1)
-        return loader.construct_document(node)  # type: ignore[no-untyped-call]
-    except RecursionError:
-        raise ValueError(f"more than {MAX_DEPTH} mappings and lists lie within one another") from None
-    finally:
-        loader.dispose()
+    _count(root, {}, 1)
 
 
 def _count(node: yaml.Node, known: dict[int, tuple[int, int] | None], depth: int) -> tuple[int, int]:

@@ -7,21 +7,28 @@ elsewhere: it imports nothing. What jsonargparse refuses by itself (os, subproce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from skillsd.bounded import read_yaml
-from skillsd.errors import ConfigError, Parser
+from skillsd.errors import Parser
+from skillsd.keys import lacks
 
 _OBJECTIVE = "model.init_args.objective"
 _SIGNALS = tuple(f"skillsd.objective.{name}" for name in ("NaiveK3", "OPID", "RLSD", "SDAR", "SDPG", "SDPO", "SkillSD", "UCOB"))
 _SUMMARISERS = ("RulesSummariser", "BaseSummariser", "OpenAISummariser")
 _CONTEXTS = ("BankContext", "NoContext", "ShuffledContext", "HindsightContext", "SiblingContext", "GroundTruthContext")
 _CALLBACKS = ("EnvStepBudget", "PeerWatch", "ProgressLog")
+
+
+COMPLETE = {
+    "skillsd.skills.Summariser": "skillsd.skills.SynchronousSummariser",
+    "skillsd.skills.PrivilegedContext": "skillsd.skills.GroupContext",
+}
+"""Of a Protocol, a class to inherit from that has most of it."""
 
 
 class Key(NamedTuple):
@@ -58,22 +65,69 @@ KNOWN = ("skillsd", "lightning")
 """What comes from elsewhere is marked."""
 
 
-def config(args: Sequence[str]) -> None:
+def refused_class(message: str) -> str:
+    """Why jsonargparse refused a class that a key names, and what to do; "" if its message is about something else.
+
+    It has imported the class, or found that it cannot; nothing is imported here.
+    """
+    wanted = re.search(
+        r"does not (?:implement protocol|correspond to a subclass of) (\w+)|class, but .*is (?:abstract|a protocol)", message
+    )
+    given = wanted and re.search(r"Given value: .*?(\w+(?:\.\w+)+)", message[wanted.end() :])
+    if wanted and given:
+        path, kind = given[1], _imported(given[1])
+        full = next((base for key in KEYS for base in key.bases if base.rpartition(".")[2] == wanted[1]), wanted[1])
+        return _lacking(path, kind, full) if full else _abstract(path, kind)
+    if found := re.search(r"No module named '([\w.]+)'", message):
+        return f"there is no module {found[1]} on the Python path: install it, or name its folder, as in PYTHONPATH=. skillsd ..."
+    return ""
+
+
+def _abstract(path: str, kind: Any) -> str:
+    missing = " and ".join(sorted(getattr(kind, "__abstractmethods__", ()))) or "what it declares"
+    return f"{path} lacks {missing}: write what is missing, or name a class that has it."
+
+
+def _lacking(path: str, kind: Any, full: str) -> str:
+    base, source = _imported(full), COMPLETE.get(full, full)
+    if not inspect.isclass(kind):
+        return f"{path} is no class: name one that inherits from {source}."
+    if not getattr(base, "_is_protocol", False):
+        return f"{path} is no subclass of {full}: inherit from it."
+    if missing := lacks(kind, base):
+        return f"{path} lacks {' and '.join(missing)}: inherit from {source}, or write what is missing."
+    for method, wanted in vars(base).items():
+        if inspect.isfunction(wanted) and (method == "__call__" or not method.startswith("_")):
+            has, wants = (", ".join(inspect.signature(f).parameters) for f in (getattr(kind, method), wanted))
+            if has != wants:
+                return f"{path}.{method} takes ({has}) and should take ({wants}): name its parameters so. Annotations are not compared."
+    return ""
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def config(args: Sequence[str], read: Callable[[str], Mapping[str, Any]]) -> None:
     """Print the table. Nothing that a file names is imported.
 
     Args:
         args: What follows `skillsd config`.
+        read: The name of a configuration -> what it says.
 
     Raises:
         ConfigError: unknown arguments, or a file that is no configuration.
     """
     about = "Show which classes each key takes. The resolved configuration: skillsd fit -c FILE --print_config"
     parser = Parser(prog="skillsd config", description=about)
+    parser.add_argument("named", nargs="*", metavar="FILE_OR_RUN", help="as -c")
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="show what the file selects; several: overlays")
-    files = parser.parse_args(args).config
+    given = parser.parse_args(args)
+    files = [*given.named, *given.config]
     chosen: dict[str, Any] = {}
     for name in files:
-        _overlay(chosen, _read(name))
+        _overlay(chosen, read(name))
     found = dict(selected(chosen))
     keys = {key.name: key for key in KEYS}
     rows = [("KEY", "BASE CLASS: IT OR A SUBCLASS; OF A PROTOCOL, ITS METHODS", "IN THESE FILES" if files else "COMES WITH SKILLSD")]
@@ -117,15 +171,3 @@ def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> None:
             _overlay(other, value)
         else:
             below[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _read(name: str) -> dict[str, Any]:
-    try:
-        content = read_yaml(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"-c {name}: there is no such file that can be read: check the path.") from e
-    except (yaml.YAMLError, ValueError) as e:
-        raise ConfigError(f"-c {name}: {' '.join(str(e).split())}") from e
-    if not isinstance(content, dict):
-        raise ConfigError(f"-c {name}: a configuration is a mapping of keys to values.")
-    return content

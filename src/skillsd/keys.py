@@ -91,6 +91,18 @@ def _imported(path: str) -> Any:
     return getattr(sys.modules[module], name)
 
 
+def lacks(given: Any, protocol: Any) -> list[str]:
+    """What a class has not of a Protocol's methods; of an object also the attributes that are annotated there.
+
+    A method that is inherited from the Protocol itself is none: it does nothing.
+    """
+    methods = {n: f for n, f in vars(protocol).items() if inspect.isfunction(f) and (n == "__call__" or not n.startswith("_"))}
+    kind = given if inspect.isclass(given) else type(given)
+    found = {n: next((vars(k)[n] for k in kind.__mro__ if n in vars(k)), None) for n in methods}
+    attributes = () if kind is given else inspect.get_annotations(protocol)
+    return sorted([n for n, f in methods.items() if found[n] in (None, f)] + [n for n in attributes if not hasattr(given, n)])
+
+
 def _plain(hint: Any) -> Any:
     """The class whose parameters stand under a key without a class path; of `X | None` it is X."""
     return next((x for x in (hint, *get_args(hint)) if inspect.isclass(x) and x is not NoneType and get_origin(x) is None), None)

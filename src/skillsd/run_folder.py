@@ -11,6 +11,8 @@ from skillsd.durable import temporaries, write
 from skillsd.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
+COMMAND_KEYS = ("ckpt_path", "weights_only", "overwrite", "steal_lock")
+"""Keys that say how a command was called, not what the run is: config.yaml does without, and `overwrite` there would discard the run."""
 METRICS_FILE = "metrics.csv"
 TRAJECTORIES_FILE = "trajectories.jsonl"
 PANEL_FILE = "panel.json"
@@ -129,6 +131,12 @@ def has_checkpoint(folder: Path, record: RunRecord | None) -> bool:
         f"ckpt_path: a checkpoint of this run was once written to {place}, and none is there: put it back (a disk that is not mounted?), "
         "discard the run with --overwrite=true, or name another trainer.default_root_dir."
     )
+
+
+def folder_of(named: str | Path) -> Path:
+    """The run folder that is named, by its own path or by that of its config.yaml."""
+    path = Path(named)
+    return path.parent if path.name == CONFIG_FILE and path.is_file() else path
 
 
 def read_panel(folder: str | Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import lightning as L
 from skillsd.analysis.film import Film
 from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks.export import export_adapter
-from skillsd.checkpoint import LAST, newest_good, read_checkpoint
+from skillsd.checkpoint import LAST, newest_good, read_checkpoint, step_of
 from skillsd.durable import check_replaceable
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
@@ -39,7 +39,8 @@ class Trainer(L.Trainer):
         if folder.name in (*FILES, *FOLDERS) and folder.parent.resolve() == Path(self.default_root_dir).resolve():
             raise ConfigError(f"out: {folder} is where the run itself writes: name another folder.")
         check_replaceable(folder, "out")  # before the model is loaded
-        steps = _restore(self, model, ckpt_path)
+        path, steps = _restore(self, model, ckpt_path)
+        print(f"weights: {weights(model, path)}")
         try:
             print(f"adapter: {export_adapter(model.policy, folder, steps, 'out')}")
         except OSError as e:
@@ -66,7 +67,7 @@ class Trainer(L.Trainer):
             task: Instead of `level`, the task_id of a task of the panel or the training split.
             skill: Put the task's skill in front: the bank's, or one made from the environment's own solution.
             gif: File to write the episode to as an animation, of an environment that draws.
-            ckpt_path: A checkpoint; null plays the policy as it starts.
+            ckpt_path: A checkpoint; the default is the run folder's newest, if it has one. null plays the policy as it starts.
         """
         if policy != "model":
             if skill:
@@ -77,26 +78,40 @@ class Trainer(L.Trainer):
             if policy != "model":
                 play_scripted(datamodule, policy, level, task, film)
                 return
+            path = None
             if ckpt_path is not None:
-                _restore(self, model, ckpt_path)
+                path, _ = _restore(self, model, ckpt_path)
             else:
                 model.configure_model()
-            play_model(self, model, datamodule, level, task, skill, film)
+            play_model(self, model, datamodule, level, task, skill, film, weights(model, path))
 
 
-def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> int:
-    path = read_path(ckpt_path, "ckpt_path")
-    if ckpt_path == "last":
-        run = Path(trainer.default_root_dir)
-        check_format(run)
-        record = read_record(run)
-        has_checkpoint(run, record)  # or it says where it was
-        folder = checkpoint_folder(run, record)
-        path = newest_good(folder) or folder / LAST
+def weights(model: Any, path: str | Path | None) -> str:
+    """Which weights a command uses, for people: a checkpoint and its iteration, or the policy as it starts."""
+    if path is None:
+        start = model.settings.lora.init
+        return f"{model.settings.model}{f' with the adapter {start}' if start else ''}, as it starts (no checkpoint)"
+    step = step_of(Path(path))
+    return str(path) if step is None else f"{path}, iteration {step}"
+
+
+def _path(trainer: L.Trainer, ckpt_path: str) -> Path:
+    if ckpt_path != "last":
+        return read_path(ckpt_path, "ckpt_path")
+    run = Path(trainer.default_root_dir)
+    check_format(run)
+    record = read_record(run)
+    has_checkpoint(run, record)  # or it says where it was
+    folder = checkpoint_folder(run, record)
+    return newest_good(folder) or folder / LAST
+
+
+def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> tuple[Path, int]:
+    path = _path(trainer, ckpt_path)
     if not path.is_file():
         raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
     checkpoint = read_checkpoint(path)
     model.configure_model()
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
-    return int(checkpoint["global_step"])
+    return path, int(checkpoint["global_step"])

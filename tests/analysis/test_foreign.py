@@ -161,13 +161,13 @@ def test_a_configuration_that_grows_is_no_other_run_s_business(folder, tmp_path,
         assert get("foreign/") == get("good/compare?with=foreign") == 500
         seen: list[int] = []
 
-        def slow(text: str) -> Any:
+        def slow(path: Path) -> Any:
             other = Thread(target=lambda: seen.append(get("good/tasks")))
             other.start()
             other.join(60)
             return {}
 
-        monkeypatch.setattr("skillsd.analysis.run.read_yaml", slow)
+        monkeypatch.setattr("skillsd.analysis.run.read_config", slow)
         site.runs["foreign"].run.refresh()
         assert get("foreign/tasks") == 200 and seen == [200]
 

@@ -37,7 +37,7 @@ from skillsd.callbacks import board
 from skillsd.module import METRICS
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.load import model_folder
-from skillsd.run_folder import read_validations
+from skillsd.run_folder import COMMAND_KEYS, read_validations
 from skillsd.skills import SkillBank
 from skillsd.trajectory import Trajectory
 from skillsd_sokoban.env import SokobanEnv
@@ -460,20 +460,50 @@ def test_sampled_attempts_and_seeds(tell, tmp_path):
 
 def test_play(run, tell, tmp_path):
     plain = tell("play", tmp_path / "none", "--level", "1")
-    assert plain.startswith("task test-0001 short\n--- turn 1\n######") and "skill" not in plain
+    start = "weights: nano, as it starts (no checkpoint); skill: none\n"
+    assert plain.startswith(f"{start}task test-0001 short\n--- turn 1\n######") and "--- skill" not in plain
     assert "\n> " in plain and "success " in plain.splitlines()[-1]
     level = panel(run)["before"]["levels"][1]
     assert f"success {level['success']}" in plain and f"{level['turns']} turns" in plain
 
     shown = tell("play", tmp_path / "none", "--level", "1", "--skill", "true")
-    assert "--- skill\nsolved none : " in shown
+    assert "--- skill\nsolved none : " in shown and "skill: made from the environment's own solution" in shown.splitlines()[0]
     trained = tell("play", run, "--level", "1", "--ckpt_path", "last")
     assert f"success {panel(run)['after']['levels'][1]['success']}" in trained
     assert not (tmp_path / "none").exists()
 
     flags = ["--task", "test-0001", "--ckpt_path", "last"]
-    assert tell("play", run, *flags) == trained
-    assert tell("play", tmp_path / "none", "--task", "train-0002").startswith("task train-0002 short\n--- turn 1\n######")
+    assert tell("play", run, *flags) == trained == tell("play", run, "--level", "1")  # the last checkpoint is the default
+    assert trained.startswith(f"weights: {run / 'checkpoints' / 'last.ckpt'}, iteration 4; skill: none\n")
+    assert tell("play", run, "--level", "1", "--ckpt_path", "null") == plain
+    assert tell("play", tmp_path / "none", "--task", "train-0002").startswith(f"{start}task train-0002 short\n--- turn 1\n######")
+    with SkillBank(run / "bank.sqlite", read_only=True) as bank:
+        task = next(iter(bank.tasks()))
+        known = {s.skill_id for s in bank.skills(task)}
+    skill = re.search(r"skill: (\d+) of .*bank.sqlite", tell("play", run, "--task", task, "--skill"))
+    assert skill is not None and int(skill[1]) in known
+
+
+def test_a_run_is_named_by_its_folder(run, capsys, tmp_path):
+    """Also one that has been moved: every command takes it where it is, and nothing goes where it was."""
+    moved = run.rename(tmp_path / "moved")
+    for named in (str(moved), str(moved / "config.yaml")):
+        capsys.readouterr()
+        assert cli.main(["play", named, "--level", "1"]) == 0
+        assert capsys.readouterr().out.startswith(f"weights: {moved / 'checkpoints' / 'last.ckpt'}, iteration 4;")
+        assert cli.main(["show", named, "--json"]) == 0 and json.loads(capsys.readouterr().out)
+    assert cli.main(["validate", "-c", str(moved / "config.yaml")]) == 0
+    assert cli.main(["export", "--out", str(tmp_path / "adapter"), str(moved)]) == 0 and (tmp_path / "adapter").is_dir()
+    assert cli.main(["fit", str(moved), "--trainer.max_epochs=3"]) == 0
+    assert len(list(csv.DictReader((moved / "metrics.csv").open()))) == 6
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    assert config["trainer"]["default_root_dir"] == str(moved) and not set(COMMAND_KEYS) & set(config)
+    assert not run.exists()
+
+    assert cli.main(["fit", str(moved), "--overwrite", "--trainer.max_epochs=1"]) == 0
+    assert len(list(csv.DictReader((moved / "metrics.csv").open()))) == 2
+    assert cli.main(["fit", str(moved), f"--trainer.default_root_dir={tmp_path / 'second'}", "--trainer.max_epochs=1"]) == 0
+    assert len(list(csv.DictReader((tmp_path / "second" / "metrics.csv").open()))) == 2 and (tmp_path / "second" / "tensorboard").is_dir()
 
 
 class Hosted(SokobanEnv):
@@ -534,7 +564,7 @@ def test_play_the_oracle(tell, tmp_path, hosted):
         plan = env.solution()
         assert plan and len(plan) == info["optimal_length"]
         told = tell("play", tmp_path / "none", NO_MODEL, "--policy", "oracle", *flags)
-        assert told.startswith(f"task {task_id} short\n--- turn 1\n{observation}\n> {plan[0]}\n")
+        assert told.startswith(f"weights: none, oracle plays; skill: none\ntask {task_id} short\n--- turn 1\n{observation}\n> {plan[0]}\n")
         for action in plan:
             observation = env.step(action)[0]
         last = f"--- at the end\n{observation}\n--- done: success True, completion 1.00, reward 1.00, {len(plan)} turns\n"

@@ -14,21 +14,25 @@ from skillsd.bounded import one_line, visible
 from skillsd.errors import ConfigError
 from skillsd.rollout import Row, answers, ask, demonstrate, make_env, plan_of
 from skillsd.run_folder import BANK_FILE
-from skillsd.skills import BankContext, SkillBank
+from skillsd.skills import BankContext, RulesSummariser, SkillBank
 from skillsd.trajectory import Task, Turn
 
 
-def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool, film: Film) -> None:
-    """Print and film the model's greedy episode; with `skill`, the task's skill is put in front of the prompt."""
+def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool, film: Film, weights: str) -> None:
+    """Print and film the model's greedy episode; with `skill`, the task's skill is put in front of the prompt.
+
+    The first line says which weights play, as `weights` describes them, and with which skill.
+    """
     data.trainer = trainer
     trainer.strategy.connect(model)
     data.setup("validate")
     try:
         task = pick(data, data.panel_tasks, level, task_id)
-        text = skill_text(trainer, data, task) if skill else ""
+        source, text = skill_text(trainer, data, task) if skill else ("none", "")
         (t,) = data.collector.collect([Row(task, 0, text)], seed=data.seed, iteration=0, temperature=0.0)
     finally:
         data.teardown("validate")
+    print(visible(f"weights: {weights}; skill: {source}"))
     _print_head(task, t.instruction)
     if text:
         print(visible(f"--- skill\n{text.rstrip()}"))
@@ -53,6 +57,7 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
         instruction = info.get("instruction", "")
         if not isinstance(instruction, str):
             raise ConfigError(f"data.init_args.env: {data.env_id}: info['instruction'] is a {type(instruction).__name__}, not a str.")
+        print(visible(f"weights: none, {policy} plays; skill: none"))
         _print_head(task, instruction)
         turns, reward, finish, failure = 0, 0.0, "", ""
         while not finish:
@@ -139,8 +144,8 @@ def pick(data: Any, panel: Sequence[Task], level: int | None, task_id: str | Non
     raise ConfigError(f"task is {task_id}: no task of the split {splits}.")
 
 
-def skill_text(trainer: Any, data: Any, task: Any) -> str:
-    """The task's skill from the run's bank, or from the environment's own solution."""
+def skill_text(trainer: Any, data: Any, task: Any) -> tuple[str, str]:
+    """Where the task's skill is from, the run's bank or the environment's own solution, and its text."""
     callback = data.bank
     if callback is None:
         raise ConfigError("callbacks: a skill needs the SkillBankCallback, which holds its template.")
@@ -149,12 +154,15 @@ def skill_text(trainer: Any, data: Any, task: Any) -> str:
         with SkillBank(path, read_only=True) as bank:
             own = callback.context if isinstance(callback.context, BankContext) else BankContext()
             if (found := own(bank, task.task_id, [task.task_id], 0, 0)) is not None:
-                return str(found.render(callback.template))
+                return f"{found.skill_id} of {path}", str(found.render(callback.template))
     with closing(make_env(data.env_id, data.env_kwargs)) as env:
         if not hasattr(env.unwrapped, "solution"):
             raise ConfigError(f"the bank has no skill of {task.task_id}, and the environment offers no solution() to make one from.")
         played = demonstrate(env, task, 0.0, random.Random(0))
-    return str(callback.summariser.summarise_one(played.turns, played.success, float(played.success)).render(callback.template))
+    rules = callback.summariser if isinstance(callback.summariser, RulesSummariser) else RulesSummariser()  # others ask a model
+    skill = rules.summarise_one(played.turns, played.success, float(played.success))
+    why = f"{path} has none of {task.task_id}" if path.is_file() else f"there is no {path}"
+    return f"made from the environment's own solution ({why})", str(skill.render(callback.template))
 
 
 def _print_head(task: Task, instruction: str) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 
 from skillsd.analysis.frames import text_frame
 from skillsd.analysis.index import Index
 from skillsd.analysis.metrics import read_metrics
 from skillsd.analysis.results import check_difference, check_round, check_validation
-from skillsd.bounded import fill, read_yaml
+from skillsd.bounded import fill
+from skillsd.config_file import read_config
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
 from skillsd.run_folder import (
@@ -27,6 +27,7 @@ from skillsd.run_folder import (
     TRAJECTORIES_FILE,
     VALIDATIONS_FILE,
     check_format,
+    folder_of,
     read_results,
 )
 from skillsd.skills import Skill, SkillBank
@@ -44,14 +45,14 @@ class Run:
     Trajectories' tokens and texts stay on the disk: of 100,000 the numbers alone are in memory. Numbers may be NumPy's.
 
     Args:
-        folder: What `trainer.default_root_dir` named.
+        folder: What `trainer.default_root_dir` named, or its config.yaml.
 
     Raises:
         ConfigError: it is no run folder, or one of another format; any attribute raises it for a file that is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = read_path(folder, "RUN")
+        self.folder = folder_of(read_path(folder, "RUN"))
         check_format(self.folder)
         if not any((self.folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE, BANK_FILE, VALIDATIONS_FILE)):
             raise ConfigError(
@@ -79,9 +80,9 @@ class Run:
         # An error is kept as well: what is costly to refuse is refused once.
         path = self.folder / CONFIG_FILE
         try:
-            return dict(read_yaml(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as e:
-            return ConfigError(f"{path} is no configuration ({' '.join(str(e).split())}).")
+            return read_config(path) if path.is_file() else {}
+        except ConfigError as e:
+            return e
 
     @property
     def skill_template(self) -> str:

@@ -16,7 +16,7 @@ from skillsd.bounded import one_line
 from skillsd.durable import write
 from skillsd.errors import ConfigError, Parser
 from skillsd.paths import read_path
-from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE, LOCK_FILE, check_format, read_record
+from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE, LOCK_FILE, check_format, folder_of, read_record
 from skillsd.run_lock import RunLock
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.exchange import FORMAT, bounded_lines, from_lines, to_lines
@@ -86,7 +86,7 @@ def _export(given: Any) -> None:
 
 
 def _import(given: Any) -> None:
-    folder, file = read_path(given.run_folder, "RUN"), read_path(given.file, "FILE")
+    folder, file = folder_of(read_path(given.run_folder, "RUN")), read_path(given.file, "FILE")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"RUN: {folder} is no folder: name that of the run to come.")
     if given.file == "-":
@@ -150,7 +150,7 @@ def _search(given: Any) -> None:
 
 
 def _bank_file(given: str) -> Path:
-    path = read_path(given, "RUN_OR_BANK")
+    path = folder_of(read_path(given, "RUN_OR_BANK"))
     if path.is_dir():
         check_format(path)
         path = path / BANK_FILE

@@ -1,5 +1,7 @@
 """What happens around an iteration: memory plan, teacher weights, panel, record, warnings, checkpoints, export."""
 
+from lightning.pytorch import Callback
+
 from skillsd.callbacks.budget import EnvStepBudget
 from skillsd.callbacks.diagnostics import Diagnostics
 from skillsd.callbacks.export import AdapterExport, export_adapter
@@ -13,6 +15,7 @@ from skillsd.callbacks.teacher import TeacherSync
 
 __all__ = [
     "AdapterExport",
+    "Callback",
     "Diagnostics",
     "EnvStepBudget",
     "MemoryPlan",

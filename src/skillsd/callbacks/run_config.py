@@ -10,7 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from skillsd import ranks
 from skillsd.durable import write
-from skillsd.run_folder import CONFIG_FILE
+from skillsd.run_folder import COMMAND_KEYS, CONFIG_FILE
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -47,5 +47,6 @@ class SaveRunConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         self.started = True
         config = self.config.clone()  # given again, it must not discard this run, or take it from another process
-        config.overwrite = config.steal_lock = False
+        for key in COMMAND_KEYS:
+            config.pop(key, None)
         write(folder / CONFIG_FILE, self.parser.dump(config, skip_unset=False).encode())

@@ -18,16 +18,17 @@ from transformers.utils import logging as transformers_logging
 from skillsd import __version__, ranks
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.class_paths import config
-from skillsd.cli.arguments import packaged, resolve_configs
+from skillsd.cli.arguments import arguments, find, packaged, resolve
 from skillsd.cli.configured import CLI
 from skillsd.cli.owner import RunOwner
+from skillsd.cli.values import correct_jsonargparse
 from skillsd.diagnosis import explain, report, where
 from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, redacted
 from skillsd.process import guarded
 from skillsd.trainer import Trainer
 
-__all__ = ["CLI", "main", "resolve_configs"]
+__all__ = ["CLI", "main"]
 
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
@@ -67,9 +68,8 @@ def main(args: ArgsType = None) -> int:
     _print_anything()
     argv = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
     argv = argv or ["--help"]
-    if argv[0] == "play" and not any(a.partition("=")[0] in ("-c", "--config") for a in argv):
-        argv += ["-c", "sokoban"]
     quiet()
+    correct_jsonargparse()
     sys.excepthook = report
     set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True)
     with guarded() as guard:
@@ -109,7 +109,7 @@ def _run(argv: list[str]) -> int:
         return 0
     match argv[0]:  # commands without a configuration; what they import is slow (pandas, matplotlib), so late
         case "config":  # it imports nothing that a file names
-            config(resolve_configs(argv)[1:])
+            config(argv[1:], lambda name: find(name).config)
         case "doctor":
             doctor(argv[1:])
         case "show":
@@ -131,7 +131,7 @@ def _run(argv: list[str]) -> int:
         case "study":
             from skillsd.study import study
 
-            return study(resolve_configs(argv)[1:], packaged)
+            return study(resolve(argv).args[1:], packaged)
         case _:
             configured(argv)
     return 0
@@ -139,10 +139,13 @@ def _run(argv: list[str]) -> int:
 
 def configured(argv: list[str]) -> None:
     """fit, validate, export, play: what a configuration describes."""
+    if argv[0] == "play" and not any(a.flag in ("", "-c", "--config") for a in arguments(argv[1:])):
+        argv = ["play", "-c", "sokoban", *argv[1:]]
+    request = resolve(argv)
     with RunOwner() as owner:
         CLI(
+            request=request,
             owner=owner,
-            asked=next((a for a in argv if a in CLI.subcommands()), ""),
             model_class=L.LightningModule,
             datamodule_class=L.LightningDataModule,
             subclass_mode_model=True,
@@ -152,7 +155,6 @@ def configured(argv: list[str]) -> None:
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
-            args=resolve_configs(argv),
         )
 
 

@@ -1,51 +1,244 @@
-"""Command-line arguments before they are parsed: short names of configuration files, bare switches, nulls."""
+"""Command-line arguments before they are parsed: what is named on them (a file, a packaged file, a run folder), and in which order."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from skillsd import conf_dir
-from skillsd.paths import read_path
+from skillsd.config_file import as_yaml, check_value, parse_config, read_config
+from skillsd.errors import ConfigError
+from skillsd.keys import leaves
+from skillsd.paths import PATH_KEYS, read_path
+from skillsd.run_folder import CHECKPOINTS, COMMAND_KEYS, CONFIG_FILE, FILES
+
+SWITCHES = ("--skill", "--overwrite", "--only_report", "--steal_lock")
+"""Flags that mean true where no value follows."""
+ALONE = ("-h", "--help", "--print_config", "--version")
+"""Flags that take no value."""
+CONFIG = ("-c", "--config")
 
 
-def resolve_configs(args: list[str]) -> list[str]:
-    """`-c sokoban` finds the packaged conf/sokoban.yaml where no such path exists; a bare `--skill` (or another of `bare`) means true."""
-    bare, values = ("--skill", "--overwrite", "--only_report", "--steal_lock"), ("true", "false")
-    args = [a.replace("--steal-lock", "--steal_lock", 1) if a.partition("=")[0] == "--steal-lock" else a for a in args]
-    out = [f"{a}=true" if a in bare and b not in values else a for a, b in zip(args, [*args[1:], ""], strict=True)]
-    for i, arg in enumerate(out):
-        flag, _, value = arg.partition("=")
-        if flag in ("-c", "--config") and not value and i + 1 < len(out):
-            out[i + 1] = packaged(out[i + 1])
-        elif flag == "--config" and value:
-            out[i] = f"--config={packaged(value)}"
-    return _nulls(out)
+class Argument(NamedTuple):
+    """A flag, and its value if it has one; what belongs to no flag has the flag ""."""
+
+    flag: str
+    value: str | None
 
 
-def _nulls(args: list[str]) -> list[str]:
-    """`--model.init_args.a.b=null` as a configuration: jsonargparse 4.53 takes such a flag's null for a text or refuses it."""
-    out: list[str] = []
-    rest = iter(zip(args, [*args[1:], ""], strict=True))
-    for arg, following in rest:
+class Named(NamedTuple):
+    """A configuration by the name it was given."""
+
+    name: str
+    config: dict[str, Any]
+    run: Path | None = None
+    """The run folder whose configuration it is."""
+
+
+@dataclass
+class Request:
+    """What a command line asks for."""
+
+    args: list[str]
+    """For the parser: the command, flags, and each configuration as a text."""
+
+    @property
+    def command(self) -> str:
+        return self.args[0]
+
+    run: Path | None = None
+    """The run folder that is named."""
+    flags: dict[str, str | None] = field(default_factory=dict)
+
+
+def arguments(args: Sequence[str]) -> list[Argument]:
+    """Flags with their values; `-c X`, `-cX`, `--config X` and `--config=X` are one."""
+    found: list[Argument] = []
+    left = list(args)
+    while left:
+        arg = left.pop(0)
         flag, sign, value = arg.partition("=")
-        if not flag.startswith("--model.init_args.") or (value if sign else following) != "null":
-            out.append(arg)
-            continue
-        if not sign:
-            next(rest)
-        nested: Any = None
-        for key in reversed(flag[2:].split(".")):
-            nested = {key: nested}
-        out.append(f"--config={json.dumps(nested)}")
-    return out
+        flag = flag.replace("--steal-lock", "--steal_lock")
+        if not _is_flag(arg):
+            found.append(Argument("", arg))
+        elif sign:
+            found.append(Argument(flag, value))
+        elif re.match(r"-c.", arg):
+            found.append(Argument("-c", arg[2:]))
+        elif flag in SWITCHES:
+            found.append(Argument(flag, left.pop(0) if left and left[0] in ("true", "false") else "true"))
+        elif flag not in ALONE and left and not _is_flag(left[0]):
+            found.append(Argument(flag, left.pop(0)))
+        else:
+            found.append(Argument(flag, None))
+    return found
+
+
+def _is_flag(arg: str) -> bool:
+    return re.match(r"-(?:-?[A-Za-z])", arg) is not None and " " not in arg.partition("=")[0]
+
+
+def resolve(args: Sequence[str]) -> Request:
+    """Read what the command line names, and hand it to the parser in its place.
+
+    A run folder stands for its config.yaml, with the folder where it is now; so does the config.yaml by its path. What is named without
+    `-c` comes before all else.
+
+    Args:
+        args: The command and what follows it.
+
+    Raises:
+        ConfigError: a name stands for nothing, for two runs, or for a file that cannot be read; or an overlay stands alone or first.
+    """
+    command, *rest = args
+    if command.startswith("-"):  # of the program, as --help
+        return Request(list(args))
+    given = arguments(rest)
+    given = [Argument("-c", a.value) for a in given if not a.flag] + [a for a in given if a.flag]
+    out, named = [command], list[Named | Argument]()
+    for flag, value in given:
+        if flag in CONFIG and value is not None and "://" not in value:
+            found = find(value)
+            named.append(found)
+            out.append(f"--config={as_yaml(found.config)}")
+        else:
+            if value is not None and value[:1] in ("{", "["):
+                check_value(value, flag)
+            named.append(Argument(flag, value))
+            out.append(flag if value is None else f"{flag}={value}")
+    runs = {x.run for x in named if isinstance(x, Named) and x.run is not None}
+    if len(runs) > 1:
+        raise ConfigError(f"{' and '.join(map(str, sorted(runs)))} are two runs: name one.")
+    flags = {x.flag: x.value for x in named if isinstance(x, Argument)}
+    if command in ("fit", "validate", "export", "play") and not any(f in ALONE or f.endswith(".help") for f in flags):
+        check_order(command, named)
+    return Request(out, next(iter(runs), None), flags)
+
+
+def find(name: str) -> Named:
+    """The configuration that a name stands for: a run folder, a file, or a file that comes with skillsd; or it is one itself.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    if name.lstrip().startswith("{") or "\n" in name or ": " in name:
+        return Named("--config", parse_config(name, "--config"))
+    path = read_path(name, "config")
+    if path.is_dir() and (path / CONFIG_FILE).is_file():
+        return of_run(path)
+    if path.name == CONFIG_FILE and path.is_file() and is_run(path.parent):
+        return of_run(path.parent)
+    file = Path(packaged(name))
+    if file.is_dir():
+        raise ConfigError(f"{name} is a folder, and no run's (it has no {CONFIG_FILE}): name a configuration file, or a run folder.")
+    if not file.exists():
+        known = [str(p.relative_to(conf_dir()).with_suffix("")) for p in sorted(conf_dir().rglob("*.yaml"))]
+        near = difflib.get_close_matches(name.removeprefix("conf/").removesuffix(".yaml"), known, 3, 0.5) or ["sokoban", "appworld"]
+        raise ConfigError(f"{name}: there is no such file or run folder, and none of that name comes with skillsd: {', '.join(near)} do.")
+    return Named(name, _whole(read_config(file, name), file))
 
 
 def packaged(name: str) -> str:
-    if (path := read_path(name, "config")).exists():
-        return str(path) if name.startswith("~") else name
+    """The path of a configuration file: as it stands, or of the one that comes with skillsd where there is none."""
+    path = read_path(name, "config")
+    if path.is_file():
+        return str(path)
     relative = name.removeprefix("conf/")
     for candidate in (relative, f"{relative}.yaml"):
         if (conf_dir() / candidate).is_file():
             return str(conf_dir() / candidate)
-    return name
+    return str(path)
+
+
+def _whole(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A configuration whose `model:` or another key names a further file, beside it, with that file's content."""
+    for key, value in config.items():
+        if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")) and (file.parent / value).is_file():
+            config[key] = read_config(file.parent / value)
+    return config
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has left anything there but its config.yaml, which may be anybody's."""
+    return (folder / CHECKPOINTS).exists() or any((folder / name).exists() for name in FILES if name != CONFIG_FILE)
+
+
+def of_run(folder: Path) -> Named:
+    """A run's configuration: without what its command alone was given, and with the run folder that is named.
+
+    Paths below the folder that it had (a logger's, a checkpoint's) follow `trainer.default_root_dir`, also that of a later flag.
+    """
+    config = read_config(folder / CONFIG_FILE)
+    config = {k: v for k, v in config.items() if k not in COMMAND_KEYS and not (v is None and k in ("optimizer", "lr_scheduler"))}
+    trainer = config.get("trainer") or {}
+    was = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
+    if isinstance(was, str):
+        config = {k: v if k in ("model", "data") else _following(v, was.rstrip("/"), 1) for k, v in config.items()}
+    if isinstance(trainer, dict):
+        config["trainer"] = {**(config.get("trainer") or {}), "default_root_dir": str(folder)}
+    return Named(str(folder), config, folder)
+
+
+def _following(node: Any, was: str, depth: int, key: str = "") -> Any:
+    if isinstance(node, dict):
+        return {k: _following(v, was, depth + 1, k) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_following(v, was, depth + 1) for v in node]
+    names_path = isinstance(node, str) and key in PATH_KEYS
+    return f"${{{'.' * depth}trainer.default_root_dir}}{node[len(was) :]}" if names_path and f"{node}/".startswith(f"{was}/") else node
+
+
+# -- the order ------------------------------------------------------------------------------------------------------------------------
+
+
+def check_order(command: str, named: Sequence[Named | Argument]) -> None:
+    """Refuse an overlay that stands alone, or before the experiment it changes; say which settings a later file sets again.
+
+    Raises:
+        ConfigError: nothing says which classes `model` and `data` are, or not soon enough.
+    """
+    files = [x for x in named if isinstance(x, Named)]
+    for key in ("model", "data"):
+        first = next((x for x in named if _says_class(x, key)), None)
+        if first is None:
+            if files:
+                names = " ".join(f"-c {x.name}" for x in files)
+                raise ConfigError(
+                    f"{command}.{key} is missing: {names} changes an experiment, and says nowhere what `{key}` is: name the "
+                    f"experiment first, -c sokoban {names} say."
+                )
+            raise ConfigError(f"{command}.{key} is missing: name an experiment (skillsd {command} -c sokoban) or a run folder.")
+        for x in named[: named.index(first)]:
+            if isinstance(x, Named) and isinstance(x.config.get(key), Mapping):
+                after = first.name if isinstance(first, Named) else f"{first.flag}={first.value}"
+                raise ConfigError(
+                    f"-c {x.name} changes `{key}` of an experiment, and stands before -c {after}, which says what `{key}` is: "
+                    f"give it after: -c {after} -c {x.name}."
+                )
+    for i, x in enumerate(named):
+        if isinstance(x, Named) and _says_class(x, "model"):
+            continue  # an experiment is there to be changed
+        files = [y for y in named[i + 1 :] if isinstance(y, Named) and (isinstance(x, Argument) or _says_class(y, "model"))]
+        if lost := next(((key, y.name) for y in files for key in _set_again(x, y)), None):
+            what = f"-c {x.name}" if isinstance(x, Named) else x.flag
+            print(f"{what} stands before -c {lost[1]}, which sets {lost[0]} again: what comes last counts.", file=sys.stderr)
+
+
+def _says_class(x: Named | Argument, key: str) -> bool:
+    if isinstance(x, Argument):
+        return x.flag in (f"--{key}", f"--{key}.class_path")
+    value = x.config.get(key)
+    return isinstance(value, str) or (isinstance(value, Mapping) and "class_path" in value)
+
+
+def _set_again(x: Named | Argument, later: Named) -> Iterator[str]:
+    after = dict(leaves(later.config))
+    before = {x.flag.removeprefix("--"): x.value} if isinstance(x, Argument) else dict(leaves(x.config))
+    for key, value in before.items():
+        if key in after and str(after[key]) != str(value):
+            yield key

@@ -20,7 +20,9 @@ from skillsd import ranks
 from skillsd.analysis.panel import print_report
 from skillsd.begin import starts_anew
 from skillsd.callbacks.run_config import SaveRunConfig
-from skillsd.checkpoint import read_checkpoint
+from skillsd.checkpoint import newest_good, read_checkpoint
+from skillsd.class_paths import refused_class
+from skillsd.cli.arguments import Request
 from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_values
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete
@@ -29,8 +31,9 @@ from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, one_line, 
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.module import check_strategy
 from skillsd.paths import read_paths
-from skillsd.run_folder import has_checkpoint, read_record
+from skillsd.run_folder import check_format, checkpoint_folder, has_checkpoint, read_record
 from skillsd.skills.callback import SkillBankCallback
+from skillsd.trainer import weights
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +47,17 @@ class CLI(LightningCLI):
     """`skillsd SUBCOMMAND -c conf/x.yaml [-c overlay.yaml ...] [--key=value ...]`.
 
     Args:
-        asked: The subcommand. Only its arguments are made: those of the other subcommands take longer than to read a configuration.
+        request: The command line. Only its subcommand's arguments are made: those of the others take longer than to read a configuration.
         owner: Holds the run folder of fit and validate until it is closed.
         **kwargs: As for LightningCLI.
     """
 
-    def __init__(self, asked: str, owner: RunOwner, **kwargs: Any) -> None:
-        self.asked, self.owner = asked, owner
-        super().__init__(**kwargs)
+    def __init__(self, request: Request, owner: RunOwner, **kwargs: Any) -> None:
+        self.request, self.owner = request, owner
+        super().__init__(args=request.args, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if subcommand != self.asked:
+        if subcommand != self.request.command:
             return self.init_parser(**kwargs)
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
@@ -111,7 +114,10 @@ class CLI(LightningCLI):
             raise
         except ArgumentError as e:
             line = one_line(str(e), specifying(e))
-            raise ConfigError(f"{line.partition(': ')[0]}: {said}" if (said := blame(e)) else line) from e
+            if line.startswith('"config": '):  # jsonargparse names the flag, not the key
+                line = f"{reading(e) or 'config'}: its value cannot be read: {line[10:]}"
+            said = blame(e) or refused_class(str(e))
+            raise ConfigError(f"{line.partition(': ')[0]}: {said}" if said else line) from e
         except (ValueError, OmegaConfBaseException, RecursionError) as e:
             why = " ".join(str(e).split())
             if (key := reading(e)) and not isinstance(e, UnicodeDecodeError | OmegaConfBaseException):
@@ -128,6 +134,8 @@ class CLI(LightningCLI):
         check_values(nested["trainer"])
         if config.get("weights_only") is False:
             raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")
+        if config.get("ckpt_path") is None and "--ckpt_path" not in self.request.flags:
+            config.ckpt_path = self._default_checkpoint(config)
         given = config.get("ckpt_path")
         if given is not None and given != "last" and "://" not in given and not Path(given).exists():
             raise ConfigError(f"ckpt_path: no checkpoint at {given}: name one, `last`, or leave it out.")
@@ -137,6 +145,18 @@ class CLI(LightningCLI):
         if not (several and config.trainer.plugins):  # a plugin may know the ranks from elsewhere
             ranks.settle(several)
         rank_zero_only.rank = ranks.rank()  # type: ignore[attr-defined]  # Lightning's was read from the environment when it was imported
+
+    def _default_checkpoint(self, config: Any) -> str | None:
+        """A run that is named is continued; other commands take the run folder's newest checkpoint, wherever there is one."""
+        folder = Path(config.trainer.default_root_dir or ".")
+        if self.subcommand == "fit":  # with another folder it is a new run, of the same settings
+            return "last" if folder == self.request.run and not config.overwrite else None
+        if config.get("policy", "model") != "model":
+            return None
+        check_format(folder)
+        record = read_record(folder)
+        found = newest_good(checkpoint_folder(folder, record)) if has_checkpoint(folder, record) else None
+        return str(found) if found else None
 
     def instantiate_classes(self) -> None:
         """Build everything; a class that refuses its arguments gives one line."""
@@ -187,6 +207,8 @@ class CLI(LightningCLI):
             self.owner.record()
         # The run's own TensorBoard record is training's: a validation would stand in it once more at step 0.
         trainer.loggers = [x for x in trainer.loggers if not isinstance(x, TensorBoardLogger)]
+        if ranks.leads():
+            print(f"weights: {weights(self.model, self.config['validate'].get('ckpt_path'))}", flush=True)
         self._remember()
 
     def _remember(self) -> None:

@@ -13,7 +13,7 @@ from skillsd.skills.context import (
 )
 from skillsd.skills.retrieval import select, ucb_score
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
-from skillsd.skills.summarisers import BaseSummariser, Finished, OpenAISummariser, RulesSummariser, Summariser
+from skillsd.skills.summarisers import BaseSummariser, Finished, OpenAISummariser, RulesSummariser, Summariser, SynchronousSummariser
 from skillsd.skills.tables import Booking, Drop
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Skill",
     "SkillBank",
     "Summariser",
+    "SynchronousSummariser",
     "select",
     "ucb_score",
 ]

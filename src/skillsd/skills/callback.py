@@ -16,6 +16,7 @@ import lightning as L
 from skillsd import ranks
 from skillsd.bounded import fill
 from skillsd.errors import ConfigError
+from skillsd.keys import lacks
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import BankContext, GroundTruthContext, GroupContext, NoContext, PrivilegedContext
@@ -69,6 +70,10 @@ class SkillBankCallback(L.Callback):
         refresh: Literal["epoch", "iteration"] = "epoch",
     ) -> None:
         super().__init__()
+        protocols: tuple[tuple[str, Any, Any], ...] = (("summariser", summariser, Summariser), ("context", context, PrivilegedContext))
+        for key, given, protocol in protocols:
+            if given is not None and (missing := lacks(given, protocol)):
+                raise ConfigError(f"skills.{key}: {type(given).__qualname__} lacks {' and '.join(missing)}: write what is missing.")
         self.summariser: Summariser = summariser or RulesSummariser()
         self.checked = CheckedSummariser(self.summariser)
         self.context: PrivilegedContext = context or BankContext()

@@ -13,6 +13,7 @@ from skillsd.analysis.pictures import TRUST
 from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
 from skillsd.errors import ConfigError, Parser
+from skillsd.run_folder import folder_of
 
 HOST = "127.0.0.1"
 
@@ -40,7 +41,7 @@ def view(args: Sequence[str]) -> None:
     if not token.replace("-", "").replace("_", "").isalnum() or not token.isascii():
         raise ConfigError("--token: give letters, digits, - and _ alone, as it is part of an address.")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line a request
-    with Site(given.runs, given.device) as site:
+    with Site([str(folder_of(run)) for run in given.runs], given.device) as site:
         try:
             if given.port:
                 socket.create_server((HOST, given.port)).close()  # werkzeug prints what it thinks of a port that is taken

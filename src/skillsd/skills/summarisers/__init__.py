@@ -4,7 +4,7 @@ from skillsd.skills.summarisers.base import BaseSummariser, Generate, SeedKey
 from skillsd.skills.summarisers.checked import CheckedSummariser
 from skillsd.skills.summarisers.openai import OpenAISummariser
 from skillsd.skills.summarisers.prompt import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, USER_PROMPT, analyst_messages
-from skillsd.skills.summarisers.protocol import Finished, Summariser
+from skillsd.skills.summarisers.protocol import Finished, Summariser, SynchronousSummariser
 from skillsd.skills.summarisers.rules import RulesSummariser
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "RulesSummariser",
     "SeedKey",
     "Summariser",
+    "SynchronousSummariser",
     "analyst_messages",
 ]

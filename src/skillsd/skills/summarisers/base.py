@@ -9,7 +9,7 @@ from typing import Literal
 from skillsd.bounded import one_line
 from skillsd.skills.skill import FIELDS, MAX_ANSWER_FIELD_CHARS, Skill, without_thoughts
 from skillsd.skills.summarisers.prompt import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
-from skillsd.skills.summarisers.protocol import Synchronous
+from skillsd.skills.summarisers.protocol import SynchronousSummariser
 from skillsd.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ Generate = Callable[[list[list[dict[str, str]]], int, list[SeedKey]], list[str]]
 """(conversations, max_new_tokens, seed_keys) -> one answer each, in order."""
 
 
-class BaseSummariser(Synchronous):
+class BaseSummariser(SynchronousSummariser):
     """Asks the base model. The module hands over its generator with `bind` before the first use.
 
     Args:

@@ -57,7 +57,7 @@ def finished(iteration: int, summaries: Sequence[Skill | None]) -> Finished:
     return Finished(iteration, skills, len(summaries) - len(skills))
 
 
-class Synchronous(ABC):
+class SynchronousSummariser(ABC):
     """Implements `submit`, `collect`, `drain` and `close` on top of `summarise`."""
 
     asynchronous: bool = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from skillsd.bounded import fill
 from skillsd.skills.skill import Skill
-from skillsd.skills.summarisers.protocol import Synchronous
+from skillsd.skills.summarisers.protocol import SynchronousSummariser
 from skillsd.trajectory import Trajectory, Turn
 
 SOLVED_SUCCESS = (
@@ -60,7 +60,7 @@ class Digest:
     unparsed: int
 
 
-class RulesSummariser(Synchronous):
+class RulesSummariser(SynchronousSummariser):
     """Fills templates (`bounded.fill`) from the counts of an episode.
 
     Fields of every template: {completion} (0..1), {turns}, {kept} (turns left after cutting loops), {cut} (turns - kept), {blocked} (turns

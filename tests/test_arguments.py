@@ -1,0 +1,138 @@
+"""What a command line names, before it is parsed: files, packaged files, run folders, and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from skillsd import conf_dir
+from skillsd.cli.arguments import arguments, find, resolve
+from skillsd.config_file import parse_config
+from skillsd.errors import ConfigError
+
+
+def configs(*args: str) -> list[dict[str, Any]]:
+    """The configurations that the parser gets, in its order."""
+    return [parse_config(a.removeprefix("--config="), a) for a in resolve(args).args if a.startswith("--config=")]
+
+
+def test_flags_and_their_values() -> None:
+    given = "-c a -cb --config=c --x=1 --y -1 --skill runs/a --overwrite false --print_config -h --z".split()
+    pairs = [("-c", "a"), ("-c", "b"), ("--config", "c"), ("--x", "1"), ("--y", "-1"), ("--skill", "true"), ("", "runs/a")]
+    assert arguments(given) == [*pairs, ("--overwrite", "false"), ("--print_config", None), ("-h", None), ("--z", None)]
+
+
+def test_packaged_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sokoban").mkdir()  # a folder of that name is in nobody's way
+    sokoban = yaml.safe_load((conf_dir() / "sokoban.yaml").read_text(encoding="utf-8"))
+    for name in ("sokoban", "sokoban.yaml", "conf/sokoban.yaml"):
+        assert find(name).config == sokoban
+    (tmp_path / "sokoban.yaml").write_text("a: 1")  # a file is first
+    assert find("sokoban.yaml").config == {"a": 1}
+    with pytest.raises(ConfigError, match="method/grpo"):
+        find("method/gpro")
+
+
+def test_a_configuration_in_parts(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("init_args: {lr: 1e-4}")
+    (tmp_path / "mine.yaml").write_text("model: model.yaml\ndata: x.Y")
+    assert find(str(tmp_path / "mine.yaml")).config == {"model": {"init_args": {"lr": 1e-4}}, "data": "x.Y"}
+    assert find("{a: 1}").config == {"a": 1}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run that was made as runs/old and lies in runs/new now."""
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "trainer": {
+            "default_root_dir": "runs/old",
+            "logger": {"class_path": "x.L", "init_args": {"save_dir": "runs/old", "name": "runs/old"}},
+            "callbacks": [{"class_path": "x.C", "init_args": {"dirpath": "runs/old/checkpoints", "save_dir": "runs/older"}}],
+        },
+        "model": {"class_path": "x.M"},
+        "data": {"class_path": "x.D"},
+        "checkpoint": {"dirpath": "runs/old/checkpoints"},
+        "ckpt_path": "last", "weights_only": None, "overwrite": True, "optimizer": None,
+    }  # fmt: skip
+    folder = tmp_path / "runs" / "new"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.csv").touch()
+    return "runs/new"
+
+
+@pytest.mark.parametrize("as_given", [["{}"], ["-c", "{}"], ["{}/config.yaml"], ["--config={}/config.yaml"], ["--level", "3", "{}"]])
+def test_a_run_by_its_folder_and_by_its_file(run: str, as_given: list[str]) -> None:
+    request = resolve(["play", *(a.format(run) for a in as_given)])
+    assert request.run == Path(run)
+    (config,) = configs("play", *(a.format(run) for a in as_given))
+    # What a command was given is no part of the run: `overwrite` would discard it.
+    assert set(config) == {"trainer", "model", "data", "checkpoint"}
+    trainer, root = config["trainer"], "trainer.default_root_dir}"
+    assert trainer["default_root_dir"] == run and config["checkpoint"] == {"dirpath": f"${{..{root}/checkpoints"}
+    assert trainer["logger"]["init_args"] == {"save_dir": f"${{....{root}", "name": "runs/old"}
+    assert trainer["callbacks"][0]["init_args"] == {"dirpath": f"${{.....{root}/checkpoints", "save_dir": "runs/older"}
+
+
+def test_a_file_called_config_is_nobodys_run(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("trainer: {default_root_dir: a}\noverwrite: true")
+    assert find(str(file)).run is None and find(str(file)).config["overwrite"] is True
+
+
+def test_what_is_no_name(run: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for args, said in ((["empty"], "empty is a folder"), (["nosuch"], "nosuch"), ([run, "-c", "runs/new/../new"], "two runs")):
+        with pytest.raises(ConfigError, match=said):
+            resolve(["play", *args])
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "experiment": "{trainer: {max_epochs: 4}, model: {class_path: x.M}, data: x.D}",
+        "overlay": "model: {init_args: {lr: 1}}",
+        "trainer": "trainer: {max_epochs: 2, devices: 1}",
+        "half": "{model: x.M}",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("-c overlay.yaml", r"fit\.model is missing: -c overlay\.yaml .*-c sokoban -c overlay\.yaml"),
+        ("-c overlay.yaml -c experiment.yaml", r"give it after: -c experiment\.yaml -c overlay\.yaml"),
+        ("-c trainer.yaml", r"fit\.model is missing"),
+        ("-c half.yaml", r"fit\.data is missing"),
+        ("--trainer.max_epochs=1", r"fit\.model is missing: name an experiment"),
+        ("-c experiment.yaml --skills={a:\n1,a:\n2}", r"--skills: the key a"),
+    ],
+)
+def test_an_overlay_alone_or_first_is_refused(files: None, args: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(["fit", *args.split(" ")])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("-c experiment.yaml -c trainer.yaml -c overlay.yaml --trainer.max_epochs=3", None),
+        ("-c trainer.yaml -c experiment.yaml", "trainer.max_epochs"),
+        ("--trainer.max_epochs 2 -c experiment.yaml", "trainer.max_epochs"),
+        ("--trainer.devices 2 experiment.yaml -c trainer.yaml", "trainer.devices"),
+        ("-c half.yaml --data=x.D", None),
+        ("-c overlay.yaml --help", None),
+        ("--model=x.M --data=x.D -c overlay.yaml", None),
+    ],
+)
+def test_what_a_later_file_sets_again_is_said(files: None, capsys: pytest.CaptureFixture[str], args: str, said: str | None) -> None:
+    resolve(["fit", *args.split()])
+    err = capsys.readouterr().err
+    assert err.count("\n") == (said is not None) and (said or "") in err, err

@@ -1,0 +1,101 @@
+"""A class of the user's that does not fit its key is told what it lacks; one that fits is taken, whatever its annotations."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import skillsd
+from skillsd import cli
+from skillsd.class_paths import KEYS
+from skillsd.errors import ConfigError
+from skillsd.skills.callback import SkillBankCallback
+
+MINE = """
+from skillsd import Gate, Signal, Summariser, SynchronousSummariser
+
+class Bare:
+    asynchronous = False
+    def summarise(self, trajectories): return []
+    def submit(self, iteration, trajectories): pass
+    def collect(self): return []
+
+class Renamed(Bare):
+    def submit(self, number, trajectories): pass
+    def drain(self): pass
+    def close(self): pass
+
+class Whole(Renamed):
+    def summarise(self, trajectories: list) -> list: return []
+    def submit(self, iteration: int, trajectories: tuple): pass
+
+class FromProtocol(Summariser):
+    asynchronous = False
+    def summarise(self, trajectories): return []
+
+class Half(SynchronousSummariser):
+    pass
+
+class Apart:
+    pass
+
+def function():
+    pass
+"""
+REFUSED = {
+    "skills.summariser=mine.Bare": ["skills.summariser", "mine.Bare lacks close and drain", "skillsd.skills.SynchronousSummariser"],
+    "skills.summariser=mine.Renamed": ["skills.summariser", "mine.Renamed.submit", "number", "iteration"],
+    "skills.summariser=mine.Half": ["skills.summariser", "mine.Half lacks summarise"],
+    "skills.summariser=mine.function": ["skills.summariser", "mine.function"],
+    "skills.summariser=absent.X": ["skills.summariser", "absent", "PYTHONPATH"],
+    "skills.context=mine.Apart": ["skills.context", "lacks __call__", "skillsd.skills.GroupContext"],
+    "model.init_args.objective.loss=mine.Apart": ["model.init_args.objective.loss", "skillsd.objective.Signal"],
+    "model.init_args.objective.gate=mine.Apart": ["model.init_args.objective.gate", "skillsd.objective.Gate"],
+    "trainer.callbacks+=mine.Apart": ["trainer.callbacks", "lightning.pytorch.Callback"],
+    "trainer.logger=mine.Apart": ["trainer.logger", "lightning.pytorch.loggers.Logger"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_what_a_class_lacks_is_said(mine: None, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert cli.main(["fit", "-c", "sokoban", f"--{flag}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and all(part in err for part in REFUSED[flag]), err
+
+
+def test_annotations_are_not_compared(mine: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "-c", "sokoban", "--skills.summariser=mine.Whole", "--print_config"])
+    assert stop.value.code == 0 and "class_path: mine.Whole" in capsys.readouterr().out
+
+
+def test_a_method_of_the_protocol_itself_does_nothing(mine: None) -> None:
+    import mine as module  # type: ignore[import-not-found]
+
+    with pytest.raises(ConfigError, match=r"skills\.summariser: FromProtocol lacks close and collect and drain and submit"):
+        SkillBankCallback(module.FromProtocol())
+    whole: Any = module.Whole()
+    assert SkillBankCallback(whole).summariser is whole
+
+
+def test_base_classes_are_where_one_looks() -> None:
+    for name in ("Callback", "Gate", "GroupContext", "PrivilegedContext", "Signal", "Summariser", "SynchronousSummariser", "Tokens"):
+        assert getattr(skillsd, name).__name__ == name
+    for key in KEYS:  # every base of skillsd's own is exported by the package that its path names
+        for base in key.bases:
+            module, _, name = base.rpartition(".")
+            if module.startswith("skillsd"):
+                assert name in sys.modules[module].__all__
+    with pytest.raises(AttributeError):
+        _ = skillsd.nosuch
