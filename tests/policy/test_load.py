@@ -44,6 +44,9 @@ def test_chat_template(tiny_model, tmp_path):
         load_tokenizer(PolicySettings(model=model, chat_template="no-such"))
     packaged = load_tokenizer(PolicySettings(model=model, chat_template="qwen3"))
     assert "<think>" in packaged.chat_template
+    with pytest.raises(ConfigError, match=r"policy\.chat_template: no token ends an answer"):
+        Chat(packaged, [packaged.eos_token_id])  # its closing mark is no token of this model
+    packaged.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     Chat(packaged, [packaged.eos_token_id])  # prefix-preserving
     mine = tmp_path / "mine.jinja"
     mine.write_text("{{ messages }}")

@@ -2,13 +2,15 @@
 
 import pytest
 from tokenizers import decoders
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from skillsd.errors import ConfigError
+from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.load import PACKAGED
 from skillsd.policy.nano import build_tokenizer
 from skillsd.policy.smollm2 import cache_folder
-from skillsd.rollout import Chat
+from skillsd.policy.template import closing_mark
+from skillsd.rollout import Chat, InProcessEngine
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -101,6 +103,109 @@ def test_cut_and_stopped_answers():
     (end,) = c.stop_ids
     cut, stopped = c.turn_ids("board", False), c.turn_ids("board", True)
     assert cut == [end, *stopped] and end not in stopped[:1]
+
+
+# -- where an answer ends ----------------------------------------------------------------------------------------------------------
+
+BLANKS = [CHATML.replace("{{ m.content }}", "{{ m.content }}" + blank) for blank in (" ", "\n", " \n")]
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>[INST] {{ m.content }} [/INST]{% else %}{{ m.content }} <|im_end|>"
+    "{% endif %}{% endfor %}"
+)
+OPEN = CHATML.replace("<|im_end|>", "")
+"""Nothing closes an answer: the next thing is the user's opening."""
+SPELT = CHATML.replace("<|im_end|>", "</end>")
+NOT_THE_LAST = CHATML.replace("<|im_end|>", "{% if not loop.last or m.role == 'user' %}<|im_end|>{% endif %}")
+
+
+@pytest.mark.parametrize("template", [CHATML, *BLANKS, LLAMA2, QWEN3])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_closing_mark_ends_an_answer_and_stands_once(template, known):
+    """Also one that is no eos, and one behind a blank, which a sampled stop leaves no room for."""
+    t = tokenizer(template)
+    end = t.convert_tokens_to_ids("<|im_end|>")
+    t.eos_token = "<|end|>" if known else None
+    c = Chat(t, [t.eos_token_id] if known else [])
+    assert closing_mark(t) == end and end in c.stop_ids and c.closing_ids[-1] == end
+    messages, ids = [{"role": "user", "content": "board"}], c.prompt_ids("", "board")
+    cut = list(ids)
+    for answer in ("up", "left", "down"):
+        ids += [*c.encode(answer), end, *c.turn_ids("board", True)]
+        cut += [*c.encode(answer), *c.turn_ids("board", False)]
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "board"}]
+    whole = c.encode(c.render(messages))
+    assert control(c, ids) == control(c, cut) == control(c, whole) and cut == whole
+    blank = len(c.closing_ids) - 1
+    assert len(ids) == len(whole) - 3 * blank and (blank > 0) == (template in (*BLANKS, LLAMA2))
+
+
+@pytest.mark.parametrize("template", [OPEN, SPELT])
+def test_a_template_without_a_mark_is_refused(template):
+    with pytest.raises(ConfigError, match=r"policy\.chat_template: no token ends an answer: .*name a template"):
+        Chat(tokenizer(template), [])
+
+
+def test_a_mark_that_only_an_older_answer_has_must_be_a_stop_id():
+    assert chat(NOT_THE_LAST).closing_ids == chat(CHATML).closing_ids
+    with pytest.raises(ConfigError, match="no token ends an answer"):
+        Chat(tokenizer(NOT_THE_LAST), [])
+
+
+def test_a_policy_stops_at_the_mark(tmp_path):
+    """Its engines too, whatever the generation config says."""
+    t = tokenizer(CHATML)
+    t.eos_token = t.pad_token = "<|end|>"
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(t), eos_token_id=t.eos_token_id, **shape)).save_pretrained(tmp_path)
+    t.save_pretrained(tmp_path)
+    policy = Policy(PolicySettings(model=str(tmp_path), lora=LoraSettings(r=2, alpha=4)))
+    assert policy.stop_ids == (t.eos_token_id, t.convert_tokens_to_ids("<|im_end|>"))
+    assert InProcessEngine(policy).open(1.0).stop_ids == set(policy.stop_ids)
+
+
+# -- what a template may do besides ------------------------------------------------------------------------------------------------
+
+PARTS = CHATML.replace("{{ m.content }}", "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}")
+SYSTEM_ONLY = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'user' else '' }}")
+FORGETS = ["<reasoning>\n", "[THINK]", "hm\n</think>"]
+
+
+@pytest.mark.parametrize("template", [PARTS, SYSTEM_ONLY])
+def test_a_template_that_leaves_out_what_is_said_is_refused(template):
+    with pytest.raises(ConfigError, match=r"policy\.chat_template: "):
+        chat(template)
+
+
+@pytest.mark.parametrize("thought", FORGETS)
+def test_a_template_that_forgets_thoughts_is_refused_whatever_their_form(thought):
+    drop = f"{{{{ m.content if loop.last else m.content.replace({thought!r}, '') }}}}"
+    with pytest.raises(ConfigError, match=r"policy\.chat_template: .*not prefix-preserving"):
+        chat(CHATML.replace("{{ m.content }}", drop))
+
+
+def test_a_template_that_fails_is_one_line():
+    strict = "{% if messages | length > 2 %}{{ raise_exception('one\nturn only') }}{% endif %}" + CHATML
+    for template in (strict, CHATML.replace("m.content", "m.content + 1")):
+        with pytest.raises(ConfigError, match=r"^policy\.chat_template: the template fails on a plain conversation \(.*\): name another"):
+            chat(template)
+
+
+def test_roles_that_must_alternate_and_a_system_prompt_of_its_own():
+    odd = "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+    alternate = f"{{% for m in messages %}}{odd}{{% endfor %}}"
+    c = chat(alternate + CHATML)
+    assert not c.system_role and c.encode(c.render([{"role": "user", "content": "rules\n\nboard"}])) == c.prompt_ids("rules", "board")
+    own = "{% if messages[0].role != 'system' %}<|im_start|>system\nbe good<|im_end|>\n{% endif %}" + CHATML
+    c = chat(own)
+    assert c.tokenizer.decode(c.prompt_ids("", "board")).count("<|im_start|>") == 3 and "good" not in c.tokenizer.decode(
+        c.turn_ids("board", True)
+    )
+
+
+def test_the_date_is_the_same_every_day(caplog):
+    c = chat("<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML)
+    assert "26 Jul 2024" in c.render([{"role": "user", "content": "board"}])
+    assert sum("writes the date" in r.message for r in caplog.records) == 1
 
 
 def test_action_text_drops_the_stop_token():

@@ -23,6 +23,7 @@ from skillsd.policy.logprobs import Head, compare, selected_logprobs
 from skillsd.policy.packed import TokenSequence, learn, pack
 from skillsd.policy.replace import Again
 from skillsd.policy.shard import OUT_OF_MEMORY, Shards
+from skillsd.policy.template import closing_mark
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Policy(nn.Module):
         stops = base.generation_config.eos_token_id if base.generation_config is not None else None
         ids = [stops] if isinstance(stops, int) else list(stops or [])
         ids += [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        self.stop_ids = tuple(dict.fromkeys(ids))
+        mark = closing_mark(self.tokenizer)  # which a generation config may lack
+        self.stop_ids = tuple(dict.fromkeys([*ids, *([] if mark is None else [mark])]))
         self.head = Head(base)
         self.learner = None
         self.model: Any = base

@@ -96,11 +96,12 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
         target = [-100] * len(ids)
         for i, (turn, label) in enumerate(zip(turns, labels, strict=False)):
             tail = self.chat.turn_ids(turns[i + 1].observation if i + 1 < len(turns) else "", stopped=False)
-            done, wanted = ([*self.chat.encode(answer), tail[0]] for answer in (turn.action, label))
+            closing = self.chat.closing_ids
+            done, wanted = ([*self.chat.encode(answer), *closing] for answer in (turn.action, label))
             split = next((k for k, (a, b) in enumerate(zip(done, wanted, strict=False)) if a != b), len(done))
             # Where the executed answer leaves the label, one token says what should have come; what follows is not to be learnt.
             target += wanted[: split + 1]
-            ids += done + (tail[1:] if i + 1 < len(turns) else [])
+            ids += done + (tail[len(closing) :] if i + 1 < len(turns) else [])
             target += [-100] * (len(ids) - len(target))
         return ids, target
 

@@ -2,7 +2,7 @@
 
 A chat template is used twice only: for the first prompt, and for what stands between an answer and the next one. Nothing
 that was sampled is ever decoded and encoded again. That is right only for a template whose rendering of a conversation begins
-with its rendering of every shorter one; `Chat` refuses another at start-up.
+with its rendering of every shorter one, and which ends an answer with a token that ends sampling; `Chat` refuses another at start-up.
 
 A special token's name in what is said (`<|im_end|>` in an observation) is text like any other: control tokens come from the
 template and the policy alone.
@@ -15,15 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from skillsd.errors import ConfigError
+from skillsd.policy.template import closing_mark, control_ids, render
 
 Message = Mapping[str, str]
 Text = str | tuple[str, ...]
 """What is to be encoded. Of several pieces each is encoded by itself: they part a special token's name after its first character."""
 _ANSWER, _MARK = "ANSWER", "OBSERVATION-PROBE"
+# Thoughts in the forms of several models: a template may leave them out of earlier answers.
+_ANSWERS = (
+    "one", "<think>\nhm\n</think>\n\ntwo", "hm\n</think>\n\nthree", "<reasoning>\nhm\n</reasoning>\nfour", "[THINK]hm[/THINK]five", "six",
+)  # fmt: skip
+_SAID = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 # What a template might do something to: strip, escape, read as markup or as a thought, leave out.
 _PROBES = (
     "", " ", "\n", "a", " a  b ", "\n\na\n\n", "\ta\r\n", "é 漢字 🙂 \u00a0", "<b>&amp;</b> \"a\" 'b' \\n", "{{ a }} {% if a %} {# a #}",
@@ -38,25 +43,33 @@ class Chat:
 
     Args:
         tokenizer: With a chat template.
-        stop_ids: Ids that end an answer.
+        stop_ids: Ids that end an answer; the template's closing mark is one of them in any case.
+
+    Attributes:
+        closing_ids: What the template puts behind an answer, to the closing mark; a blank may come before the mark.
 
     Raises:
-        ConfigError: the template is not prefix-preserving.
+        ConfigError: the template is not prefix-preserving, leaves out what is said, or ends no answer with a token to stop at.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
-        self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids)
+        mark = closing_mark(tokenizer)
+        self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids) | ({mark} if mark is not None else set())
         control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         control |= {str(t) for t in (*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))}
         names = "|".join(re.escape(t) for t in sorted(control) if len(t) > 1)
         self._control, self._begins = re.compile(names or "(?!)"), re.compile(f"(?s)(?={names or '(?!)'})(.)")
         self.system_role = self._takes_system()
         self._around: tuple[str, str] | None = None
-        self._check()
-        self._around = self._verbatim()
         self._known: dict[Text, list[int]] = {}
         self._kept = 0
         self._first = lru_cache(maxsize=256)(self._first_text)
+        for instruction in ("s", ""):
+            self._check(instruction)
+        self.closing_ids = self._closing()
+        self._compare()
+        self._around = self._verbatim()
+        self._known, self._kept = {}, 0
         self._read = lru_cache(maxsize=1024)(self._decode)
 
     def render(self, messages: Sequence[Message], generation: bool = True) -> str:
@@ -65,7 +78,7 @@ class Chat:
         if turns[0]["role"] == "system" and not self.system_role:
             turns[1]["content"] = f"{turns[0]['content']}\n\n{turns[1]['content']}"
             turns = turns[1:]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
+        return render(self.tokenizer, turns, generation)
 
     def encode(self, text: str) -> list[int]:
         """Ids of rendered text; special tokens are those the text names."""
@@ -136,7 +149,8 @@ class Chat:
     def turn_ids_many(self, observations: Sequence[str], stopped: Sequence[bool]) -> list[list[int]]:
         """`turn_ids` of each. Not to be changed."""
         tails = self.encode_many([self._tail_text(o) for o in observations])
-        return [ids[1:] if s and ids[:1] and ids[0] in self.stop_ids else ids for ids, s in zip(tails, stopped, strict=True)]
+        n = len(self.closing_ids)
+        return [ids[n:] if s else ids for ids, s in zip(tails, stopped, strict=True)]
 
     def action_text(self, ids: Sequence[int]) -> str:
         """The answer as text, without its stop token."""
@@ -168,25 +182,57 @@ class Chat:
             return None
         try:
             same = all(self._rendered_tail(p) == before + p + after for p in _PROBES)
-        except (TemplateError, ValueError):
+        except ConfigError:
             return None
         return (before, after) if same else None
 
     def _takes_system(self) -> bool:
         probe = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "-"}]
         try:
-            return "SYSTEM-PROBE" in str(self.tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ValueError):
+            return "SYSTEM-PROBE" in render(self.tokenizer, probe, generation=True)
+        except ConfigError:
             return False
 
-    def _check(self) -> None:
-        """Grow a conversation turn by turn, one answer with a thinking block, and compare with the template's rendering of the whole."""
-        messages: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "first"}]
+    def _check(self, instruction: str) -> None:
+        """Grow a conversation turn by turn, some answers with thinking blocks, and compare with the template's rendering of the whole."""
+        messages: list[Message] = [{"role": "system", "content": instruction}] if instruction else []
+        messages.append({"role": "user", "content": _SAID[0]})
         text = self.render(messages)
-        for answer, observation in (("one", "second"), ("<think>\nhm\n</think>\n\ntwo", "third"), ("three", "fourth")):
+        for answer, observation in zip(_ANSWERS, _SAID[1:], strict=True):
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": observation}]
             text += answer + self._tail(observation)
             if text != self.render(messages):
+                raise self._refusal()
+        if missing := [said for said in _SAID if said not in text]:
+            raise ConfigError(
+                f"policy.chat_template: the template leaves out what the user says ({missing[0]!r}), so the model would see no "
+                "observation: name one that renders plain text."
+            )
+
+    def _closing(self) -> list[int]:
+        """The ids that end an answer, by the template."""
+        tail = self._rendered_tail("-")
+        mark, ids = self.encode(tail.lstrip())[:1], self.encode(tail)
+        if mark and mark[0] in self.stop_ids and mark[0] in ids:
+            return ids[: ids.index(mark[0]) + 1]
+        raise ConfigError(
+            f"policy.chat_template: no token ends an answer: the template goes on with {tail.strip()[:40]!r} behind it, which begins "
+            "neither with the tokenizer's eos_token nor with a special token that closes an answer, so every answer would run to its "
+            "limit: name a template that ends answers with a special token."
+        )
+
+    def _compare(self) -> None:
+        """Grow a conversation in ids, with sampled stops and without: its control tokens are those of the template's rendering of the
+        whole. Other ids may differ, as the model need not sample an answer in the tokens in which it would be encoded."""
+        control = control_ids(self.tokenizer) | self.stop_ids
+        for stopped in (True, False):
+            messages: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": _SAID[0]}]
+            ids = self.prompt_ids("s", _SAID[0])
+            for answer, observation in zip(("one", "two", "three"), _SAID[1:], strict=False):
+                ids += [*self.encode(answer), *(self.closing_ids[-1:] if stopped else []), *self.turn_ids(observation, stopped)]
+                messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": observation}]
+            whole = self.encode(self.render(messages))
+            if [i for i in ids if i in control] != [i for i in whole if i in control]:
                 raise self._refusal()
 
     def _refusal(self) -> ConfigError:
