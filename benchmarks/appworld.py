@@ -48,7 +48,7 @@ def timed(call: Callable[[], object]) -> float:
 def pss_mb(pids: list[int]) -> float:
     kb = 0
     for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             kb += int(line.split()[1]) if line.startswith("Pss:") else 0
     return kb / 1024
 
@@ -63,7 +63,7 @@ def main() -> None:
     tasks = [t["task_id"] for t in env.tasks("train")]
     settings = env._settings
     command = [str(settings.python), "-c", STOCK, str(settings.root), tasks[0], str(options.repeat), *CODES]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "0"}).stdout
+    told = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": "0"}, encoding="utf-8").stdout
     stock = {name: float(value) for name, value in (line.split() for line in told.splitlines() if line.count(" ") == 1)}
 
     first = timed(lambda: env.reset(options={"task_id": tasks[0]}))

@@ -47,7 +47,7 @@ def batches(n: int, tasks: int, size: int, seed: int = 0) -> Iterator[list[Skill
 
 def resident() -> float:
     """MiB of memory that this process holds."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    line = next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
 
 

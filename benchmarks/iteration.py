@@ -47,13 +47,18 @@ def fit(command: list[str], run: Path, log: Path) -> list[dict[str, float]]:
     """The lines of the run's metrics.csv, each shown when it is there."""
     rows: list[dict[str, float]] = []
     start = time.perf_counter()
-    with log.open("w") as stdout, subprocess.Popen(command, stdout=stdout) as process:
+    with log.open("w", encoding="utf-8") as stdout, subprocess.Popen(command, stdout=stdout) as process:
         while True:
             ended = process.poll() is not None
-            lines = (run / "metrics.csv").read_text().splitlines(keepends=True) if (run / "metrics.csv").is_file() else []
+            lines = (run / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True) if (run / "metrics.csv").is_file() else []
             for row in list(csv.DictReader(line for line in lines if line.endswith("\n")))[len(rows) :]:
                 if not rows:
-                    print("".join(line for line in log.read_text().splitlines(keepends=True) if line.startswith("memory plan")), end="")
+                    print(
+                        "".join(
+                            line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("memory plan")
+                        ),
+                        end="",
+                    )
                 rows.append({k: float(v) for k, v in row.items() if v})
                 seconds = [rows[-1][f"time/{k}_s"] for k in PARTS]
                 print(f"iteration {len(rows)}: {sum(seconds):.1f} s, ends {time.perf_counter() - start:.0f} s after the start", flush=True)
@@ -61,7 +66,7 @@ def fit(command: list[str], run: Path, log: Path) -> list[dict[str, float]]:
                 break
             time.sleep(0.2)
         if process.returncode:
-            print(log.read_text(), end="")
+            print(log.read_text(encoding="utf-8"), end="")
             sys.exit(process.returncode)
     return rows
 
@@ -124,7 +129,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "overlay.yaml")
-        file.write_text(yaml.safe_dump(overlay))
+        file.write_text(yaml.safe_dump(overlay), encoding="utf-8")
         run = Path(folder, "run")
         settings = ["-c", str(CONF / "sokoban-paper.yaml"), "-c", str(file), f"--trainer.default_root_dir={run}"]
         settings += [f"--trainer.max_steps={a.iterations}", *BARE, *further]

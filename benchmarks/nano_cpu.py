@@ -66,7 +66,7 @@ def main() -> None:
              "--panel.enabled=false", "--adapter.enabled=false", "--trainer.enable_checkpointing=false",
              "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
         )  # fmt: skip
-        rows = list(csv.DictReader((Path(folder) / "run" / "metrics.csv").open()))[2:]
+        rows = list(csv.DictReader((Path(folder) / "run" / "metrics.csv").open(encoding="utf-8")))[2:]
 
     def median(values: Any) -> float:
         return statistics.median(values) * 1e3

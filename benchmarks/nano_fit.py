@@ -44,7 +44,7 @@ def measure(folder: Path, wall: float, seen: dict[str, float]) -> dict[str, floa
     """Seconds and rates of one fit; `seen` says when a file first appeared, in seconds after the start."""
     with (folder / "metrics.csv").open(encoding="utf-8") as f:
         rows = [{k: float(v or 0) for k, v in row.items()} for row in csv.DictReader(f)]
-    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]
+    data = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     episodes = data["batch_tasks"] * data["group_size"] * len(rows)
     total = {k: sum(r[f"time/{k}_s"] for r in rows) for k in ("rollout", "teacher", "update")}
     before = seen["panel.json"] - seen["metrics.csv"]
@@ -90,7 +90,7 @@ def main() -> None:
                     if running[f].returncode:
                         for other in running.values():
                             other.kill()
-                        sys.exit((f / "log.txt").read_text(errors="replace")[-3000:])
+                        sys.exit((f / "log.txt").read_text(errors="replace", encoding="utf-8")[-3000:])
             time.sleep(0.02)
         print(f"| {' | '.join(COLUMNS)} |\n|{'---:|' * len(COLUMNS)}")
         for i, f in enumerate(folders):

@@ -68,7 +68,7 @@ def measure(a: argparse.Namespace, model: str, ranks: int, further: list[str]) -
     """Of each rank its lines, the last of which is no iteration."""
     with tempfile.TemporaryDirectory() as folder:
         file, run = Path(folder, "overlay.yaml"), Path(folder, "run")
-        file.write_text(yaml.safe_dump(overlay(a, model, ranks)))
+        file.write_text(yaml.safe_dump(overlay(a, model, ranks)), encoding="utf-8")
         os.environ["SCALING_OUT"] = folder
         settings = ["-c", str(CONF / "sokoban-paper.yaml"), "-c", str(file), f"--trainer.default_root_dir={run}"]
         settings += [f"--trainer.accelerator={a.accelerator}", f"--trainer.devices={ranks}", f"--trainer.max_steps={a.iterations}"]
@@ -79,7 +79,7 @@ def measure(a: argparse.Namespace, model: str, ranks: int, further: list[str]) -
         deadline = time.monotonic() + 60
         while not all(f.is_file() for f in files) and time.monotonic() < deadline:  # the others may end a little later
             time.sleep(0.1)
-        return [[json.loads(x) for x in f.read_text().splitlines()] for f in files]
+        return [[json.loads(x) for x in f.read_text(encoding="utf-8").splitlines()] for f in files]
 
 
 def median(lines: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="a scaling.json: print its tables and run nothing")
     a, further = parser.parse_known_args()
     if a.show:
-        show(json.loads(a.show.read_text()))
+        show(json.loads(a.show.read_text(encoding="utf-8")))
         return
     if a.ranks[0] != 1 or a.rows % a.group or a.iterations < 2:
         parser.error("--ranks begins with 1, --rows is a multiple of --group, and there are two --iterations or more")
@@ -226,7 +226,7 @@ def main() -> None:
         report |= {"ranks": found, "lines": {**report.get("lines", {}), n: told}}
         if a.out:
             a.out.mkdir(parents=True, exist_ok=True)
-            (a.out / "scaling.json").write_text(json.dumps(report))
+            (a.out / "scaling.json").write_text(json.dumps(report), encoding="utf-8")
         show(report)
 
 

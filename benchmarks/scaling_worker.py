@@ -127,7 +127,7 @@ def main() -> int:
     if not code:
         lines = [*watch.lines, {"gather": pickled(watch.mine), "gradient_bytes": watch.gradient_bytes}]
         file = Path(os.environ["SCALING_OUT"], f"rank-{watch.rank}.jsonl")
-        file.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        file.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         file.with_suffix(".tmp").rename(file)  # somebody waits for it
     return code
 

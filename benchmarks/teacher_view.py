@@ -59,13 +59,13 @@ class View:
     """The agent, its levels and its plays."""
 
     def __init__(self, levels: int, seed: int, teacher: str | None = None, skills: str | None = None) -> None:
-        conf = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sokoban.yaml").read_text())
+        conf = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sokoban.yaml").read_text(encoding="utf-8"))
         env, kwargs = conf["data"]["init_args"]["env"], conf["data"]["init_args"]["env_kwargs"]
         kwargs |= {"splits": {"train": {"short": levels}}, "level_seed": 1}
         self.moves, self.template = RulesSummariser(**conf["skills"]["summariser"]["init_args"]), conf["skills"]["template"]
         self.transcript, self.rules = conf["skills"]["transcript_template"], self.moves
         if skills:
-            wanted = yaml.safe_load(Path(skills).read_text())["skills"]["summariser"]
+            wanted = yaml.safe_load(Path(skills).read_text(encoding="utf-8"))["skills"]["summariser"]
             module, _, name = wanted["class_path"].rpartition(".")
             self.rules = getattr(import_module(module), name)(**wanted.get("init_args", {}))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

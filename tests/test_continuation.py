@@ -109,7 +109,7 @@ def run(finished: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyP
 )
 def test_a_run_goes_on_with_its_episodes(run: Run, flag: str, said: str) -> None:
     before = run.files()
-    Path("other.jinja").write_text("{# the same, said otherwise #}" + TEMPLATE)
+    Path("other.jinja").write_text("{# the same, said otherwise #}" + TEMPLATE, encoding="utf-8")
     line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2", flag)
     assert re.search(said, line), line
     assert run.files() == before

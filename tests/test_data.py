@@ -238,7 +238,7 @@ def test_the_panel_is_the_same_each_time(join):
 
 
 def write(path: Path, *lines: Any) -> str:
-    path.write_text("".join((x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)) + "\n" for x in lines))
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)) + "\n" for x in lines), encoding="utf-8")
     return str(path)
 
 

@@ -125,7 +125,7 @@ def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ["config", "--version"])
 def test_a_stdout_that_takes_no_more(monkeypatch, capfd, command):
-    full = open("/dev/full", "w")  # noqa: SIM115 - closing it fails
+    full = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 - closing it fails
     with monkeypatch.context() as m:
         m.setattr(sys, "stdout", full)
         m.setattr("skillsd.cli.os.dup2", lambda *_: None)  # that of the tests stays

@@ -243,7 +243,7 @@ def fit(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
     """`skillsd fit` of the experiment in a run folder of this name; what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    Path("x.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    Path("x.yaml").write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
 
     def run(folder: str, *args: str, code: int = 0) -> str:
         assert cli.main(["fit", "-c", "x.yaml", f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu", *args]) == code
@@ -266,7 +266,7 @@ def test_an_experiment_of_one_s_own_is_recorded_and_continued(fit):
         "adapter", "bank.sqlite", "checkpoints", "config.yaml", "metrics.csv", "panel.json", "run.json", "tensorboard",
         "trajectories.jsonl",
     ]  # fmt: skip
-    assert {"before", "after"} <= set(json.loads(Path("run/panel.json").read_text())) and len(rows("run")) == 2
+    assert {"before", "after"} <= set(json.loads(Path("run/panel.json").read_text(encoding="utf-8"))) and len(rows("run")) == 2
     first, bank = rows("run"), Path("run/bank.sqlite").stat().st_size
     fit("run", "--trainer.max_epochs=2", "--ckpt_path", "last")
     assert rows("run")[:2] == first and [r["iteration"] for r in rows("run")] == ["0", "1", "2", "3"]
@@ -286,7 +286,7 @@ def test_what_changes_no_number(fit, caplog):
         "--trainer.plugins=lightning.fabric.plugins.environments.LightningEnvironment",
     )  # fmt: skip
     assert rows("looked") == rows("plain") and not Path("plain/tensorboard").exists()
-    assert "training_step" in Path("looked/tensorboard/fit-profile.txt").read_text()
+    assert "training_step" in Path("looked/tensorboard/fit-profile.txt").read_text(encoding="utf-8")
 
 
 def test_how_long_a_run_is(fit):

@@ -34,7 +34,7 @@ def measurements(script: str, python: str, timeout: float, **options: Any) -> It
         if value is not None:
             command += [f"--{key.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     env = {k: v for k, v in os.environ.items() if k != "PYTORCH_ALLOC_CONF"}  # ours: peers run as they come
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, errors="replace", start_new_session=True) as peer:
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, errors="replace", start_new_session=True, encoding="utf-8") as peer:
         assert peer.stdout is not None
         late = threading.Event()
 

@@ -34,7 +34,7 @@ class Engine:
             compilation_config={"cudagraph_capture_sizes": [n for n in sizes if n <= most]},
         )  # fmt: skip
         self.adapter = LoRARequest("student", 1, a.adapter)
-        with open(os.path.join(a.model, "config.json")) as f:
+        with open(os.path.join(a.model, "config.json"), encoding="utf-8") as f:
             self.vocabulary = json.load(f)["vocab_size"]
         self.asked = 0
 

@@ -33,7 +33,7 @@ def _row(check: str, state: str, detail: str, fix: str = "") -> dict[str, str]:
 
 def _version(python: Path) -> str:
     code = "import importlib.metadata as m; print('appworld', m.version('appworld'))"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(python), "-c", code], capture_output=True, timeout=60, encoding="utf-8", errors="replace")
     if done.returncode:
         raise OSError(f"python: {python} has no appworld package")
     return done.stdout.strip()
@@ -45,13 +45,16 @@ def _tasks(check: str, source: str, fix: str) -> dict[str, str]:
     except (FileNotFoundError, ValueError) as e:
         unset = source == "official" and not os.environ.get("APPWORLD_ROOT")
         return _row(check, "missing", "APPWORLD_ROOT is not set" if unset else str(e), fix)
-    sizes = [f"{name} {len((root / 'data' / 'datasets' / f'{name}.txt').read_text().split())}" for name in places.split_names(root)]
+    sizes = [
+        f"{name} {len((root / 'data' / 'datasets' / f'{name}.txt').read_text(encoding='utf-8').split())}"
+        for name in places.split_names(root)
+    ]
     return _row(check, "ok", f"{', '.join(sizes)}; {root}")
 
 
 def _sandbox(python: Path) -> dict[str, str]:
     check, fix = "isolation of agents' code", "a Linux kernel with seccomp and Landlock (5.13 or newer)"
-    done = subprocess.run([str(python), str(SANDBOX)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(python), str(SANDBOX)], capture_output=True, timeout=60, encoding="utf-8", errors="replace")
     if done.returncode:
         return _row(check, "missing", (done.stderr.strip().splitlines() or ["it could not be probed"])[-1], fix)
     found = json.loads(done.stdout)

@@ -41,7 +41,7 @@ def install(folder: Path, pip_args: str = "") -> None:
     if (folder / "venv").exists() and not (done.is_file() or mark.is_file()):
         raise NotOurs(f"{folder / 'venv'} is there, and was not made by this command: move it away, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if not done.is_file() or done.read_text() != pins.read_text():
+    if not done.is_file() or done.read_text(encoding="utf-8") != pins.read_text(encoding="utf-8"):
         print(f"AppWorld's interpreter: {folder / 'venv'}", flush=True)
         mark.parent.mkdir(exist_ok=True)
         mark.touch()  # one that is killed half way may be made again, by this
@@ -60,7 +60,7 @@ def install(folder: Path, pip_args: str = "") -> None:
                     raise NoIndex from None
             raise
         subprocess.run([str(folder / "venv" / "bin" / "appworld"), "install"], check=True, env=environ, stdout=subprocess.DEVNULL)
-        done.write_text(pins.read_text())
+        done.write_text(pins.read_text(encoding="utf-8"), encoding="utf-8")
     subprocess.run([str(python), str(WORKER / "make_tiny.py"), str(folder / "tiny"), "--keep"], check=True, env=environ)
     print(f"AppWorld: {python}\ntiny AppWorld-format tasks: {folder / 'tiny'}")
 

@@ -54,7 +54,7 @@ def find_root(source: str, given: str | None = None) -> Path:
     if not tiny and source == "tiny":
         raise ValueError(f"root: {root} holds no tiny AppWorld-format tasks: set source to official, or {INSTALL}.")
     there = set(os.listdir(root / "data" / "tasks"))
-    listed = [t for name in split_names(root) for t in (root / "data" / "datasets" / f"{name}.txt").read_text().split()]
+    listed = [t for name in split_names(root) for t in (root / "data" / "datasets" / f"{name}.txt").read_text(encoding="utf-8").split()]
     if lost := [t for t in listed if t.partition(":")[0] not in there]:
         raise ValueError(
             f"root: {root} is incomplete, {len(lost)} of its {len(listed)} tasks are not there ({lost[0]}, ...): "

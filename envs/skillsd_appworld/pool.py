@@ -244,7 +244,7 @@ class Pool:
     def _log(self, role: str) -> str:
         """The last line that the role's processes wrote to their error stream."""
         path = self.folder / f"{role}.log"
-        lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
+        lines = path.read_text(errors="replace", encoding="utf-8").strip().splitlines() if path.is_file() else []
         return lines[-1] if lines else ""
 
     def _workplace(self) -> Path:

@@ -158,7 +158,7 @@ def is_sealed_archive(path: Path) -> bool:
 def seal_folder(folder: Path) -> None:
     """List the checksums of a folder's files, and flush all of it."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files))
+    (folder / SUMS).write_text("".join(f"{sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files), encoding="utf-8")
     for path in (*files, folder / SUMS, folder):
         sync(path)
 
@@ -171,7 +171,7 @@ def check_folder(folder: Path) -> None:
     """
     if not (folder / SUMS).is_file():
         return
-    for line in (folder / SUMS).read_text(errors="replace").splitlines():
+    for line in (folder / SUMS).read_text(errors="replace", encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
         path = folder / name
         if not name or not path.is_file() or sha256(path.read_bytes()).hexdigest() != digest:

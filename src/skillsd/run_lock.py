@@ -45,7 +45,7 @@ class Owner:
 
 def this_process() -> Owner:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         boot = ""
     return Owner(os.getpid(), socket.gethostname(), boot)

@@ -324,7 +324,7 @@ def overlay(
             }
         },
     }  # fmt: skip
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
 
 

@@ -224,7 +224,7 @@ def test_nobody_s_password_is_in_the_agent_s_process(env):
 def memory(pid: int) -> bytes:
     """Whatever another process has written there or could read."""
     parts = []
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
+    with open(f"/proc/{pid}/maps", encoding="utf-8") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
         for line in maps:
             start, end = (int(x, 16) for x in line.split()[0].split("-"))
             if "rw" in line.split()[1] and end - start < 1 << 29:

@@ -28,7 +28,7 @@ def solved(env: AppWorldEnv) -> bool:
 def alive(pid: int) -> bool:
     """Running, or not yet ended; a zombie is neither."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
@@ -217,7 +217,7 @@ def test_nobody_listens(env):
     listening = set()
     for table in ("tcp", "tcp6", "udp", "udp6"):
         path = Path(f"/proc/net/{table}")
-        for line in path.read_text().splitlines()[1:] if path.exists() else []:
+        for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []:
             listening.add(f"socket:[{line.split()[9]}]")
     for pid in [*env._pool.pids(), env._world.child.pid, env._world.agent.pid]:
         folder = Path(f"/proc/{pid}/fd")

@@ -670,7 +670,7 @@ HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64":
 def test_numbers_are_the_kernels(machine):
     if not os.path.exists(HEADERS[machine]):
         pytest.skip("the kernel's headers are not installed")
-    known = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(HEADERS[machine]).read_text()))
+    known = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(HEADERS[machine]).read_text(encoding="utf-8")))
     known.setdefault("newfstatat", known.get("fstatat"))  # the generic header's name for it
     ours = syscalls.numbers(syscalls.HARMLESS + syscalls.FILES + syscalls.JUDGED + syscalls.OWN + REFUSED, machine)
     assert {name: str(number) for name, number in ours.items()} == {name: known[name] for name in ours}

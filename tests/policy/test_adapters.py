@@ -199,7 +199,7 @@ def test_other_adapters_are_refused(make_policy, tmp_path):
         make_policy(lora={"init": str(tmp_path)})
     make_policy().save_adapter(tmp_path)
     config = Path(tmp_path / "student" / "adapter_config.json")
-    config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": True}))
+    config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), "use_rslora": True}), encoding="utf-8")
     with pytest.raises(ConfigError, match="use_rslora"):
         make_policy(lora={"init": str(tmp_path / "student")})
 

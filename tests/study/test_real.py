@@ -30,10 +30,10 @@ STUDY = {
 
 def test_two_methods_and_two_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("study.yaml").write_text(yaml.safe_dump(STUDY))
+    Path("study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
     assert cli.main(["study", "-c", "study.yaml"]) == 0, capsys.readouterr().out
     assert "4 cells: 0 finished, 4 to run" in capsys.readouterr().out
-    with open("study/results.csv") as f:
+    with open("study/results.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert [(r["method"], r["seed"]) for r in rows] == [("grpo", "0"), ("skillsd", "0"), ("grpo", "1"), ("skillsd", "1")]
     for r in rows:
@@ -44,7 +44,7 @@ def test_two_methods_and_two_seeds(tmp_path, monkeypatch, capsys):
         assert (config["model"]["init_args"]["objective"]["distillation_weight"] == 0) == (r["method"] == "grpo")
         assert r["iterations"] == "2" and float(r["entropy"]) > 0
     assert len({r["panel"] for r in rows}) == 1 and len({r["before_success"] for r in rows}) == 1
-    assert "skillsd" in Path("study/report.md").read_text()
+    assert "skillsd" in Path("study/report.md").read_text(encoding="utf-8")
     records = {p: p.stat().st_mtime_ns for p in Path("study/cells").glob("*/*/*")}
     report = Path("study/report.html").read_bytes()
     assert cli.main(["study", "-c", "study.yaml"]) == 0

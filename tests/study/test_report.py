@@ -190,5 +190,5 @@ def test_an_old_run_without_times_has_fewer_figures(studies):
     assert studies("--only_report=true") == 0
     names = re.findall(r"\(([^)]*\.png)\)", (studies.folder / "report.md").read_text())
     assert names == ["differences.png", "seeds.png"] and "Environment steps of a run: not measured." in (
-        Path(studies.folder / "report.md").read_text()
+        Path(studies.folder / "report.md").read_text(encoding="utf-8")
     )

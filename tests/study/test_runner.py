@@ -21,7 +21,7 @@ from skillsd.study.settings import StudySettings
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open() as f:
+    with path.open(encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
 

@@ -41,7 +41,7 @@ class Gauge(L.Callback):
         if trainer.global_step % self.every:
             return
         now = time.process_time()
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+        resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
         held = len(os.listdir("/proc/self/fd")), threading.active_count()
         row = (trainer.global_step, resident, *held, (now - self.last) / self.every, yardstick())
         with self._file(trainer).open("a", newline="") as f:

@@ -98,7 +98,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
 
 def mutants(path: Path) -> Iterator[Mutant]:
     """Every change to a file, in the order of the source."""
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
     name = path.relative_to(ROOT / "src" / "skillsd").as_posix()
 
@@ -298,7 +298,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="mutants beside each other")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     args = parser.parse_args()
-    again = None if args.again is None else {_survived(line) for line in Path(args.again).read_text().splitlines()}
+    again = None if args.again is None else {_survived(line) for line in Path(args.again).read_text(encoding="utf-8").splitlines()}
     os.chdir(ROOT)
     excused, skip, only = known(), args.skip.split(","), args.files.split(",") if args.files else None
     count, new, began = {"killed": 0, "survived": 0, "timeout": 0, "not run": 0}, [], time.monotonic()

@@ -171,7 +171,7 @@ def tasks(split: str) -> list[dict[str, str]]:
     """The tasks of a split by AppWorld's own loader, with difficulty and scenario."""
     listed = []
     for task_id in load_task_ids(split):
-        with open(os.path.join(path_store.data, "tasks", task_id, "ground_truth", "metadata.json")) as file:
+        with open(os.path.join(path_store.data, "tasks", task_id, "ground_truth", "metadata.json"), encoding="utf-8") as file:
             difficulty = str(json.load(file)["difficulty"])
         listed.append({"task_id": task_id, "split": split, "difficulty": difficulty, "scenario": task_id.partition("_")[0]})
     return listed

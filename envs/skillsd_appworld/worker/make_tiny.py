@@ -89,7 +89,7 @@ def is_whole(root: Path, seed: int) -> bool:
     """Whether this version made `root` from `seed`, and all of its tasks are still there."""
     if not is_tiny(root):
         return False
-    told = json.loads((root / "tiny.json").read_text())
+    told = json.loads((root / "tiny.json").read_text(encoding="utf-8"))
     ids = [task_id for split in told["splits"].values() for task_id in split]
     whole = all((root / "data" / "tasks" / task_id / "ground_truth").is_dir() for task_id in ids) and (root / "data" / "base_dbs").is_dir()
     return whole and (told["version"], told["seed"]) == (VERSION, seed)
@@ -97,7 +97,7 @@ def is_whole(root: Path, seed: int) -> bool:
 
 def is_tiny(root: Path) -> bool:
     try:
-        return json.loads((root / "tiny.json").read_text())["kind"] == KIND
+        return json.loads((root / "tiny.json").read_text(encoding="utf-8"))["kind"] == KIND
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
@@ -133,10 +133,10 @@ def build(root: Path, seed: int) -> None:
     datasets = root / "data" / "datasets"
     datasets.mkdir()
     for split, task_ids in ids.items():
-        (datasets / f"{split}.txt").write_text("\n".join(task_ids) + "\n")
+        (datasets / f"{split}.txt").write_text("\n".join(task_ids) + "\n", encoding="utf-8")
     families = {family.name: {"tier": family.tier, "apps": list(family.apps)} for family in FAMILIES}
     about = {"kind": KIND, "version": VERSION, "seed": seed, "splits": ids, "families": families}
-    (root / "tiny.json").write_text(json.dumps(about, indent=1) + "\n")
+    (root / "tiny.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def write_api_docs(root: Path) -> dict[str, dict[str, Any]]:
@@ -149,7 +149,9 @@ def write_api_docs(root: Path) -> dict[str, dict[str, Any]]:
     folder.mkdir(parents=True)
     docs = ApiDocCollection.build(load_apps=tuple(get_all_apps(skip_admin=True)))
     for app, apis in docs.items():
-        (folder / f"{app}.json").write_text(json.dumps({name: dict(doc, canary_string=CANARY_STRING) for name, doc in apis.items()}))
+        (folder / f"{app}.json").write_text(
+            json.dumps({name: dict(doc, canary_string=CANARY_STRING) for name, doc in apis.items()}), encoding="utf-8"
+        )
     print(f"API docs of {len(docs)} apps", flush=True)
     return docs
 

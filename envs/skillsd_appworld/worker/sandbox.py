@@ -130,7 +130,7 @@ def _user_namespace() -> bool:
     uid, gid = os.getuid(), os.getgid()
     _checked(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
+        with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
             file.write(text)
     return True
 
@@ -190,7 +190,7 @@ def _real_user_of_its_own() -> bool:
 
 
 def _set_limits(limits: "Limits", *, own_users: bool) -> None:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     values = {
         resource.RLIMIT_AS: used + (limits.memory_mb << 20),
@@ -331,7 +331,7 @@ def interpreter_paths() -> list[str]:
 
     A script's own folder and an application's data are the caller's to add. A folder inside another is left out.
     """
-    with open("/proc/self/maps") as file:
+    with open("/proc/self/maps", encoding="utf-8") as file:
         shared = {os.path.dirname(line.split(None, 5)[5].strip()) for line in file if ".so" in line and " /" in line}
     packages = {path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")}
     paths = {sys.prefix, sys.base_prefix, *packages, *shared, *zoneinfo.TZPATH, "/etc/localtime", "/etc/ld.so.cache"}

@@ -53,7 +53,7 @@ def export_adapter(policy: Any, folder: Path, steps: int, key: str = "trainer.de
     )  # fmt: skip
     with sealed_folder(folder, key) as work:
         policy.save_student(work)
-        (work / "README.md").write_text(card)
+        (work / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 

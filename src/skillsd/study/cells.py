@@ -67,7 +67,7 @@ class Cell:
         """cell.json, or an empty one."""
         path = self.folder / RECORD
         try:
-            return dict(json.loads(path.read_text())) if path.is_file() else {}
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
         except ValueError as e:
             raise ConfigError(f"folder: {path} is damaged: delete the folder {self.folder}, and the cell is run again.") from e
 
@@ -153,7 +153,9 @@ def provenance() -> dict[str, str]:
 def _git(root: Path, *args: str) -> str:
     """What git prints; "" if there is no git, or it refuses."""
     try:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, check=True, encoding="utf-8", errors="replace"
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -49,7 +49,7 @@ def locked(folder: Path) -> Iterator[int]:
         raise ConfigError(f"folder: {str(folder)[:200]} cannot be the study's ({getattr(e, 'strerror', e)}): name another.") from e
     if strangers:
         raise ConfigError(f"folder: {folder} holds {strangers[0].name}, and no study has made it: move it away, or name another.")
-    with (folder / LOCK).open("a") as f:
+    with (folder / LOCK).open("a", encoding="utf-8") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
@@ -144,7 +144,7 @@ class Runner:
         made = provenance()
         commits = list(dict.fromkeys([*cell.record().get("commits", []), *([made["commit"]] if "commit" in made else [])]))
         cell.write(**cell.recipe(), version=made["version"], commits=commits, state="running", attempts=attempts, exit_code=None)
-        with (cell.folder / LOG).open("a") as log:
+        with (cell.folder / LOG).open("a", encoding="utf-8") as log:
             log.write(f"--- attempt {attempts}\n")
             log.flush()
             process = subprocess.Popen(
@@ -168,7 +168,7 @@ class Runner:
                     raise ConfigError("the run ended without `after` in panel.json: are panel.enabled and panel.after true?")
                 self.finished[r.cell] = read_cell(r.cell)
             except ConfigError as e:
-                with (r.cell.folder / LOG).open("a") as log:
+                with (r.cell.folder / LOG).open("a", encoding="utf-8") as log:
                     log.write(f"study: {e}\n")
                 r.cell.write(state="failed")
             else:
@@ -222,5 +222,5 @@ class Runner:
 
     def tail(self, cell: Cell) -> str:
         """The end of a cell's log, indented."""
-        lines = (cell.folder / LOG).read_text(errors="replace").splitlines()[-TAIL:]
+        lines = (cell.folder / LOG).read_text(errors="replace", encoding="utf-8").splitlines()[-TAIL:]
         return "\n".join(f"    {line}" for line in lines)
