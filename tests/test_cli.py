@@ -17,6 +17,7 @@ import yaml
 
 from skillsd import __version__, cli, errors
 from skillsd.callbacks.resume import CheckpointFiles
+from skillsd.config_file import parse_config
 from skillsd.errors import ConfigError
 
 pytestmark = [
@@ -185,6 +186,9 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no devices": (["--trainer.devices=[]"], r"trainer: .*devices=\[\]"),
     "no number in a file": (["-c", "wrong.yaml"], r"data\.init_args\.rollout\.max_rows: Expected a <class 'int'>"),
     "no such choice": (["--model.init_args.optimizer.schedule=linear"], r"model\.init_args\.optimizer\.schedule: .*'cosine'"),
+    "a text that YAML takes for false": (["-c", "no.yaml"], r"skills\.refresh: .*quotes"),
+    "nothing under a key": (["-c", "bare.yaml"], r"trainer is null"),
+    "a flag that names a key twice": (["--model.init_args.policy.lora={r: 2, r: 4}"], r"--model\.init_args\.policy\.lora: the key r"),
     "no number of epochs": (["--trainer.max_epochs=x"], r"trainer\.max_epochs: Expected"),
     "no temperature": (["--data.init_args.rollout.temperature=0"], r"rollout\.temperature"),
     "no checkpoint": (["--ckpt_path=nosuch.ckpt"], r"ckpt_path: no checkpoint at nosuch\.ckpt"),
@@ -208,6 +212,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
     (tmp_path / "list.yaml").write_text("teacher: [{class_path: x.Y, init_args: 3}]\n")
     (tmp_path / "class.yaml").write_text("model: {init_args: {objective: {gate: {class_path: {a: 1}}}}}\n")
     (tmp_path / "null.yaml").write_text('trainer: "\\0"\n')
+    (tmp_path / "no.yaml").write_text("skills: {refresh: no}\n")
+    (tmp_path / "bare.yaml").write_text("trainer:\n")
     (tmp_path / "wrong.yaml").write_text("data: {init_args: {rollout: {max_rows: x}}}\n")
     before = sorted(tmp_path.rglob("*"))
     line = run.refuses(*flags)
@@ -374,3 +380,33 @@ def test_messages_of_the_parser():
     assert errors.one_line(twice).startswith("teacher: Unable to load")
     group = "Parser key \"model\":\n  Errors:\n    - Group 'policy' does not accept option 'lora.x'"
     assert errors.one_line(group).startswith("model: no key model.init_args.policy.lora.x is known")
+
+
+ENV_KEY = "data.init_args.env_kwargs"
+VALUES = {
+    "null in a mapping": ("--model.init_args.policy.lora={r: 4, init: null}", "model.init_args.policy.lora.init", None),
+    "null": ("--model.init_args.policy.lora.init=null", "model.init_args.policy.lora.init", None),
+    "null in the environment": (
+        "--data.init_args.env_kwargs.prompts.instruction=null",
+        f"{ENV_KEY}.prompts.instruction",
+        None,
+    ),
+    "a line break": ('--data.init_args.env_kwargs.prompts={x: "a\\nb"}', f"{ENV_KEY}.prompts.x", "a\nb"),
+    "a text like a number": ('--data.init_args.env_kwargs.prompts={x: "1e-4"}', f"{ENV_KEY}.prompts.x", "1e-4"),
+    "a text like false": ('-c={data: {init_args: {env_kwargs: {x: "no"}}}}', f"{ENV_KEY}.x", "no"),
+    "a text like a mapping": ('-c={data: {init_args: {env_kwargs: {x: {y: "a: b"}}}}}', f"{ENV_KEY}.x.y", "a: b"),
+    "a number": ("--data.init_args.env_kwargs.size=7", f"{ENV_KEY}.size", 7),
+    "what stands beside": ("--data.init_args.env_kwargs.splits.train={short: 1}", f"{ENV_KEY}.splits.test", {"short": 2}),
+    "no dot": ("--model.init_args.optimizer.lr=1e-4", "model.init_args.optimizer.lr", 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_arrive_as_they_were_given(run, name):
+    flag, key, value = VALUES[name]
+    with pytest.raises(SystemExit):
+        run(flag, "--print_config")
+    found = parse_config(run.capsys.readouterr().out, "printed")
+    for part in key.split("."):
+        found = found[part]
+    assert found == value and type(found) is type(value)

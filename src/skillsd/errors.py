@@ -69,6 +69,7 @@ def one_line(message: str, under: str = "") -> str:
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
     lines = ["its class_path is no text" if line.startswith("unhashable type") else line for line in lines]
     lines = [re.sub(r" (Add the import path to|To accept subclasses use) .*set_parsing_settings.*", "", line) for line in lines]
+    lines = [re.sub(r"(Got value: (?:True|False))$", r"\1: YAML takes yes, no, on, off for it: write a text in quotes", x) for x in lines]
     lines = [re.sub(r"^Unable to load config 'null'$", "null is no value: give its keys, or leave it out", line) for line in lines]
     lines = [re.sub(r"^Group '(.+)' does not accept option '(.+)'", r"no key \1.\2 is known", line) for line in lines]
     if key in _CLASSES:

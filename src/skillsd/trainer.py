@@ -89,8 +89,10 @@ class Trainer(L.Trainer):
 def weights(model: Any, path: str | Path | None) -> str:
     """Which weights a command uses, for people: a checkpoint and its iteration, or the policy as it starts."""
     if path is None:
-        start = model.settings.lora.init
-        return f"{model.settings.model}{f' with the adapter {start}' if start else ''}, as it starts (no checkpoint)"
+        settings = getattr(model, "settings", None)  # a module of one's own may have none
+        start = getattr(getattr(settings, "lora", None), "init", None)
+        name = getattr(settings, "model", type(model).__name__)
+        return f"{name}{f' with the adapter {start}' if start else ''}, as it starts (no checkpoint)"
     step = step_of(Path(path))
     return str(path) if step is None else f"{path}, iteration {step}"
 
