@@ -292,6 +292,7 @@ def test_a_checkpoint_of_another_base(ended, tiny_model):
         flags = ["--ckpt_path", "last"] + (["--out", str(ended.folder.parent / "out")] if command == "export" else [])
         line = ended.refuses(*flags, f"--model.init_args.policy.model={tiny_model('llama')}", command=command)
         assert "ckpt_path" in line and "policy.model" in line and tiny_model("qwen3") in line, command
+    assert "--ckpt_path=null" in ended.refuses(f"--model.init_args.policy.model={tiny_model('llama')}", command="play")
     assert ended.files() == before and not (ended.folder.parent / "out").exists()
 
 

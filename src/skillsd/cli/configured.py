@@ -54,6 +54,7 @@ class CLI(LightningCLI):
 
     def __init__(self, request: Request, owner: RunOwner, **kwargs: Any) -> None:
         self.request, self.owner = request, owner
+        self.chosen = False  # the checkpoint, by us
         super().__init__(args=request.args, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -156,7 +157,16 @@ class CLI(LightningCLI):
         check_format(folder)
         record = read_record(folder)
         found = newest_good(checkpoint_folder(folder, record)) if has_checkpoint(folder, record) else None
+        self.chosen = found is not None
         return str(found) if found else None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except ConfigError as e:
+            if not (self.chosen and str(e).startswith("ckpt_path: ")):
+                raise
+            raise ConfigError(f"{e} It is the run folder's own; --ckpt_path=null takes the agent as it starts.") from e
 
     def instantiate_classes(self) -> None:
         """Build everything; a class that refuses its arguments gives one line."""
