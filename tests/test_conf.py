@@ -62,7 +62,10 @@ def fit(monkeypatch, tmp_path, tiny_model) -> Callable[..., Any]:
     monkeypatch.setattr(skillsd.cli, "CLI", Stopped)
 
     def make(files: list[str], *flags: str) -> Any:
-        stand_in = [f"--model.init_args.policy.model={tiny_model(a)}" for n, a in TINY.items() if named_model(files).startswith(n)]
+        key = "--model.init_args.policy"
+        stand_in = [f"{key}.model={tiny_model(a)}" for n, a in TINY.items() if named_model(files).startswith(n)]
+        if stand_in:  # with the template of its own tokenizer, which knows no other's closing mark
+            stand_in.append(f"{key}.chat_template=null")
         configs = [x for f in files for x in ("-c", str(CONF / f))]
         assert skillsd.cli.main(["fit", *configs, f"--trainer.default_root_dir={tmp_path}", *stand_in, *flags]) == 0
         return made.pop()

@@ -95,6 +95,13 @@ def used(servers: Any, look: Look) -> list[set[str]]:
     ]
 
 
+@pytest.fixture
+def new_threads():
+    """Threads of rollouts that this test has left behind; others may have hung one on purpose."""
+    before = set(threading.enumerate())
+    return lambda: [t for t in threading.enumerate() if t.name in ("rollout", "environment") and t not in before]
+
+
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).norm() <= 1e-4 * b.norm())
 
@@ -112,7 +119,7 @@ def test_without_staleness_it_is_the_default_engine(fit, tiny_model):
 
 
 @pytest.mark.parametrize("staleness", [1, 2])
-def test_staleness(fit, tiny_model, staleness):
+def test_staleness(fit, tiny_model, staleness, new_threads):
     """Iteration j is sampled with the version after j - s updates, over an epoch's end too; the loss knows, and the drift shows it."""
     with serving(tiny_model("qwen3")) as (server,):
         look = fit(epochs=2, lr=1e-2, engine="servers", servers=[server.url], staleness=staleness, env_workers=1)
@@ -122,7 +129,7 @@ def test_staleness(fit, tiny_model, staleness):
     for j, (grad, (wanted, fresh), m) in enumerate(zip(look.grads, look.wanted, look.metrics, strict=True)):
         assert close(grad, wanted) and close(fresh, wanted) == (j == 0)
         assert (m["policy/logp_drift"] > 1e-3) == (j > 0)
-    assert not [t for t in threading.enumerate() if t.name in ("rollout", "environment")]
+    assert not new_threads()
 
 
 def test_it_goes_on_meanwhile(fit, tiny_model):
@@ -143,7 +150,7 @@ def test_it_goes_on_meanwhile(fit, tiny_model):
 
 
 @pytest.mark.parametrize("when", ["foreground", "background"])
-def test_the_last_server_is_lost(fit, tiny_model, when):
+def test_the_last_server_is_lost(fit, tiny_model, when, new_threads):
     """A line that says what to do; nothing hangs, whoever was waiting for it."""
     with serving(tiny_model("qwen3")) as (server,):
         look, staleness = Look(), int(when == "background")
@@ -151,10 +158,10 @@ def test_the_last_server_is_lost(fit, tiny_model, when):
         look.on_train_batch_end = lambda *_: None
         with pytest.raises(ConfigError, match=rf"no server is left \({server.url}: .*the run's last checkpoint stands"):
             fit(look=look, engine="servers", servers=[server.url], staleness=staleness, env_workers=staleness)
-    assert not [t for t in threading.enumerate() if t.name in ("rollout", "environment")]
+    assert not new_threads()
 
 
-def test_an_error_in_the_middle(fit, tiny_model):
+def test_an_error_in_the_middle(fit, tiny_model, new_threads):
     """The rollout in the background ends, though a server takes its time."""
     hold = threading.Event()
     with serving(tiny_model("qwen3")) as (server,):
@@ -168,4 +175,4 @@ def test_an_error_in_the_middle(fit, tiny_model):
         with pytest.raises(SystemExit):
             fit(look=look, engine="servers", servers=[server.url], staleness=2, env_workers=1)
         hold.set()
-    assert not [t for t in threading.enumerate() if t.name in ("rollout", "environment")]
+    assert not new_threads()
