@@ -22,8 +22,9 @@ def cell(folder: Path, rows: list[list[float | str]], columns: list[str] = COLUM
     """A finished run folder."""
     folder.mkdir(exist_ok=True)
     write_record(folder)
+    lines = [[columns[0], "epoch", *columns[1:]], *([row[0], 0, *row[1:]] for row in rows)]
     with (folder / "metrics.csv").open("w") as f:
-        csv.writer(f).writerows([columns, *rows])
+        csv.writer(f).writerows(lines)
     result = {"n": 2, "success": 0.5, "completion": 0.75, "levels": [{"task_id": "a", "member": 0, "seed": 0}] * 2}
     panel = {"before": {**result, "success": 0.25}, "after": result, "during": during or {}}
     (folder / "panel.json").write_text(json.dumps(panel))
