@@ -167,7 +167,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown chat template": (["--model.init_args.policy.chat_template=nosuch"], r"policy\.chat_template: nosuch is neither .*qwen3"),
     "no such file": (["-c", "nosuch.yaml"], r"nosuch\.yaml"),
     "no YAML": (["-c", "broken.yaml"], r"broken\.yaml, line 2"),
-    "no number": (["--data.init_args.group_size=many"], r"data\.init_args\.group_size: Expected a <class 'int'>"),
+    "no number": (["--data.init_args.group_size=many"], r"data\.init_args\.group_size: Expected: int"),
     "null for a number": (
         ["--model.init_args.optimizer.warmup_steps", "null"],
         r"model\.init_args\.optimizer\.warmup_steps is null and takes none: give its value, of type int",
@@ -180,15 +180,17 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--trainer.callbacks+={class_path: skillsd.callbacks.RunCheckpoint, init_args: {every_n_train_steps: -2}}"],
         r"trainer\.callbacks: .*-2",
     ),
-    "no text under a class": (["--skills.summariser.init_args.joiner=[]"], r"skills\.summariser\.init_args\.joiner: Expected a"),
+    "no text under a class": (["--skills.summariser.init_args.joiner=[]"], r"skills\.summariser\.init_args\.joiner: Expected: str"),
     "no class path": (["-c", "class.yaml"], r"model\.init_args\.objective\.gate: its class_path is no text"),
     "null byte": (["-c", "null.yaml"], "trainer: its value cannot be read: embedded null byte"),
     "no devices": (["--trainer.devices=[]"], r"trainer: .*devices=\[\]"),
-    "no number in a file": (["-c", "wrong.yaml"], r"data\.init_args\.rollout\.max_rows: Expected a <class 'int'>"),
+    "no number in a file": (["-c", "wrong.yaml"], r"data\.init_args\.rollout\.max_rows: Expected: int"),
     "no such choice": (["--model.init_args.optimizer.schedule=linear"], r"model\.init_args\.optimizer\.schedule: .*'cosine'"),
     "a text that YAML takes for false": (["-c", "no.yaml"], r"skills\.refresh: .*quotes"),
     "nothing under a key": (["-c", "bare.yaml"], r"trainer is null"),
     "a flag that names a key twice": (["--model.init_args.policy.lora={r: 2, r: 4}"], r"--model\.init_args\.policy\.lora: the key r"),
+    "an address as the run folder": (["--trainer.default_root_dir=s3://bucket/run"], r"trainer\.default_root_dir: s3://bucket/run "),
+    "no such class": (["--model.init_args.objective.gate=NoGate"], r"model\.init_args\.objective\.gate: NoGate .*skillsd config"),
     "no number of epochs": (["--trainer.max_epochs=x"], r"trainer\.max_epochs: Expected"),
     "no temperature": (["--data.init_args.rollout.temperature=0"], r"rollout\.temperature"),
     "no checkpoint": (["--ckpt_path=nosuch.ckpt"], r"ckpt_path: no checkpoint at nosuch\.ckpt"),
@@ -223,7 +225,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
 
 def test_bad_commands(capsys):
     for args, told in (
-        (["nosuch"], "nosuch"), (["fit"], "fit.model"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
+        (["nosuch"], "nosuch"), (["fit"], "model"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
+        (["shwo", "runs/a"], "show"), (["-c", "sokoban", "fit"], "skillsd fit -c sokoban"),
     ):  # fmt: skip
         assert cli.main(args) == 2
         out, err = capsys.readouterr()
@@ -321,6 +324,7 @@ def test_a_full_disk(run, monkeypatch, where):
         line = run.refuses()
     assert "No space left on device" in line and "trainer.default_root_dir" in line
     assert run("--ckpt_path", "last") == 0  # with room again it goes on
+    assert "no checkpoint yet" in run.out and "going on with other" not in run.out
     files = run.files()
     assert files["metrics.csv"].count(b"\n") == 2 and files["trajectories.jsonl"].count(b"\n") == 4
     assert "checkpoints/last.ckpt" in files and not any(".skillsd-tmp" in name for name in files)
@@ -374,7 +378,7 @@ def test_messages_of_the_parser():
         "                Parser key \"max_rows\":\n                  Expected a <class 'int'>. Got value: x\n"
         "            - Expected a <class 'NoneType'>\n  Given value: 3"
     )
-    assert errors.one_line(nested).startswith("data.init_args.rollout.max_rows: Expected a <class 'int'>. Got value: x")
+    assert errors.one_line(nested).startswith("data.init_args.rollout.max_rows: Expected: int. Got value: x")
     assert errors.one_line('Parser key "a.b": must be larger') == '"a.b": must be larger'
     assert errors.one_line("key: do this\n") == "key: do this"
     twice = 'Parser key "teacher":\n  Parser key "teacher":\n    Unable to load'

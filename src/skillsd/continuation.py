@@ -11,7 +11,7 @@ from skillsd.errors import ConfigError
 from skillsd.keys import leaves
 from skillsd.trajectory import Task
 
-PLACES = ("ckpt_path", "config", "overwrite", "weights_only", "trainer.default_root_dir")
+PLACES = ("ckpt_path", "config", "overwrite", "steal_lock", "weights_only", "trainer.default_root_dir")
 """Keys that say how a run is started and where it lies, and nothing about it."""
 FEW, SHORT = 8, 60
 """Changes that are listed, and characters of a value."""

@@ -75,11 +75,26 @@ def one_line(message: str, under: str = "") -> str:
     if key in _CLASSES:
         lines = [line.replace("no key ", f"no key {key}.init_args.") for line in lines]
     said = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    said = [line for line in said if not line.startswith("Expected a path but ")] or said  # a class may also be given as a file
+    said = [_plain(line) for line in said]
     head = f"{key}: " if key else ""
     if not said:  # a short error stands on the key's own line
         return (message.strip() or "it gave no message").splitlines()[0].removeprefix("Parser key ")
-    fix = "" if ": " in said[0] and not key else " (`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted)"
+    fix = (
+        ""
+        if (": " in said[0] and not key) or said[0].endswith("lists them)")
+        else " (`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted)"
+    )
     return head + "; ".join(said) + fix
+
+
+def _plain(line: str) -> str:
+    """A parser's line about a type, without Python's notation."""
+    line = re.sub(r"^Expected a <class '(\w+)'>", r"Expected: \1", line)
+    line = re.sub(r"^Expected a typing\.Literal\[(.+?)\]", r"Expected one of \1", line)
+    return re.sub(
+        r"^Expected a dot import path string: (.+)", r"\1 is the name of no class: give its path (`skillsd config` lists them)", line
+    )
 
 
 def _key(message: str) -> str:

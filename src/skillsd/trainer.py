@@ -26,15 +26,17 @@ class Trainer(L.Trainer):
 
     skillsd_config: dict[str, Any]
 
-    def export(self, model: L.LightningModule, datamodule: L.LightningDataModule, out: str, ckpt_path: str = "last") -> None:
+    def export(self, model: L.LightningModule, datamodule: L.LightningDataModule, out: str, ckpt_path: str | None = "last") -> None:
         """Write a checkpoint's student as a PEFT folder.
 
         Args:
             model: The module.
             datamodule: Not used.
             out: Folder to write.
-            ckpt_path: The checkpoint; `last` is the run folder's own.
+            ckpt_path: The checkpoint; `last` is the run folder's newest.
         """
+        if ckpt_path is None:
+            raise ConfigError("ckpt_path is null: an adapter is exported from a checkpoint: name one, or `last`.")
         folder = read_path(out, "out")
         if folder.name in (*FILES, *FOLDERS) and folder.parent.resolve() == Path(self.default_root_dir).resolve():
             raise ConfigError(f"out: {folder} is where the run itself writes: name another folder.")

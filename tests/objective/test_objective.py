@@ -178,11 +178,11 @@ def test_divergences_are_losses_only(placement, signal):
         ("multiplier", OPID(), "advantage"),
         ("loss", OPID(), "advantage"),
         ("loss", RLSD(), "multiplier"),
-        ("loss", Signal(), "nothing"),
+        ("loss", Signal(), "no method"),
     ],
 )
 def test_a_place_that_the_class_does_not_write_is_refused(placement, signal, instead):
-    with pytest.raises(ValueError, match=rf"{KEY}\.{placement}: {type(signal).__name__} is no {placement}: give it as {instead}"):
+    with pytest.raises(ValueError, match=rf"{KEY}\.{placement}: {type(signal).__name__} is no {placement}: .*{instead}"):
         Objective(**{placement: signal})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import logging
 import os
@@ -16,9 +17,10 @@ from lightning.pytorch.cli import ArgsType
 from transformers.utils import logging as transformers_logging
 
 from skillsd import __version__, ranks
+from skillsd.bounded import visible
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.class_paths import config
-from skillsd.cli.arguments import arguments, find, packaged, resolve
+from skillsd.cli.arguments import CONFIG, arguments, find, packaged, resolve
 from skillsd.cli.configured import CLI
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.values import correct_jsonargparse
@@ -36,6 +38,7 @@ TITLE = (
     "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
     "Classes by key: skillsd config"
 )
+COMMANDS = ("fit", "validate", "export", "play", "show", "view", "report", "skills", "study", "config", "doctor")
 CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
 """Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
 any function a file names."""
@@ -141,6 +144,12 @@ def configured(argv: list[str]) -> None:
     """fit, validate, export, play: what a configuration describes."""
     if argv[0] == "play" and not any(a.flag in ("", "-c", "--config") for a in arguments(argv[1:])):
         argv = ["play", "-c", "sokoban", *argv[1:]]
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{visible(argv[0])} is no command{meant}: skillsd {', '.join(COMMANDS)}.")
+    if argv[0] in CONFIG and (command := next((x for x in argv if x in COMMANDS), "")):
+        raise ConfigError(f"{argv[0]} stands before the command: skillsd {command} {' '.join(argv[:2])} ...")
     request = resolve(argv)
     with RunOwner() as owner:
         CLI(

@@ -22,6 +22,8 @@ SWITCHES = ("--skill", "--overwrite", "--only_report", "--steal_lock")
 ALONE = ("-h", "--help", "--print_config", "--version")
 """Flags that take no value."""
 CONFIG = ("-c", "--config")
+OURS = {"model": "skillsd.module.SkillSD", "data": "skillsd.data.RolloutData"}
+"""The classes of an experiment."""
 
 
 class Argument(NamedTuple):
@@ -209,10 +211,10 @@ def check_order(command: str, named: Sequence[Named | Argument]) -> None:
             if files:
                 names = " ".join(f"-c {x.name}" for x in files)
                 raise ConfigError(
-                    f"{command}.{key} is missing: {names} changes an experiment, and says nowhere what `{key}` is: name the "
-                    f"experiment first, -c sokoban {names} say."
+                    f"{key}.class_path is missing: {names} changes an experiment, and says nowhere what `{key}` is: name the "
+                    f"experiment first, -c sokoban {names} say, or give the class ({OURS[key]})."
                 )
-            raise ConfigError(f"{command}.{key} is missing: name an experiment (skillsd {command} -c sokoban) or a run folder.")
+            raise ConfigError(f"{key} is missing: name an experiment (skillsd {command} -c sokoban) or a run folder.")
         for x in named[: named.index(first)]:
             if isinstance(x, Named) and isinstance(x.config.get(key), Mapping):
                 after = first.name if isinstance(first, Named) else f"{first.flag}={first.value}"

@@ -23,9 +23,10 @@ from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.checkpoint import newest_good, read_checkpoint
 from skillsd.class_paths import refused_class
 from skillsd.cli.arguments import Request
-from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_values
+from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_values, correct_help
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete
+from skillsd.data import RolloutData  # noqa: F401  # --help lists the classes that are there
 from skillsd.diagnosis import blame
 from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, one_line, secrets, without_keys
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
@@ -60,7 +61,9 @@ class CLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != self.request.command:
             return self.init_parser(**kwargs)
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        correct_help(parser, subcommand)
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -164,7 +167,7 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except ConfigError as e:
-            if not (self.chosen and str(e).startswith("ckpt_path: ")):
+            if not (self.chosen and str(e).startswith("ckpt_path: ")) or subcommand == "export":
                 raise
             raise ConfigError(f"{e} It is the run folder's own; --ckpt_path=null takes the agent as it starts.") from e
 
@@ -180,7 +183,8 @@ class CLI(LightningCLI):
             if not known and not said:
                 raise
             key = refusing(e, self.config[self.subcommand].as_dict()) or "trainer"
-            raise ConfigError(f"{key}: " * (not _ours(e)) + (said or one_line(str(e)))) from e
+            line = said or one_line(str(e))
+            raise ConfigError(line if _ours(e) or line.startswith(key) else f"{key}: {line}") from e
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         made = dict(zip(self._parser(self.subcommand).callback_keys, callbacks, strict=True))
@@ -203,10 +207,14 @@ class CLI(LightningCLI):
     def _begin_fit(self) -> None:
         config, folder = self.config["fit"], Path(self.trainer.default_root_dir)
         ckpt_path, overwrite = config.get("ckpt_path"), bool(config.get("overwrite"))
+        if config.trainer.default_root_dir is None:
+            ranks.say(f"trainer.default_root_dir is not set: the run folder is {folder}")
         if ranks.leads():
             self.owner.begin_fit(self.trainer, ckpt_path, overwrite, bool(config.get("steal_lock")))
         if starts_anew(folder, ckpt_path, overwrite):
             self.config_init["fit"].ckpt_path = None  # what is there is removed later: Lightning would take it
+            if ckpt_path == "last" and not overwrite:
+                ranks.say(f"{folder} has no checkpoint yet: this run begins with its first iteration")
 
     def before_validate(self) -> None:
         trainer: Any = self.trainer

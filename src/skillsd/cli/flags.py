@@ -74,6 +74,19 @@ NO_TRAINER = {"optimizer": _OPTIMIZER, "lr_scheduler": _OPTIMIZER._replace(cure=
 """Arguments that LightningCLI adds for modules which leave their optimizer to it."""
 _NEW = "it is new in this Lightning, and not known to work with skillsd: leave it out"
 
+HELP = {
+    "trainer.default_root_dir": "The run folder, on a disk of this machine or one that is mounted. Default: the present folder.",
+    "trainer.logger": "A logger or several; null (or true) is TensorBoard in the run folder, false is none.",
+    "trainer.limit_val_batches": "How much of the panel `validate` plays: a share, or a number of batches. Default: all of it.",
+    "ckpt_path": "A checkpoint, or `last`: the run folder's newest that is whole.",
+}
+"""Instead of Lightning's texts, where they do not hold for skillsd."""
+CKPT_PATH = {
+    "fit": "To go on from: `last` begins anew where no checkpoint was ever written. Default: a new run, or `last` where the run "
+    "folder itself is named (skillsd fit RUN).",
+    "validate": "Default: the same, if the run folder has one. null: the agent as it starts.",
+}
+"""What a command makes of it besides."""
 
 SEEDS = 2**32
 """Run seeds, from 0: what NumPy takes."""
@@ -105,15 +118,25 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{key}", type=_refusing(refusal), default=SUPPRESS, help=SUPPRESS)
 
 
+def correct_help(parser: LightningArgumentParser, command: str) -> None:
+    """Put HELP in the place of Lightning's texts, in the parser of a command."""
+    for action in parser._actions:
+        if action.dest in HELP and (action.dest != "ckpt_path" or command in CKPT_PATH):
+            action.help = f"{HELP[action.dest]} {CKPT_PATH[command] if action.dest == 'ckpt_path' else ''}".strip()
+
+
 def check_values(config: Mapping[str, Any]) -> None:
-    """Refuse numbers that Lightning takes and stumbles over later.
+    """Refuse what Lightning takes and a run stumbles over later.
 
     Args:
         config: The parameters of the Trainer.
 
     Raises:
-        ConfigError: one is too small.
+        ConfigError: a number is too small, or the run folder is an address.
     """
+    folder = config.get("default_root_dir")
+    if "://" in str(folder):
+        raise ConfigError(f"trainer.default_root_dir: {folder} is an address: name a folder of this machine, or one that is mounted.")
     for name, least in LEAST.items():
         value = config.get(name)
         if (value is None and name == "check_val_every_n_epoch") or (value is not None and value < least):
@@ -123,14 +146,20 @@ def check_values(config: Mapping[str, Any]) -> None:
 def add_seed(parser: LightningArgumentParser) -> None:
     """Add the run seed. Lightning's own takes a random one, and none, with which no run could be repeated."""
     help = f"Run seed, 0 to {SEEDS - 1}: every draw of the run follows from it."
-    parser.add_argument("--seed_everything", type=_seed, default=0, help=help)
+    parser.add_argument("--seed_everything", type=_Seed(), default=0, help=help)
 
 
-def _seed(value: Any) -> int:
-    given = yaml.safe_load(value) if isinstance(value, str) else value
-    if type(given) is not int or not 0 <= given < SEEDS:
-        raise _NotTaken(f"give a whole number from 0 to {SEEDS - 1}; it is what makes a run repeatable.")
-    return given
+class _Seed:
+    """The parser's type of a run seed; `--help` shows a function with its address."""
+
+    def __call__(self, value: Any) -> int:
+        given = yaml.safe_load(value) if isinstance(value, str) else value
+        if type(given) is not int or not 0 <= given < SEEDS:
+            raise _NotTaken(f"give a whole number from 0 to {SEEDS - 1}; it is what makes a run repeatable.")
+        return given
+
+    def __repr__(self) -> str:
+        return "int"
 
 
 def _refusing(refusal: Refusal) -> Callable[[Any], Any]:

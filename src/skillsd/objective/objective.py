@@ -86,7 +86,8 @@ class Objective:
             )
         if not self.signal.writes(self.placement):
             can = [p for p in PLACEMENTS if self.signal.writes(p)]
-            raise ValueError(f"{where}.{self.placement}: {name} is no {self.placement}: give it as {' or '.join(can) or 'nothing'}.")
+            cure = f"give it as {' or '.join(can)}" if can else f"it has no method {' or '.join(PLACEMENTS)} of its own: write one"
+            raise ValueError(f"{where}.{self.placement}: {name} is no {self.placement}: {cure}.")
         if self.placement != "loss" and not self.policy_weight:
             raise ValueError(f"{where}: policy_weight is 0, so {where}.{self.placement} has nothing to act on: raise it or use loss.")
         if self.placement == "multiplier" and max(self.distillation_weight, self.weight_end) > 1:
