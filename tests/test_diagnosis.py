@@ -111,7 +111,7 @@ def test_memory_and_gpu():
 def test_a_terminal_that_has_no_such_characters(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr("skillsd.cli.config", lambda _: print("Löse es"))
+    monkeypatch.setattr("skillsd.cli.config", lambda *_: print("Löse es"))
     assert cli.main(["config"]) == 0
     assert out.buffer.getvalue() == b"L\\xf6se es\n"  # type: ignore[attr-defined]
 

@@ -100,6 +100,15 @@ def test_what_only_rounding_tells_apart_is_equal():
     torch.testing.assert_close(group_advantages(float32_rewards(huge)), torch.tensor([[1.0, -1.0, 0.0]]))
 
 
+def test_which_rewards_are_measured_from_the_smallest():
+    """Those of more than 1,024 times their spread; equal are those that differ by 2^-48 of their size or less. Each group by itself."""
+    as_they_are = [[100.0, 101.0], [2000.0, 2002.0], [1023.0, 1024.0], [0.0, -3.0]]
+    from_the_smallest = [[1024.0, 1025.0], [-2000.0, -2001.0], [1.0 - 2**-47, 1.0], [1.0 - 2**-48, 1.0], [2.5, 2.5]]
+    want = [*as_they_are, [0.0, 1.0], [1.0, 0.0], [0.0, 2**-47], [0.0, 0.0], [0.0, 0.0]]
+    found = float32_rewards(torch.tensor([*as_they_are, *from_the_smallest], dtype=torch.float64))
+    assert found.tolist() == want and found.dtype == torch.float32
+
+
 def test_a_group_of_one_is_refused():
     with pytest.raises(ValueError, match=r"data\.init_args\.group_size"):
         group_advantages(torch.ones(3, 1))

@@ -70,7 +70,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration, nested; empty if it is missing."""
+        """The resolved configuration, nested; empty if the file is missing or empty."""
         if isinstance(self._config, ConfigError):
             raise self._config
         return self._config
@@ -80,7 +80,7 @@ class Run:
         # An error is kept as well: what is costly to refuse is refused once.
         path = self.folder / CONFIG_FILE
         try:
-            return read_config(path) if path.is_file() else {}
+            return read_config(path) if path.is_file() and path.stat().st_size else {}
         except ConfigError as e:
             return e
 
