@@ -308,8 +308,8 @@ def both(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[s
 def test_contexts_and_actors(both, name):
     one, two = both
     for x in two:
-        near(x[name], one[name], 1e-5)  # what is played together differs, so does rounding
-    near(two[0][f"{name} bank"], one[f"{name} bank"], 1e-5)
+        near(x[name], one[name])  # what is played together differs, so does rounding
+    near(two[0][f"{name} bank"], one[f"{name} bank"])
     assert_equal([x["adapters"] for x in two[1][name]], [x["adapters"] for x in two[0][name]])
     assert any(x["grad"] is not None and x["grad"].any() for x in one[name])
     assert one[f"{name} bank"]["skill"] or name == "none"

@@ -114,9 +114,9 @@ def test_a_frozen_engine(policy, engine):
     now = play(policy, engine=engine)
     thread.join()
     alike(before, after)
-    assert_scored_alike(policy, "student", now, 1e-5)
+    assert_scored_alike(policy, "student", now)
     with pytest.raises(AssertionError):
-        assert_scored_alike(policy, "student", after, 1e-5)
+        assert_scored_alike(policy, "student", after)
 
 
 def test_one_is_killed(policy, two, engine, caplog, monkeypatch):
