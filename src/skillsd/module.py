@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from skillsd import ranks
-from skillsd.batch import Batch, Update, mean, padded, reduce, total_norm
+from skillsd.batch import Batch, Update, log_measured, mean, padded, reduce, total_norm
 from skillsd.checkpoint import LAST, check_base
 from skillsd.errors import ConfigError
 from skillsd.objective import Objective
@@ -402,10 +402,10 @@ class SkillSD(L.LightningModule):
             rest = [(p.grad / self._clip_scale if p.grad is not None else 0.0) - g for p, g in zip(params, apart, strict=True)]
             m["grad_norm/distillation"] = total_norm(apart)
             m["grad_norm/policy"] = total_norm(rest)
-        self.metrics = m
-        self.log_dict({k: v for k, v in m.items() if not math.isnan(v)}, batch_size=1)
-        for name, key in (("success", "reward/success"), ("GiB", "memory/peak_gib")):
-            self.log(name, m[key], prog_bar=True, logger=False, batch_size=1)
+        self.metrics, measured = m, {k: v for k, v in m.items() if not math.isnan(v)}
+        self.log_dict(measured, logger=False, batch_size=1)
+        self.log_dict({"success": m["reward/success"], "GiB": m["memory/peak_gib"]}, prog_bar=True, logger=False, batch_size=1)
+        log_measured(self.trainer, measured, rows[0].iteration)
 
     # -- validation, batches and checkpoints -------------------------------------------------------------------------------
 

@@ -219,7 +219,10 @@ def test_tensorboard(finished):
     assert {"panel/success", "panel/completion"} <= scalars
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
     assert [e.step for e in events.Scalars("loss/total")] == [0, 1, 2, 3] == [int(r["iteration"]) for r in rows]
-    assert [e.value for e in events.Scalars("loss/total")] == pytest.approx([float(r["loss/total"]) for r in rows], rel=1e-5, abs=1e-9)
+    for name in METRICS:  # at each iteration in which it was measured, and at no other
+        found, stands = [(e.step, e.value) for e in events.Scalars(name)], [(int(r["iteration"]), r[name]) for r in rows if r[name]]
+        assert [step for step, _ in found] == [step for step, _ in stands], name
+        assert [value for _, value in found] == pytest.approx([float(text) for _, text in stands], rel=1e-5, abs=1e-9)
     shares = events.Scalars("panel/success")
     assert [shares[k].value for k in (0, -1)] == pytest.approx([panel(finished)[when]["success"] for when in ("before", "after")])
     assert shares[0].step == 0
