@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from skillsd import __version__, cli, errors
 from skillsd.callbacks.resume import CheckpointFiles
 from skillsd.config_file import parse_config
 from skillsd.errors import ConfigError
+from skillsd.module import OptimizerSettings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
@@ -415,3 +417,15 @@ def test_values_arrive_as_they_were_given(run, name):
     for part in key.split("."):
         found = found[part]
     assert found == value and type(found) is type(value)
+
+
+def test_an_experiment_of_ones_own_has_its_defaults_on_record(tmp_path, capsys):
+    own = {"model": {"class_path": "skillsd.module.SkillSD", "init_args": {"policy": {"model": "nano"}, "optimizer": {"warmup_steps": 3}}}}
+    own["data"] = {"class_path": "skillsd.data.RolloutData", "init_args": {"env": "skillsd_sokoban:skillsd/Sokoban-v0", "rollout": None}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "-c", str(tmp_path / "own.yaml"), "--print_config"])
+    found = parse_config(capsys.readouterr().out, "printed")
+    model, data = found["model"]["init_args"], found["data"]["init_args"]
+    assert model["optimizer"] == asdict(OptimizerSettings(warmup_steps=3)) and model["objective"]["distillation_weight"] == 0.001
+    assert data["rollout"]["temperature"] == 1.0

@@ -88,6 +88,24 @@ def test_it_asks_without_asserts_too():
     assert done.returncode == 1 and "step's observation must be a str, not NoneType" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "only"),
+    [("tasks", "tasks('train')", None), ("tasks", 'tasks("no such split")', "no such split"), ("reset", "reset", None),
+     ("reset", "no such task", {"task_id": "no such task"}), ("solution", "solution()", None), ("finish", "finish()", None)],
+)  # fmt: skip
+def test_what_an_environment_raises_is_a_breach(method, name, only):
+    """No traceback out of the environment, which would say nothing of the contract; `only`: for this argument alone."""
+
+    def fails(self, *args, **kwargs):
+        if only in (None, *args, *kwargs.values()):
+            raise IndexError("list index out of range")
+        return getattr(Guess, method)(self, *args, **kwargs)
+
+    with pytest.raises(AssertionError) as e:
+        check_text_env(type("Failing", (Guess,), {method: fails})())
+    assert name in str(e.value) and "list index out of range" in str(e.value)
+
+
 def test_scenarios_pass():
     listed = type("Some", (Guess,), {"tasks": lambda self, split: [t | {"scenario": "x"} for t in Guess.tasks(self, split)]})
     check_text_env(listed())

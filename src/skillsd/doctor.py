@@ -30,6 +30,7 @@ from skillsd import __version__
 from skillsd.errors import ConfigError, Parser
 from skillsd.policy.probe import nf4_error
 from skillsd.policy.smollm2 import cached_folder
+from skillsd.words import count
 
 GROUP = "skillsd.doctor"
 KEYS = ("check", "state", "detail", "fix")
@@ -95,7 +96,7 @@ def python() -> Finding:
 
 def pytorch() -> Finding:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return "ok", f"{torch.__version__}, {build}, {torch.get_num_threads()} CPU threads", ""
+    return "ok", f"{torch.__version__}, {build}, {count(torch.get_num_threads(), 'CPU thread')}", ""
 
 
 def gpu() -> Finding:

@@ -1,18 +1,20 @@
 """`check_text_env`: does an environment keep the contract that skillsd trains on? For everybody's environments, as Gymnasium's `check_env`.
 
-The contract: observations and actions are str; `reset(seed=, options={"task_id": ...})` is deterministic; info carries task_id and
-instruction from the start, success (bool) and completion (0..1) at the end; the reward is the completion at the end and 0 before; an action
-that cannot be read costs a turn and never raises; `env.unwrapped.tasks(split)` lists the tasks, each with task_id, split, difficulty and,
-where several count together, scenario (str). An episode that the environment cannot carry on ends with info["failed"], a str that says why;
-the rest of that info does not count. Optional: info["valid"] of a step (bool), whether the action could be read: a run warns when none ever
-could; `solution()` lists the actions that lead from the present state to success; `finish()` ends
-the episode early and returns the final info, for an environment that knows its completion at the end only; `agents` maps the names of
-scripted agents to callables that make one with `act(observation) -> action`; `picture(observation)` draws what an observation shows, as
-[H, W, 3] of uint8, or returns None, whatever the text; `metadata["action_language"]` names the language of actions that are code, "python".
+The contract: observations and actions are str, any str is in both spaces (a subclass of `spaces.Text` whose `contains` says so);
+`reset(seed=, options={"task_id": ...})` is deterministic, and raises KeyError or ValueError for a task that does not exist; info carries
+task_id and instruction from the start, success (bool) and completion (0..1) at the end, 1 with a success; the reward is the completion at
+the end and 0 before; an action that cannot be read costs a turn, is answered (not with "") and never raises; `env.unwrapped.tasks(split)`
+lists the tasks, each with a task_id of its own, split, difficulty and, where several count together, scenario (str), and raises KeyError
+or ValueError, naming the splits, for another split. An episode that the environment cannot carry on ends with info["failed"], a str that
+says why; the rest of that info does not count. Optional: info["valid"] of a step (bool), whether the action could be read: a run warns
+when none ever could; `solution()` lists the actions that lead from the present state to success; `finish()` ends the episode early and
+returns the final info, for an environment that knows its completion at the end only; `agents` maps the names of scripted agents to
+callables that make one with `act(observation) -> action`; `picture(observation)` draws what an observation shows, as [H, W, 3] of uint8,
+or returns None, whatever the text; `metadata["action_language"]` names the language of actions that are code, "python".
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import gymnasium as gym
@@ -36,11 +38,8 @@ def check_text_env(env: gym.Env, *, split: str = "train", actions: Sequence[str]
         _check_replay(env, task["task_id"], actions, max_turns)
         _check_unreadable(env, task["task_id"], max_turns)
         _check_finish(env, task["task_id"])
-    try:
-        env.reset(seed=0, options={"task_id": "no such task"})
-    except (KeyError, ValueError):
-        return
-    raise AssertionError('reset(options={"task_id": "no such task"}) must raise KeyError or ValueError, not play another task')
+    no_task = {"task_id": "no such task"}
+    _refuses(lambda: env.reset(seed=0, options=no_task), f"reset(options={no_task})", ", not play another task")
 
 
 def _require(kept: Any, finding: str) -> None:
@@ -49,12 +48,30 @@ def _require(kept: Any, finding: str) -> None:
         raise AssertionError(finding)
 
 
+def _called(call: Callable[[], Any], name: str) -> Any:
+    """The answer of an environment's method; what it raises is a breach."""
+    try:
+        return call()
+    except Exception as error:
+        raise AssertionError(f"{name} raised {error!r}") from error
+
+
+def _refuses(call: Callable[[], Any], name: str, instead: str) -> None:
+    try:
+        call()
+    except (KeyError, ValueError):
+        return
+    except Exception as error:
+        raise AssertionError(f"{name} must raise KeyError or ValueError, and raised {error!r}") from error
+    raise AssertionError(f"{name} must raise KeyError or ValueError{instead}")
+
+
 def _check_tasks(env: gym.Env, split: str) -> list[dict[str, Any]]:
     listing: Any = getattr(env.unwrapped, "tasks", None)
     _require(callable(listing), "env.unwrapped.tasks(split) is missing: return a list of dicts with task_id, split and difficulty")
     try:
         tasks = listing(split)
-    except (KeyError, ValueError) as error:
+    except Exception as error:
         raise AssertionError(f"tasks({split!r}) raised {error!r}: offer that split, or call check_text_env(env, split=...)") from error
     _require(isinstance(tasks, list) and tasks, f"tasks({split!r}) must return a list with at least one task, not {tasks!r:.80}")
     for task in tasks:
@@ -68,11 +85,8 @@ def _check_tasks(env: gym.Env, split: str) -> list[dict[str, Any]]:
     ids = [task["task_id"] for task in tasks]
     _require(len(set(ids)) == len(ids), f"tasks({split!r}) lists a task_id twice: give every task its own")
     _require(listing(split) == tasks, f"tasks({split!r}) changes from call to call: return the same tasks in the same order")
-    try:
-        listing("no such split")
-    except (KeyError, ValueError):
-        return tasks
-    raise AssertionError('tasks("no such split") must raise KeyError or ValueError that names the known splits')
+    _refuses(lambda: listing("no such split"), 'tasks("no such split")', " that names the known splits")
+    return tasks
 
 
 def _check_spaces(env: gym.Env) -> None:
@@ -84,7 +98,7 @@ def _check_spaces(env: gym.Env) -> None:
 
 
 def _reset(env: gym.Env, task_id: str) -> tuple[str, dict[str, Any]]:
-    result = env.reset(seed=0, options={"task_id": task_id})
+    result = _called(lambda: env.reset(seed=0, options={"task_id": task_id}), f"reset(options={{'task_id': {task_id!r}}})")
     _require(isinstance(result, tuple) and len(result) == 2, "reset must return (observation, info)")
     obs, info = result
     _require(isinstance(obs, str), f"reset's observation must be a str, not {type(obs).__name__}")
@@ -165,7 +179,7 @@ def _check_replay(env: gym.Env, task_id: str, actions: Sequence[str] | None, max
     plan = None
     if hasattr(env.unwrapped, "solution"):
         _reset(env, task_id)
-        plan = env.unwrapped.solution()
+        plan = _called(env.unwrapped.solution, "solution()")
     if plan:
         _require(all(isinstance(action, str) for action in plan), "solution() must return a list of actions as str, or None")
         info = _play(env, task_id, plan, max_turns)[-1][4]
@@ -180,7 +194,7 @@ def _check_finish(env: gym.Env, task_id: str) -> None:
     if not hasattr(env.unwrapped, "finish"):
         return
     _reset(env, task_id)
-    info = env.unwrapped.finish()
+    info = _called(env.unwrapped.finish, "finish()")
     _require(isinstance(info, dict), f"finish() must return the final info, a dict, not {type(info).__name__}")
     completion = info.get("completion")
     _check_end(completion if isinstance(completion, int | float) else math.nan, info)

@@ -222,10 +222,11 @@ def test_metrics_panel_and_configuration(run):
     (run.folder / "panel.json").write_text('{"before": {"n": 3, "success": 0.5, "success_interval": [0, 1], "levels": []}}')
     run.refresh()
     assert run.metrics.loc[0, "loss/total"] == 0.1 + 0.2 and pd.isna(run.metrics.loc[0, "teacher/k3"]) and run.panel["before"]["n"] == 3
+    row |= {"iteration": "1", "teacher/k3": "0.0", "teacher/gap_mean": "0.0"}  # no teacher was scored, which is no agreement
     with (run.folder / "metrics.csv").open("a") as f:
-        f.write("1,0,0.1")  # under way
+        f.write(",".join(row.values()) + "\n" + "2,0,0.1")  # one is under way
     run.refresh()
-    assert len(run.metrics) == 1
+    assert len(run.metrics) == 2 and run.metrics["teacher/gap_mean"].isna().tolist() == [False, True]
     (run.folder / "metrics.csv").write_text(",".join(METRICS) + "\n")  # begun
     run.refresh()
     assert len(run.metrics) == 0 and run.metrics["loss/total"].tolist() == []

@@ -57,7 +57,7 @@ def test_a_task_s_name_forges_no_line(told, tmp_path):
 
 def test_from_one_bank_to_another(told, bank, tmp_path):
     new, file = tmp_path / "new", tmp_path / "skills.jsonl"
-    assert told("export", bank.parent, "-o", file) == ""
+    assert told("export", bank.parent, "-o", file) == f"2 skills: {file}\n"
     assert told("export", bank) == file.read_text() and file.read_text().count("\n") == 2
     said = told("import", new, file)
     assert "imported 2 new skills of 2 tasks" in said and f"--trainer.default_root_dir={new}\n" in said
@@ -143,7 +143,7 @@ def test_what_is_no_bank_and_no_file(told, bank, tmp_path):
         (("import", tmp_path / "new", tmp_path / "nosuch"), "FILE: there is no"),
         (("import", tmp_path / "new", empty), "FILE: it holds no skill"),
         (("import", foreign, empty), "RUN: .* is no folder"),
-        (("search", bank, "x", "-n", "-1"), "n: -1 "),
+        (("search", bank, "x", "-n", "0"), "-n: 0 "),
         ((), "command"),
         (("nosuch",), "nosuch"),
     ):
@@ -156,6 +156,6 @@ def test_search(told, bank):
     assert 0 < found[0]["similarity"] < 1
     lines = told("search", bank, "GO UP", "-n", 2).splitlines()
     assert re.fullmatch(r"0\.\d{3}  skill 1, task t1: mean reward 0\.500, 0 uses, dropped in iteration 2", lines[0])
-    assert lines[3] == "       golden_workflow: go up" and "skill 2" in lines[4] and "1 uses" in lines[4] and len(lines) == 8
+    assert lines[3] == "       golden_workflow: go up" and "skill 2" in lines[4] and "1 use" in lines[4] and len(lines) == 8
     assert r"\x1b" in (text := told("search", bank, "down")) and "..." in text and max(map(len, text.splitlines())) < 240
     assert told("search", bank, "zebra") == "no skill shares a word with it\n" and told("search", bank, "zebra", "--json") == "[]\n"

@@ -71,7 +71,8 @@ def _turns(t: Trajectory, n: int, pictures: Pictures) -> list[Block]:
     if len(t.turns) <= MOST_TURNS:
         return [_cards(numbered, n, pictures)] if numbered else []
     half = MOST_TURNS // 2
-    gap = f"{len(t.turns) - 2 * half} turns are left out here."
+    left_out = len(t.turns) - 2 * half
+    gap = f"{count(left_out, 'turn')} {'is' if left_out == 1 else 'are'} left out here."
     return [_cards(numbered[:half], n, pictures), gap, _cards(numbered[len(t.turns) - half :], n, pictures)]
 
 

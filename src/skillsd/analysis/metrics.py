@@ -11,9 +11,13 @@ import pandas as pd
 
 from skillsd.errors import ConfigError
 
+SPOKEN = ["teacher/gap_mean", "teacher/gap_std", "teacher/health"]
+"""What a teacher makes of an iteration's tokens: metrics.csv has 0 where none was scored, which would read as agreement."""
+
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """A row an iteration, all of them numbers, to the bit; NaN where nothing was measured. A line without its end is still being written.
+    """A row an iteration, all of them numbers, to the bit; NaN where nothing was measured, and where no
+    teacher was scored (SPOKEN). A line without its end is still being written.
 
     Raises:
         ConfigError: It cannot be read or is no such table, or the iterations are not 0, 1, 2, ...
@@ -38,4 +42,6 @@ def read_metrics(path: Path) -> pd.DataFrame:
         raise ConfigError(f"the iterations of {path} are not 0, 1, 2, ...")
     if header and not (frame["epoch"].abs() < 2**53).all():
         raise ConfigError(f"an epoch of {path} is no whole number")
+    if "teacher/k3" in frame:
+        frame.loc[frame["teacher/k3"] == 0, [name for name in SPOKEN if name in frame]] = math.nan
     return frame

@@ -32,7 +32,7 @@ KEYS = {
     "trajectories a task": "data.init_args.group_size", "seed": "seed_everything",
 }  # fmt: skip
 """Of the configuration, in the table at the report's top."""
-_SENTENCE = ("environment", "model", "loss", "seed")
+_SENTENCE = ("environment", "model", "seed")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 
 
@@ -46,7 +46,9 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
 
 def summary(run: Run) -> str:
     """The run in a sentence."""
-    env, model, loss, seed = ("unknown" if (v := lookup(run.config, KEYS[k])) is None else _plain(v) for k in _SENTENCE)
+    env, model, seed = ("unknown" if (v := lookup(run.config, KEYS[k])) is None else _plain(v) for k in _SENTENCE)
+    loss = next((_plain(v) for k in ("loss", "advantage", "multiplier") if (v := lookup(run.config, KEYS[k])) is not None), "")
+    loss = loss or ("skillsd.objective.SkillSD" if lookup(run.config, "model") == "skillsd.module.SkillSD" else "unknown")
     when, made = _begun(run.folder), recorded(run).get("skillsd")
     ends = (f", begun {when}" if when else "") + (f", skillsd {_plain(made)}" if made else ", skillsd's version not recorded")
     return f"A run of {model} on {env}, loss {loss}, seed {seed}; {count(len(run.metrics), 'iteration')}{ends}."

@@ -16,6 +16,7 @@ from skillsd.rollout import Row, answers, ask, demonstrate, make_env, plan_of
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills import BankContext, RulesSummariser, SkillBank
 from skillsd.trajectory import Task, Turn
+from skillsd.words import count
 
 
 def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool, film: Film, weights: str) -> None:
@@ -189,4 +190,4 @@ def _show_last(observation: str | None, caption: str, film: Film) -> None:
 
 def _print_end(finish: str, success: bool, completion: float, reward: float, turns: int, failure: str) -> None:
     reason = f" ({visible(' '.join(failure.split()))})" if failure else ""
-    print(f"--- {finish}{reason}: success {success}, completion {completion:.2f}, reward {reward:.2f}, {turns} turns")
+    print(f"--- {finish}{reason}: success {success}, completion {completion:.2f}, reward {reward:.2f}, {count(turns, 'turn')}")

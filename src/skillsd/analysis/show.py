@@ -69,9 +69,7 @@ def overview(run: Run) -> dict[str, Any]:
     metrics, played = run.metrics, run.trajectories
     shown = [name for name in _SHOWN if name in metrics]
     n = max(1, min(max(len(metrics) // 10, 5), len(metrics) // 2))
-    values = metrics[shown].copy()
-    if {"teacher/gap_mean", "teacher/k3"} <= set(metrics):  # no teacher was scored: a gap of 0 would read as agreement
-        values.loc[metrics["teacher/k3"] == 0, "teacher/gap_mean"] = float("nan")
+    values = metrics[shown]
     return {
         "folder": str(run.folder),
         "running": None if (owner := running(run.folder)) is None else str(owner),

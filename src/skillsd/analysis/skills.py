@@ -83,6 +83,7 @@ def _export(given: Any) -> None:
             write(out, text)
         except OSError as e:
             raise ConfigError(f"-o: {given.out} cannot be written ({e.strerror}): name another file.") from e
+        print(f"{count(text.count(10), 'skill')}: {out}")
 
 
 def _import(given: Any) -> None:
@@ -134,19 +135,22 @@ def _insert(folder: Path, new: list[Skill]) -> None:
 
 
 def _search(given: Any) -> None:
-    found = SkillIndex(read_bank(_bank_file(given.bank)).frame).search(given.query, given.n)
+    if given.n < 1:
+        raise ConfigError(f"-n: {given.n} skills cannot be listed: ask for 1 or more.")
+    frame = read_bank(_bank_file(given.bank)).frame
+    found = SkillIndex(frame).search(given.query, given.n)
     rows = [{"skill_id": int(skill_id)} | plain(row) for skill_id, row in found.iterrows()]  # type: ignore[call-overload]
     if given.json:
         print(json.dumps(rows, indent=1, allow_nan=False))
         return
     for s in rows:
         gone = "" if s["dropped"] is None else f", dropped in iteration {s['dropped']}"
-        head = f"skill {s['skill_id']}, task {one_line(s['task_id'])}: mean reward {s['mean_reward']:.3f}, {s['uses']} uses{gone}"
+        head = f"skill {s['skill_id']}, task {one_line(s['task_id'])}: mean reward {s['mean_reward']:.3f}, {count(s['uses'], 'use')}{gone}"
         print(f"{s['similarity']:.3f}  {head}")
         for name in FIELDS:
             print(f"       {name}: {one_line(' '.join(s[name].split()))}")
     if not rows:
-        print("no skill shares a word with it")
+        print("no skill shares a word with it" if len(frame) else "the bank holds no skill")
 
 
 def _bank_file(given: str) -> Path:

@@ -24,6 +24,8 @@ ALONE = ("-h", "--help", "--print_config", "--version")
 CONFIG = ("-c", "--config")
 OURS = {"model": "skillsd.module.SkillSD", "data": "skillsd.data.RolloutData"}
 """The classes of an experiment."""
+GROUPS = {"model": ("objective", "optimizer"), "data": ("rollout",)}
+"""Their groups of settings that may be left out."""
 
 
 class Argument(NamedTuple):
@@ -107,6 +109,7 @@ def resolve(args: Sequence[str]) -> Request:
         if flag in CONFIG and value is not None and "://" not in value:
             found = find(value)
             named.append(found)
+            _spell_out(found.config)
             out.append(f"--config={as_yaml(found.config)}")
         else:
             if value is not None and value[:1] in ("{", "["):
@@ -184,6 +187,14 @@ def of_run(folder: Path) -> Named:
     if isinstance(trainer, dict):
         config["trainer"] = {**(config.get("trainer") or {}), "default_root_dir": str(folder)}
     return Named(str(folder), config, folder)
+
+
+def _spell_out(config: dict[str, Any]) -> None:
+    """Name the groups of settings that an experiment leaves out, so that config.yaml holds their defaults."""
+    for key, groups in GROUPS.items():
+        node = config.get(key)
+        if isinstance(node, dict) and node.get("class_path") == OURS[key] and isinstance(node.setdefault("init_args", {}), dict):
+            node["init_args"] = {**node["init_args"], **{name: {} for name in groups if node["init_args"].get(name) is None}}
 
 
 def _following(node: Any, was: str, depth: int, key: str = "") -> Any:

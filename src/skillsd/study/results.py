@@ -29,7 +29,6 @@ OPTIONAL = {
 }
 """Column of results.csv -> column of metrics.csv; a run of an older version lacks them: NaN."""
 HEALTH = {"entropy": "policy/entropy", "gap_mean": "teacher/gap_mean", "gap_std": "teacher/gap_std", "teacher_health": "teacher/health"}
-SPOKEN = ["teacher/gap_mean", "teacher/gap_std", "teacher/health"]
 GRADIENTS = ("grad_norm/distillation", "grad_norm/policy")
 
 
@@ -72,7 +71,6 @@ def read_cell(cell: Cell) -> Finished:
     check_format(cell.folder)
     metrics, panel = read_metrics(cell.folder), read_panel(cell.folder)
     before, after = panel.get("before", {}), panel["after"]
-    metrics.loc[metrics["teacher/k3"] == 0, SPOKEN] = nan  # no teacher was scored: a gap of 0 would read as agreement
     norms = metrics[list(GRADIENTS)].dropna()
     norms = norms[norms[GRADIENTS[0]] > 0]
     row = {

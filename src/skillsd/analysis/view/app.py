@@ -19,6 +19,7 @@ from skillsd.analysis.view import pages
 from skillsd.analysis.view.site import Opened, Site
 from skillsd.bounded import visible
 from skillsd.errors import ConfigError
+from skillsd.words import count
 
 HOSTS = ("127.0.0.1", "localhost")
 HEADERS = {
@@ -42,6 +43,7 @@ def create_app(site: Site, token: str) -> Flask:
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.globals["url_for"] = _address
     app.jinja_env.filters["number"] = pages.number
+    app.jinja_env.filters["noun"] = count
 
     @app.before_request
     def admit() -> Response | None:
