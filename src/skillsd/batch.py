@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -142,7 +141,7 @@ def total_norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors])))
 
 
-def log_measured(trainer: L.Trainer, metrics: dict[str, float], iteration: int) -> None:
+def log_measured(trainer: Any, metrics: dict[str, float], iteration: int) -> None:
     """Give loggers an iteration's numbers. Through `LightningModule.log` a number that is not measured in every iteration would be given to
     them anew, as it was, until the epoch ends."""
     if trainer.log_every_n_steps and (iteration + 1) % trainer.log_every_n_steps == 0:

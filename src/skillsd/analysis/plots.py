@@ -114,7 +114,7 @@ def lines(series: Mapping[str, pd.Series[Any]], title: str, marker: str = "") ->
     shown = {name: s for name, s in series.items() if len(s)}
     with _axes(title, bool(shown)) as ax:
         for colour, dash, (name, s) in zip(cycle(COLOURS), cycle(("-", "--", ":")), shown.items(), strict=False):
-            look = {"marker": marker, "linestyle": dash, "linewidth": 1.6, "markersize": 4}  # equal ones are both seen
+            look: dict[str, Any] = {"marker": marker, "linestyle": dash, "linewidth": 1.6, "markersize": 4}  # equal ones are both seen
             ax.plot(s.index, s, color=colour, label=name, **look)
     return _whole(ax)
 
