@@ -1,5 +1,6 @@
 """skillsd: train multi-turn LLM agents with Skill-SD (arXiv:2604.10674). Importing this loads neither torch nor lightning."""
 
+import logging
 import os
 import sys
 from importlib import import_module
@@ -14,7 +15,10 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 # Likewise. A rank that is gone gives one line of ours; PyTorch's sockets give a page each.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-# Likewise Lightning, which takes these for numbers: what else they hold is no rank, and ends its import with a traceback.
+# bitsandbytes warns on some CPUs that a package for its own 4-bit forward is missing. It is not used: that forward has no gradient.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# Lightning takes these for numbers when it is imported: what else they hold is no rank, and ends its import with a traceback.
 for _name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
     if not os.environ.get(_name, "0").isdigit():
         print(f"{_name} is {os.environ.pop(_name)!r}, which is no rank: it is ignored.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Sokoban in which the first step of rank 1 takes longer than anybody's patience but that for rollouts."""
+"""Sokoban in which a step of a rollout of rank 1 takes longer than anybody's patience but that for rollouts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import gymnasium
 
 SECONDS = 20.0
+SLOW = 5
+"""Which step is slow: the first few are those of the check before the run."""
 
 
 class Slow(gymnasium.Wrapper):
-    waited = False
+    steps = 0
 
     def step(self, action: Any) -> Any:
-        if os.environ.get("LOCAL_RANK") == "1" and not Slow.waited:
-            Slow.waited = True
+        Slow.steps += 1
+        if os.environ.get("LOCAL_RANK") == "1" and Slow.steps == SLOW:
             time.sleep(SECONDS)
         return self.env.step(action)
 
