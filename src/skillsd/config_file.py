@@ -61,6 +61,15 @@ def read_config(path: str | Path, name: str | None = None) -> dict[str, Any]:
     return parse_config(text, name)
 
 
+def read_whole(path: Path, name: str | None = None) -> dict[str, Any]:
+    """The same with the content of files beside it that are the values of `model:` or another key at the top."""
+    config = read_config(path, name)
+    for key, value in config.items():
+        if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")) and (path.parent / value).is_file():
+            config[key] = read_config(path.parent / value)
+    return config
+
+
 def parse_config(text: str, name: str) -> dict[str, Any]:
     """The same from a text.
 

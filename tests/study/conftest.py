@@ -24,6 +24,7 @@ plan = json.loads(Path(os.environ["FAKE_PLAN"]).read_text())
 mine = plan.get(f"{method}-{seed}", {})
 with open(os.environ["FAKE_PLAN"] + ".calls", "a") as f:
     f.write(f"{method} {seed} {os.environ['OMP_NUM_THREADS']}\n")
+print(*(Path(b).read_text().strip() for a, b in zip(sys.argv[1:], sys.argv[2:]) if a == "-c"), flush=True)
 print("fake fit", method, seed, "on gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 if mine.get("deaf"):
     signal.signal(signal.SIGINT, signal.SIG_IGN)

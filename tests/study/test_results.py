@@ -28,7 +28,7 @@ def cell(folder: Path, rows: list[list[float | str]], columns: list[str] = COLUM
     result = {"n": 2, "success": 0.5, "completion": 0.75, "levels": [{"task_id": "a", "member": 0, "seed": 0}] * 2}
     panel = {"before": {**result, "success": 0.25}, "after": result, "during": during or {}}
     (folder / "panel.json").write_text(json.dumps(panel))
-    made = Cell("m", 3, folder, (), (), str)
+    made = Cell("m", 3, folder, (), (), {})
     made.write(wall_s=12.5, state="finished")
     return made
 

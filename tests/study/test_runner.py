@@ -152,6 +152,20 @@ def test_a_changed_file_is_refused_but_not_a_comment(studies):
         studies()
 
 
+def test_what_is_edited_while_a_study_runs_is_for_the_next(studies):
+    studies.plan = {"grpo-0": {"sleep": 0.3}}
+    edited = studies.base / "skillsd.yaml"
+    thread = threading.Thread(target=lambda: (until_running(studies), edited.write_text("name: edited\n")))
+    thread.start()
+    assert studies() == 0
+    thread.join()
+    for seed in (0, 1):
+        log = (studies.folder / f"cells/skillsd/seed-{seed}/cell.log").read_text()
+        assert "name: plain name: skillsd" in log and "edited" not in log
+    with pytest.raises(ConfigError, match=r"the cell skillsd seed 0 was made with another skillsd: delete"):
+        studies()
+
+
 def test_more_methods_and_seeds_may_be_added_or_left_out(studies):
     assert studies(seeds=(0,)) == 0
     studies.calls()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillsd import conf_dir
-from skillsd.config_file import as_yaml, check_value, parse_config, read_config
+from skillsd.config_file import as_yaml, check_value, parse_config, read_config, read_whole
 from skillsd.errors import ConfigError
 from skillsd.keys import leaves
 from skillsd.paths import PATH_KEYS, read_path
@@ -145,7 +145,7 @@ def find(name: str) -> Named:
         known = [str(p.relative_to(conf_dir()).with_suffix("")) for p in sorted(conf_dir().rglob("*.yaml"))]
         near = difflib.get_close_matches(name.removeprefix("conf/").removesuffix(".yaml"), known, 3, 0.5) or ["sokoban", "appworld"]
         raise ConfigError(f"{name}: there is no such file or run folder, and none of that name comes with skillsd: {', '.join(near)} do.")
-    return Named(name, _whole(read_config(file, name), file))
+    return Named(name, read_whole(file, name))
 
 
 def packaged(name: str) -> str:
@@ -158,14 +158,6 @@ def packaged(name: str) -> str:
         if (conf_dir() / candidate).is_file():
             return str(conf_dir() / candidate)
     return str(path)
-
-
-def _whole(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A configuration whose `model:` or another key names a further file, beside it, with that file's content."""
-    for key, value in config.items():
-        if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")) and (file.parent / value).is_file():
-            config[key] = read_config(file.parent / value)
-    return config
 
 
 def is_run(folder: Path) -> bool:

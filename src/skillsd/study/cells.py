@@ -6,23 +6,51 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from skillsd import __version__
+from skillsd.config_file import dump_config, read_whole
 from skillsd.durable import write
 from skillsd.errors import ConfigError
 from skillsd.run_folder import read_panel
 from skillsd.study.settings import StudySettings
 
 RECORD, LOG = "cell.json", "cell.log"
+CONFIGS = "cells/.configs"
+"""Folder in a study's with copies of its configuration files, each under the digest of its content."""
 FindConfig = Callable[[str], str]
 """The name of a configuration file -> its path, as `skillsd fit -c` finds it."""
+
+
+class Source(NamedTuple):
+    """A configuration file as it was when the study began: what is edited later is for another study."""
+
+    digest: str
+    """Of what it says; a comment makes no difference."""
+    text: str
+
+    def keep(self, folder: Path, name: str) -> Path:
+        """A copy in the study folder, for the cells; its path."""
+        path = folder / CONFIGS / self.digest / f"{Path(name).stem}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, self.text)
+        return path
+
+
+def read_source(path: Path, name: str) -> Source:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    text = dump_config(read_whole(path, name))
+    return Source(_digest(path), text)
 
 
 @dataclass(frozen=True)
@@ -35,7 +63,7 @@ class Cell:
         folder: Its run folder.
         configs: Names of its configuration files.
         flags: `--key=value` for `skillsd fit`, without the folder.
-        find: Finds the configuration files.
+        sources: The configuration files by name.
     """
 
     method: str
@@ -43,14 +71,18 @@ class Cell:
     folder: Path
     configs: tuple[str, ...]
     flags: tuple[str, ...]
-    find: FindConfig
+    sources: Mapping[str, Source] = field(compare=False)
 
     def __str__(self) -> str:
         return f"{self.method} seed {self.seed}"
 
-    def command(self) -> list[str]:
-        """What follows `skillsd fit`. `last` starts fresh where there is no checkpoint."""
-        configs = [x for c in self.configs for x in ("-c", c)]
+    def command(self, study: Path) -> list[str]:
+        """What follows `skillsd fit`. `last` starts fresh where there is no checkpoint.
+
+        Args:
+            study: The study folder, for the copies of the configuration files.
+        """
+        configs = [x for c in self.configs for x in ("-c", str(self.sources[c].keep(study, c)))]
         return [*configs, *self.flags, f"--trainer.default_root_dir={self.folder}", "--ckpt_path=last"]
 
     def recipe(self) -> dict[str, Any]:
@@ -60,7 +92,7 @@ class Cell:
             "method": self.method,
             "seed": self.seed,
             "arguments": [*(x for n in names for x in ("-c", n)), *self.flags],
-            "contents": [_digest(Path(self.find(c))) for c in self.configs],
+            "contents": [self.sources[c].digest for c in self.configs],
         }
 
     def record(self) -> dict[str, Any]:
@@ -104,8 +136,9 @@ def make_cells(study: StudySettings, find: FindConfig) -> list[Cell]:
     """All cells, seed by seed, so that a study which is cut short is balanced.
 
     Raises:
-        ConfigError: a configuration file is missing.
+        ConfigError: a configuration file is missing, or is none.
     """
+    sources: dict[str, Source] = {}
     for key, names in {
         "configs": study.configs,
         "overlays": study.overlays,
@@ -114,6 +147,7 @@ def make_cells(study: StudySettings, find: FindConfig) -> list[Cell]:
         for name in names:
             if not Path(find(name)).is_file():
                 raise ConfigError(f"{key}: there is no file {name}, here or among those that come with skillsd.")
+            sources[name] = read_source(Path(find(name)), name)
     return [
         Cell(
             method,
@@ -121,7 +155,7 @@ def make_cells(study: StudySettings, find: FindConfig) -> list[Cell]:
             Path(study.folder) / "cells" / method / f"seed-{seed}",
             (*study.configs, *overlays, *study.overlays),
             (f"--seed_everything={seed}", *(f"--{k}={v}" for k, v in study.flags().items())),
-            find,
+            sources,
         )
         for seed in study.seeds
         for method, overlays in study.methods.items()

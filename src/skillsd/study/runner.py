@@ -148,7 +148,7 @@ class Runner:
             log.write(f"--- attempt {attempts}\n")
             log.flush()
             process = subprocess.Popen(
-                [*self.fit, *cell.command()],
+                [*self.fit, *cell.command(Path(self.study.folder))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
