@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ class Guard:
 
 @contextmanager
 def guarded() -> Iterator[Guard]:
-    """SIGTERM stops at once, as Ctrl-C does: Lightning alone would wait for the iteration's end. Threads do not write over the error."""
+    """SIGTERM and SIGHUP (a terminal that is closed) stop at once, as Ctrl-C does: Lightning alone would wait for the iteration's end.
+    Threads do not write over the error. Under nohup a SIGHUP is none.
+    """
     guard = Guard()
     before = threading.excepthook
 
@@ -37,15 +40,27 @@ def guarded() -> Iterator[Guard]:
 
     def stop(number: int, frame: Any) -> None:
         guard.signal = number
-        signal.signal(number, signal.SIG_IGN)  # one is enough: what is under way is being put in order
+        for taken in before_signals:
+            signal.signal(taken, signal.SIG_IGN)  # one is enough: what is under way is being put in order
+        if number == signal.SIGHUP:
+            _leave_terminal()
         raise KeyboardInterrupt
 
-    here = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGTERM, stop) if here else None
+    before_signals: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        taken = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else [])]
+        before_signals = {number: signal.signal(number, stop) for number in taken}
     threading.excepthook = failed
     try:
         yield guard
     finally:
         threading.excepthook = before
-        if here:
-            signal.signal(signal.SIGTERM, handler)
+        for number, handler in before_signals.items():
+            signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Nothing can be written to a terminal that is closed: the attempt would be an error in the middle of putting things in order."""
+    for fd in (1, 2):
+        if os.isatty(fd):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
