@@ -96,9 +96,42 @@ def test_a_run_with_a_checkpoint_is_continued_or_discarded(run, place):
         begin(run, ckpt_path)
         assert names(run) == sorted(["bank.sqlite", f"{place}/last.ckpt", "config.yaml", "metrics.csv"]) and left(run) == ["-1", "0"]
     assert "earlier run" in refused(run)
-    assert "ckpt_path" in refused(run, str(run / place / "last.ckpt"), True)
-    begin(run, "last", True)
+    for ckpt_path in ("last", "other.ckpt", str(run / place / "last.ckpt")):  # it is one or the other
+        assert "ckpt_path" in refused(run, ckpt_path, True)
+    begin(run, None, True)
     assert names(run) == [] and read_record(run) == RunRecord()
+
+
+def test_another_folder_for_checkpoints(run, tmp_path_factory):
+    """A run that goes on has its checkpoints where they are; a folder that holds others' takes no run's."""
+    disk = tmp_path_factory.mktemp("disk")
+    assert plan(run, "last", False, disk).fresh  # there is none yet
+    checkpoint(run)
+    with pytest.raises(ConfigError, match=r"checkpoint\.dirpath"):
+        plan(run, "last", False, disk)
+    assert not plan(run, "last", False, run / "adapter" / ".." / "checkpoints").fresh
+    assert not plan(run, "other.ckpt", False, disk).fresh and plan(run, None, True, disk).fresh
+    (disk / "last.ckpt").write_text("another run's")
+    for ckpt_path, overwrite in (("last", False), ("other.ckpt", False), (None, True)):
+        with pytest.raises(ConfigError, match=r"checkpoint\.dirpath"):
+            plan(run, ckpt_path, overwrite, disk)
+    note_checkpoint(run, disk)
+    assert not plan(run, "last", False).fresh and not plan(run, "last", False, disk).fresh
+    begin(run, None, True)  # the new run has its own where runs have them
+    assert (disk / "last.ckpt").read_text() == "another run's"
+
+
+def test_a_run_without_checkpoints_is_not_begun_anew_unasked(run):
+    write_record(run, RunRecord(saves=False))
+    assert "ckpt_path" in refused(run, "last") and "--ckpt_path" not in refused(run)
+    start = plan(run, None, True)
+    start.saves = False
+    start.carry_out()
+    assert names(run) == [] and read_record(run) == RunRecord(saves=False)
+    begin(run, "last")  # nothing is lost
+    assert read_record(run) == RunRecord()
+    (run / "run.json").write_text('{"format": 1, "checkpoints": null, "discarding": false}')
+    assert read_record(run) == RunRecord()
 
 
 def test_a_checkpoint_that_is_gone_is_missed(run):
@@ -178,11 +211,10 @@ def test_what_could_be_taken_for_the_run_s_is_refused(run):
 @pytest.mark.parametrize(
     "name", ["config.yaml", "metrics.csv", "checkpoints/last.ckpt", "panel.json", "bank.sqlite-wal", "trajectories.jsonl"]
 )
-@pytest.mark.parametrize("ckpt_path", [None, "last"])
-def test_without_a_record_nothing_is_a_run_s(tmp_path, name, ckpt_path):
+def test_without_a_record_nothing_is_a_run_s(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
-    for overwrite in (False, True):
+    for ckpt_path, overwrite in ((None, False), ("last", False), (None, True)):
         assert name in refused(tmp_path, ckpt_path, overwrite)
 
 

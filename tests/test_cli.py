@@ -21,6 +21,7 @@ from skillsd.callbacks.resume import CheckpointFiles
 from skillsd.config_file import parse_config
 from skillsd.errors import ConfigError
 from skillsd.module import OptimizerSettings
+from skillsd.skills import SkillBank
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
@@ -286,7 +287,10 @@ def test_a_foreign_bank_is_never_overwritten(ended, spoil):
 
 
 def test_a_bank_of_another_run(ended, tmp_path):
-    (ended.folder / "bank.sqlite").unlink()
+    path = ended.folder / "bank.sqlite"
+    path.unlink()
+    assert str(path) in ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2") and not path.exists()
+    SkillBank(path, booking="source").close()
     line = ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
     assert "does not belong to this checkpoint" in line
 

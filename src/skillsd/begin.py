@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from skillsd.errors import ConfigError
 from skillsd.run_folder import (
     ADAPTER,
     BANK_FILE,
+    CHECKPOINTS,
     FILES,
     FOLDERS,
     MODEL,
@@ -39,9 +40,13 @@ def starts_anew(folder: Path, ckpt_path: str | None, overwrite: bool) -> bool:
     """A fit with these arguments continues from no checkpoint. Every rank finds the same: nothing is changed before all have asked.
 
     Raises:
-        ConfigError: `last` is asked for, and the checkpoint that was once written is not there.
+        ConfigError: `last` is asked for, and the checkpoint that was once written is not there; or a checkpoint, and that the run goes.
     """
     record = read_record(folder)
+    if overwrite and ckpt_path is not None:
+        raise ConfigError(
+            f"ckpt_path: {ckpt_path} is to be continued, and --overwrite discards the run and begins anew: leave one of the two out."
+        )
     if overwrite or ckpt_path is None or (record is not None and record.discarding):
         return True
     return ckpt_path == "last" and not has_checkpoint(folder, record)
@@ -56,12 +61,14 @@ class Start:
         fresh: Nothing is continued.
         discard: Files of an earlier run that go, in this order.
         keep_imported: Of the bank what was imported stays.
+        saves: The run that begins writes checkpoints.
     """
 
     folder: Path
     fresh: bool = True
     discard: list[Path] = field(default_factory=list)
     keep_imported: bool = False
+    saves: bool = True
 
     def carry_out(self) -> None:
         """Leave the folder as the run needs it. Killed in the middle, the next start does the rest.
@@ -83,26 +90,41 @@ class Start:
             with suppress(OSError):  # what others have put there keeps it
                 if not (self.folder / name).is_symlink():
                     (self.folder / name).rmdir()
-        write_record(self.folder, RunRecord() if self.fresh else replace(record, discarding=False))
+        write_record(self.folder, RunRecord(saves=self.saves) if self.fresh else replace(record, discarding=False))
 
 
-def plan(folder: Path, ckpt_path: str | None, overwrite: bool) -> Start:
+def plan(folder: Path, ckpt_path: str | None, overwrite: bool, place: Path | None = None) -> Start:
     """Find out how a fit begins, and change nothing.
 
     Without a checkpoint to continue from, what a killed run left before its first one is discarded by `--ckpt_path last`. Skills that were
     imported are no run: what starts fresh has them, unless all is discarded. Only files of a run are discarded: others that lie in its
     folders stay, and what could be taken for the run's is refused.
 
+    Args:
+        folder: The run folder.
+        ckpt_path: `last`, a checkpoint's path, or None.
+        overwrite: Discard an earlier run.
+        place: The folder that is set for checkpoints; None where none is.
+
     Raises:
         ConfigError: the folder holds a run that is neither continued nor discarded, files of no run in places that a run needs, a run of
-            another format, or a bank that cannot be read.
+            another format, or a bank that cannot be read; or `place` is not where the checkpoints of a run that goes on are.
     """
     check_format(folder)
     record = read_record(folder)
     fresh = starts_anew(folder, ckpt_path, overwrite)
     _check_places(folder)
     found = list(_files_of_run(folder, record))
+    there = checkpoint_folder(folder, record)
+    moves = place is not None and place.resolve() != there.resolve()
     if not fresh:
+        if moves and ckpt_path == "last":
+            raise ConfigError(
+                f"checkpoint.dirpath: the checkpoints of this run are in {there}, and not in {place}: leave it out, or name one of them "
+                "with --ckpt_path."
+            )
+        if place is not None and moves:
+            _check_vacant(place)
         return Start(folder, False, [p for p in found if p in temporaries(p.parent)])
     bank = [p for p in found if p.name.startswith(BANK_FILE)]
     only_imported = len(bank) == len(found) and _only_imported(folder / BANK_FILE)
@@ -111,19 +133,18 @@ def plan(folder: Path, ckpt_path: str | None, overwrite: bool) -> Start:
             f"trainer.default_root_dir: {folder} holds {_inside(found[0], folder)}, and no {RECORD_FILE} says that a run has made it: "
             "move it away, or name another folder."
         )
-    for path in checkpoint_folder(folder, record).glob("*.ckpt"):
-        if path not in found:
-            raise ConfigError(
-                f"trainer.default_root_dir: {path} is no checkpoint that a run has made there, and would be taken for one: move it away, "
-                "or name another folder."
-            )
-    if overwrite and ckpt_path not in (None, "last") and Path(str(ckpt_path)).resolve() in [p.resolve() for p in found]:
-        raise ConfigError("ckpt_path: it is a file of the run that --overwrite discards: copy it elsewhere, or leave one of the two out.")
+    _check_vacant(place or folder / CHECKPOINTS, found)
+    goes_on = record is None or record.saves or record.discarding
+    if ckpt_path == "last" and found and not goes_on:
+        raise ConfigError(
+            f"ckpt_path: the run in {folder} was begun without checkpoints, and cannot be continued: discard it with --overwrite=true in "
+            "place of --ckpt_path, or name another trainer.default_root_dir."
+        )
     if overwrite or (record is not None and record.discarding):
         return Start(folder, True, [*found, folder / VALIDATIONS_FILE])
     if found and ckpt_path != "last" and not only_imported:
         raise ConfigError(
-            f"trainer.default_root_dir: {folder} holds an earlier run: continue it with --ckpt_path last, "
+            f"trainer.default_root_dir: {folder} holds an earlier run: {'continue it with --ckpt_path last, ' * goes_on}"
             "discard it with --overwrite=true, or name another folder."
         )
     if bank:
@@ -137,10 +158,10 @@ def _inside(path: Path, folder: Path) -> Path:
 
 def _files_of_run(folder: Path, record: RunRecord | None) -> Iterator[Path]:
     """What a run has made, where run.json says that there was one. Checkpoints come first: one without its bank could not be continued."""
-    place = checkpoint_folder(folder, record)
-    if place.absolute().is_relative_to(folder.absolute()):
-        yield from (p for p in sorted(place.glob("*.ckpt*")) if p.name in (LAST, PREVIOUS) or _is_checkpoint(p))
-    yield from temporaries(place)
+    for place in dict.fromkeys((checkpoint_folder(folder, record), folder / CHECKPOINTS)):
+        if place.absolute().is_relative_to(folder.absolute()):
+            yield from (p for p in sorted(place.glob("*.ckpt*")) if p.name in (LAST, PREVIOUS) or _is_checkpoint(p))
+        yield from temporaries(place)
     yield from (p for name in FILES if os.path.lexists(p := folder / name))
     ends = tuple(f".{name}." for name in (*FILES, RECORD_FILE))
     yield from (p for p in temporaries(folder) if p.name.startswith(ends))  # of what others write there just now, nothing
@@ -155,6 +176,16 @@ def _files_of_run(folder: Path, record: RunRecord | None) -> Iterator[Path]:
 def _is_checkpoint(path: Path) -> bool:
     """A checkpoint that a run has made, also one that it has set aside."""
     return path.name.endswith((".ckpt", ".ckpt.abandoned")) and is_sealed_archive(path)
+
+
+def _check_vacant(place: Path, found: Collection[Path] = ()) -> None:
+    """Refuse a folder for checkpoints that holds others than those `found` to go."""
+    for path in place.glob("*.ckpt"):
+        if path not in found:
+            raise ConfigError(
+                f"checkpoint.dirpath: {path} is there already, and would be replaced, or taken for a checkpoint of this run: move it away, "
+                "or name another folder (of the run: trainer.default_root_dir)."
+            )
 
 
 def _check_places(folder: Path) -> None:

@@ -16,6 +16,8 @@ from skillsd.durable import DamagedError, check_archive
 from skillsd.errors import ConfigError
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+MIDWAY = "midway"
+"""Key of a checkpoint that somebody has saved after an update, before what records the iteration had its turn."""
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Tensor, torch.nn.Parameter})
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 
@@ -100,10 +102,16 @@ def _why(e: Exception) -> str:
 
 def step_of(path: Path) -> int | None:
     """The iteration that a checkpoint was written after, without a look at its tensors; None if it can't be read."""
+    return _glance(path)[0]
+
+
+def _glance(path: Path) -> tuple[int | None, bool]:
+    """The same, and whether the checkpoint was saved in the middle of an iteration."""
     try:
-        return int(_read(str(path), mmap=True, map_location="cpu")["global_step"])
+        found = _read(str(path), mmap=True, map_location="cpu")
+        return int(found["global_step"]), bool(found.get(MIDWAY))
     except Exception:
-        return None
+        return None, False
 
 
 def check_base(checkpoint: Mapping[str, Any], base: Mapping[str, Any]) -> None:
@@ -132,12 +140,13 @@ def check_base(checkpoint: Mapping[str, Any], base: Mapping[str, Any]) -> None:
 def newest_good(folder: Path) -> Path | None:
     """The checkpoint of a folder with the highest iteration among those that are whole; None if there is none at all.
 
-    What the files hold decides, not their times. Says which ones cannot be read.
+    What the files hold decides, not their times. Says which ones cannot be read, or were saved in the middle of an iteration.
 
     Raises:
-        DamagedError: There are some, and none can be read.
+        DamagedError: There are some, and none can be taken.
     """
-    steps = {path: step_of(path) for path in folder.glob("*.ckpt")}
+    found = {path: _glance(path) for path in folder.glob("*.ckpt")}
+    steps = {path: step for path, (step, _) in found.items()}
     bad: list[str] = []
     for path in sorted(steps, key=lambda p: (steps[p] is not None, -(steps[p] or 0), p.name)):
         try:
@@ -147,9 +156,14 @@ def newest_good(folder: Path) -> Path | None:
         except ConfigError as e:
             bad.append(str(e).removeprefix("ckpt_path: ").removesuffix(" Name another."))
             continue
+        if found[path][1]:
+            bad.append(f"{path} was saved in the middle of an iteration.")
+            continue
         if bad:
             print(f"{' '.join(bad)} Going on from {path}.", file=sys.stderr, flush=True)
         return path
     if bad:
-        raise DamagedError(f"ckpt_path: {' '.join(bad)} There is no other: restore one, or start anew with --overwrite=true.")
+        raise DamagedError(
+            f"ckpt_path: {' '.join(bad)} There is no other: restore one, or start anew with --overwrite=true in place of --ckpt_path."
+        )
     return None

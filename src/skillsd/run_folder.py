@@ -46,11 +46,13 @@ class RunRecord:
         format: Of the folder.
         checkpoints: The folder that a checkpoint was once written to, relative to the run folder if it lies in it; null if none ever was.
         discarding: The removal of an earlier run has begun and has not ended: whatever else is there belongs to that run.
+        saves: The run was begun with checkpoints. Where it was not, that there is none says nothing about how far it has come.
     """
 
     format: int = FORMAT
     checkpoints: str | None = None
     discarding: bool = False
+    saves: bool = True
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -66,7 +68,7 @@ def read_record(folder: Path) -> RunRecord | None:
         found = json.loads(path.read_bytes())
         number = found["format"]
         if number == FORMAT:
-            return RunRecord(number, found["checkpoints"], found["discarding"])
+            return RunRecord(number, found["checkpoints"], found["discarding"], found.get("saves", True))
     except OSError as e:
         raise ConfigError(f"trainer.default_root_dir: {str(folder)[:200]} cannot be read ({e.strerror}): name another folder.") from e
     except (ValueError, TypeError, KeyError, RecursionError) as e:
@@ -129,7 +131,7 @@ def has_checkpoint(folder: Path, record: RunRecord | None) -> bool:
         return False
     raise ConfigError(
         f"ckpt_path: a checkpoint of this run was once written to {place}, and none is there: put it back (a disk that is not mounted?), "
-        "discard the run with --overwrite=true, or name another trainer.default_root_dir."
+        "discard the run with --overwrite=true in place of --ckpt_path, or name another trainer.default_root_dir."
     )
 
 

@@ -14,7 +14,7 @@ from skillsd.checkpoint import LAST, newest_good, read_checkpoint, step_of
 from skillsd.durable import check_replaceable
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
-from skillsd.run_folder import FILES, FOLDERS, check_format, checkpoint_folder, has_checkpoint, read_record
+from skillsd.run_folder import CHECKPOINTS, FILES, FOLDERS, check_format, checkpoint_folder, has_checkpoint, read_record
 
 
 class Trainer(L.Trainer):
@@ -99,21 +99,35 @@ def weights(model: Any, path: str | Path | None) -> str:
     return str(path) if step is None else f"{path}, iteration {step}"
 
 
-def _path(trainer: L.Trainer, ckpt_path: str) -> Path:
-    if ckpt_path != "last":
-        return read_path(ckpt_path, "ckpt_path")
-    run = Path(trainer.default_root_dir)
-    check_format(run)
-    record = read_record(run)
-    has_checkpoint(run, record)  # or it says where it was
-    folder = checkpoint_folder(run, record)
-    return newest_good(folder) or folder / LAST
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run folder that is whole; None where none was ever written.
+
+    Raises:
+        ConfigError: One was written and none is there, none is whole, or the folder is of another format.
+    """
+    check_format(folder)
+    record = read_record(folder)
+    return newest_good(checkpoint_folder(folder, record)) if has_checkpoint(folder, record) else None
+
+
+def named_checkpoint(folder: Path, ckpt_path: str) -> Path:
+    """The checkpoint that a command is to use.
+
+    Args:
+        folder: The run folder.
+        ckpt_path: A path, or `last` for the run folder's own.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    path = last_checkpoint(folder) or folder / CHECKPOINTS / LAST if ckpt_path == "last" else read_path(ckpt_path, "ckpt_path")
+    if not path.is_file():
+        raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
+    return path
 
 
 def _restore(trainer: L.Trainer, model: Any, ckpt_path: str) -> tuple[Path, int]:
-    path = _path(trainer, ckpt_path)
-    if not path.is_file():
-        raise ConfigError(f"ckpt_path: no checkpoint at {path}: name one, or run `skillsd fit` first.")
+    path = named_checkpoint(Path(trainer.default_root_dir), ckpt_path)
     checkpoint = read_checkpoint(path)
     model.configure_model()
     model.on_load_checkpoint(checkpoint)

@@ -233,7 +233,7 @@ def test_metrics_panel_and_configuration(run):
     (run.folder / "metrics.csv").write_text("")
     run.refresh()
     assert len(run.metrics) == 0
-    metrics = [b"a\n1\n", b"iteration,epoch\n0,x\n", b"\xff\n", b"iteration,epoch\n0\n", b"iteration,epoch\n1,0\n"]
+    metrics = [b"a\n1\n", b"iteration,epoch\n0,x\n", b"\xff\n", b"iteration,epoch\n0\n", b"iteration,epoch\n1,0\n3,0\n"]
     bad = [
         *(("metrics.csv", content) for content in metrics),
         ("config.yaml", b"{"),

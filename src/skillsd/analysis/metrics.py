@@ -15,9 +15,13 @@ SPOKEN = ["teacher/gap_mean", "teacher/gap_std", "teacher/health"]
 """What a teacher makes of an iteration's tokens: metrics.csv has 0 where none was scored, which would read as agreement."""
 
 
-def read_metrics(path: Path) -> pd.DataFrame:
+def read_metrics(path: Path, whole: bool = True) -> pd.DataFrame:
     """A row an iteration, all of them numbers, to the bit; NaN where nothing was measured, and where no
     teacher was scored (SPOKEN). A line without its end is still being written.
+
+    Args:
+        path: The file.
+        whole: The first iteration is 0. It may be a later one where a run went on after its file was moved away.
 
     Raises:
         ConfigError: It cannot be read or is no such table, or the iterations are not 0, 1, 2, ...
@@ -38,8 +42,9 @@ def read_metrics(path: Path) -> pd.DataFrame:
         raise ConfigError(f"{path} has no column {missing[0]}")
     if len(set(header)) < len(header):
         raise ConfigError(f"{path} has two columns of one name")
-    if header and frame["iteration"].tolist() != list(range(len(frame))):
-        raise ConfigError(f"the iterations of {path} are not 0, 1, 2, ...")
+    first = 0.0 if whole or not len(frame) or not 0 <= (least := frame["iteration"].iloc[0]) < 2**53 else least
+    if header and frame["iteration"].tolist() != [first + i for i in range(len(frame))]:
+        raise ConfigError(f"the iterations of {path} are not {first:.0f}, {first + 1:.0f}, {first + 2:.0f}, ...")
     if header and not (frame["epoch"].abs() < 2**53).all():
         raise ConfigError(f"an epoch of {path} is no whole number")
     if "teacher/k3" in frame:

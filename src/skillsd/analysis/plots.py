@@ -49,12 +49,17 @@ def curve(run: Run, name: str, window: int | None = None) -> pd.DataFrame:
     """
     values = run.metrics[name]
     values = values[values.abs() <= _LARGEST]  # what is not finite, or overflows an axis, leaves a gap
-    n, window = len(run.metrics), window or _window(run)
+    n, window = _end(run), window or _window(run)
     if name in PLAYED and not run.trajectories.empty:
         return _over_groups(run, PLAYED[name], window)
     place = values.index // window
     mean = values.groupby(place).mean()
     return _frame(mean, np.full(len(mean), np.nan), window, n)
+
+
+def _end(run: Run) -> int:
+    """The iteration after the last."""
+    return int(run.metrics.index.max()) + 1 if len(run.metrics) else 0
 
 
 def _window(run: Run) -> int:
@@ -70,7 +75,7 @@ def _over_groups(run: Run, name: str, window: int) -> pd.DataFrame:
     size = found["size"].to_numpy(dtype=float)
     with np.errstate(invalid="ignore", divide="ignore"):
         spread = scipy.stats.t.ppf(0.975, size - 1) * found["std"].to_numpy() / np.sqrt(size)
-    frame = _frame(found["mean"], spread, window, len(run.metrics))
+    frame = _frame(found["mean"], spread, window, _end(run))
     return frame if name == "reward" else frame.clip(0.0, 1.0)
 
 

@@ -126,7 +126,7 @@ class Run:
         `reward/success`, `reward/completion`, `reward/zero_variance` and `policy/clip_fraction` shares.
         """
         path = self.folder / METRICS_FILE
-        frame = read_metrics(path) if path.is_file() else pd.DataFrame()
+        frame = read_metrics(path, whole=False) if path.is_file() else pd.DataFrame()
         if "iteration" not in frame:  # nothing yet
             return pd.DataFrame(index=pd.Index([], name="iteration", dtype=int))
         return frame.astype({"iteration": int, "epoch": int}).set_index("iteration")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,21 @@ log = logging.getLogger(__name__)
 
 LOGS = METRICS_FILE, TRAJECTORIES_FILE
 COLUMNS = ("iteration", "epoch", *METRICS)
+
+
+def check_recorded(trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to go on without the record that a run began with, or with one that it began without: it would have a gap.
+
+    Raises:
+        ConfigError: `log.enabled` is not as it was.
+    """
+    before = "run_log" in checkpoint
+    if before != any(isinstance(c, RunLog) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        was, now = str(before).lower(), str(not before).lower()
+        raise ConfigError(
+            f"log.enabled: it was {was} and is {now}, and the record of the run would have a gap: set it as it was, or name a new run "
+            "folder (trainer.default_root_dir)."
+        )
 
 
 class RunLog(L.Callback):
@@ -161,6 +176,8 @@ class RunLog(L.Callback):
         checkpoint["run_log"] = {name: {"bytes": length, "crc32": crc} for name, (length, crc) in self.seen.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            check_recorded(trainer, checkpoint)
         self.seen = {name: (x["bytes"], x["crc32"]) for name, x in checkpoint.get("run_log", {}).items()}
 
     def _take_up(self, path: Path, length: int, crc: int) -> tuple[int, int]:
@@ -170,6 +187,8 @@ class RunLog(L.Callback):
             DamagedError: It is not that.
         """
         if not path.is_file():
+            if length:
+                ranks.say(f"{path} is not there: it begins anew, without the iterations up to here.")
             return 0, 0
         if checksum(path, length) != crc or path.stat().st_size < length:
             raise DamagedError(
@@ -184,6 +203,8 @@ class RunLog(L.Callback):
     def _append(self, path: Path, text: str) -> None:
         length, crc = self.seen[path.name]
         data = text.encode()
+        if (path.stat().st_size if path.is_file() else 0) != length:
+            raise DamagedError(f"{path} was changed or removed while the run was writing it: go on from the last checkpoint.")
         with named(path), path.open("ab") as f:
             f.write(data)
         self.seen[path.name] = length + len(data), crc32(data, crc)

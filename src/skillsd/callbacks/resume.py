@@ -16,11 +16,20 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from skillsd import ranks
-from skillsd.checkpoint import LAST, PREVIOUS, newest_good, plain, read_checkpoint, step_of
+from skillsd.callbacks.log import check_recorded
+from skillsd.checkpoint import LAST, MIDWAY, PREVIOUS, newest_good, plain, read_checkpoint, step_of
 from skillsd.continuation import say_changes, settings
 from skillsd.durable import seal, write
 from skillsd.errors import ConfigError
 from skillsd.run_folder import CHECKPOINTS, note_checkpoint
+
+_ITERATIONS = "set checkpoint.every_n_train_steps, in iterations"
+NOT_TAKEN = {
+    "save_weights_only": "the run could not go on from such a checkpoint: `skillsd export` writes the student alone",
+    "every_n_epochs": _ITERATIONS,
+    "train_time_interval": _ITERATIONS,
+}
+"""Settings of ModelCheckpoint that a run does not take, and what there is in their place."""
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -32,14 +41,18 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_train_steps: Iterations between two checkpoints.
-        **kwargs: As for ModelCheckpoint.
+        **kwargs: As for ModelCheckpoint, without those of NOT_TAKEN.
     """
 
     def __init__(self, every_n_train_steps: int = 1, save_last: bool = True, save_top_k: int = 0, **kwargs: Any) -> None:
+        for name, cure in NOT_TAKEN.items():
+            if kwargs.get(name):
+                raise ConfigError(f"checkpoint.{name}: not for skillsd: {cure}.")
         super().__init__(
             every_n_train_steps=every_n_train_steps, save_last=save_last, save_top_k=save_top_k, enable_version_counter=False, **kwargs
         )
         self._io = CheckpointFiles()
+        self._recorded = 0  # the iteration up to which every callback has had its turn
 
     def _place(self, trainer: L.Trainer) -> None:
         if self.dirpath is None:
@@ -53,13 +66,15 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._place(trainer)
         trainer.strategy.checkpoint_io = self._io
-        self._io.run_folder = Path(trainer.default_root_dir)
+        self._io.run_folder, self._io.place = Path(trainer.default_root_dir), Path(str(self.dirpath))
         if stage == "fit":
+            self._recorded = 0
             trainer.fit_loop.__class__ = _RunLoop
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Lightning's own hook would leave out the run's last iteration, and warns in manual optimisation.
+        self._recorded = trainer.global_step
         every = self._every_n_train_steps
         if trainer.global_step >= trainer.estimated_stepping_batches or (every and trainer.global_step % every == 0):
             self._save(trainer)
@@ -82,7 +97,8 @@ class RunCheckpoint(ModelCheckpoint):
         try:
             self._io.flush()
         except OSError as e:
-            print(f"the last iteration could not be saved ({e}); the checkpoint before it is in place.", file=sys.stderr)
+            before = (Path(str(self.dirpath)) / LAST).is_file()
+            print(f"the last iteration could not be saved ({e}){'; the checkpoint before it is in place' * before}.", file=sys.stderr)
 
     def _save(self, trainer: L.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):  # among others: this step is saved already
@@ -91,6 +107,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["settings"] = self._settings(trainer)
+        if trainer.global_step != self._recorded:
+            checkpoint[MIDWAY] = True
 
     def _settings(self, trainer: L.Trainer) -> dict[str, str]:
         return settings(getattr(trainer, "skillsd_config", {}), str(trainer.default_root_dir))
@@ -99,16 +117,28 @@ class RunCheckpoint(ModelCheckpoint):
         """Say which settings are no longer the run's: its record is of both.
 
         Raises:
-            ConfigError: Lightning knows a data module's state by its class, and the run had another class.
+            ConfigError: Lightning knows a data module's state by its class, and the run had another class; `log.enabled` is not as it
+                was; `trainer.max_epochs` is behind the checkpoint; or it was saved in the middle of an iteration.
         """
         if trainer.state.fn == "fit":
+            if checkpoint.get(MIDWAY):
+                raise ConfigError(
+                    "ckpt_path: it was saved in the middle of an iteration, whose record would be missing (by trainer.save_checkpoint in a "
+                    "callback, or a ModelCheckpoint with save_on_exception): name another, or `last`."
+                )
+            check_recorded(trainer, checkpoint)
+            if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) < checkpoint["epoch"]:
+                raise ConfigError(
+                    f"trainer.max_epochs: it is {trainer.max_epochs}, and the run has gone through {checkpoint['epoch']}: set it to "
+                    f"{checkpoint['epoch']} or more."
+                )
             name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
             others = [k for k, state in checkpoint.items() if isinstance(state, dict) and "episodes" in state]
             if others and name not in others:
                 raise ConfigError(f"data.class_path: the checkpoint's run had {others[0]}, and here it is {name}: set it as it was.")
             if said := say_changes(checkpoint.get("settings", {}), self._settings(trainer)):
                 ranks.say(said)
-        self._last_global_step_saved = checkpoint["global_step"]
+        self._last_global_step_saved = self._recorded = checkpoint["global_step"]
 
 
 class _RunLoop(_FitLoop):
@@ -134,6 +164,7 @@ class CheckpointFiles(TorchCheckpointIO):
         self.unwritten: tuple[Path, memoryview] | None = None
         self.writing = threading.RLock()
         self.run_folder: Path | None = None  # whose record says that a checkpoint was written
+        self.place: Path | None = None  # the run's own checkpoints: what other callbacks save elsewhere is not what `last` is to find
         self.good: set[Path] = set()  # written or read here: a damaged one does not replace the one before it
         self.begun_at: int | None = None  # the iteration of what was read, until something is written
 
@@ -157,7 +188,7 @@ class CheckpointFiles(TorchCheckpointIO):
                 self.good.add(path)
 
     def _note(self, folder: Path) -> None:
-        if self.run_folder is not None:
+        if self.run_folder is not None and folder == self.place:
             note_checkpoint(self.run_folder, folder)
 
     def _set_aside(self, path: Path) -> None:

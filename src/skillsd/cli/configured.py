@@ -19,8 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from skillsd import ranks
 from skillsd.analysis.panel import print_report
 from skillsd.begin import starts_anew
+from skillsd.callbacks import RunCheckpoint
 from skillsd.callbacks.run_config import SaveRunConfig
-from skillsd.checkpoint import newest_good, read_checkpoint
+from skillsd.checkpoint import read_checkpoint
 from skillsd.class_paths import refused_class
 from skillsd.cli.arguments import Request
 from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_values, correct_help
@@ -32,9 +33,9 @@ from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, one_line, 
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.module import check_strategy
 from skillsd.paths import read_paths
-from skillsd.run_folder import check_format, checkpoint_folder, has_checkpoint, read_record
+from skillsd.run_folder import checkpoint_folder, read_record
 from skillsd.skills.callback import SkillBankCallback
-from skillsd.trainer import weights
+from skillsd.trainer import last_checkpoint, named_checkpoint, weights
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +142,10 @@ class CLI(LightningCLI):
         if config.get("ckpt_path") is None and "--ckpt_path" not in self.request.flags:
             config.ckpt_path = self._default_checkpoint(config)
         given = config.get("ckpt_path")
-        if given is not None and given != "last" and "://" not in given and not Path(given).exists():
-            raise ConfigError(f"ckpt_path: no checkpoint at {given}: name one, `last`, or leave it out.")
+        if given is not None and given != "last" and "://" not in given and not Path(given).is_file():
+            raise ConfigError(f"ckpt_path: no checkpoint at {given or 'an empty path'}: name one, `last`, or leave it out.")
+        if given == "last" and self.subcommand == "validate":
+            config.ckpt_path = str(named_checkpoint(Path(config.trainer.default_root_dir or "."), given))
         several = str(config.trainer.devices) != "1" or config.trainer.num_nodes > 1 or config.trainer.strategy != "auto"
         if given == "last" and config.trainer.enable_checkpointing is False:
             raise ConfigError("ckpt_path: last is a checkpoint, and trainer.enable_checkpointing is false: leave one of them out.")
@@ -157,10 +160,7 @@ class CLI(LightningCLI):
             return "last" if folder == self.request.run and not config.overwrite else None
         if config.get("policy", "model") != "model":
             return None
-        check_format(folder)
-        record = read_record(folder)
-        found = newest_good(checkpoint_folder(folder, record)) if has_checkpoint(folder, record) else None
-        self.chosen = found is not None
+        self.chosen = (found := last_checkpoint(folder)) is not None
         return str(found) if found else None
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -209,19 +209,20 @@ class CLI(LightningCLI):
         ckpt_path, overwrite = config.get("ckpt_path"), bool(config.get("overwrite"))
         if config.trainer.default_root_dir is None:
             ranks.say(f"trainer.default_root_dir is not set: the run folder is {folder}")
+        saver: Any = next((c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint)), None)  # type: ignore[attr-defined]
         if ranks.leads():
-            self.owner.begin_fit(self.trainer, ckpt_path, overwrite, bool(config.get("steal_lock")))
+            self.owner.begin_fit(self.trainer, ckpt_path, overwrite, bool(config.get("steal_lock")), saver)
         if starts_anew(folder, ckpt_path, overwrite):
             self.config_init["fit"].ckpt_path = None  # what is there is removed later: Lightning would take it
-            if ckpt_path == "last" and not overwrite:
+            if ckpt_path == "last":
                 ranks.say(f"{folder} has no checkpoint yet: this run begins with its first iteration")
+        elif saver is not None and saver.dirpath is None:
+            saver.dirpath = str(checkpoint_folder(folder, read_record(folder)))
 
     def before_validate(self) -> None:
         trainer: Any = self.trainer
         if ranks.leads():
             self.owner.take(trainer, bool(self.config["validate"].get("steal_lock")))
-            if self.config["validate"].get("ckpt_path") == "last":
-                has_checkpoint(self.owner.folder, read_record(self.owner.folder))
             self.owner.record()
         # The run's own TensorBoard record is training's: a validation would stand in it once more at step 0.
         trainer.loggers = [x for x in trainer.loggers if not isinstance(x, TensorBoardLogger)]

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 from skillsd.begin import Start, plan
+from skillsd.callbacks import RunCheckpoint
 from skillsd.errors import ConfigError
 from skillsd.run_folder import RECORD_FILE, VALIDATIONS_FILE, RunRecord, check_format, read_record, run_files, write_record
 from skillsd.run_lock import RunLock
@@ -52,14 +53,22 @@ class RunOwner:
             write_record(self.folder, RunRecord())
             self._made_record = True
 
-    def begin_fit(self, trainer: L.Trainer, ckpt_path: str | None, overwrite: bool, steal: bool) -> None:
+    def begin_fit(self, trainer: L.Trainer, ckpt_path: str | None, overwrite: bool, steal: bool, saver: RunCheckpoint | None) -> None:
         """The same for a fit; what is to be discarded goes when everything else has been checked.
+
+        Args:
+            trainer: Whose folder.
+            ckpt_path, overwrite: See `plan`.
+            steal: See `RunLock`.
+            saver: What writes the run's checkpoints; None if nothing does.
 
         Raises:
             ConfigError: See `plan`.
         """
         self.take(trainer, steal)
-        start = plan(self.folder, ckpt_path, overwrite)
+        place = Path(saver.dirpath) if saver is not None and saver.dirpath else None
+        start = plan(self.folder, ckpt_path, overwrite, place)
+        start.saves = saver is not None and bool(saver.save_last)
         self.record()
         trainer.callbacks.insert(0, StartRun(start))  # type: ignore[attr-defined]
 

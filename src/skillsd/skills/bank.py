@@ -63,6 +63,7 @@ class SkillBank:
         self.drop = drop
         self._read_only = read_only
         self._ledger = bank_file.connect(self.path, booking, read_only)
+        self._identity = None if self.path is None else bank_file.identity(self.path)
 
     # Reading
 
@@ -209,8 +210,10 @@ class SkillBank:
         return forgotten
 
     def sync(self) -> None:
-        """Flushes what was written to the disk, as a power cut would lose the last of it. Raises OSError."""
+        """Flushes what was written to the disk, as a power cut would lose the last of it. Raises OSError, also if the file is gone."""
         if self.path is not None:
+            if bank_file.identity(self.path) != self._identity:
+                raise OSError(f"{self.path}: the bank was removed or replaced while it was written to: put it back")
             for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
                 if path.exists():
                     sync(path)

@@ -68,6 +68,15 @@ def overtaken(path: Path | None) -> OSError:
     return OSError(f"{path}: another process has written to the bank since it was opened. One run, one bank: choose another path")
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which file is there; None if none is."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def connect(path: Path | None, booking: Booking, read_only: bool) -> Ledger:
     """Opens the bank, making it if there is none; brings a file of an earlier version to the present one.
 

@@ -115,8 +115,14 @@ class SkillBankCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._fits = True
         if self.bank is None and ranks.leads():  # opened late: input that is refused before leaves no file behind
+            path = Path(trainer.default_root_dir) / BANK_FILE
+            if self._state is not None and self._state["position"] and not path.exists():
+                raise ConfigError(
+                    f"skills: {path} is not there, and the checkpoint saw {self._state['position']} events in the bank: a checkpoint goes "
+                    "on in its own run folder, or in a copy of the whole folder."
+                )
             try:
-                self.bank = SkillBank(Path(trainer.default_root_dir) / BANK_FILE, **self.bank_settings)
+                self.bank = SkillBank(path, **self.bank_settings)
             except (ValueError, sqlite3.Error) as e:
                 raise ConfigError(f"skills: {e}") from e
         if self._state is not None and self.bank is not None:
