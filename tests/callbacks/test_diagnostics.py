@@ -16,6 +16,7 @@ from skillsd.callbacks.diagnostics import (
     Diagnostics,
     Seen,
     cannot_read,
+    cannot_read_skills,
     flat_rewards,
     merged_rewards,
     no_gradient,
@@ -108,6 +109,23 @@ def test_prompts_that_the_model_cannot_read():
     assert (seen.unknown, seen.read) == (4, 8)
 
 
+def test_skills_that_the_model_cannot_read():
+    """Nano knows some sixty words; the default texts of skills have others."""
+    plain, shown = group(0.0, 1.0), metrics(skills=1.0)
+    skill = (UNK, 2, UNK, 3, UNK)
+    told = replace(plain, teacher_prompts=((*skill, 1, 2, 3, 4),) * 2)
+    assert "60%" in cannot_read_skills(after(1, [told], shown)) and cannot_read(after(1, [told], shown)) == ""
+    readable = replace(plain, teacher_prompts=((5, 6, 1, 2, 3, 4),) * 2)
+    silent = [([plain], shown), ([readable], shown), ([told], metrics()), ([told], metrics(weight=0.0, skills=1.0))]
+    assert all(cannot_read_skills(after(1, groups, numbers)) == "" for groups, numbers in silent)
+
+
+def test_the_end_of_a_run_that_was_resumed_is_not_all_of_it():
+    seen = Seen(iterations=40)
+    seen.add([group(0.0, 0.0)], metrics(1.0), 1.0, UNK)
+    assert flat_rewards(seen, 1.0, over=True) == "" != flat_rewards(after(1, [group(0.0, 0.0)], metrics(1.0)), 1.0, over=True)
+
+
 def test_the_unknown_token_is_one_of_its_own():
     def tokenizer(unk: int | None) -> Any:
         return SimpleNamespace(unk_token_id=unk, eos_token_id=0, bos_token_id=None, pad_token_id=1)
@@ -132,7 +150,7 @@ def test_each_is_said_once_a_start(caplog: pytest.LogCaptureFixture):
         tokenizer=SimpleNamespace(unk_token_id=UNK, eos_token_id=0, bos_token_id=0, pad_token_id=0), stop_ids=()
     )  # type: ignore[assignment]
     module.metrics = metrics(1.0)
-    trainer: Any = SimpleNamespace(callbacks=[])
+    trainer: Any = SimpleNamespace(callbacks=[], global_step=0)
     callback = Diagnostics()
     bad = [group(0.0, 0.0, valid=False, prompt=(UNK,) * 9)] * FEW_ACTIONS
     with caplog.at_level(logging.WARNING):

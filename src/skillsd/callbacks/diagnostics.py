@@ -35,12 +35,13 @@ class Seen:
     """What the iterations of this process came to.
 
     Attributes:
-        iterations: How many there were.
+        iterations: How many there were, those before a resume included.
         flat: How many there were in a row, up to the last, in which no group had two different rewards.
         rewards: The rewards of those.
         still: How many in a row had a gradient of exactly 0 although rewards differed or a teacher saw a skill.
         actions, understood: Actions that the environment judged (info["valid"]), and those that it could read.
         unknown, read: Unknown tokens among those of prompts and observations in the last iteration, and all of these.
+        foreign, taught: The same in what teachers read beside their students' prompts: skills.
         refused, skills: Summaries that failed, and those that became skills.
         why: Why the latest one failed, if that is known.
         merged: The two ends of a group whose rewards differ so little that no advantage comes of it; empty if there was none.
@@ -54,6 +55,8 @@ class Seen:
     understood: int = 0
     unknown: int = 0
     read: int = 0
+    foreign: int = 0
+    taught: int = 0
     refused: int = 0
     skills: int = 0
     why: str = ""
@@ -88,6 +91,12 @@ class Seen:
             self.unknown += t.prompt_ids.count(unknown_id)
             if unknown_id in t.token_ids:
                 self.unknown += sum(i == unknown_id and not a for i, a in zip(t.token_ids, t.action_mask, strict=True))
+        self.foreign = self.taught = 0
+        for g in groups if shown and unknown_id is not None else ():
+            for own, teacher in zip(g.student_prompts, g.teacher_prompts, strict=True):
+                if own != teacher:
+                    self.taught += max(0, len(teacher) - len(own))
+                    self.foreign += max(0, teacher.count(unknown_id) - own.count(unknown_id))
 
 
 # -- what is said of it; "" if there is nothing to say -------------------------------------------------------------------------------
@@ -149,6 +158,17 @@ def cannot_read(seen: Seen) -> str:
     )
 
 
+def cannot_read_skills(seen: Seen) -> str:
+    """The same of the skills that teachers see."""
+    if not seen.taught or seen.foreign <= max(FEW_UNKNOWN, UNKNOWN_SHARE * seen.taught):
+        return ""
+    return (
+        f"{100 * seen.foreign / seen.taught:.0f}% of the tokens of the skills that teachers see are the tokenizer's unknown token: what "
+        "they stand for, the model cannot read, and the student follows what a teacher makes of the rest. Write skills.template and the "
+        "texts of skills.summariser in words that this model knows (for nano: those of conf/sokoban.yaml), or take another policy.model."
+    )
+
+
 def no_skill_made(seen: Seen) -> str:
     """The summariser has made no skill of anything."""
     if seen.skills or seen.refused < FEW_SUMMARIES:
@@ -174,8 +194,8 @@ class Diagnostics(L.Callback):
     """Warns when a run trains but cannot learn, each reason once, and says what to change. It changes no number.
 
     The reasons: rewards that differ in no group, or too little to be told apart, a gradient of exactly 0 where there should be one,
-    actions that the environment never understands (for those that say so, in info["valid"]), a prompt in unknown tokens, a summariser that
-    makes no skill, and a run that ends before any task is played a second time.
+    actions that the environment never understands (for those that say so, in info["valid"]), a prompt or skills in unknown tokens, a
+    summariser that makes no skill, and a run that ends before any task is played a second time.
     """
 
     def __init__(self) -> None:
@@ -184,7 +204,7 @@ class Diagnostics(L.Callback):
         self.failed_before = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seen, self.said = Seen(), set()
+        self.seen, self.said = Seen(iterations=trainer.global_step), set()
         bank = _bank(trainer)
         if not isinstance(pl_module, SkillSD) or bank is None:
             return
@@ -205,6 +225,7 @@ class Diagnostics(L.Callback):
             self.seen.refused, self.seen.skills = bank.failed - self.failed_before, bank.made
             self.seen.why = bank.checked.last_error
         self._say(cannot_read, self.seen)
+        self._say(cannot_read_skills, self.seen)
         self._say(not_understood, self.seen)
         self._say(flat_rewards, self.seen, weight)
         self._say(merged_rewards, self.seen, weight)
