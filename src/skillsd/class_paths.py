@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from skillsd.errors import Parser
+from skillsd.errors import Parser, no_module
 from skillsd.keys import lacks
 
 _OBJECTIVE = "model.init_args.objective"
@@ -79,7 +79,7 @@ def refused_class(message: str) -> str:
         full = next((base for key in KEYS for base in key.bases if base.rpartition(".")[2] == wanted[1]), wanted[1])
         return _lacking(path, kind, full) if full else _abstract(path, kind)
     if found := re.search(r"No module named '([\w.]+)'", message):
-        return f"there is no module {found[1]} on the Python path: install it, or name its folder, as in PYTHONPATH=. skillsd ..."
+        return no_module(found[1])
     return ""
 
 

@@ -28,6 +28,11 @@ class Parser(ArgumentParser):
         raise ConfigError(f"{message} (`{self.prog} --help` shows what is accepted)")
 
 
+def no_module(name: str) -> str:
+    """What to do where a module that a configuration names is not found."""
+    return f"there is no module {name} on the Python path: install it, or name its folder, as in PYTHONPATH=. skillsd ..."
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what led to it, from the last to the first, as a traceback shows them: at most 20."""
     at: BaseException | None = error

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, Timer, TQDMProgressBar
 from rich.console import Console
 
 from skillsd.callbacks import EnvStepBudget, ProgressLog, RunLog
@@ -100,6 +100,21 @@ def test_a_resumed_run_says_from_where(capsys: pytest.CaptureFixture[str]):
     ProgressLog().on_train_start(at(48), module())
     ProgressLog().on_train_start(at(30, 48, budget(100, 100)), module())
     assert capsys.readouterr().out == "all 48 iterations are done already\nall 30 iterations are done already\n"
+
+
+def test_an_early_end_has_a_reason(capsys: pytest.CaptureFixture[str]):
+    """What a callback does to a run is seen nowhere else: Lightning's own words are for its loggers."""
+    timer, patient = Timer(duration={"seconds": 30}), EarlyStopping("loss/total", patience=2)
+    timer.time_remaining = lambda stage=None: -0.1  # type: ignore[method-assign]
+    patient.wait_count = 2
+    for who, reason in ((budget(100, 104), "104 environment steps"), (timer, "max_time"), (patient, "loss/total"), (None, "a callback")):
+        log = ProgressLog(every=None)
+        log.ends.extend((0.0, 1.0))
+        log.on_train_end(at(7, 48, *filter(None, [who]), should_stop=True), module())
+        said = capsys.readouterr().out
+        assert said.startswith("training ends after iteration 7 of ") and reason in said and said.count("\n") == 1
+        log.on_train_end(at(48, 48, *filter(None, [who]), should_stop=True), module())
+    assert capsys.readouterr().out == ""
 
 
 def test_a_long_rollout_is_not_silent(capsys: pytest.CaptureFixture[str]):

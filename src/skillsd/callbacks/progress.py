@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, Timer
 from rich.console import Console
 
 from skillsd import ranks
@@ -95,6 +95,8 @@ class ProgressLog(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.ends and self.written != trainer.global_step:
             self._line(trainer, pl_module)
+        if self.ends and trainer.should_stop and trainer.global_step < trainer.estimated_stepping_batches:
+            ranks.say(f"training ends after iteration {of(trainer.global_step, trainer)}: {_who_stopped(trainer)}")
 
     def _line(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.every is None or not ranks.leads() or draws_bar(trainer) or len(self.ends) < 2:
@@ -143,6 +145,18 @@ def of(step: int, trainer: Any) -> str:
         return f"{step:,}"
     limits = any(isinstance(c, EnvStepBudget | Timer) for c in trainer.callbacks)
     return f"{step:,} of {'at most ' * limits}{int(total):,}"
+
+
+def _who_stopped(trainer: Any) -> str:
+    """Why a run ends before its last iteration, as far as it can be told."""
+    for c in trainer.callbacks:
+        if isinstance(c, EnvStepBudget) and c.used >= c.steps:
+            return f"{c.used:,} environment steps are played, of EnvStepBudget's {c.steps:,}"
+        if isinstance(c, Timer) and (left := c.time_remaining()) is not None and left <= 0:
+            return "its time is up (trainer.max_time, or a Timer)"
+        if isinstance(c, EarlyStopping) and (c.stopped_epoch or c.wait_count >= c.patience):
+            return f"EarlyStopping, by {c.monitor}"
+    return "a callback asked for it"
 
 
 def time_left(trainer: Any, seconds: float) -> float | None:

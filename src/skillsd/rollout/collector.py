@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import torch
 
-from skillsd.errors import ConfigError
+from skillsd.errors import ConfigError, no_module
 from skillsd.rollout import answers
 from skillsd.rollout.answers import NOTHING, End, Env
 from skillsd.rollout.cache import CacheFull
@@ -44,6 +44,8 @@ def make_env(env_id: str, kwargs: Mapping[str, Any]) -> Env:
         return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     except (ValueError, TypeError, OSError, gymnasium.error.Error, ModuleNotFoundError) as e:
         told = str(e).partition(" was raised from the environment creator")[0]
+        if isinstance(e, ModuleNotFoundError) and isinstance(e.__cause__, ModuleNotFoundError) and e.__cause__.name:
+            told = no_module(e.__cause__.name)
         raise ConfigError(f"data.init_args.env, env_kwargs: {env_id}: {' '.join(told.split())}") from e
 
 
