@@ -159,6 +159,9 @@ def seal_folder(folder: Path) -> None:
     """List the checksums of a folder's files, and flush all of it."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != SUMS)
     (folder / SUMS).write_text("".join(f"{sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files), encoding="utf-8")
+    mode = stat.S_IMODE((folder / SUMS).stat().st_mode)
+    for path in files:
+        path.chmod(mode)  # safetensors writes for the owner alone, whatever the umask is
     for path in (*files, folder / SUMS, folder):
         sync(path)
 

@@ -108,6 +108,7 @@ def test_the_exported_student_loads(make_policy, tmp_path, architecture):
 def test_an_export_that_fails_leaves_the_old_one(make_policy, tmp_path, monkeypatch):
     policy, folder = make_policy(), tmp_path / "student"
     export_adapter(policy, folder, 1)
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # who may read one of its files may read all
     stood = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def full(*_: Any) -> None:
