@@ -230,6 +230,7 @@ def test_bad_commands(capsys):
     for args, told in (
         (["nosuch"], "nosuch"), (["fit"], "model"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
         (["shwo", "runs/a"], "show"), (["-c", "sokoban", "fit"], "skillsd fit -c sokoban"),
+        (["study", "-c", "sokoban"], "sokoban is no study"),
     ):  # fmt: skip
         assert cli.main(args) == 2
         out, err = capsys.readouterr()

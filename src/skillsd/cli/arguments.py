@@ -122,6 +122,10 @@ def resolve(args: Sequence[str]) -> Request:
     flags = {x.flag: x.value for x in named if isinstance(x, Argument)}
     if command in ("fit", "validate", "export", "play") and not any(f in ALONE or f.endswith(".help") for f in flags):
         check_order(command, named)
+    if command == "study" and (other := next((x for x in named if isinstance(x, Named) and x.config.keys() & OURS.keys()), None)):
+        raise ConfigError(
+            f"{other.name} is no study: it says {', '.join(other.config)}. Name it among the study's `configs` (conf/study/)."
+        )
     return Request(out, next(iter(runs), None), flags)
 
 
