@@ -138,6 +138,10 @@ class RolloutData(L.LightningDataModule):
                 f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
                 "or set model.init_args.objective.policy_weight to 0."
             )
+        if self.panel_temperature == 0 and self.panel_attempts * len(self.panel_seeds) > 1:
+            ranks.say(
+                "panel_temperature is 0: greedy episodes of a task are all alike, and panel_attempts or panel_seeds only repeat them"
+            )
         self._check_playable([*self.train_tasks, *self.panel_tasks])
         numbers = {"seed": self.seed, "batch_tasks": self.batch_tasks, "group_size": self.group_size}
         self._episodes = episodes(self.env_id, self.env_kwargs, self.train_tasks, self._check_chat(module), **numbers)
@@ -154,12 +158,12 @@ class RolloutData(L.LightningDataModule):
         """Try the environment on the first task, and reset it to each task of a file: what is bad is better known now than in the middle of
         a run. An environment of its own is tried, and no random number of the run is drawn."""
         with isolate_rng(include_cuda=False), closing(make_env(self.env_id, self.env_kwargs)) as env:
-            check_env(env, tasks[0], self.rollout)
             for task in tasks if self.tasks_file is not None else ():
                 try:
                     env.reset(seed=0, options={**task.options, "task_id": task.task_id})
                 except (ValueError, KeyError, TypeError) as e:
                     raise ConfigError(f"data.init_args.tasks_file: {self.tasks_file}, task {task.task_id}: {e}") from e
+            check_env(env, tasks[0], self.rollout)
 
     def _tasks(self, split: str, key: str) -> list[Task]:
         if self.tasks_file is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from skillsd.analysis.panel import table, title
 from skillsd.callbacks import Panel
 from skillsd.callbacks.panel import add_validation, summarise, write_panel
 from skillsd.errors import ConfigError
@@ -55,6 +56,16 @@ def test_shares_and_intervals():
     assert json.loads(json.dumps(result)) == result
     empty = summarise([])
     assert (empty["n"], empty["success"], empty["success_interval"], empty["pass_at"]) == (0, 0.0, [0.0, 1.0], {})
+
+
+def test_episodes_of_a_task_are_one_item_of_an_interval():
+    """Copies of an episode make no interval narrower."""
+    once, copies = (summarise(panel(*[x for x in (1.0, 0.5, 0.0, 1.0) for _ in range(n)], attempts=n)) for n in (1, 4))
+    assert copies["n"] == 16 and copies["success_interval"] == once["success_interval"] == list(wilson_interval(2, 4))
+    assert table({"before": copies}).rows == table({"before": once}).rows
+    assert title({"before": copies}).endswith("over tasks") and title({"before": once}).endswith("95% intervals")
+    mixed = summarise(panel(1.0, 0.0, 1.0, 1.0, 0.0, 0.0, attempts=2))
+    assert mixed["success_interval"] == list(bootstrap_mean([0.5, 1.0, 0.0])[1:])
 
 
 def test_pass_at_k_against_brute_force():
@@ -199,7 +210,14 @@ def test_scenarios_come_from_the_data_module(tmp_path, capsys):
     assert line == "panel after: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in want.items()) + "\n"
     told.clear()
     trainer.state, trainer.ckpt_path = SimpleNamespace(fn="validate"), None
-    settings = {"env_id": "e", "env_kwargs": {"size": 6}, "tasks_file": None, "panel_split": "test", "panel_seeds": [0]}
+    settings = {
+        "env_id": "e",
+        "env_kwargs": {"size": 6},
+        "tasks_file": None,
+        "train_split": "train",
+        "panel_split": "test",
+        "panel_seeds": [0],
+    }
     vars(trainer.datamodule).update(settings, panel_temperature=0.0, panel_adapter="student")
     callback.on_validation_start(trainer, None)
     for i, batch in enumerate((episodes[:3], episodes[3:])):

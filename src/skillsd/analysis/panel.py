@@ -27,8 +27,12 @@ def rounds(panel: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def title(panel: Mapping[str, Any]) -> str:
     """What `table` shows, in a line; the panel was played at least once."""
-    *others, last = sorted({part["n"] for part in rounds(panel).values()})
-    return f"panel of {''.join(f'{n} or ' for n in others)}{count(last, 'held-out episode')}, 95% intervals"
+    parts = rounds(panel).values()
+    *others, last = sorted({part["n"] for part in parts})
+    held_out = "held-out " * all(part.get("settings", {}).get("held_out", True) is True for part in parts)
+    several = any(len(_by_task(part)) < len(part["levels"]) for part in parts)
+    intervals = f"95% intervals{' over tasks' if several else ''}"
+    return f"panel of {''.join(f'{n} or ' for n in others)}{count(last, f'{held_out}episode')}, {intervals}"
 
 
 def table(panel: Mapping[str, Any]) -> Table:
@@ -101,9 +105,17 @@ def _validated(record: Mapping[str, Any]) -> str:
 
 
 def _shares(result: Mapping[str, Any]) -> tuple[str, str]:
-    levels = [x["completion"] for x in result["levels"]]
-    completion = bootstrap_mean(levels) if levels else (nan, nan, nan)
+    tasks = _by_task(result)
+    completion = bootstrap_mean([sum(v) / len(v) for v in tasks]) if tasks else (nan, nan, nan)
     return _interval(result["success"], *result["success_interval"]), _interval(*completion)
+
+
+def _by_task(result: Mapping[str, Any]) -> list[list[float]]:
+    """The completions of each task's episodes, which are no evidence about other tasks."""
+    tasks: dict[str, list[float]] = {}
+    for i, x in enumerate(result["levels"]):
+        tasks.setdefault(str(x.get("task_id", i)), []).append(x["completion"])
+    return list(tasks.values())
 
 
 def _interval(mean: float, low: float, high: float) -> str:

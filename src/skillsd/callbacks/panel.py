@@ -132,6 +132,7 @@ def _what_was_played(trainer: L.Trainer) -> dict[str, Any]:
     checkpoint = trainer.ckpt_path
     step = read_checkpoint(Path(checkpoint))["global_step"] if checkpoint and Path(checkpoint).is_file() else None
     settings = {"env": d.env_id, "env_kwargs": d.env_kwargs, "tasks_file": d.tasks_file, "split": d.panel_split}
+    settings["held_out"] = d.panel_split != d.train_split
     played = {"attempts": d.panel_attempts, "seeds": d.panel_seeds, "temperature": d.panel_temperature, "adapter": d.panel_adapter}
     return {"checkpoint": None if checkpoint is None else str(checkpoint), "step": step if checkpoint else 0, "settings": settings | played}
 
@@ -162,9 +163,10 @@ def summarise(played: Sequence[Trajectory], scenarios: Mapping[str, str] | None 
         scenarios: Task id -> its scenario; "" for a task that stands alone.
 
     Returns:
-        n, failed (how many of them the environment gave up; they count as not solved), success and its Wilson interval over episodes,
-        completion, pass_at (k -> unbiased pass@k of Chen et al. 2021, arXiv:2107.03374, averaged over tasks), what `goal_completion` gives
-        if a task has a scenario, and levels: [{task_id, member, seed, success, completion, turns, finish_reason}].
+        n, failed (how many of them the environment gave up; they count as not solved), success and its interval over tasks (Wilson's; the
+        bootstrap's where several episodes of a task differ), completion, pass_at (k -> unbiased pass@k of Chen et al. 2021,
+        arXiv:2107.03374, averaged over tasks), what `goal_completion` gives if a task has a scenario, and levels: [{task_id, member,
+        seed, success, completion, turns, finish_reason}].
     """
     wins = sum(t.success for t in played)
     by_task: dict[str, list[bool]] = {}
@@ -178,7 +180,7 @@ def summarise(played: Sequence[Trajectory], scenarios: Mapping[str, str] | None 
         "n": len(played),
         "failed": sum(t.finish_reason == "failed" for t in played),
         "success": wins / max(1, len(played)),
-        "success_interval": list(wilson_interval(wins, len(played))),
+        "success_interval": _mean(by_task.values())[1],
         "completion": sum(t.completion for t in played) / max(1, len(played)),
         "pass_at": pass_at,
         **(goal_completion(played, scenarios) if scenarios and any(scenarios.values()) else {}),
