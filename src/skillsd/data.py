@@ -110,6 +110,8 @@ class RolloutData(L.LightningDataModule):
         """List the tasks. Raises ConfigError for an empty split, overlapping splits, or G < 2 where a group baseline is needed."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         self.panel_tasks, self._episodes = self._tasks(self.panel_split, "panel_split"), None
+        if self.panel_temperature == 0 and self.panel_attempts * len(self.panel_seeds) > 1:
+            ranks.say("panel_temperature is 0: greedy episodes of a task are alike, and panel_attempts or panel_seeds only repeat them")
         if stage != "fit":
             self._check_playable(self.panel_tasks)
             self._check_chat(module)
@@ -137,10 +139,6 @@ class RolloutData(L.LightningDataModule):
             raise ConfigError(
                 f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
                 "or set model.init_args.objective.policy_weight to 0."
-            )
-        if self.panel_temperature == 0 and self.panel_attempts * len(self.panel_seeds) > 1:
-            ranks.say(
-                "panel_temperature is 0: greedy episodes of a task are all alike, and panel_attempts or panel_seeds only repeat them"
             )
         self._check_playable([*self.train_tasks, *self.panel_tasks])
         numbers = {"seed": self.seed, "batch_tasks": self.batch_tasks, "group_size": self.group_size}
