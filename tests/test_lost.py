@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 from tests.test_cli import Run, finished, pytestmark, run
 
+from skillsd import cli
 from skillsd.analysis.metrics import read_metrics
 from skillsd.callbacks import RunCheckpoint, RunLog
 from skillsd.checkpoint import newest_good, read_checkpoint
@@ -90,6 +91,18 @@ def test_a_checkpoint_in_the_middle_of_an_iteration_is_no_run_s(run: Run, capsys
     (place / "z.ckpt").unlink()
     with pytest.raises(DamagedError, match=r"mine\.ckpt"):
         newest_good(place)
+
+
+def test_one_kind_of_folder_is_not_replaced_by_another(ended: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However whole both are; and where a run writes nothing else is put."""
+    assert ended("--out=exported", command="export") == 0 and cli.main(["report", str(ended.folder), "-o", "report"]) == 0
+    before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    inside = [f"{ended.folder}/{name}" for name in ("adapter/student", "adapter/mine", "checkpoints", "tensorboard/mine")]
+    for out in ("report", *inside):
+        assert "out: " in ended.refuses(f"--out={out}", command="export"), out
+    for out in ("exported", *inside):
+        assert cli.main(["report", str(ended.folder), "-o", out]) == 2 and "-o: " in capsys.readouterr().err, out
+    assert {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
 
 
 def test_a_run_is_not_to_end_before_it_goes_on() -> None:

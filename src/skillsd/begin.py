@@ -15,11 +15,13 @@ from skillsd.durable import check_replaceable, is_sealed, is_sealed_archive, tem
 from skillsd.errors import ConfigError
 from skillsd.run_folder import (
     ADAPTER,
+    ADAPTER_KIND,
     BANK_FILE,
     CHECKPOINTS,
     FILES,
     FOLDERS,
     MODEL,
+    MODEL_KIND,
     RECORD_FILE,
     TENSORBOARD,
     VALIDATIONS_FILE,
@@ -197,9 +199,9 @@ def _check_places(folder: Path) -> None:
                 f"trainer.default_root_dir: {path} is no {'folder' if is_folder else 'file'}, or a link to nothing, and a run needs one of "
                 "that name: move it away, or name another folder."
             )
-    for name in (STUDENT, MODEL):
+    for name, kind in ((STUDENT, ADAPTER_KIND), (MODEL, MODEL_KIND)):
         if os.path.lexists(folder / name):
-            check_replaceable(folder / name, "trainer.default_root_dir")
+            check_replaceable(folder / name, "trainer.default_root_dir", kind)
 
 
 def _only_imported(bank: Path) -> bool:

@@ -203,15 +203,17 @@ def remove_sealed(folder: Path) -> None:
     folder.rmdir()
 
 
-def check_replaceable(folder: Path, key: str) -> None:
-    """Refuse a place where no folder can be written, or where one lies that is not provably an earlier one of ours.
+def check_replaceable(folder: Path, key: str, kind: str) -> None:
+    """Refuse a place where no folder can be written, or where one lies that is not provably an earlier one of ours, of the same kind.
 
     Args:
         folder: Where one is to be written by `sealed_folder`.
         key: What named it, for the message.
+        kind: Name of a file that every folder of this kind has.
 
     Raises:
-        ConfigError: It is a link, a file, the present folder, without a parent, or holds anything but what its SHA256SUMS lists.
+        ConfigError: It is a link, a file, the present folder, without a parent, of another kind, or holds anything but what its SHA256SUMS
+            lists.
     """
     cure = "name a folder that is not there yet."
     try:
@@ -231,16 +233,19 @@ def check_replaceable(folder: Path, key: str) -> None:
             f"{key}: {folder} is there, and its {SUMS} does not list exactly the files that are in it, as they are, so it may hold "
             f"somebody's work: {cure}"
         )
+    if not (folder / kind).exists():
+        raise ConfigError(f"{key}: {folder} is there and holds no {kind}, so it is something else than what is to be written: {cure}")
 
 
 @contextmanager
-def sealed_folder(folder: Path, key: str) -> Iterator[Path]:
+def sealed_folder(folder: Path, key: str, kind: str) -> Iterator[Path]:
     """Fill a folder aside; at the block's end it is sealed and put in place, also of an earlier one that is still sealed. If the block
     raises, nothing is left of it.
 
     Args:
         folder: Where it is put. Its parent must be there.
         key: What named it, for the message.
+        kind: Name of a file that every folder of this kind has.
 
     Yields:
         The folder to put files into.
@@ -248,13 +253,13 @@ def sealed_folder(folder: Path, key: str) -> Iterator[Path]:
     Raises:
         ConfigError: See `check_replaceable`; asked before the block and after it.
     """
-    check_replaceable(folder, key)
+    check_replaceable(folder, key, kind)
     work = temporary(folder)
     work.mkdir()
     try:
         yield work
         seal_folder(work)
-        check_replaceable(folder, key)
+        check_replaceable(folder, key, kind)
         if not folder.exists():
             os.rename(work, folder)
         else:

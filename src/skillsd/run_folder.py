@@ -31,6 +31,8 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MODEL = "model"
 TENSORBOARD = "tensorboard"
+ADAPTER_KIND, MODEL_KIND = "adapter_config.json", "config.json"
+"""Files by which an exported adapter and a pre-trained model are known."""
 FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, TENSORBOARD)
 RECORD_FILE = "run.json"
 LOCK_FILE = "run.lock"
@@ -90,6 +92,18 @@ def note_checkpoint(folder: Path, checkpoints: Path) -> None:
     where = next((str(there.relative_to(here)) for here, there in pairs if there.is_relative_to(here)), str(checkpoints.absolute()))
     if (record := read_record(folder)) is None or record.checkpoints != where or record.discarding:
         write_record(folder, RunRecord(checkpoints=where))
+
+
+def check_not_of_run(path: Path, key: str) -> None:
+    """Refuse a place for something else where a run writes.
+
+    Raises:
+        ConfigError: It is a file or a folder of a run, or lies in one.
+    """
+    there = path.resolve()
+    for part in (there, *there.parents):
+        if part.name in (*FILES, *FOLDERS, VALIDATIONS_FILE, RECORD_FILE) and (part.parent / RECORD_FILE).is_file():
+            raise ConfigError(f"{key}: {path} is where the run in {part.parent} itself writes: name another place.")
 
 
 def check_format(folder: Path) -> None:

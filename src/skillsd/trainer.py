@@ -14,7 +14,7 @@ from skillsd.checkpoint import LAST, newest_good, read_checkpoint, step_of
 from skillsd.durable import check_replaceable
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
-from skillsd.run_folder import CHECKPOINTS, FILES, FOLDERS, check_format, checkpoint_folder, has_checkpoint, read_record
+from skillsd.run_folder import ADAPTER_KIND, CHECKPOINTS, check_format, check_not_of_run, checkpoint_folder, has_checkpoint, read_record
 
 
 class Trainer(L.Trainer):
@@ -38,9 +38,8 @@ class Trainer(L.Trainer):
         if ckpt_path is None:
             raise ConfigError("ckpt_path is null: an adapter is exported from a checkpoint: name one, or `last`.")
         folder = read_path(out, "out")
-        if folder.name in (*FILES, *FOLDERS) and folder.parent.resolve() == Path(self.default_root_dir).resolve():
-            raise ConfigError(f"out: {folder} is where the run itself writes: name another folder.")
-        check_replaceable(folder, "out")  # before the model is loaded
+        check_not_of_run(folder, "out")
+        check_replaceable(folder, "out", ADAPTER_KIND)  # before the model is loaded
         path, steps = _restore(self, model, ckpt_path)
         print(f"weights: {weights(model, path)}")
         try:

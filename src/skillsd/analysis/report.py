@@ -17,7 +17,7 @@ from skillsd.durable import check_replaceable, sealed_folder
 from skillsd.errors import ConfigError, Parser, hold_keys, without_keys
 from skillsd.keys import leaves
 from skillsd.paths import read_path
-from skillsd.run_folder import CONFIG_FILE
+from skillsd.run_folder import CONFIG_FILE, check_not_of_run
 
 CURVES = {
     "reward/success": "success", "reward/mean": "reward", "reward/completion": "completion", "teacher/gap_mean": "gap, nats",
@@ -45,6 +45,8 @@ figure{margin:0}svg{width:100%;height:auto;display:block}summary{color:var(--dim
 .nt,.k,.kn,.kc,.nb{color:var(--word)}.s,.s1,.s2,.l,.mi,.mf{color:var(--text)}.c,.c1{color:var(--dim)}
 @media print{:root{--ink:#000;--paper:#fff;--line:#bbb;--soft:#f4f4f2;--word:#0550ae;--text:#0a6640;--dim:#555}body{margin:0;max-width:none}
 pre{max-height:none}.card,figure,tr{break-inside:avoid}h2,h3{break-after:avoid}}"""
+KIND = "report.html"
+"""The file by which a report is known."""
 META = '<meta name="viewport" content="width=device-width,initial-scale=1">'
 
 
@@ -67,18 +69,19 @@ def report(args: Sequence[str], checks: Callable[[], Sequence[dict[str, str]]]) 
     run = Run(given.run)
     hold_keys(dict(leaves(run.config)))
     folder, key = (run.folder / "report", "RUN") if given.out is None else (read_path(given.out, "-o"), "-o")
-    check_replaceable(folder, key)
+    check_not_of_run(folder, key)
+    check_replaceable(folder, key, KIND)
     with Console(stderr=True).status(Text(visible(f"reading {run.folder}"))), closing(Pictures(run)) as pictures:
         made = blocks(run, pictures, checks())
     try:
-        with sealed_folder(folder, key) as work:
+        with sealed_folder(folder, key, KIND) as work:
             for picture in _pictures(made):
                 (work / picture.name).write_bytes(picture.png)
             (work / "report.md").write_bytes(markdown(made, entities).encode())
-            (work / "report.html").write_bytes(html(made, STYLE, META).encode())
+            (work / KIND).write_bytes(html(made, STYLE, META).encode())
     except OSError as e:
         raise ConfigError(f"-o {visible(str(folder))}: it cannot be written ({e.strerror}): name another folder.") from e
-    print(f"report: {folder / 'report.html'}, {folder / 'report.md'}")
+    print(f"report: {folder / KIND}, {folder / 'report.md'}")
 
 
 def blocks(run: Run, pictures: Pictures, checks: Sequence[dict[str, str]]) -> list[Block]:

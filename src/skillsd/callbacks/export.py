@@ -9,7 +9,7 @@ import lightning as L
 
 from skillsd import ranks
 from skillsd.durable import sealed_folder
-from skillsd.run_folder import ADAPTER
+from skillsd.run_folder import ADAPTER, ADAPTER_KIND
 from skillsd.words import count
 
 CARD = """---
@@ -51,7 +51,7 @@ def export_adapter(policy: Any, folder: Path, steps: int, key: str = "trainer.de
         base=policy.settings.model, digest=policy.digest, r=lora.r, alpha=lora.alpha, targets=lora.targets, version=__version__,
         steps=count(steps, "iteration"),
     )  # fmt: skip
-    with sealed_folder(folder, key) as work:
+    with sealed_folder(folder, key, ADAPTER_KIND) as work:
         policy.save_student(work)
         (work / "README.md").write_text(card, encoding="utf-8")
     return folder

@@ -58,7 +58,10 @@ def load_adapter(
         ConfigError: A file is missing or cannot be read, a setting is not known to be right, or not every tensor is there with its shape.
     """
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{KEY}: {folder} is not a PEFT adapter folder ({CONFIG} is missing).")
+        raise ConfigError(
+            f"{KEY}: {folder} is not a PEFT adapter folder ({CONFIG} is missing): name one, or set it to null, also where a checkpoint is "
+            "given: it holds the adapters."
+        )
     try:
         check_folder(folder)
     except DamagedError as e:

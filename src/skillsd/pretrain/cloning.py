@@ -17,7 +17,7 @@ from skillsd.errors import ConfigError
 from skillsd.policy import Policy, PolicySettings
 from skillsd.pretrain.demonstrations import Demonstrations, DemonstrationSettings, collate
 from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Row, ask, make_env, tasks_of
-from skillsd.run_folder import ADAPTER, MODEL
+from skillsd.run_folder import ADAPTER, ADAPTER_KIND, MODEL, MODEL_KIND
 from skillsd.skills import RulesSummariser
 from skillsd.statistics import wilson_interval
 from skillsd.trajectory import Task
@@ -113,12 +113,12 @@ class Cloning(L.LightningModule):
         key = "trainer.default_root_dir"
         if self.train_what == "lora":
             (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
-            with sealed_folder(folder / ADAPTER / "student", key) as work:
+            with sealed_folder(folder / ADAPTER / "student", key, ADAPTER_KIND) as work:
                 self.policy.save_student(work)
             self.print(f"adapter: {folder / ADAPTER / 'student'}")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            with sealed_folder(folder / MODEL, key) as work:
+            with sealed_folder(folder / MODEL, key, MODEL_KIND) as work:
                 self.policy.base.save_pretrained(work)
                 self.policy.tokenizer.save_pretrained(work)
             self.print(f"model: {folder / MODEL}")
