@@ -107,11 +107,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ("-c overlay.yaml", r"fit\.model is missing: -c overlay\.yaml .*-c sokoban -c overlay\.yaml"),
+        ("-c overlay.yaml", r"model\.class_path is missing: -c overlay\.yaml .*-c sokoban -c overlay\.yaml"),
         ("-c overlay.yaml -c experiment.yaml", r"give it after: -c experiment\.yaml -c overlay\.yaml"),
-        ("-c trainer.yaml", r"fit\.model is missing"),
-        ("-c half.yaml", r"fit\.data is missing"),
-        ("--trainer.max_epochs=1", r"fit\.model is missing: name an experiment"),
+        ("-c trainer.yaml", r"model\.class_path is missing"),
+        ("-c half.yaml", r"data\.class_path is missing"),
+        ("--trainer.max_epochs=1", r"^model is missing: name an experiment"),
         ("-c experiment.yaml --skills={a:\n1,a:\n2}", r"--skills: the key a"),
     ],
 )
