@@ -64,6 +64,8 @@ def test_a_moved_run_has_the_same_settings() -> None:
     moved = {"trainer": {"default_root_dir": "b", "callbacks": [{"x": 1}]}, "dir": "b/log", "near": "/a/running", "lr": 0.1}
     assert settings(config, "/a/run") == settings(moved | {"steal_lock": True}, "b/")  # the same run by another start
     assert say_changes(settings(config, "/a/run"), settings(moved | {"lr": 0.2}, "b")).endswith("lr was 0.1 and is 0.2")
+    began = {"model.init_args.policy.lora.init": "nano-recover", "lr": "1"}
+    assert say_changes(began, began | {"model.init_args.policy.lora.init": "null"}) == ""  # it had its effect when the run began
 
 
 class Keeps(L.Callback):

@@ -21,6 +21,7 @@ from skillsd.durable import DamagedError
 from skillsd.errors import ConfigError
 from skillsd.process import guarded
 from skillsd.run_folder import RunRecord, read_record, write_record
+from skillsd.run_lock import RunLock
 from skillsd.skills import SkillBank
 
 __all__ = ["finished", "pytestmark", "run"]
@@ -70,6 +71,9 @@ def test_checkpoints_on_another_disk_are_found(ended: Run, tmp_path: Path) -> No
     assert read_metrics(ended.folder / "metrics.csv")["iteration"].tolist() == [0, 1]
     ended.folder = tmp_path / "second"
     assert "checkpoint.dirpath" in ended.refuses(f"--checkpoint.dirpath={disk}") and not ended.folder.exists()
+    other = RunLock(tmp_path / "empty")  # of a run that writes there, and has not written yet
+    assert "checkpoint.dirpath" in ended.refuses(f"--checkpoint.dirpath={tmp_path}/empty") and not ended.folder.exists()
+    other.release()
 
 
 def test_a_run_that_saves_nothing_says_so_later(run: Run) -> None:

@@ -45,6 +45,11 @@ def test_bootstrap_is_deterministic():
 def test_bootstrap_is_sane():
     assert bootstrap_mean([0.25] * 9) == (0.25, 0.25, 0.25)
     assert bootstrap_mean([3.0]) == (3.0, 3.0, 3.0)
+    for n in (1, 4, 100):  # a share of 1 has Wilson's interval, and no other number is certain either
+        assert bootstrap_mean([1.0] * n, bounds=(0.0, 1.0)) == (1.0, pytest.approx(wilson_interval(n, n)[0]), 1.0)
+        _, low, high = bootstrap_mean([0.5] * n, bounds=(0.0, 1.0))
+        assert 0.5 - low == pytest.approx(high - 0.5) and 0.0 < low < 0.5
+    assert bootstrap_mean([0.25, 0.5], bounds=(0.0, 1.0)) == bootstrap_mean([0.25, 0.5])
     x = np.random.default_rng(3).normal(2.0, 1.0, 400)
     mean, low, high = bootstrap_mean(x)
     assert mean == pytest.approx(x.mean()) and low < mean < high

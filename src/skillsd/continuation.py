@@ -13,6 +13,8 @@ from skillsd.trajectory import Task
 
 PLACES = ("ckpt_path", "config", "overwrite", "steal_lock", "weights_only", "trainer.default_root_dir")
 """Keys that say how a run is started and where it lies, and nothing about it."""
+WITHOUT_EFFECT = "lora.init"
+"""Where an adapter's weights come from in a run that starts anew; one that goes on has its checkpoint's."""
 FEW, SHORT = 8, 60
 """Changes that are listed, and characters of a value."""
 
@@ -70,6 +72,7 @@ def settings(config: Mapping[str, Any], folder: str) -> dict[str, str]:
 def say_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
     """One line about settings that are no longer a checkpoint's; "" if all are."""
     changed = changes(saved, now) if saved and now else []  # a run from a script has no configuration
+    changed = [c for c in changed if not c[0].endswith(WITHOUT_EFFECT)]
     return f"going on with other settings: {_listed(changed)}" if changed else ""
 
 

@@ -110,7 +110,7 @@ class RolloutData(L.LightningDataModule):
         """List the tasks. Raises ConfigError for an empty split, overlapping splits, or G < 2 where a group baseline is needed."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         self.panel_tasks, self._episodes = self._tasks(self.panel_split, "panel_split"), None
-        if self.panel_temperature == 0 and self.panel_attempts * len(self.panel_seeds) > 1:
+        if stage in ("fit", "validate") and self.panel_temperature == 0 and self.panel_attempts * len(self.panel_seeds) > 1:
             ranks.say("panel_temperature is 0: greedy episodes of a task are alike, and panel_attempts or panel_seeds only repeat them")
         if stage != "fit":
             self._check_playable(self.panel_tasks)

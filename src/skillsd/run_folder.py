@@ -74,11 +74,16 @@ def read_record(folder: Path) -> RunRecord | None:
     except OSError as e:
         raise ConfigError(f"trainer.default_root_dir: {str(folder)[:200]} cannot be read ({e.strerror}): name another folder.") from e
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise ConfigError(f"trainer.default_root_dir: {path} is damaged ({e!r}): restore it, or name another folder.") from e
+        raise ConfigError(f"trainer.default_root_dir: {path} is damaged ({e!r}): {_restore()}, or name another folder.") from e
     raise ConfigError(
         f"trainer.default_root_dir: {folder} is a run folder of format {number}, and this version of skillsd reads format {FORMAT}: "
         "use the version that made it, or name another folder."
     )
+
+
+def _restore() -> str:
+    """How a record that is lost is written by hand."""
+    return f"if its checkpoints are in {CHECKPOINTS}/, write {json.dumps(asdict(RunRecord(checkpoints=CHECKPOINTS)))} into it"
 
 
 def write_record(folder: Path, record: RunRecord = RunRecord()) -> None:
@@ -115,7 +120,8 @@ def check_format(folder: Path) -> None:
     if read_record(folder) is None and (found := run_files(folder)):
         raise ConfigError(
             f"trainer.default_root_dir: {folder} holds {found[0].relative_to(folder)} and no {RECORD_FILE}: it is a run folder of an older "
-            f"format (before {FORMAT}), or none. Use the version of skillsd that made it, or name another folder."
+            f"format (before {FORMAT}), or none, or the file was lost. Use the version of skillsd that made it, name another folder, or if "
+            f"the file was lost: {_restore()}."
         )
 
 

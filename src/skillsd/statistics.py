@@ -28,19 +28,28 @@ def wilson_interval(successes: int, n: int, z: float = Z95) -> tuple[float, floa
     return low, high
 
 
-def bootstrap_mean(values: Sequence[float], seed: int = 0, draws: int = 10_000, level: float = 0.95) -> tuple[float, float, float]:
+def bootstrap_mean(
+    values: Sequence[float], seed: int = 0, draws: int = 10_000, level: float = 0.95, bounds: tuple[float, float] | None = None
+) -> tuple[float, float, float]:
     """Mean of `values` and its percentile bootstrap interval over the items.
+
+    Items that are all equal have only resamples that are equal too, and an interval of no width would claim that no other item exists.
+    With `bounds` it is as wide as if the share of other items that Wilson's interval still allows were all at a bound.
 
     Args:
         values: One number an item (a level's paired difference, say), at least one.
         seed: Of the resampling.
         draws: Number of resamples.
         level: Coverage.
+        bounds: What a single item can be at least and at most: 0 and 1 for a share.
 
     Returns:
         mean, low, high.
     """
     x = np.asarray(values, dtype=np.float64)
+    if bounds is not None and np.ptp(x) == 0:
+        value, others = float(x[0]), wilson_interval(0, len(x), float(scipy.special.ndtri((1 + level) / 2)))[1]
+        return value, value + others * (bounds[0] - value), value + others * (bounds[1] - value)
     rng = np.random.default_rng(seed)
     means = np.concatenate([x[rng.integers(0, len(x), (100, len(x)))].mean(1) for _ in range(max(1, draws // 100))])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -67,7 +76,7 @@ def paired_difference(before: Mapping[str, Any], after: Mapping[str, Any], key: 
     by_task: dict[str, list[float]] = {}
     for b, a in zip(before["levels"], after["levels"], strict=True):
         by_task.setdefault(b["task_id"], []).append(float(a[key]) - float(b[key]))
-    return bootstrap_mean([sum(v) / len(v) for v in by_task.values()])
+    return bootstrap_mean([sum(v) / len(v) for v in by_task.values()], bounds=(-1.0, 1.0))
 
 
 def t_interval(values: Sequence[float], level: float = 0.95, bounds: tuple[float, float] = (-inf, inf)) -> tuple[float, float, float]:

@@ -121,7 +121,7 @@ def test_goal_completion_of_several_attempts():
 def test_the_difference_is_paired_by_task():
     before = summarise(panel(0.0, 0.0, 1.0, 0.5, attempts=2))
     after = summarise(panel(1.0, 0.0, 1.0, 1.0, attempts=2))
-    assert paired_difference(before, after) == bootstrap_mean([0.5, 0.5])
+    assert paired_difference(before, after) == bootstrap_mean([0.5, 0.5], bounds=(-1.0, 1.0))
     assert paired_difference(before, after, "completion") == bootstrap_mean([0.5, 0.25])
     reseeded = [played(x["task_id"], x["member"], 1.0, seed=1) for x in before["levels"]]
     for other in (panel(1.0, 0.0, 1.0, attempts=2), panel(1.0, 0.0, 1.0, 1.0), reseeded):

@@ -106,7 +106,7 @@ def _validated(record: Mapping[str, Any]) -> str:
 
 def _shares(result: Mapping[str, Any]) -> tuple[str, str]:
     tasks = _by_task(result)
-    completion = bootstrap_mean([sum(v) / len(v) for v in tasks]) if tasks else (nan, nan, nan)
+    completion = bootstrap_mean([sum(v) / len(v) for v in tasks], bounds=(0.0, 1.0)) if tasks else (nan, nan, nan)
     return _interval(result["success"], *result["success_interval"]), _interval(*completion)
 
 

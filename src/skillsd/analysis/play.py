@@ -26,13 +26,13 @@ def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: 
     """
     data.trainer = trainer
     trainer.strategy.connect(model)
-    data.setup("validate")
+    data.setup("predict")
     try:
         task = pick(data, data.panel_tasks, level, task_id)
         source, text = skill_text(trainer, data, task) if skill else ("none", "")
         (t,) = data.collector.collect([Row(task, 0, text)], seed=data.seed, iteration=0, temperature=0.0)
     finally:
-        data.teardown("validate")
+        data.teardown("predict")
     print(visible(f"weights: {weights}; skill: {source}"))
     _print_head(task, t.instruction)
     if text:

@@ -222,7 +222,7 @@ def _mean(items: Iterable[Collection[bool]]) -> tuple[float, list[float]]:
     """Mean over the items of their shares, and its 95% interval."""
     shares = [sum(x) / len(x) for x in items]
     if any(0 < x < 1 for x in shares):
-        mean, *interval = bootstrap_mean(shares)
+        mean, *interval = bootstrap_mean(shares, bounds=(0.0, 1.0))
         return mean, interval
     wins = round(sum(shares))
     return wins / max(1, len(shares)), list(wilson_interval(wins, len(shares)))

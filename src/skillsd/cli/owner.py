@@ -13,7 +13,16 @@ import lightning as L
 from skillsd.begin import Start, plan
 from skillsd.callbacks import RunCheckpoint
 from skillsd.errors import ConfigError
-from skillsd.run_folder import RECORD_FILE, VALIDATIONS_FILE, RunRecord, check_format, read_record, run_files, write_record
+from skillsd.run_folder import (
+    RECORD_FILE,
+    VALIDATIONS_FILE,
+    RunRecord,
+    check_format,
+    checkpoint_folder,
+    read_record,
+    run_files,
+    write_record,
+)
 from skillsd.run_lock import RunLock
 
 
@@ -21,7 +30,7 @@ class RunOwner:
     """Takes a run folder on rank 0, and gives it back at the block's end without a trace if no run has begun in it."""
 
     def __init__(self) -> None:
-        self.lock: RunLock | None = None
+        self.locks: list[RunLock] = []
         self.folder = Path()
         self._made_record = False
 
@@ -29,13 +38,13 @@ class RunOwner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.lock is None:
+        if not self.locks:
             return
         with suppress(OSError):
             if self._made_record and not run_files(self.folder) and not (self.folder / VALIDATIONS_FILE).exists():
                 (self.folder / RECORD_FILE).unlink()
-        self.lock.release()
-        self.lock = None
+        while self.locks:
+            self.locks.pop().release()
 
     def take(self, trainer: L.Trainer, steal: bool) -> None:
         """Lock the folder and put it on record.
@@ -44,7 +53,7 @@ class RunOwner:
             ConfigError: It belongs to a process that runs, cannot be a run folder, or is of another format.
         """
         self.folder = folder = run_folder(trainer)
-        self.lock = RunLock(folder, steal)
+        self.locks.append(RunLock(folder, steal))
         check_format(folder)
 
     def record(self) -> None:
@@ -68,6 +77,9 @@ class RunOwner:
         self.take(trainer, steal)
         place = Path(saver.dirpath) if saver is not None and saver.dirpath else None
         start = plan(self.folder, ckpt_path, overwrite, place)
+        there = place or checkpoint_folder(self.folder, read_record(self.folder))
+        if saver is not None and not there.resolve().is_relative_to(self.folder.resolve()):  # another run may write there, too
+            self.locks.append(RunLock(there, steal, "checkpoint.dirpath"))
         start.saves = saver is not None and bool(saver.save_last)
         self.record()
         trainer.callbacks.insert(0, StartRun(start))  # type: ignore[attr-defined]
