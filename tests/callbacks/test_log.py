@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from skillsd.callbacks import RunLog, board
 from skillsd.errors import ConfigError
-from skillsd.rollout.guard import Alarm
+from skillsd.timeouts import Alarm
 from skillsd.trajectory import Trajectory, Turn
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from skillsd.analysis.run import Run
 from skillsd.errors import ConfigError
 from skillsd.rollout import make_env
-from skillsd.rollout.guard import Failure, attempt
 from skillsd.rollout.picture import picture_of
+from skillsd.timeouts import Failure, attempt
 
 TRUST = "Boards are drawn by the environment that the run names, which is imported: look at runs of people you trust."
 

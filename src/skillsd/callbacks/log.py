@@ -21,10 +21,10 @@ from skillsd.callbacks import board
 from skillsd.durable import DamagedError, checksum, named, sync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS
-from skillsd.rollout.guard import Failure
 from skillsd.rollout.picture import picture_of
 from skillsd.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.skills.callback import SkillBankCallback
+from skillsd.timeouts import Failure
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)

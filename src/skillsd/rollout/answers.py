@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from skillsd.rollout.guard import Misbehaved
+from skillsd.timeouts import Misbehaved
 from skillsd.trajectory import FinishReason, Task
 
 Env = gymnasium.Env[str, str]

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 from skillsd.bounded import visible
 from skillsd.errors import ConfigError
 from skillsd.rollout import answers
-from skillsd.rollout.guard import MOST_SAID, Alarm, Failure, failure
 from skillsd.rollout.settings import RolloutSettings
+from skillsd.timeouts import MOST_SAID, Alarm, Failure, failure
 from skillsd.trajectory import Task
 
 log = logging.getLogger(__name__)

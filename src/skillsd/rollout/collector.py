@@ -21,9 +21,9 @@ from skillsd.rollout.answers import NOTHING, End, Env
 from skillsd.rollout.cache import CacheFull
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.engine import Completion, Engine, Request
-from skillsd.rollout.guard import Alarm, Failure, Threads, attempt
 from skillsd.rollout.noise import stream_key
 from skillsd.rollout.settings import RolloutSettings
+from skillsd.timeouts import Alarm, Failure, Threads, attempt
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
 
 log = logging.getLogger(__name__)

@@ -30,10 +30,10 @@ from skillsd.errors import ConfigError, read_key
 from skillsd.policy import Policy
 from skillsd.rollout.cache import Room
 from skillsd.rollout.engine import Completion, Request, Session
-from skillsd.rollout.guard import Failure, Threads
 from skillsd.rollout.line import Line, Lost, root
 from skillsd.rollout.versions import Version, Versions
 from skillsd.rollout.vllm_api import VllmApi
+from skillsd.timeouts import Failure, Threads
 
 log = logging.getLogger(__name__)
 
