@@ -133,7 +133,6 @@ def test_packages_that_are_not_there(monkeypatch):
     monkeypatch.setattr(doctor, "version", none)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor.openai() == ("optional", "only for OpenAISummariser", "pip install 'openai>=2'")
-    assert doctor.vllm() == ("optional", "only for rollout.engine=vllm, on a GPU", "pip install 'vllm<0.25,>=0.24'")
     assert doctor.tensorboard()[0] == "missing" and doctor.tensorboard()[2].startswith("pip install 'tensorboard>=")
     assert doctor.bitsandbytes()[0] == "missing" and doctor.bitsandbytes()[2].startswith("pip install 'bitsandbytes<")
     assert doctor.triton()[0] == "optional" and doctor.triton()[2] == ""  # nothing to be done on a CPU

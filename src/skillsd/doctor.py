@@ -175,10 +175,6 @@ def openai() -> Finding:
     return _package("openai", "only for OpenAISummariser", "optional")
 
 
-def vllm() -> Finding:
-    return _package("vllm", "only for rollout.engine=vllm, on a GPU", "optional")
-
-
 def triton() -> Finding:
     if torch.cuda.is_available():
         return _package("triton", "comes with torch for CUDA")
@@ -211,7 +207,6 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "Hugging Face hub": hub_access,
     "SmolLM2-135M": smollm2,
     "openai": openai,
-    "vLLM": vllm,
     "Triton": triton,
     "TensorBoard": tensorboard,
 }

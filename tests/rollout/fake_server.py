@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from skillsd.rollout.vllm_noise import LEAST, Noise
+from skillsd.rollout.vllm_noise import MIN_LOGPROB, Noise
 
 
 class Model:
@@ -89,7 +89,7 @@ class FakeServer:
                 row = torch.log_softmax(row, -1)
             i = int(row.argmax())
             out.append(i)
-            logprobs.append(max(float(row[i]), LEAST))
+            logprobs.append(max(float(row[i]), MIN_LOGPROB))
         choice = {"index": 0, "text": "", "token_ids": out, "logprobs": {"token_logprobs": logprobs}, "finish_reason": "length"}
         return 200, {"choices": [choice], "model": name}
 

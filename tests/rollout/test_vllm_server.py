@@ -405,7 +405,7 @@ def test_closing_with_turns_that_wait(policy, two, caplog):
     "said, settings",
     [
         (r"rollout\.servers is empty: give the servers' addresses", dict(engine="servers")),
-        (r"rollout\.servers has addresses, and rollout\.engine is vllm: set it to servers", dict(engine="vllm", servers=["http://a:1"])),
+        (r"rollout\.servers has addresses, and rollout\.engine is default: set it to servers", dict(servers=["http://a:1"])),
         (r"rollout\.servers\[1\] is no http://host:port", dict(engine="servers", servers=["http://a:1", "http://me:secret@a:1"])),
         (r"names a server twice", dict(engine="servers", servers=["http://a:1"] * 2)),
         (r"names a server twice", dict(engine="servers", servers=["http://a:1", "http://a:1/v1/"])),

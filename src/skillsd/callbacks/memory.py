@@ -34,7 +34,7 @@ class MemoryPlan(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(pl_module, SkillSD) and pl_module.policy.device.type == "cuda":
             engine: Engine = data.collector.engine
-            text, engine.room = plan(pl_module, data.rollout, available(pl_module.policy.device), engine.held)
+            text, engine.room = plan(pl_module, data.rollout, available(pl_module.policy.device))
             ranks.say(text)
 
 
@@ -46,17 +46,17 @@ def available(device: torch.device) -> int:
     return min(free + mine, int(total * torch.cuda.get_per_process_memory_fraction(device)))
 
 
-def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) -> tuple[str, Room]:
-    """The plan as text, and what is left for the rollout, for `budget` bytes, of which `held` are an engine's own. See `MemoryPlan`."""
+def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, Room]:
+    """The plan as text, and what is left for the rollout, for `budget` bytes. See `MemoryPlan`."""
     policy = module.policy
     elsewhere = rollout.engine == "servers"
-    size = Footprint(policy, decodes=not held and not elsewhere)
+    size = Footprint(policy, decodes=not elsewhere)
     longest = min(policy.context_length, rollout.max_prompt_tokens + rollout.max_trajectory_tokens)
     d = Demand(
         longest, module.micro_batch_tokens, policy.settings.head_chunk, policy.settings.gradient_checkpointing,
         module.objective.signal.distributional, bool(module.grad_norm_every),
     )  # fmt: skip
-    left = budget - held - size.static
+    left = budget - size.static
     update, episode = size.update(d), longest * size.token_cache
 
     def cache(rows: int) -> int:
@@ -72,36 +72,32 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int, held: int = 0) 
         return size.update(e) <= left and reading + e.longest * size.token_cache <= left
 
     if update > left or read + episode > left:
-        raise ConfigError(_too_much(size, d, budget, held, max(update, read + episode), fits))
+        raise ConfigError(_too_much(size, d, budget, max(update, read + episode), fits))
     fitting = next(r for r in range(rollout.max_rows, 0, -1) if r == 1 or read + cache(r) <= left)
     keep = fitting == rollout.max_rows and max(update, read) + cache(fitting) <= left
-    peak = held + size.static + (cache(fitting) + max(update, read) if keep else max(update, cache(fitting) + read))
+    peak = size.static + (cache(fitting) + max(update, read) if keep else max(update, cache(fitting) + read))
     parts = {
         "weights": _gib(size.weights), **({"gathered layers": _gib(size.gathered)} if size.gathered else {}),
         "adapters": _gib(size.adapters), "optimizer": _gib(size.optimizer),
         "activations": f"{_gib(size.activations(d))} ({d.tokens} tokens)",
         "logits": f"{_gib(size.logits(d))} ({min(d.chunk, d.tokens)} tokens)",
     }  # fmt: skip
-    if held:  # the cache is in it
-        parts["vLLM"] = _gib(held)
-    elif not elsewhere:
+    if not elsewhere:
         parts["cache"] = f"{_gib(cache(fitting))} ({fitting} x {longest} tokens{'' if keep else ', given back before each update'})"
     text = ", ".join(f"{k} {v}" for k, v in parts.items())
     return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", Room(fitting, longest, keep, prefill)
 
 
-def _too_much(size: Footprint, d: Demand, budget: int, held: int, needed: int, fits: Callable[[Demand], bool]) -> str:
+def _too_much(size: Footprint, d: Demand, budget: int, needed: int, fits: Callable[[Demand], bool]) -> str:
     always = size.adapters + size.optimizer
     text = (
-        f"the run needs {_gib(held + size.static + needed)} GiB of memory and {_gib(budget)} are available: weights {_gib(size.weights)}, "
+        f"the run needs {_gib(size.static + needed)} GiB of memory and {_gib(budget)} are available: weights {_gib(size.weights)}, "
         f"adapters and optimizer {_gib(always)}, an update of {d.tokens} tokens {_gib(size.update(d))}, "
-        + (f"vLLM {_gib(held)}. " if held else f"a cached token {size.token_cache / 2**10:.0f} KiB. ")
+        f"a cached token {size.token_cache / 2**10:.0f} KiB. "
     )
     changes = [", ".join(f"{k}={str(v).lower()}" for k, v in keys.items()) for keys in size.easier(d, fits)]
     if changes:
         return text + "It would fit with: " + "; or ".join(changes) + "."
-    if held:
-        return text + "Give vLLM less with a smaller rollout.vllm_memory, or do without it: rollout.engine=default."
     return text + "No setting makes it fit: choose a smaller policy.model, or policy.quantise=nf4."
 
 

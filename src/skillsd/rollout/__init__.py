@@ -11,7 +11,6 @@ from skillsd.rollout.in_process import InProcessEngine
 from skillsd.rollout.make_engine import make_engine
 from skillsd.rollout.settings import RolloutSettings
 from skillsd.rollout.tasks_file import read_tasks
-from skillsd.rollout.vllm_engine import VllmEngine
 from skillsd.rollout.vllm_server import VllmServers
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "Room",
     "Row",
     "Session",
-    "VllmEngine",
     "VllmServers",
     "ask",
     "check_env",

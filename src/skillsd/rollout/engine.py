@@ -77,11 +77,9 @@ class Engine(Protocol):
 
     Attributes:
         room: What the rollout may take of the memory (`callbacks.memory`); None sets no limit.
-        held: Bytes of the GPU that are the engine's own, with a second copy of the base; 0 for one that decodes with the policy itself.
     """
 
     room: Room | None
-    held: int
 
     def open(self, temperature: float, adapter: str | None = "student") -> Session:
         """A session that samples from one adapter of the policy, or from the untouched base (None)."""

@@ -41,7 +41,6 @@ class InProcessEngine:
         self.fused = fuse(policy) if kernels else None
         self.static = cuda_graphs and policy.device.type == "cuda" and not policy.sharded
         self.room: Room | None = None
-        self.held = 0
         self._kept: tuple[Stepper, weakref.ref[InProcessSession]] | None = None
 
     def open(self, temperature: float, adapter: str | None = "student") -> Session:

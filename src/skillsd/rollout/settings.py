@@ -36,11 +36,8 @@ class RolloutSettings:
     """Share of a training iteration's episodes that may fail; beyond it the run stops and says why they did."""
     cuda_graphs: bool = True
     """On a GPU, decode with CUDA graphs (small models become much faster; several runs can share the GPU); elsewhere of no effect."""
-    engine: Literal["default", "vllm", "servers"] = "default"
-    """Who decodes. `vllm` (pip install skillsd[vllm]) holds a second copy of the base; adapters are loaded anew after each update.
-    `servers` are vLLM servers that run already, on other GPUs or machines (docs/scaling.md)."""
-    vllm_memory: float = 0.4
-    """Share of the GPU's memory for vLLM's weights and cache."""
+    engine: Literal["default", "servers"] = "default"
+    """Who decodes. `servers` are vLLM servers that run already (skillsd serve), on other GPUs or machines (docs/scaling.md)."""
     servers: list[str] = field(default_factory=list)
     """Their addresses, http://host:port, for engine=servers. One that is lost is dropped and its turns are asked again of the others."""
     servers_folder: str | None = None
@@ -60,11 +57,9 @@ class RolloutSettings:
         for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_rows", "max_observation_chars"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
-        if self.engine not in ("default", "vllm", "servers"):
-            raise ConfigError(f"rollout.engine is {self.engine}: one of default, vllm, servers.")
+        if self.engine not in ("default", "servers"):
+            raise ConfigError(f"rollout.engine is {self.engine}: one of default, servers (vLLM in a process of its own: skillsd serve).")
         self._check_servers()
-        if not 0 < self.vllm_memory < 1:
-            raise ConfigError(f"rollout.vllm_memory is {self.vllm_memory}: give a share of the GPU's memory, above 0 and below 1.")
         if self.env_workers < 0:
             raise ConfigError(f"rollout.env_workers is {self.env_workers}: give 0 (no threads) or more.")
         if not 0 <= self.env_timeout < math.inf:

@@ -11,7 +11,7 @@ from typing import Any
 
 from skillsd.rollout.engine import Completion, Request
 from skillsd.rollout.line import Line, Lost, in_one_line
-from skillsd.rollout.vllm_noise import LEAST
+from skillsd.rollout.vllm_noise import MIN_LOGPROB
 
 SHORT = 1 << 20
 """Most bytes of an answer that has no tokens."""
@@ -111,4 +111,4 @@ class VllmApi:
             raise Lost(f"its answer has {len(ids)} tokens and {len(logprobs)} log-probs, of {request.limit} tokens that were asked for")
         if not stops[-1] and len(ids) < request.limit:
             raise Lost(f"it ended a turn after {len(ids)} of {request.limit} tokens: start it with --generation-config vllm")
-        return Completion(ids, [float(x) if x > LEAST else math.nan for x in logprobs], stops[-1])
+        return Completion(ids, [float(x) if x > MIN_LOGPROB else math.nan for x in logprobs], stops[-1])

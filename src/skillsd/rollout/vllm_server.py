@@ -99,7 +99,6 @@ class VllmServers:
         self.policy, self.seconds = policy, seconds
         self.api = VllmApi(int(policy.base.config.get_text_config().vocab_size), policy.stop_ids)
         self.room: Room | None = None
-        self.held = 0
         first = ranks.rank() % len(urls)  # or all ranks' first rows would go to one server
         self.servers = [_Server(root(url)) for url in [*urls[first:], *urls[:first]]]
         self.threads, self.clerks = Threads(rows, 0.0), Threads(len(urls), 0.0)
@@ -290,7 +289,6 @@ class VllmServers:
 class Frozen:
     """An `Engine` whose sessions, in any thread, take an adapter as it was when this was made."""
 
-    held = 0
     room: Room | None = None
 
     def __init__(self, engine: VllmServers, version: Version) -> None:
