@@ -84,13 +84,6 @@ def damaged(path, make_skill):
     path.write_bytes(data)
 
 
-def next_version(path, make_skill):
-    filled(path, make_skill)
-    with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 3")
-    db.close()
-
-
 def hole_in_log(path, make_skill):
     filled(path, make_skill)
     with sqlite3.connect(path) as db:
@@ -127,7 +120,6 @@ def lost_pages(path, make_skill):
         (other_sqlite, "an SQLite file, but not a skill bank"),
         (truncated, r"truncated: \d+ bytes where \d+ pages"),
         (damaged, ""),
-        (next_version, "a skill bank of schema version 3, and this release reads versions 1 to 2"),
         (hole_in_log, r"damaged \(its table 'event' holds"),
         (lost_skill, r"damaged \(its table 'skill' holds"),
         (lost_table, r"damaged \(its tables are not those of a skill bank"),
@@ -201,16 +193,6 @@ def test_a_new_bank_is_flushed_into_its_folder(tmp_path, monkeypatch):
     for _ in range(2):
         SkillBank(path).close()
     assert flushed == [(path.parent, True)]
-
-
-def test_a_later_version_is_not_even_opened(tmp_path, make_skill):
-    """SQLite would make sidecar files beside it."""
-    path = tmp_path / "bank.sqlite"
-    next_version(path, make_skill)
-    path.with_name("bank.sqlite-wal").write_bytes(b"later")
-    with pytest.raises(ValueError, match="schema version 3"):
-        SkillBank(path, read_only=True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["bank.sqlite", "bank.sqlite-wal"]
 
 
 def test_the_largest_pages(tmp_path, make_skill):

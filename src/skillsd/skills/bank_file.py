@@ -1,8 +1,4 @@
-"""The bank's SQLite file: made whole or not at all, checked before it is opened for writing, never repaired or overwritten.
-
-A file of an earlier version is its log: opened for writing, it is replayed into the present tables in one transaction; opened read-only,
-the same is done to a copy in memory.
-"""
+"""The bank's SQLite file: made whole or not at all, checked before it is opened for writing, never repaired or overwritten."""
 
 from __future__ import annotations
 
@@ -10,16 +6,14 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import cast, get_args
 
 from skillsd.durable import sync, temporary
 from skillsd.errors import ConfigError
 from skillsd.skills.ledger import Ledger
-from skillsd.skills.skill import FIELDS, Skill
-from skillsd.skills.tables import SCHEMA, TALLY, Booking, Damaged, Event
+from skillsd.skills.tables import SCHEMA, TALLY, Booking, Damaged
 
 APPLICATION_ID = 0x534B5344  # "SKSD"
 SCHEMA_VERSION = 2
@@ -78,10 +72,10 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def connect(path: Path | None, booking: Booking, read_only: bool) -> Ledger:
-    """Opens the bank, making it if there is none; brings a file of an earlier version to the present one.
+    """Opens the bank, making it if there is none.
 
     Raises:
-        ValueError: The file is not a bank, is damaged, has a later schema version, or is opened for writing with another booking.
+        ValueError: The file is not a bank, is damaged, has another schema version, or is opened for writing with another booking.
         FileNotFoundError: `read_only` and no file.
         OSError: The file cannot be opened or is locked.
     """
@@ -112,9 +106,6 @@ def connect(path: Path | None, booking: Booking, read_only: bool) -> Ledger:
         db = sqlite3.connect(path, timeout=LOCK_WAIT_S, isolation_level=None)
         try:
             db.execute("PRAGMA synchronous = NORMAL")  # with WAL: a killed process loses nothing, a power cut at most the last commits
-            if _version(db) < SCHEMA_VERSION:
-                _migrate(db)
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             return Ledger(db, booking)
         except BaseException:
             db.close()
@@ -126,81 +117,19 @@ def connect(path: Path | None, booking: Booking, read_only: bool) -> Ledger:
 
 
 def _checked(reader: sqlite3.Connection, path: Path) -> Ledger:
-    """The bank as `reader` sees it from now on; of an earlier version, a copy in memory."""
+    """The bank as `reader` sees it from now on."""
     reader.execute("BEGIN")  # what it sees is settled by its first look
-    version = _version(reader)
-    _check_version(version, path)
     found = reader.execute("SELECT type, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchall()
     if {kind for kind, _ in found} - {"table", "index"}:  # whoever made the file could have our own statements run others
         raise Damaged("it has triggers or views")
-    if version == SCHEMA_VERSION and {sql for _, sql in found} != set(SCHEMA):
+    if {sql for _, sql in found} != set(SCHEMA):
         raise Damaged("its tables are not those of a skill bank")
     whole = path.stat().st_size <= WHOLE_CHECK_BYTES
     if whole and (problem := reader.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise Damaged(" ".join(problem.split()))
-    if version < SCHEMA_VERSION:
-        with closing(reader):
-            copy = sqlite3.connect(":memory:", isolation_level=None)
-            reader.backup(copy)
-        _migrate(copy)
-        reader = copy
     ledger = Ledger(reader, _booking(reader))
     ledger.verify(every_row_counted=whole)
     return ledger
-
-
-# Earlier versions: how to read their log
-
-Logged = tuple[Event, Skill | None]
-
-
-def _log_1(db: sqlite3.Connection) -> Iterator[Logged]:
-    """Version 1 held the log and the texts alone."""
-    columns = "seq, kind, iteration, skill_id, reward, gap, task_id, source_iteration, source_member, source_reward, source_completion"
-    for seq, kind, iteration, skill_id, reward, gap, task_id, at, member, source_reward, completion, *texts in db.execute(
-        f"SELECT {columns}, {', '.join(FIELDS)} FROM old_event LEFT JOIN old_skill USING (skill_id) ORDER BY seq"
-    ):
-        skill = None
-        if kind == "insert" and task_id is not None:
-            skill = Skill(
-                **dict(zip(FIELDS, texts, strict=True)), task_id=task_id, source_iteration=at, source_member=member,
-                source_reward=source_reward, source_completion=completion
-            )  # fmt: skip
-        yield Event(kind, seq, iteration, skill_id, reward, gap), skill
-
-
-_LOGS: dict[int, Callable[[sqlite3.Connection], Iterator[Logged]]] = {1: _log_1}
-
-
-def _migrate(db: sqlite3.Connection) -> None:
-    """Replays the log of an earlier version into the present tables, in one transaction. Raises Damaged if the log does not add up; the
-    connection is then to be closed, which undoes what was done.
-    """
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        log, booking = _LOGS[_version(db)], _booking(db)
-        old = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        for name in old:
-            db.execute(f"ALTER TABLE {name} RENAME TO old_{name}")
-        _make_tables(db, booking)
-        ledger = Ledger(db, booking)
-        for event, skill in log(db):
-            if event.seq != ledger.tally.seq + 1:
-                raise Damaged(f"event {event.seq} cannot follow event {ledger.tally.seq}")
-            if event.kind == "insert" and (skill is None or event.skill_id != ledger.tally.skills + 1):
-                raise Damaged(f"event {event.seq} inserts skill {event.skill_id}, which is missing or out of order")
-            ledger.append(event.kind, event.iteration, skill or ledger.state(event.skill_id), event.reward, event.gap)
-        ledger.settle()
-        for name in old:
-            db.execute(f"DROP TABLE old_{name}")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        db.execute("COMMIT")
-    except (ValueError, TypeError) as error:
-        raise Damaged(f"its log does not add up: {error}") from error
-
-
-def _version(db: sqlite3.Connection) -> int:
-    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _booking(db: sqlite3.Connection) -> Booking:
@@ -269,7 +198,8 @@ def _check_header(path: Path) -> None:
     version, application = struct.unpack(">I", head[60:64])[0], struct.unpack(">I", head[68:72])[0]
     if application != APPLICATION_ID:
         raise refused(path, "an SQLite file, but not a skill bank")
-    _check_version(version, path)
+    if version != SCHEMA_VERSION:
+        raise refused(path, f"a skill bank of schema version {version}, and this release reads version {SCHEMA_VERSION}")
     size = path.stat().st_size
     if not _pending(path) and size < pages * page_size:  # with a WAL, pages may be still to come
         raise refused(path, f"truncated: {size} bytes where {pages} pages of {page_size} are expected")
@@ -278,11 +208,6 @@ def _check_header(path: Path) -> None:
 def _pending(path: Path) -> bool:
     wal = _sidecar(path, "-wal")
     return wal.exists() and wal.stat().st_size > 0
-
-
-def _check_version(version: int, path: Path) -> None:
-    if version != SCHEMA_VERSION and version not in _LOGS:
-        raise refused(path, f"a skill bank of schema version {version}, and this release reads versions 1 to {SCHEMA_VERSION}")
 
 
 def _reader(path: Path) -> sqlite3.Connection:
