@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
 # What differs on a GPU: policy, rollout and kernels, and whole runs.
-GPU_TESTS := tests/policy tests/rollout/test_fused.py tests/rollout/test_engine.py tests/rollout/test_engines.py tests/e2e/test_gpu.py
+GPU_TESTS := tests/policy tests/engines tests/e2e/test_gpu.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -25,10 +25,11 @@ from benchmarks.random_model import random_model
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from skillsd.engines.cache import Room
+from skillsd.engines.in_process import CUDA_PREFILL, InProcessEngine, InProcessSession
+from skillsd.engines.step import Stepper
 from skillsd.policy import LoraSettings, Policy, PolicySettings
-from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Room, Row
-from skillsd.rollout.in_process import CUDA_PREFILL, InProcessSession
-from skillsd.rollout.step import Stepper
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row
 from skillsd.trajectory import Task
 
 

@@ -27,8 +27,9 @@ import torch
 from benchmarks.peers import add_arguments, measurements
 from benchmarks.random_model import random_model
 
+from skillsd.engines.engine import Request
+from skillsd.engines.in_process import InProcessEngine
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
-from skillsd.rollout import InProcessEngine, Request
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from skillsd.cli import main as skillsd
+from skillsd.engines.step import Stepper
 from skillsd.rollout import Chat, Collector
-from skillsd.rollout.step import Stepper
 
 CONF = Path(__file__).parents[1] / "conf"
 PARTS: dict[str, tuple[type, tuple[str, ...]]] = {

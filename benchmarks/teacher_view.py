@@ -23,10 +23,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from skillsd.engines.in_process import InProcessEngine
 from skillsd.objective import Tokens, TraceGate
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row, demonstrate, make_env
-from skillsd.rollout.in_process import InProcessEngine
 from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Task, Trajectory
 from skillsd_sokoban.level import Level

@@ -6,17 +6,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from tests.rollout.fake_server import serving
+from tests.engines.fake_server import serving
 from tests.test_data import ENV, KWARGS
 from tests.tolerance import ROUNDING
 
 from skillsd.data import RolloutData
+from skillsd.engines.noise import stream_key
 from skillsd.errors import ConfigError
 from skillsd.module import OptimizerSettings, SkillSD
 from skillsd.objective import Objective
 from skillsd.policy import TokenSequence
 from skillsd.rollout import RolloutSettings
-from skillsd.rollout.noise import stream_key
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),

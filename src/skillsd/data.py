@@ -15,27 +15,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from skillsd import ranks
 from skillsd.continuation import check_episodes, episodes
+from skillsd.engines.cache import CacheFull
+from skillsd.engines.engine import Completion, Request
+from skillsd.engines.make_engine import make_engine
+from skillsd.engines.noise import stream_key
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
-from skillsd.rollout import (
-    Background,
-    CacheFull,
-    Chat,
-    Collector,
-    Completion,
-    Request,
-    RolloutSettings,
-    ask,
-    check_env,
-    demonstrate,
-    label,
-    make_engine,
-    make_env,
-    read_tasks,
-    tasks_of,
-)
-from skillsd.rollout.noise import stream_key
+from skillsd.rollout import Background, Chat, Collector, RolloutSettings, ask, check_env, demonstrate, label, make_env, read_tasks, tasks_of
 from skillsd.skills import BankContext, ShuffledContext, Skill, Summariser
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.stream import GroupStream, PanelStream

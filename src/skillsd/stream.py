@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from skillsd import ranks
 from skillsd.bounded import one_line
+from skillsd.engines.vllm_server import VllmServers
 from skillsd.errors import ConfigError
 from skillsd.module import last_checkpoint
-from skillsd.rollout import Collector, Row, VllmServers
+from skillsd.rollout import Collector, Row
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)

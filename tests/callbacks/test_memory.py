@@ -8,12 +8,12 @@ import torch
 from tests.rollout.test_collector import KWARGS, SOKOBAN
 
 from skillsd.callbacks.memory import plan
+from skillsd.engines.cache import CacheFull, Room, SlotCache
+from skillsd.engines.in_process import InProcessEngine, InProcessSession, _Row
+from skillsd.engines.step import Stepper
 from skillsd.errors import ConfigError
 from skillsd.policy import Demand, Footprint
-from skillsd.rollout import CacheFull, Chat, Collector, InProcessEngine, RolloutSettings, Row, make_env
-from skillsd.rollout.cache import Room, SlotCache
-from skillsd.rollout.in_process import InProcessSession, _Row
-from skillsd.rollout.step import Stepper
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row, make_env
 from skillsd.trajectory import Task
 
 MIB = 2**20

@@ -40,7 +40,7 @@ def test_killed_and_continued(whole: Run, tmp_path: Path) -> None:
     killed = Run(tmp_path / "killed", Fresh(), whole.overlay)
     for where, calls, after in (
         ("skillsd.module:SkillSD._step", 2, True),
-        ("skillsd.rollout.in_process:InProcessSession.step", 6, True),
+        ("skillsd.engines.in_process:InProcessSession.step", 6, True),
         ("skillsd.callbacks.log:RunLog.on_train_batch_end", 2, True),
     ):
         killed.kill(where, calls, after)

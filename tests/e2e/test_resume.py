@@ -32,12 +32,12 @@ def servers() -> Iterator[tuple[Server, Server]]:
 
 
 MOMENTS: list[tuple[str, int, bool]] = [
-    ("skillsd.rollout.in_process:InProcessSession.step", 3, False),  # in the `before` panel
+    ("skillsd.engines.in_process:InProcessSession.step", 3, False),  # in the `before` panel
     ("skillsd.callbacks.log:RunLog._append", 3, False),  # the first row stands, its trajectories do not; no checkpoint yet
     ("skillsd.callbacks.resume:CheckpointFiles.save_checkpoint", 1, False),  # all is written, but not the first checkpoint
     ("skillsd.callbacks.resume:note_checkpoint", 1, True),  # it is on record, and has no name yet
     ("skillsd.callbacks.resume:CheckpointFiles.save_checkpoint", 1, True),  # and just after it
-    ("skillsd.rollout.in_process:InProcessSession.step", 4, True),  # in a rollout
+    ("skillsd.engines.in_process:InProcessSession.step", 4, True),  # in a rollout
     ("skillsd.policy.policy:Policy._score", 3, True),  # in a training step
     ("skillsd.module:SkillSD._step", 1, True),  # the optimizer has stepped, nothing is written
     ("skillsd.skills.bank:SkillBank.insert", 2, True),  # the bank is ahead of the log

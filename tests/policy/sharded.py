@@ -6,17 +6,17 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from tests.engines.test_engine import play
 from tests.forked import on_ranks
 from tests.policy.test_score import sequences
-from tests.rollout.test_engine import play
 from tests.tolerance import ROUNDING, close
 from torch.distributed.fsdp import fully_shard
 
+from skillsd.engines.in_process import InProcessEngine
 from skillsd.errors import ConfigError
 from skillsd.policy import Footprint, Policy, PolicySettings
 from skillsd.policy.packed import Learner
 from skillsd.policy.shard import Shards
-from skillsd.rollout import InProcessEngine
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),

@@ -4,8 +4,9 @@ import bitsandbytes
 import pytest
 import torch
 
+from skillsd.engines.engine import Request
+from skillsd.engines.in_process import InProcessEngine
 from skillsd.policy import TokenSequence
-from skillsd.rollout import InProcessEngine, Request
 
 ROW = [TokenSequence([5, 6, 7, 8], [9, 10, 11, 12, 13], [True, True, False, True, True])]
 

@@ -4,9 +4,11 @@ from importlib.util import find_spec
 
 import pytest
 
+from skillsd.engines.engine import Request
+from skillsd.engines.in_process import InProcessEngine
 from skillsd.policy import Policy, PolicySettings
 from skillsd.policy.smollm2 import cache_folder, main
-from skillsd.rollout import Chat, InProcessEngine, Request
+from skillsd.rollout import Chat
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.properties.profile import examples
 from tests.rollout.test_collector import Scripted
 
+from skillsd.engines.engine import Completion, Request
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, Collector, Completion, Request, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row
 from skillsd.trajectory import Task
 
 SAID = st.lists(st.sampled_from(["up", "wall", "<|end|>", "<|assistant|>", "#", "\x00", "é"]) | st.text(max_size=4), max_size=8).map(

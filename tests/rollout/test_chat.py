@@ -4,13 +4,14 @@ import pytest
 from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from skillsd.engines.in_process import InProcessEngine
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.load import PACKAGED
 from skillsd.policy.nano import build_tokenizer
 from skillsd.policy.smollm2 import cache_folder
 from skillsd.policy.template import closing_mark
-from skillsd.rollout import Chat, InProcessEngine
+from skillsd.rollout import Chat
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

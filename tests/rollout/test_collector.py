@@ -14,10 +14,12 @@ import pytest
 import torch
 from tests.tolerance import close
 
+from skillsd.engines.engine import Completion, Request, Session
+from skillsd.engines.in_process import InProcessEngine
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, Collector, Completion, InProcessEngine, Request, RolloutSettings, Row, Session, make_env
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row, make_env
 from skillsd.trajectory import Task, Trajectory
 
 SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"

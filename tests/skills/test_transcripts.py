@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from skillsd.rollout.noise import stream_key
+from skillsd.engines.noise import stream_key
 from skillsd.skills import BaseSummariser
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.summarisers import FIELD_QUESTIONS, analyst_messages

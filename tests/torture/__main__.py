@@ -43,7 +43,7 @@ from tests.e2e.runs import (
 )  # fmt: skip
 
 MOMENTS = {
-    "rollout": "skillsd.rollout.in_process:InProcessSession.step",
+    "rollout": "skillsd.engines.in_process:InProcessSession.step",
     "update": "skillsd.module:SkillSD._step",
     "scoring": "skillsd.policy.policy:Policy._score",
     "log": "skillsd.callbacks.log:RunLog._append",

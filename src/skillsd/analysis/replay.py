@@ -12,9 +12,10 @@ import pandas as pd
 
 from skillsd.analysis.frames import text_frame
 from skillsd.analysis.score import Scorer
+from skillsd.engines.in_process import InProcessEngine
+from skillsd.engines.noise import stream_key
 from skillsd.errors import ConfigError
-from skillsd.rollout import Collector, InProcessEngine, RolloutSettings, Row, read_tasks
-from skillsd.rollout.noise import stream_key
+from skillsd.rollout import Collector, RolloutSettings, Row, read_tasks
 from skillsd.skills import Skill
 from skillsd.statistics import bootstrap_mean
 from skillsd.trajectory import Task, Trajectory

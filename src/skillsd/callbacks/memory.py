@@ -9,11 +9,13 @@ import lightning as L
 import torch
 
 from skillsd import ranks
+from skillsd.engines.cache import Room
+from skillsd.engines.engine import Engine
+from skillsd.engines.in_process import CUDA_PREFILL
 from skillsd.errors import ConfigError
 from skillsd.module import SkillSD
 from skillsd.policy import Demand, Footprint
-from skillsd.rollout import Engine, RolloutSettings, Room
-from skillsd.rollout.in_process import CUDA_PREFILL
+from skillsd.rollout import RolloutSettings
 
 TIGHT = 2048
 """Most tokens of prompts that are read in one forward where memory is scarce; `CUDA_PREFILL` elsewhere."""

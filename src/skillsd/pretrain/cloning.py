@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from skillsd.durable import sealed_folder
+from skillsd.engines.in_process import InProcessEngine
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy, PolicySettings
 from skillsd.pretrain.demonstrations import Demonstrations, DemonstrationSettings, collate
-from skillsd.rollout import Chat, Collector, InProcessEngine, RolloutSettings, Row, ask, make_env, tasks_of
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row, ask, make_env, tasks_of
 from skillsd.run_folder import ADAPTER, ADAPTER_KIND, MODEL, MODEL_KIND
 from skillsd.skills import RulesSummariser
 from skillsd.statistics import wilson_interval

@@ -9,8 +9,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from skillsd.engines.engine import Engine
 from skillsd.rollout.collector import Collector
-from skillsd.rollout.engine import Engine
 
 T = TypeVar("T")
 

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import gymnasium
 import torch
 
+from skillsd.engines.cache import CacheFull
+from skillsd.engines.engine import Completion, Engine, Request
+from skillsd.engines.noise import stream_key
 from skillsd.errors import ConfigError, no_module
 from skillsd.rollout import answers
 from skillsd.rollout.answers import NOTHING, End, Env
-from skillsd.rollout.cache import CacheFull
 from skillsd.rollout.chat import Chat
-from skillsd.rollout.engine import Completion, Engine, Request
-from skillsd.rollout.noise import stream_key
 from skillsd.rollout.settings import RolloutSettings
 from skillsd.timeouts import Alarm, Failure, Threads, attempt
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from skillsd.rollout.noise import _inverse_cdf, sample, stream_key, uniforms
+from skillsd.engines.noise import _inverse_cdf, sample, stream_key, uniforms
 
 M = (1 << 64) - 1
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from skillsd.rollout.cache import Room
+from skillsd.engines.cache import Room
 
 STRIDE = 8  # steps before somebody else may speak, if no row's turn is over sooner
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from skillsd.rollout.line import Line, Lost
+from skillsd.engines.http import Line, Lost
 
 BODIES = {"/short": b"x" * 10, "/long": b"x" * 300_000, "/empty": b"", "/cut": b"x" * 10}
 

@@ -15,10 +15,10 @@ from heapq import heappop, heappush
 import torch
 from torch import Tensor
 
+from skillsd.engines.cache import Room
+from skillsd.engines.engine import STRIDE, Completion, Request, Session
+from skillsd.engines.step import HEAD, MOST_FED, WIDTHS, Stepper, bucket
 from skillsd.policy import Policy, fuse
-from skillsd.rollout.cache import Room
-from skillsd.rollout.engine import STRIDE, Completion, Request, Session
-from skillsd.rollout.step import HEAD, MOST_FED, WIDTHS, Stepper, bucket
 
 PREFILL, CUDA_PREFILL = 4096, 16384  # most tokens, padding included, of one forward over several rows: they stay in a CPU's cache
 ADMIT = 0.125  # rows wait until they are this share of all that decode: one forward for several

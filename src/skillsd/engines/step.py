@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skillsd.engines.cache import CacheFull, Room, SlotCache
+from skillsd.engines.noise import sample, uniforms
 from skillsd.policy import Fused, Policy
-from skillsd.rollout.cache import CacheFull, Room, SlotCache
-from skillsd.rollout.noise import sample, uniforms
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from skillsd.rollout.noise import sample, uniforms
+from skillsd.engines.noise import sample, uniforms
 
 MIN_LOGPROB = -9999.0
 """vLLM's servers report no smaller log-prob. JSON has no nan, so this stands for it."""

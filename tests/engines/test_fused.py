@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 from tests.conftest import WIDE
-from tests.rollout.test_engine import assert_scored_alike, play
+from tests.engines.test_engine import assert_scored_alike, play
 from tests.tolerance import ROUNDING
 
+from skillsd.engines.engine import Request
+from skillsd.engines.in_process import InProcessEngine
+from skillsd.engines.step import Stepper
 from skillsd.policy import Fused, TokenSequence, fuse
-from skillsd.rollout import InProcessEngine, Request
-from skillsd.rollout.step import Stepper
 
 pytest.importorskip("triton")
 
@@ -30,7 +31,7 @@ SHORT = dict(rows=3, longest_prompt=8, turns=2, limit=3)
 @pytest.fixture
 def always(monkeypatch):
     """Kernels, whatever the machine."""
-    monkeypatch.setattr("skillsd.rollout.in_process.fuse", lambda policy: Fused(policy.base))
+    monkeypatch.setattr("skillsd.engines.in_process.fuse", lambda policy: Fused(policy.base))
 
 
 SLOW = [pytest.param(a, marks=pytest.mark.torture) for a in ("qwen2", "mistral")]
@@ -94,7 +95,7 @@ def test_rows_join_at_any_time_and_share_their_prompt(make_policy, always, monke
     """Three rows of one prompt, two of another, one alone; turns begin while others are in the middle of theirs."""
     policy = make_policy(**SETTINGS)
     policy.stop_ids = ()
-    monkeypatch.setattr("skillsd.rollout.in_process.STRIDE", 1)
+    monkeypatch.setattr("skillsd.engines.in_process.STRIDE", 1)
     session = InProcessEngine(policy).open(1.0)
     prompts = [[7, 8, 9, 10, 11]] * 3 + [[20] * 9] * 2 + [[30, 31]]
     tails, played = {}, {i: ([], [], []) for i in range(6)}

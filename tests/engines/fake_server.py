@@ -1,5 +1,5 @@
 """As much of a vLLM 0.24 server as the client touches: threads of the standard library, a model of its own that reads adapters from the
-folders it is told of, and `skillsd.rollout.vllm_noise`'s own processor for the draws."""
+folders it is told of, and `skillsd.engines.vllm_noise`'s own processor for the draws."""
 
 import json
 import threading
@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from skillsd.rollout.vllm_noise import MIN_LOGPROB, Noise
+from skillsd.engines.vllm_noise import MIN_LOGPROB, Noise
 
 
 class Model:

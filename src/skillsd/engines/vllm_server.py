@@ -4,7 +4,7 @@ A server is started with the noise of the other engines as its logits processor,
 there, whichever server is asked, and again after one is lost:
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16 --max-loras N --max-model-len M \\
-        --logits-processors skillsd.rollout.vllm_noise:NoiseProcessor --logprobs-mode processed_logits --generation-config vllm
+        --logits-processors skillsd.engines.vllm_noise:NoiseProcessor --logprobs-mode processed_logits --generation-config vllm
 
 N is at least 2 + `rollout.staleness`: a rollout's versions of the adapter, and what a panel plays with.
 """
@@ -26,13 +26,13 @@ from typing import Any
 from weakref import WeakSet
 
 from skillsd import ranks
+from skillsd.engines.cache import Room
+from skillsd.engines.engine import Completion, Request, Session
+from skillsd.engines.http import Line, Lost, root
+from skillsd.engines.versions import Version, Versions
+from skillsd.engines.vllm_api import VllmApi
 from skillsd.errors import ConfigError, read_key
 from skillsd.policy import Policy
-from skillsd.rollout.cache import Room
-from skillsd.rollout.engine import Completion, Request, Session
-from skillsd.rollout.line import Line, Lost, root
-from skillsd.rollout.versions import Version, Versions
-from skillsd.rollout.vllm_api import VllmApi
 from skillsd.timeouts import Failure, Threads
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from skillsd.rollout.versions import Versions
+from skillsd.engines.versions import Versions
 
 
 def test_a_folder_that_cannot_be_written(make_policy, tmp_path, monkeypatch):

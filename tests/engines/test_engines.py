@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.rollout.fake_server import serving
-from tests.rollout.test_engine import assert_scored_alike, play
+from tests.engines.fake_server import serving
+from tests.engines.test_engine import assert_scored_alike, play
 from tests.tolerance import ROUNDING
 
-from skillsd.rollout import InProcessEngine, Request, VllmServers
+from skillsd.engines.engine import Request
+from skillsd.engines.in_process import InProcessEngine
+from skillsd.engines.vllm_server import VllmServers
 
 
 def randomise(policy, seed=7):

@@ -8,9 +8,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from skillsd.rollout import vllm_noise
-from skillsd.rollout.noise import sample, uniforms
-from skillsd.rollout.vllm_noise import MIN_LOGPROB, Draw, Noise
+from skillsd.engines import vllm_noise
+from skillsd.engines.noise import sample, uniforms
+from skillsd.engines.vllm_noise import MIN_LOGPROB, Draw, Noise
 
 Direction = Enum("Direction", "UNIDIRECTIONAL SWAP")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tests.tolerance import ROUNDING, close
 
+from skillsd.engines.engine import Request
+from skillsd.engines.in_process import InProcessEngine, spans
+from skillsd.engines.noise import stream_key
+from skillsd.engines.step import Stepper, bucket
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
-from skillsd.rollout import InProcessEngine, Request
-from skillsd.rollout.in_process import spans
-from skillsd.rollout.noise import stream_key
-from skillsd.rollout.step import Stepper, bucket
 
 
 def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_prompt=20, seed=0, engine=None, turns=4, limit=6):
@@ -66,7 +66,7 @@ def assert_scored_alike(policy, adapter, played, atol=ROUNDING, temperature=1.0)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "mistral"])
 def test_recorded_equals_scored(make_policy, monkeypatch, architecture, prefill):
     """Several turns, ragged, rows that join and leave in the middle; gemma2 and mistral with windows of 5 tokens."""
-    monkeypatch.setattr("skillsd.rollout.in_process.PREFILL", prefill)
+    monkeypatch.setattr("skillsd.engines.in_process.PREFILL", prefill)
     policy = make_policy(architecture)
     played = {}
     for adapter in ("student", "teacher"):
@@ -145,7 +145,7 @@ def test_a_finished_row_costs_nothing(make_policy, monkeypatch):
 
 
 def test_a_long_prompt_joins_alone(make_policy, monkeypatch):
-    monkeypatch.setattr("skillsd.rollout.in_process.PREFILL", 64)
+    monkeypatch.setattr("skillsd.engines.in_process.PREFILL", 64)
     policy = make_policy()
     shapes = []
     policy.backbone.register_forward_pre_hook(lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
@@ -207,7 +207,7 @@ def graphs(monkeypatch):
         return replay, out
 
     monkeypatch.setattr(Stepper, "_record", record)
-    monkeypatch.setattr("skillsd.rollout.step.can_record", lambda given: True)
+    monkeypatch.setattr("skillsd.engines.step.can_record", lambda given: True)
     return made, replayed
 
 

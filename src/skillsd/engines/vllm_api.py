@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from skillsd.rollout.engine import Completion, Request
-from skillsd.rollout.line import Line, Lost, in_one_line
-from skillsd.rollout.vllm_noise import MIN_LOGPROB
+from skillsd.engines.engine import Completion, Request
+from skillsd.engines.http import Line, Lost, in_one_line
+from skillsd.engines.vllm_noise import MIN_LOGPROB
 
 SHORT = 1 << 20
 """Most bytes of an answer that has no tokens."""
@@ -39,7 +39,7 @@ class VllmApi:
         if not abs(logprob + math.log(self.vocabulary)) < 0.01:
             raise Lost(
                 "it does not draw with our noise, or has another vocabulary: start it with --logprobs-mode processed_logits "
-                "--logits-processors skillsd.rollout.vllm_noise:NoiseProcessor"
+                "--logits-processors skillsd.engines.vllm_noise:NoiseProcessor"
             )
         gone = {name for name, folder in loaded.items() if name.startswith("skillsd-") and not folder.is_dir()}
         for name in gone:

@@ -8,16 +8,20 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.rollout.fake_server import FakeServer, serving
-from tests.rollout.test_engine import assert_scored_alike, play
-from tests.rollout.test_engines import randomise
+from tests.engines.fake_server import FakeServer, serving
+from tests.engines.test_engine import assert_scored_alike, play
+from tests.engines.test_engines import randomise
 from tests.tolerance import ROUNDING
 
+from skillsd.engines import vllm_server as module
+from skillsd.engines.engine import Request
+from skillsd.engines.in_process import InProcessEngine
+from skillsd.engines.make_engine import make_engine
+from skillsd.engines.vllm_noise import Noise
+from skillsd.engines.vllm_server import VllmServers
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
-from skillsd.rollout import InProcessEngine, Request, RolloutSettings, VllmServers, make_engine
-from skillsd.rollout import vllm_server as module
-from skillsd.rollout.vllm_noise import Noise
+from skillsd.rollout import RolloutSettings
 
 
 @pytest.fixture
@@ -320,7 +324,7 @@ def test_servers_that_are_started_otherwise(policy, two):
             VllmServers(policy, [two[0].url], **settings)
 
     two[0].processor = lambda: type("None", (), {"update_state": lambda self, update: None})()
-    refused("does not draw with our noise.*--logits-processors skillsd.rollout.vllm_noise:NoiseProcessor")
+    refused("does not draw with our noise.*--logits-processors skillsd.engines.vllm_noise:NoiseProcessor")
     two[0].mode = "raw_logprobs"
     refused("does not draw with our noise")
     two[0].processor, two[0].mode = Noise, "processed_logits"
