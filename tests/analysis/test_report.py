@@ -19,7 +19,7 @@ from tests.analysis.test_run import METRICS, SHORT, append
 
 from skillsd import cli
 from skillsd.analysis import Run
-from skillsd.analysis.examples import MOST_CHARS, TRAJECTORIES, choose
+from skillsd.analysis.examples import MAX_CHARS, TRAJECTORIES, choose
 from skillsd.analysis.origin import recorded, versions
 from skillsd.analysis.pictures import Pictures
 from skillsd.analysis.plots import curve
@@ -136,7 +136,7 @@ def test_the_numbers(done):
     assert CONFIG["trainer"]["name"] in Page(page).text  # the configuration, escaped
     drawn = re.findall(r"!\[[^]]*\]\((.*)\)", text.split("## Trajectories")[0])
     assert drawn == ["reward-success.png", "policy-entropy.png"] and page.count("<svg") == 2
-    assert curve(run, "reward/success")["low"].notna().any() and "Shaded: 95% intervals" in page
+    assert curve(run, "reward/success")["low"].notna().any() and "Bands are 95% intervals" in page
 
 
 def test_the_trajectories_and_skills(done):
@@ -154,7 +154,7 @@ def test_the_trajectories_and_skills(done):
     assert page.count("data:image/png") == 3 * len(numbers[1:]) + 1 and not (folder / "report" / "trajectory-0-turn-1.png").exists()
     skills = [int(k) for k in re.findall(r"^Skill (\d+) of", text, flags=re.MULTILINE)]
     assert skills == [5, *(k for k in range(1, 21) if k != 5)] and "Skill 5 of task t4: used 3 times, mean reward" in page
-    assert "The 20 most used of 25" in page and "mistake analysis: mistake 4\n" in page and "Its teacher saw skill 1." in page
+    assert "The 20 most used of 25" in page and "<dt>mistake analysis</dt><dd>mistake 4</dd>" in page and "Its teacher saw skill 1." in page
 
 
 def test_nothing_a_stranger_wrote_is_markup(done):
@@ -180,7 +180,7 @@ def test_the_page_needs_nothing_else(done):
                 assert value.startswith(("data:image/png;base64,", "#")), (tag, value)
             assert not re.search(r"url\((?!#)", value or "")
     (style,) = re.findall(r"<head>.*?<style>(.*?)</style>", page, flags=re.DOTALL)
-    assert "url(" not in style and "@import" not in style and "prefers-color-scheme:dark" in style and "@media print" in style
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style and "@media print" in style
 
 
 def test_the_same_folder_gives_the_same_bytes(done, tmp_path, capsys):
@@ -217,7 +217,7 @@ def test_secrets_are_left_out(folder, monkeypatch):
     monkeypatch.setattr("skillsd.errors._held", {})
     monkeypatch.setenv("MY_API_TOKEN", "swordfish-9f8e7d6c5b")
     monkeypatch.setenv("POSTGRES_PASSWORD", "password1234")
-    monkeypatch.setattr("skillsd.analysis.examples.MOST_CHARS", 60)  # cuts within the secret
+    monkeypatch.setattr("skillsd.analysis.examples.MAX_CHARS", 60)  # cuts within the secret
     at = "swordfish-9f8e7d6c5b"
     append(folder / "trajectories.jsonl", [replace(SHORT, iteration=3, turns=(Turn(f"{'x' * 45}{at}", at, 0.0),), instruction=at)])
     write_record(folder)
@@ -232,11 +232,11 @@ def test_secrets_are_left_out(folder, monkeypatch):
 
 
 def test_what_is_long_is_cut(folder):
-    turns = tuple(Turn(f"o{k} " + "y" * MOST_CHARS * (k == 1), f"act{k}", 0.0) for k in range(100))
+    turns = tuple(Turn(f"o{k} " + "y" * MAX_CHARS * (k == 1), f"act{k}", 0.0) for k in range(100))
     append(folder / "trajectories.jsonl", [replace(SHORT, iteration=3, turns=turns)])
     page, text = written(folder)
     for out in (page, text):
-        assert f"[... cut: {MOST_CHARS + 3} characters in all]" in out and "y" * (MOST_CHARS - 2) not in out
+        assert f"[... cut: {MAX_CHARS + 3} characters in all]" in out and "y" * (MAX_CHARS - 2) not in out
         assert "60 turns are left out here." in out
         assert [n for n in range(100) if f"\nact{n}\n" in out or f"\nact{n}<" in out] == [*range(20), *range(80, 100)]
 
@@ -247,7 +247,7 @@ def test_a_run_that_has_just_begun(tmp_path, config):
     (tmp_path / "config.yaml").write_text(config)
     for _ in range(2):
         page, text = written(tmp_path)
-        for part in ("No panel was played yet.", "No iteration is finished yet.", "None are recorded.", "The run has none."):
+        for part in ("No panel was played yet.", "No iteration has finished yet.", "None are recorded.", "The run has none."):
             assert part in page and part in text
         assert ("There is no config.yaml." in text) is not bool(config)
         # It is training: lines without their end.

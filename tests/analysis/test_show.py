@@ -15,6 +15,7 @@ from skillsd import cli
 from skillsd.run_folder import write_record
 from skillsd.run_lock import RunLock
 from skillsd.skills import Skill, SkillBank
+from skillsd.statistics import bootstrap_mean
 from skillsd.trajectory import Turn
 
 EVIL = "\x1b[31m[bold]red[/bold] :smile: \ud800"
@@ -89,7 +90,7 @@ def test_a_run(shown, folder):
     lines = words(text)
     assert ["reward/success", "0.125", "0.225"] in lines and ["first", "last"] in lines and ["loss/total", "-", "-"] in lines
     assert "panel of 3 held-out episodes, 95% intervals" in " ".join(text.split())
-    completion = ["0.750", "[0.750,", "0.750]"]
+    completion = "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap_mean([0.75] * 3, bounds=(0.0, 1.0))).split()
     assert ["before", "0.250", "[0.125,", "0.900]", *completion] in lines and ["after", "0.500", "[0.250,", "0.900]", *completion] in lines
     assert "skills: 1 held, 2 ever, of 1 task" in text
     seen = json.loads(shown("--json"))

@@ -50,5 +50,5 @@ def test_what_is_highlighted():
 
 
 def test_both_schemes_have_colours():
-    light, dark = syntax.style().split("@media (prefers-color-scheme: dark)")
+    light, dark = syntax.style().split("@media screen and (prefers-color-scheme: dark)")
     assert ".code .nb" in light and ".code .nb" in dark

@@ -1,24 +1,22 @@
-"""A few trajectories and skills of a run, chosen by a rule and told in a report's blocks. What agents and environments wrote is cut,
-made visible and freed of keys here; the document escapes it."""
+"""A few trajectories and skills of a run for its report, chosen by a rule. What agents and environments wrote is freed of keys and cut
+here; the templates escape it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from skillsd.analysis.document import Block, Cards, Code, Heading, Picture
-from skillsd.analysis.pictures import Pictures
+from skillsd.analysis import show
+from skillsd.analysis.pictures import Pictures, turns
 from skillsd.analysis.run import Run
-from skillsd.bounded import visible
 from skillsd.errors import without_keys
 from skillsd.skills.skill import FIELDS
-from skillsd.trajectory import Trajectory, Turn
 from skillsd.words import count
 
 TRAJECTORIES, SKILLS = 10, 20
-MOST_CHARS, MOST_TURNS = 4000, 40
+MAX_CHARS, MAX_TURNS = 4000, 40
 """Of a text, and of a trajectory, that are shown."""
 RULE = (
     "Of the first and of the last iteration the first of each kind (solved or not, its teacher told a skill or not); of a kind that is in "
@@ -39,73 +37,47 @@ def choose(played: pd.DataFrame) -> list[int]:
     return sorted(int(n) for n in (*found, *rest[places]))
 
 
-def said(text: str) -> str:
-    """What somebody else wrote, to be shown: without keys that skillsd uses, cut, all characters printable."""
-    more = f"\n[... cut: {len(text)} characters in all]" if len(text) > MOST_CHARS else ""
-    return visible(without_keys(text)[:MOST_CHARS]) + more
+def shortened(text: str) -> str:
+    """What somebody else wrote, without keys that skillsd uses, and cut."""
+    more = f"\n[... cut: {len(text)} characters in all]" if len(text) > MAX_CHARS else ""
+    return without_keys(text)[:MAX_CHARS] + more
 
 
-def trajectories(run: Run, pictures: Pictures) -> list[Block]:
-    """The chosen trajectories, turn by turn."""
-    out: list[Block] = []
+def trajectories(run: Run, pictures: Pictures) -> list[dict[str, Any]]:
+    """The chosen trajectories, turn by turn; of a long one the turns in the middle are left out."""
+    out = []
     for n in choose(run.trajectories) if len(run.trajectories) else []:
-        t = run.trajectory(n)
-        out.append(
-            Heading(f"Trajectory {n}: iteration {t.iteration}, task {said(t.task_id)}, {'solved' if t.success else 'not solved'}", 3)
+        t = show.trajectory(run, n)
+        skill_id, seen, half = t["skill_id"], turns(t, pictures, shortened), MAX_TURNS // 2
+        if (left_out := len(t["turns"]) - MAX_TURNS) > 0:
+            gap = f"{count(left_out, 'turn')} {'is' if left_out == 1 else 'are'} left out here."
+            seen[half : half + left_out] = [{"left_out": gap}]
+        why = f" ({shortened(t['failure'])})" if t["failure"] else ""
+        end = (
+            f"{t['finish_reason']}{why} after {count(len(t['turns']), 'turn')}, reward {t['reward']:.3f}, completion {t['completion']:.3f}"
         )
-        why = f" ({said(t.failure)})" if t.failure else ""
-        end = f"{t.finish_reason}{why} after {count(len(t.turns), 'turn')}, reward {t.reward:.3f}, completion {t.completion:.3f}"
-        out.append(f"Member {t.member} of its group: {end}. Its teacher saw {'no skill' if t.skill_id is None else f'skill {t.skill_id}'}.")
-        if t.skill_id is not None and t.skill_id in run.skills.index:
-            out.append(_skill(run, t.skill_id))
-        if t.instruction:
-            out += ["Instruction:", Code(said(t.instruction))]
-        out += _turns(t, n, pictures)
+        solved = "solved" if t["success"] else "not solved"
+        out.append({
+            "number": n, "title": f"Trajectory {n}: iteration {t['iteration']}, task {shortened(t['task_id'])}, {solved}",
+            "end": f"Member {t['member']} of its group: {end}. Its teacher saw {'no skill' if skill_id is None else f'skill {skill_id}'}.",
+            "skill": _texts(run, skill_id) if skill_id in run.skills.index else None,
+            "instruction": shortened(t["instruction"]), "turns": seen,
+        })  # fmt: skip
     return out
 
 
-def _turns(t: Trajectory, n: int, pictures: Pictures) -> list[Block]:
-    numbered: list[tuple[int, Turn | str]] = [*enumerate(t.turns, 1)]
-    if t.final_observation is not None:
-        numbered.append((len(t.turns), t.final_observation))
-    if len(t.turns) <= MOST_TURNS:
-        return [_cards(numbered, n, pictures)] if numbered else []
-    half = MOST_TURNS // 2
-    left_out = len(t.turns) - 2 * half
-    gap = f"{count(left_out, 'turn')} {'is' if left_out == 1 else 'are'} left out here."
-    return [_cards(numbered[:half], n, pictures), gap, _cards(numbered[len(t.turns) - half :], n, pictures)]
-
-
-def _cards(turns: Sequence[tuple[int, Turn | str]], n: int, pictures: Pictures) -> Cards:
-    """A card a turn, and one for the final observation, which comes as its text alone."""
-    cards: list[list[Block]] = []
-    drawn = 0
-    for number, turn in turns:
-        observation, name = (turn, "end") if isinstance(turn, str) else (turn.observation, f"turn-{number}")
-        png = pictures.png(observation)
-        drawn += png is not None
-        told = f", reward {turn.reward:.3f}" if isinstance(turn, Turn) and turn.reward else ""
-        title = f"trajectory {n}, {name.replace('-', ' ')}"
-        seen: list[Block] = [Picture(f"trajectory-{n}-{name}.png", title, png)] if png else []
-        text = Code(said(observation), folded="as text" if png else "")
-        done: list[Block] = [Code(said(turn.action), pictures.language)] if isinstance(turn, Turn) else []
-        cards.append([f"Turn {number}{told}" if done else "At the end", *seen, text, *done])
-    return Cards(cards, "small" if drawn == len(turns) else "large")
-
-
-def skills(run: Run) -> list[Block]:
+def skills(run: Run) -> list[dict[str, Any]]:
     """The most used skills."""
     ranked = run.skills.sort_values("uses", ascending=False, kind="stable")  # by skill_id otherwise
-    cards: list[list[Block]] = []
+    out = []
     for skill_id, s in ranked.head(SKILLS).iterrows():
         gone = "" if pd.isna(s["dropped"]) else f", dropped in iteration {s['dropped']}"
         made = f"from iteration {s['source_iteration']}, member {s['source_member']}" if s["inserted"] >= 0 else "imported"
-        made += f" (its source's reward {s['source_reward']:.3f})"
-        head = f"Skill {skill_id} of task {said(s['task_id'])}: used {s['uses']} times, mean reward {s['mean_reward']:.3f}, {made}{gone}."
-        cards.append([head, _skill(run, int(skill_id))])  # type: ignore[call-overload]
-    return [Cards(cards, "medium")] if cards else []
+        used = f"used {s['uses']} times, mean reward {s['mean_reward']:.3f}, {made} (its source's reward {s['source_reward']:.3f}){gone}"
+        out.append({"title": f"Skill {skill_id} of task {shortened(s['task_id'])}: {used}.", "texts": _texts(run, int(skill_id))})  # type: ignore[call-overload]
+    return out
 
 
-def _skill(run: Run, skill_id: int) -> Code:
+def _texts(run: Run, skill_id: int) -> dict[str, str]:
     texts = zip(FIELDS, run.skill(skill_id).texts, strict=True)
-    return Code("\n".join(f"{name.replace('_', ' ')}: {said(text.strip())}" for name, text in texts))
+    return {name.replace("_", " "): shortened(text.strip()) for name, text in texts}

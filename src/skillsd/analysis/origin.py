@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skillsd import __version__
-from skillsd.analysis.document import Table
+from skillsd.analysis.render import Table
 from skillsd.analysis.run import Run
 from skillsd.bounded import visible
 from skillsd.errors import redacted, without_keys

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from skillsd.analysis.document import Table
+from skillsd.analysis.render import Table
 from skillsd.bounded import visible
 from skillsd.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_results
 from skillsd.skills import SkillBank
@@ -62,6 +62,11 @@ def notes(panel: Mapping[str, Any]) -> list[str]:
         if part.get("failed"):
             told.append(f"{when}: {part['failed']} of {count(part['n'], 'episode')} failed; they count as not solved")
     return told
+
+
+def shown(panel: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`title`, `table` and `notes` for the templates; None of a panel that was not played."""
+    return {"title": title(panel), "table": table(panel), "notes": notes(panel)} if rounds(panel) else None
 
 
 def print_panel(panel: Mapping[str, Any], console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
@@ -13,6 +14,7 @@ from gymnasium.envs.registration import load_env_creator
 from numpy.typing import NDArray
 from PIL import Image
 
+from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run
 from skillsd.errors import ConfigError
 from skillsd.rollout import make_env
@@ -63,6 +65,28 @@ class Pictures:
         out = BytesIO()
         Image.fromarray(found).save(out, format="png")
         return out.getvalue()
+
+
+def turns(seen: Mapping[str, Any], pictures: Pictures, shown: Callable[[str], str] = str) -> list[dict[str, Any]]:
+    """An episode for the templates: a mapping for each turn, and one whose action is None for the final observation.
+
+    Args:
+        seen: What `show.trajectory` gives.
+        pictures: Draws its observations.
+        shown: Applied to every text.
+    """
+    n = seen["trajectory"]
+    turns = enumerate(seen["turns"], 1)
+    steps: list[tuple[Any, ...]] = [(f"turn-{k}", str(k), t["observation"], shown(t["action"]), t["reward"]) for k, t in turns]
+    if seen["final_observation"] is not None:
+        steps.append(("end", "end", seen["final_observation"], None, 0.0))
+    out = []
+    for index, (name, label, observation, action, reward) in enumerate(steps):
+        png = pictures.png(observation)
+        picture = Picture(f"trajectory-{n}-{name}.png", f"trajectory {n}, {name.replace('-', ' ')}", png) if png else None
+        out.append({"index": index, "id": "end" if action is None else f"turn-{index}", "label": label, "picture": picture,
+                    "observation": shown(observation), "action": action, "reward": reward})  # fmt: skip
+    return out
 
 
 def _class_of(env_id: str) -> Any:

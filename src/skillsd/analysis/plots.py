@@ -19,12 +19,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito (2008) without yellow: told apart with any colour vision."""
 PLAYED = {"reward/mean": "reward", "reward/success": "success", "reward/completion": "completion"}
 """Metrics that every task's group measures anew, which gives them an interval."""
+CURVES = {
+    "reward/success": "episodes solved, share", "reward/mean": "reward", "reward/completion": "completion",
+    "reward/zero_variance": "groups of equal rewards, share", "teacher/gap_mean": "log teacher - log student, nats a token",
+    "policy/entropy": "entropy, nats", "loss/total": "loss", "loss/policy": "policy loss", "loss/distillation": "distillation loss",
+    "skills/bank": "skills in the bank", "time/rollout_tokens_per_s": "rollout, tokens/s", "time/learner_tokens_per_s": "learner, tokens/s",
+    "memory/peak_gib": "peak memory, GiB",
+}  # fmt: skip
+"""Metrics that reports and overviews draw, and their titles."""
 POINTS = 60
 """Most points of a curve; of a longer run iterations are put together."""
 _LARGEST = 3.4028235e38
@@ -122,6 +131,14 @@ def lines(series: Mapping[str, pd.Series[Any]], title: str, marker: str = "") ->
             look: dict[str, Any] = {"marker": marker, "linestyle": dash, "linewidth": 1.6, "markersize": 4}  # equal ones are both seen
             ax.plot(s.index, s, color=colour, label=name, **look)
     return _whole(ax)
+
+
+def pictures(run: Run) -> Iterator[Picture]:
+    """Those of CURVES that the run has measured."""
+    for name, title in CURVES.items():
+        if name in run.metrics and run.metrics[name].notna().any():
+            figure = curves({"": run}, name, title)
+            yield Picture(f"{name.replace('/', '-')}.png", title, png(figure), svg(figure))
 
 
 @contextmanager

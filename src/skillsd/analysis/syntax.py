@@ -23,7 +23,7 @@ def style(light: str = "default", dark: str = "github-dark") -> str:
     """The colours as CSS, in the light and in the dark."""
     rules = [HtmlFormatter(style=name).get_style_defs(".code").splitlines() for name in (light, dark)]
     kept, darker = ("\n".join(r for r in rule if r.startswith(".code .") and ".err " not in r) for rule in rules)
-    return f"{kept}\n@media (prefers-color-scheme: dark) {{\n{darker}\n}}\n"
+    return f"{kept}\n@media screen and (prefers-color-scheme: dark) {{\n{darker}\n}}\n"
 
 
 def action(text: str, language: str = "") -> str:

@@ -1,13 +1,14 @@
-"""report.md and report.html: the same blocks, written twice. Everything in them is computed."""
+"""report.md and report.html of a study, from one template. Every number in them is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from skillsd.analysis.document import Block, Heading, Picture, html, markdown
+from skillsd.analysis.render import Picture, html, markdown
 from skillsd.study import plots, tables
 from skillsd.study.cells import Cell, replace
 from skillsd.study.comparison import against_baseline, against_controls
@@ -47,46 +48,28 @@ def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], fi
     return told
 
 
-def blocks(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> list[Block]:
-    """The report."""
+def contents(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> dict[str, Any]:
+    """What the template `study.jinja` shows."""
     results, curves = as_tables(finished[c] for c in cells if c in finished)
     methods, controls = against_baseline(results, study), against_controls(results, study)
-    costs = tables.costs(results, study)
-    metric, pictures = (
-        study.metric,
-        [
-            (f"curves-{x}.png", f"{study.metric} against {label}", plots.learning_curves(curves, study, x))
-            for x, label in plots.AXES.items()
-        ],
-    )
-    pictures.append(("seeds.png", "every seed", plots.by_seed(curves, study)))
-    out: list[Block] = [
-        Heading(f"Study: {', '.join(study.methods)}" if len(study.methods) < 4 else f"Study of {len(study.methods)} methods", 1),
-        facts(results, study, cells, finished),
-        Heading("Verdict"),
-        verdict(methods, controls),
-        Heading(f"{metric.capitalize()} after training"),
-        tables.outcome(results, study, methods),
-        f"base is the untrained agent. Holm's p is the paired t's, adjusted for {count(len(methods), 'comparison')} with {study.baseline}.",
-    ]
-    if any(c.n for c in methods):
-        out.append(Picture("differences.png", f"differences to {study.baseline}", plots.forest(methods, study)))
-    if controls:
-        out += [Heading("Methods and their controls"), tables.controls(controls)]
-    out += [Heading("Learning curves"), *(Picture(name, alt, png) for name, alt, png in pictures if png)]
-    note = "Seconds are those of the machine that ran a cell, with whatever else it was doing; tokens are not."
-    out += [Heading("Cost per iteration"), tables.cost(costs, study), note]
-    if bars := plots.seconds(costs):
-        out.append(Picture("seconds.png", "seconds per iteration", bars))
-    out += [
-        Heading("Health"),
-        tables.health(results, study),
-        f"Means of the last {WINDOW} iterations; the ratio of gradient norms is over the whole run. n/a: not measured.",
-        Heading("What was run"),
-        tables.methods(study),
-        tables.settings(study),
-    ]
-    return out
+    costs, metric = tables.costs(results, study), study.metric
+    forest = plots.forest(methods, study) if any(c.n for c in methods) else None
+    axes = {f"curves-{x}.png": (f"{metric} against {label}", plots.learning_curves(curves, study, x)) for x, label in plots.AXES.items()}
+    drawn = [_picture(name, alt, png) for name, (alt, png) in axes.items()]
+    drawn.append(_picture("seeds.png", "every seed", plots.by_seed(curves, study)))
+    return {
+        "title": f"Study: {', '.join(study.methods)}" if len(study.methods) < 4 else f"Study of {len(study.methods)} methods",
+        "facts": facts(results, study, cells, finished), "verdict": verdict(methods, controls), "metric": metric,
+        "outcome": tables.outcome(results, study, methods), "comparisons": count(len(methods), "comparison"), "baseline": study.baseline,
+        "differences": _picture("differences.png", f"differences to {study.baseline}", forest),
+        "controls": tables.controls(controls) if controls else None, "curves": [picture for picture in drawn if picture],
+        "cost": tables.cost(costs, study), "seconds": _picture("seconds.png", "seconds per iteration", plots.seconds(costs)),
+        "health": tables.health(results, study), "window": WINDOW, "methods": tables.methods(study), "settings": tables.settings(study),
+    }  # fmt: skip
+
+
+def _picture(name: str, alt: str, png: bytes | None) -> Picture | None:
+    return Picture(name, alt, png) if png else None
 
 
 def write_report(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> None:
@@ -97,10 +80,9 @@ def write_report(study: StudySettings, cells: Sequence[Cell], finished: Mapping[
         cells: All cells, in the study's order.
         finished: What the finished ones gave; at least one.
     """
-    folder, made = Path(study.folder), blocks(study, cells, finished)
-    for b in made:
-        if isinstance(b, Picture):
-            replace(folder / b.name, b.png)
-    replace(folder / "report.md", markdown(made))
-    replace(folder / "report.html", html(made))
+    folder, made = Path(study.folder), contents(study, cells, finished)
+    for picture in filter(None, (made["differences"], *made["curves"], made["seconds"])):
+        replace(folder / picture.name, picture.png)
+    replace(folder / "report.md", markdown("study.jinja", **made))
+    replace(folder / "report.html", html("study.jinja", **made))
     print(f"report: {folder / 'report.html'}, {folder / 'report.md'}")

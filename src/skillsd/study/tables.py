@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from skillsd.analysis.document import Table
+from skillsd.analysis.render import Table
 from skillsd.statistics import t_interval
 from skillsd.study.comparison import Comparison, after, compare
 from skillsd.study.plots import PART_NAMES

@@ -196,7 +196,7 @@ def test_a_teacher_that_saw_no_skill_is_not_given_one(get, site):
 def test_boards_are_pictures(get):
     html = get("real/trajectory/0")
     assert html.count('<img src="data:image/png;base64,') == html.count('class="turn"') > 0
-    assert html.count("the board at the end") == 1
+    assert html.count("trajectory 0, end") == 1
 
 
 def test_a_run_without_a_checkpoint_is_not_scored(get):

@@ -15,11 +15,11 @@ from flask import Flask, Response, abort, redirect, render_template, request, ur
 from werkzeug.exceptions import HTTPException
 
 from skillsd.analysis import syntax
+from skillsd.analysis.render import prepare
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.site import Opened, Site
 from skillsd.bounded import visible
 from skillsd.errors import ConfigError
-from skillsd.words import count
 
 HOSTS = ("127.0.0.1", "localhost")
 HEADERS = {
@@ -39,11 +39,8 @@ def create_app(site: Site, token: str) -> Flask:
         token: The first part of every address.
     """
     app = Flask("skillsd.analysis.view", static_url_path="/<token>/static")
-    app.jinja_env.finalize = lambda x: visible(x) if type(x) is str else x  # our own markup is Markup, all else is data
-    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
+    prepare(app.jinja_env)
     app.jinja_env.globals["url_for"] = _address
-    app.jinja_env.filters["number"] = pages.number
-    app.jinja_env.filters["noun"] = count
 
     @app.before_request
     def admit() -> Response | None:

@@ -7,16 +7,17 @@ import math
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from skillsd.analysis import panel, plots, show, syntax
-from skillsd.analysis.document import data_uri
+from skillsd.analysis import panel, plots, show
 from skillsd.analysis.frames import text_frame
 from skillsd.analysis.heat import heat
 from skillsd.analysis.origin import lookup
+from skillsd.analysis.pictures import turns
+from skillsd.analysis.plots import CURVES
+from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run
 from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
@@ -28,17 +29,6 @@ from skillsd.skills.skill import FIELDS, Skill
 from skillsd.statistics import paired_difference
 from skillsd.words import count
 
-CURVES = {
-    "reward/success": "episodes solved, share",
-    "reward/zero_variance": "groups of equal rewards, share",
-    "teacher/gap_mean": "log teacher - log student, nats a token",
-    "policy/entropy": "entropy, nats",
-    "loss/total": "loss",
-    "skills/bank": "skills in the bank",
-    "time/rollout_tokens_per_s": "rollout, tokens/s",
-    "memory/peak_gib": "peak memory, GiB",
-}
-"""Of the metrics, those that the overview shows at first."""
 MOST_CURVES = 100
 """On one page; a run measures half as many things."""
 ROWS = 100
@@ -53,15 +43,8 @@ HEATS = {"skill": ("i", "with its skill"), "none": ("o", "without a skill"), "sh
 """What the teacher sees while tokens are scored, and the key that asks for it."""
 
 
-def number(value: Any, digits: int = 3) -> str:
-    """For a table; - where it is missing."""
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    return f"{value:.{digits}f}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _svg(figure: Figure) -> Markup:
-    return Markup(plots.svg(figure))
+def _picture(figure: Figure, alt: str) -> Picture:
+    return Picture("", alt, svg=plots.svg(figure))
 
 
 def _paged(frame: pd.DataFrame, sort: str, page: int) -> dict[str, Any]:
@@ -100,11 +83,11 @@ def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
         "skills": f"{seen['skills']['held']} held, {seen['skills']['ever']} ever, of {count(seen['skills']['tasks'], 'task')}",
         **_costs(run),
     }
-    return {"facts": facts, "panel": _panel(run), "figures": figures, "everything": everything, "latest": _latest(run)}
+    return {"facts": facts, "panel": panel.shown(run.panel), "figures": figures, "everything": everything, "latest": _latest(run)}
 
 
-def _curve(runs: dict[str, Run], name: str, title: str) -> Markup:
-    return _svg(plots.curves(runs, name, title))
+def _curve(runs: dict[str, Run], name: str, title: str) -> Picture:
+    return _picture(plots.curves(runs, name, title), title)
 
 
 def _costs(run: Run) -> dict[str, str]:
@@ -114,12 +97,6 @@ def _costs(run: Run) -> dict[str, str]:
     told = ", ".join(f"{part} {value:.2f}" for part, value in times.items() if not math.isnan(value))
     memory = run.metrics["memory/peak_gib"].max() if "memory/peak_gib" in run.metrics else math.nan
     return {"seconds an iteration": told} | ({} if math.isnan(memory) else {"peak memory": f"{memory:.2f} GiB"})
-
-
-def _panel(run: Run) -> dict[str, Any] | None:
-    if not panel.rounds(run.panel):
-        return None
-    return {"title": panel.title(run.panel), "table": panel.table(run.panel), "notes": panel.notes(run.panel)}
 
 
 def _latest(run: Run) -> list[dict[str, Any]]:
@@ -195,20 +172,12 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
         skill = run.skill(seen["skill_id"]) if seen["skill_id"] in run.skills.index else None  # a bank may be lost
         group = run.trajectories
         group = group[(group["iteration"] == seen["iteration"]) & (group["task_id"] == seen["task_id"])].index.tolist()
-    turns = [
-        _observed(opened, turn["observation"])
-        | {"action": Markup(syntax.action(turn["action"], opened.pictures.language)), "reward": turn["reward"]}
-        for turn in seen["turns"]
-    ]
-    final = None if seen["final_observation"] is None else _observed(opened, seen["final_observation"])
     told = {"skill": skill, "text": skill and _rendered(opened.run, skill)}
     found = _scores(opened, n, scored) if scored in HEATS else None
-    return {"t": seen, "turns": turns, "final": final, "last": last, "group": group, "told": told, "heats": HEATS, "scored": found}
-
-
-def _observed(opened: Opened, observation: str) -> dict[str, Any]:
-    png = opened.pictures.png(observation)
-    return {"picture": png and data_uri(png), "observation": Markup(syntax.output(observation))}
+    return {
+        "t": seen, "turns": turns(seen, opened.pictures), "language": opened.pictures.language, "last": last, "group": group,
+        "told": told, "heats": HEATS, "scored": found,
+    }  # fmt: skip
 
 
 def _rendered(run: Run, skill: Skill) -> str:
@@ -262,14 +231,15 @@ def skills(opened: Opened, query: str, sort: str, page: int) -> dict[str, Any]:
     return shown | {"query": query, "last": last, "figure": opened.once("growth", lambda: _growth(run)), "all": len(run.skills)}
 
 
-def _growth(run: Run) -> Markup | None:
+def _growth(run: Run) -> Picture | None:
     """Skills held, and those that ever entered, after each iteration."""
     events = run.events
     if events.empty:
         return None
     count = {kind: (events["kind"] == kind).groupby(events["iteration"]).sum().cumsum() for kind in ("insert", "drop", "use")}
     lines = {"ever": count["insert"], "held": count["insert"] - count["drop"], "retrieved": count["use"]}
-    return _svg(plots.lines(lines, "skills, and how often they were retrieved"))
+    title = "skills, and how often they were retrieved"
+    return _picture(plots.lines(lines, title), title)
 
 
 def _index(opened: Opened) -> SkillIndex:
@@ -293,11 +263,11 @@ def skill(opened: Opened, skill_id: int, near: bool = False) -> dict[str, Any]:
     at = ("iteration", row["source_iteration"]), ("task_id", row["task_id"]), ("member", row["source_member"])
     for column, value in at:
         source = source[source[column] == value]
-    lines = {name: uses[name].dropna() for name in ("reward", "gap")}
+    lines, title = {name: uses[name].dropna() for name in ("reward", "gap")}, "at its retrievals: the group's mean reward, gap (nats)"
     return {
         "id": skill_id, "skill": row, "fields": FIELDS, "uses": uses.reset_index().to_dict("records"),
         "source": int(source.index[0]) if len(source) else None,
-        "figure": _svg(plots.lines(lines, "at its retrievals: the group's mean reward, gap (nats)", "o")) if len(uses) else None,
+        "figure": _picture(plots.lines(lines, title, "o"), title) if len(uses) else None,
         "near": _index(opened).neighbours(skill_id) if near or len(run.skills) <= NEAR else None,
     }  # fmt: skip
 
@@ -339,7 +309,7 @@ def compare(one: Opened, other: Opened) -> dict[str, Any]:
         "other": other.name,
         "live": stamp,
         "figures": [one.once(("compare", name), partial(_curve, runs, name, CURVES[name]), stamp) for name in names],
-        "panels": {name: _panel(r) for name, r in runs.items()},
+        "panels": {name: panel.shown(r.panel) for name, r in runs.items()},
         "difference": _difference(one.run, other.run),
         "settings": [(k, *(f.get(k, "-") for f in flat)) for k in differing],
     }
