@@ -11,7 +11,6 @@ by whether the play has followed the context's plan so far. A context made from 
 from __future__ import annotations
 
 import argparse
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +22,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from skillsd.demonstration import demonstrate
 from skillsd.engines.in_process import InProcessEngine
+from skillsd.environment import make_env
 from skillsd.objective import Tokens, TraceGate
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row, demonstrate, make_env
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row
 from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Task, Trajectory
 from skillsd_sokoban.level import Level
@@ -76,7 +77,7 @@ class View:
             Collector(env, kwargs, self.chat, InProcessEngine(p), settings, p.context_length) for p in (self.policy, self.teacher)
         )
         self.env, self.seed = make_env(env, kwargs), seed
-        self.tasks = [Task(t["task_id"], t["split"]) for t in self.env.unwrapped.tasks("train")]  # type: ignore[attr-defined]
+        self.tasks = self.env.tasks("train")
         played = self.collector.collect([Row(t, k) for t in self.tasks for k in range(4)], seed=seed, iteration=0, temperature=1.0)
         self.groups = [played[i : i + 4] for i in range(0, len(played), 4)]
         self.plain = self.greedy(self.collector, [""] * levels)
@@ -107,8 +108,8 @@ class View:
         return Told(self.transcript.format(actions=" ".join(actions)), actions, t)
 
     def plan(self, task: Task) -> Told | None:
-        turns, _, _, success, _ = demonstrate(self.env, task, 0.0, random.Random(0))
-        return self.told(replace(self.groups[0][0], turns=tuple(turns), success=success, completion=1.0), None)
+        played, _ = demonstrate(self.env, task)
+        return self.told(replace(self.groups[0][0], turns=played.turns, success=played.success, completion=1.0), None)
 
     def greedy(self, collector: Collector, texts: Sequence[str | None]) -> dict[int, bool]:
         """By level, whether it is solved with the text in front; levels without a text are left out."""

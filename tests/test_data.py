@@ -17,12 +17,13 @@ import torch
 
 from skillsd.callbacks import RunLog, TeacherSync
 from skillsd.data import RolloutData
+from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
 from skillsd.module import OptimizerSettings, SkillSD
 from skillsd.objective import Objective
 from skillsd.policy import TokenSequence
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, RolloutSettings, Row, make_env
+from skillsd.rollout import Chat, RolloutSettings, Row
 from skillsd.skills import (
     BankContext,
     GroundTruthContext,
@@ -36,7 +37,7 @@ from skillsd.skills import (
 )
 from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
 from skillsd.skills.summarisers.transcript import conversation
-from skillsd.trajectory import Trajectory
+from skillsd.trajectory import Task, Trajectory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
@@ -347,7 +348,7 @@ def test_splits_are_checked(join, monkeypatch):
         join(panel_split="train")
     with pytest.raises(ConfigError, match="nosuch"):
         join(env_kwargs={"nosuch": 1})
-    monkeypatch.setattr("skillsd.data.make_env", lambda *_: NoTasks())
+    monkeypatch.setattr("skillsd.data.make_env", lambda *_: TextEnv(NoTasks()))
     with pytest.raises(ConfigError, match=r"data\.init_args\.panel_split: the split test has no tasks"):
         join()
 
@@ -383,8 +384,8 @@ def opened(monkeypatch) -> list[Any]:
     """Every environment made, with the number of times it was closed."""
     made: list[Any] = []
 
-    def make(env_id: str, kwargs: dict[str, Any]) -> Any:
-        env = make_env(env_id, kwargs)
+    def make(*args: Any, **kwargs: Any) -> TextEnv:
+        env = make_env(*args, **kwargs)
         env.unwrapped.closed, close = 0, env.close
 
         def count() -> None:
@@ -790,11 +791,11 @@ def test_the_environment_s_own_solution(train, monkeypatch):
         return solve(self, task_id, summariser)
 
     monkeypatch.setattr(RolloutData, "solution", count)
-    env: Any = make_env(ENV, KWARGS | {"max_turns": 9})
+    env = make_env(ENV, KWARGS | {"max_turns": 9})
     plans = {}
     for name in (f"train-{i:04d}" for i in range(5)):
-        env.reset(options={"task_id": name})
-        plans[name] = env.unwrapped.solution()
+        env.reset(Task(name))
+        plans[name] = env.solution()
     assert all(plans.values()) and len({tuple(x) for x in plans.values()}) > 2
     summariser = Counted(lambda t: False)
     bank = SkillBankCallback(summariser, GroundTruthContext(), template="{golden_workflow}|\n")

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from skillsd.config_file import read_config
 from skillsd.policy.load import _template
-from skillsd.rollout import read_tasks
+from skillsd.tasks import read_tasks
 said = [read_config(sys.argv[1])["instruction"], _template(sys.argv[2]), read_tasks(Path(sys.argv[3]), "train", "x")[0].task_id]
 assert said == [said[0]] * 3 and [ord(c) for c in said[0]] == list(map(int, sys.argv[4].split())), ascii(said)
 """

@@ -51,8 +51,8 @@ def test_sound_environment_passes():
 
 @pytest.mark.parametrize(
     ("final", "told"),
-    [({"success": False, "completion": 0.5}, None), ({"success": True, "completion": 0.5}, "completes everything"), (None, "must return"),
-     ({"success": False}, "float from 0 to 1")],
+    [({"success": False, "completion": 0.5}, None), ({"success": True, "completion": 0.5}, "completes everything"),
+     (None, r"finish\(\) .*info is a NoneType"), ({"success": False}, "float from 0 to 1")],
 )  # fmt: skip
 def test_finish_returns_the_final_info(final, told):
     env = type("Finishing", (Guess,), {"finish": lambda self: final})()
@@ -85,7 +85,7 @@ def test_it_asks_without_asserts_too():
     """`python -O` leaves assert statements out."""
     code = "import tests.test_testing as t; t.check_text_env(type('B', (t.Guess,), {'answer': None})())"
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 1 and "step's observation must be a str, not NoneType" in done.stderr
+    assert done.returncode == 1 and "the observation is a NoneType, not a str" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def lenient_tasks(self, split):
 
 BROKEN = {
     "no tasks": (type("Broken", (Guess,), {"tasks": None}), "tasks.* is missing"),
-    "empty split": (alter("tasks", lambda env, tasks: []), "at least one task"),
+    "empty split": (alter("tasks", lambda env, tasks: []), "has no tasks"),
     "task without difficulty": (alter("tasks", lambda env, tasks: [{"task_id": "a", "split": "train"}]), "difficulty"),
-    "task id is a number": (alter("tasks", lambda env, tasks: [{**task, "task_id": 1} for task in tasks]), "task_id must be a str"),
+    "task id is a number": (alter("tasks", lambda env, tasks: [{**task, "task_id": 1} for task in tasks]), "a task_id as str"),
     "task of another split": (alter("tasks", lambda env, tasks: [{**task, "split": "test"} for task in tasks]), "another split"),
     "same task twice": (alter("tasks", lambda env, tasks: tasks + tasks), "twice"),
     "tasks change": (alter("tasks", lambda env, tasks: tasks[:: (-1) ** count(env)]), "same order"),
@@ -172,23 +172,23 @@ BROKEN = {
     "strict observation space": (type("Broken", (Guess,), {"observation_space": spaces.Text(8)}), "env.observation_space refuses"),
     "no action space": (type("Broken", (Guess,), {"action_space": None}), "env.action_space is missing"),
     "reset without info": (alter("reset", lambda env, result: result[0]), r"\(observation, info\)"),
-    "reset's observation": (alter("reset", at(0, lambda env: 1)), "reset's observation must be a str"),
+    "reset's observation": (alter("reset", at(0, lambda env: 1)), "the observation is a int, not a str"),
     "no instruction": (alter("reset", info(instruction=None)), "instruction"),
-    "wrong task id": (alter("reset", info(task_id="z")), "was asked for task"),
+    "wrong task id": (alter("reset", info(task_id="z")), "plays another task"),
     "random reset": (alter("reset", at(0, lambda env: str(count(env)))), "same seed differ"),
     "state left over": (
         alter("reset", at(0, lambda env: str(env.__dict__.setdefault("first", set()).add(env.word) or len(env.first)))),
         "clear all state",
     ),
     "step raises": (type("Broken", (Guess,), {"step": raises}), "answer with a message instead"),
-    "step's length": (alter("step", lambda env, result: result[:4]), "step must return"),
-    "step's observation": (alter("step", at(0, lambda env: b"map")), "step's observation must be a str"),
-    "flag": (alter("step", at(2, lambda env: 0)), "terminated must be a bool"),
-    "nan": (alter("step", at(1, lambda env: float("nan"))), "finite"),
+    "step's length": (alter("step", lambda env, result: result[:4]), "step returned a tuple of 4"),
+    "step's observation": (alter("step", at(0, lambda env: b"map")), "the observation is a bytes, not a str"),
+    "flag": (alter("step", at(2, lambda env: "no")), "terminated is 'no', not a bool"),
+    "nan": (alter("step", at(1, lambda env: float("nan"))), "the reward is nan"),
     "early reward": (alter("step", at(1, lambda env: 0.1)), "before the end must be 0"),
     "reward is not completion": (alter("step", at(1, lambda env: 0.5 if env.turn == 3 else 0.0)), "must be the completion"),
     "no success": (alter("step", info(success=None)), r"info\['success'\]"),
-    "completion above 1": (alter("step", info(completion=2.0)), "from 0 to 1"),
+    "completion above 1": (alter("step", info(completion=2.0)), "not between 0 and 1"),
     "success without completion": (alter("step", info(success=True)), "a success completes everything"),
     "random step": (alter("step", at(0, lambda env: str(count(env)))), "step must be deterministic"),
     "free turn": (type("Broken", (Guess,), {"step": free_turn}), "must cost a turn"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -15,18 +14,22 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from skillsd import ranks
 from skillsd.continuation import check_episodes, episodes
+from skillsd.demonstration import demonstrate
 from skillsd.engines.cache import CacheFull
 from skillsd.engines.engine import Completion, Request
 from skillsd.engines.make_engine import make_engine
 from skillsd.engines.noise import stream_key
+from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
-from skillsd.rollout import Background, Chat, Collector, RolloutSettings, ask, check_env, demonstrate, label, make_env, read_tasks, tasks_of
+from skillsd.rollout import Background, Chat, Collector, RolloutSettings
 from skillsd.skills import BankContext, ShuffledContext, Skill, Summariser
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.stream import GroupStream, PanelStream
-from skillsd.trajectory import Task, Trajectory
+from skillsd.tasks import read_tasks
+from skillsd.testing import check_before_run
+from skillsd.trajectory import Task
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,7 @@ class RolloutData(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """List the tasks. Raises ConfigError for an empty split, overlapping splits, or G < 2 where a group baseline is needed."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        self.panel_tasks, self._episodes = self._tasks(self.panel_split, "panel_split"), None
+        self.panel_tasks, self._episodes = self.tasks(self.panel_split, "panel_split"), None
         if stage in ("fit", "validate") and self.panel_temperature == 0 and self.panel_attempts * len(self.panel_seeds) > 1:
             ranks.say("panel_temperature is 0: greedy episodes of a task are alike, and panel_attempts or panel_seeds only repeat them")
         if stage != "fit":
@@ -104,7 +107,7 @@ class RolloutData(L.LightningDataModule):
             self._check_chat(module)
             return
         self._resume_at, self._stream = 0, None
-        self.train_tasks = self._tasks(self.train_split, "train_split")
+        self.train_tasks = self.tasks(self.train_split, "train_split")
         both = {t.task_id for t in self.train_tasks} & {t.task_id for t in self.panel_tasks}
         if both:
             raise ConfigError(
@@ -140,31 +143,20 @@ class RolloutData(L.LightningDataModule):
         return tokenizer
 
     def _check_playable(self, tasks: Sequence[Task]) -> None:
-        """Try the environment on the first task, and reset it to each task of a file: what is bad is better known now than in the middle of
-        a run. An environment of its own is tried, and no random number of the run is drawn."""
-        with isolate_rng(include_cuda=False), closing(make_env(self.env_id, self.env_kwargs)) as env:
-            for task in tasks if self.tasks_file is not None else ():
-                try:
-                    env.reset(seed=0, options={**task.options, "task_id": task.task_id})
-                except (ValueError, KeyError, TypeError) as e:
-                    raise ConfigError(f"data.init_args.tasks_file: {self.tasks_file}, task {task.task_id}: {e}") from e
-            check_env(env, tasks[0], self.rollout)
+        """Try the environment: what is bad is better known now than in the middle of a run. No random number of the run is drawn."""
+        with isolate_rng(include_cuda=False), self.open_env() as env:
+            check_before_run(env, tasks, self.rollout.env_timeout, self.rollout.max_failed == 1, self.tasks_file)
 
-    def _tasks(self, split: str, key: str) -> list[Task]:
+    def open_env(self) -> closing[TextEnv]:
+        """An environment to ask, outside of the rollouts, which have their own; closed at the end of the `with` block."""
+        return closing(make_env(self.env_id, self.env_kwargs, self.rollout.max_observation_chars))
+
+    def tasks(self, split: str, key: str) -> list[Task]:
+        """The tasks of a split, which the configuration's `key` names: those of `tasks_file`, or the environment's own."""
         if self.tasks_file is not None:
-            return read_tasks(Path(self.tasks_file), split, key)
-        env: Any
-        with closing(make_env(self.env_id, self.env_kwargs)) as env:
-            try:
-                tasks = ask(env, f"tasks({split!r})", lambda: tasks_of(env, split), (ValueError, KeyError, FileNotFoundError))
-            except ConfigError:
-                raise
-            except (ValueError, KeyError, FileNotFoundError) as e:
-                raise ConfigError(f"data.init_args.{key}: {e}") from e
-        listed = [Task(t["task_id"], split, label(t.get("difficulty")), scenario=label(t.get("scenario"))) for t in tasks]
-        if not listed:
-            raise ConfigError(f"data.init_args.{key}: the split {split} has no tasks: name another or enlarge it in env_kwargs.")
-        return listed
+            return read_tasks(self.tasks_file, split, key)
+        with self.open_env() as env:
+            return env.tasks(split, key)
 
     def teardown(self, stage: str) -> None:
         """Close the environments and the engine. The collector is made anew if it is needed again."""
@@ -290,18 +282,11 @@ class RolloutData(L.LightningDataModule):
     def solution(self, task_id: str, summariser: Summariser) -> Skill | None:
         """The summary of the environment's own solution of a training task; None if it has none. Its rewards are not looked at."""
         task = next(t for t in self.train_tasks if t.task_id == task_id)
-        with closing(make_env(self.env_id, self.env_kwargs)) as env:
-            if not hasattr(env.unwrapped, "solution"):
+        with self.open_env() as env:
+            if not env.offers("solution"):
                 raise ConfigError(f"skills.context: {self.env_id} offers no solution(): choose another context.")
-            played = demonstrate(env, task, 0.0, random.Random(0))
-        if not played.turns:
-            return None
-        share = float(played.success)
-        trajectory = Trajectory(
-            0, task_id, 0, 0, played.instruction, (), (), (), (), tuple(played.turns), share, share, played.success, "done",
-            final_observation=played.final_observation,
-        )  # fmt: skip
-        return summariser.summarise([trajectory])[0]
+            played, _ = demonstrate(env, task)
+        return summariser.summarise([played])[0] if played.turns else None
 
 
 def _overrides(env: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

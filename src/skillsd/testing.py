@@ -1,45 +1,106 @@
-"""`check_text_env`: does an environment keep the contract that skillsd trains on? For everybody's environments, as Gymnasium's `check_env`.
+"""Does an environment keep the contract (`skillsd.environment.TextEnvironment`)? `check_text_env` asks for everybody's environments, as
+Gymnasium's `check_env` does, and `check_before_run` in short before a run."""
 
-The contract: observations and actions are str, any str is in both spaces (a subclass of `spaces.Text` whose `contains` says so);
-`reset(seed=, options={"task_id": ...})` is deterministic, and raises KeyError or ValueError for a task that does not exist; info carries
-task_id and instruction from the start, success (bool) and completion (0..1) at the end, 1 with a success; the reward is the completion at
-the end and 0 before; an action that cannot be read costs a turn, is answered (not with "") and never raises; `env.unwrapped.tasks(split)`
-lists the tasks, each with a task_id of its own, split, difficulty and, where several count together, scenario (str), and raises KeyError
-or ValueError, naming the splits, for another split. An episode that the environment cannot carry on ends with info["failed"], a str that
-says why; the rest of that info does not count. Optional: info["valid"] of a step (bool), whether the action could be read: a run warns
-when none ever could; `solution()` lists the actions that lead from the present state to success; `finish()` ends the episode early and
-returns the final info, for an environment that knows its completion at the end only; `agents` maps the names of scripted agents to
-callables that make one with `act(observation) -> action`; `picture(observation)` draws what an observation shows, as [H, W, 3] of uint8,
-or returns None, whatever the text; `metadata["action_language"]` names the language of actions that are code, "python".
-"""
+from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import gymnasium as gym
 
-_UNREADABLE = ("", "\x00 \u2603 no such action")
+from skillsd.environment import TextEnv, TimeStep
+from skillsd.errors import ConfigError
+from skillsd.tasks import tasks_of
+from skillsd.timeouts import Alarm, Failure
+from skillsd.trajectory import Task
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = ("", "\x00 \u2603 no such action")
+"""Actions that no environment can read."""
+Played = tuple[TimeStep, Mapping[str, Any]]
+"""An answer and the info that came with it."""
 
 
 def check_text_env(env: gym.Env, *, split: str = "train", actions: Sequence[str] | None = None, max_turns: int = 1000) -> None:
-    """Plays a few episodes on the first two tasks of `split`; AssertionError, saying what to fix, for the first breach found.
+    """Play a few episodes on the first two tasks of a split, and more than once.
 
-    actions: texts to play when replaying an episode, again from the start when used up. Default: the plan of `env.unwrapped.solution()` if
-        there is such a method, else texts that no environment can read.
-    max_turns: an episode that takes longer counts as endless.
-    Reward shaping breaks the contract, so check with it turned off. An episode on actions that cannot be read may end as failed
-    (info["failed"]); one that fails on a plan or on the given actions is a breach. The environment is not closed.
+    Shaping breaks the contract: check with it turned off. An episode on actions that cannot be read may end as failed; one on a solution
+    or on the given actions may not. The environment is not closed.
+
+    Args:
+        env: The environment.
+        split: A split that it has.
+        actions: Texts to play, again from the start when used up. Default: the plan of `solution()`, or else texts that cannot be read.
+        max_turns: An episode that takes longer counts as endless.
+
+    Raises:
+        AssertionError: The first breach found, and what to do.
     """
+    try:
+        _check(TextEnv(env), split, actions, max_turns)
+    except Failure as e:
+        raise AssertionError(str(e).removeprefix("data.init_args.env: ")) from e
+
+
+def check_before_run(env: TextEnv, tasks: Sequence[Task], seconds: float, may_fail: bool = False, tasks_file: str | None = None) -> None:
+    """Reset to the first task and play a few actions that cannot be read; reset to each of the tasks if they are of a file.
+
+    Args:
+        env: An environment that nobody else plays.
+        tasks: The tasks of the run.
+        seconds: Time limit of a call; 0 for none.
+        may_fail: Only warn of a breach, since every episode may fail (`rollout.max_failed` is 1).
+        tasks_file: The file that the tasks are from; None where they are the environment's own.
+
+    Raises:
+        ConfigError: A call breaks the contract, raises or hangs, or the environment does not know a task of the file. That an episode on
+            these actions ends as failed breaks nothing.
+    """
+    for task in tasks if tasks_file is not None else ():
+        try:
+            env.reset(task)
+        except Failure as e:
+            if isinstance(e.__cause__, Failure):  # its answer: the first task's is looked at below
+                continue
+            if isinstance(e.__cause__, ValueError | KeyError | TypeError):
+                raise ConfigError(f"data.init_args.tasks_file: {tasks_file}, task {task.task_id}: {e.__cause__}") from e
+            raise
+    error = _first_failure(env, tasks[0], seconds)
+    if error is None or error.kind == "environment":  # an episode may fail
+        return
+    if not may_fail:
+        raise error
+    log.warning("%s rollout.max_failed is 1, so the run begins.", error)
+
+
+def _first_failure(env: TextEnv, task: Task, seconds: float) -> Failure | None:
+    calls: dict[str, Callable[[], TimeStep]] = {f"reset() to task {task.task_id}": partial(env.reset, task)}
+    calls |= {f"step({action!r})": partial(env.step, action) for action in UNREADABLE}
+    calls |= {"finish()": env.finish} if env.offers("finish") else {}
+    with Alarm(seconds) as alarm:
+        for call, work in calls.items():
+            answer = alarm(work)
+            if isinstance(answer, Failure):
+                return env.failure(call, answer)
+            if answer.finish is not None:
+                break
+    return None
+
+
+def _check(env: TextEnv, split: str, actions: Sequence[str] | None, max_turns: int) -> None:
     tasks = _check_tasks(env, split)
     _check_spaces(env)
     for task in tasks[:2]:
-        _check_reset(env, task["task_id"], other=tasks[-1]["task_id"])
-        _check_replay(env, task["task_id"], actions, max_turns)
-        _check_unreadable(env, task["task_id"], max_turns)
-        _check_finish(env, task["task_id"])
-    no_task = {"task_id": "no such task"}
-    _refuses(lambda: env.reset(seed=0, options=no_task), f"reset(options={no_task})", ", not play another task")
+        _check_reset(env, task, other=tasks[-1])
+        _check_replay(env, task, actions, max_turns)
+        _check_unreadable(env, task, max_turns)
+        _check_finish(env, task)
+    none = Task("no such task")
+    _refuses(lambda: env.reset(none), f"reset() to task {none.task_id}", ", not play another task")
 
 
 def _require(kept: Any, finding: str) -> None:
@@ -48,158 +109,130 @@ def _require(kept: Any, finding: str) -> None:
         raise AssertionError(finding)
 
 
-def _called(call: Callable[[], Any], name: str) -> Any:
-    """The answer of an environment's method; what it raises is a breach."""
-    try:
-        return call()
-    except Exception as error:
-        raise AssertionError(f"{name} raised {error!r}") from error
-
-
 def _refuses(call: Callable[[], Any], name: str, instead: str) -> None:
     try:
         call()
-    except (KeyError, ValueError):
-        return
-    except Exception as error:
-        raise AssertionError(f"{name} must raise KeyError or ValueError, and raised {error!r}") from error
+    except Exception as e:
+        error = e.__cause__ if isinstance(e, Failure) else e
+        if isinstance(error, KeyError | ValueError) and not isinstance(error, Failure):
+            return
+        raise AssertionError(f"{name} must raise KeyError or ValueError{instead}; it raised {error!r}") from e
     raise AssertionError(f"{name} must raise KeyError or ValueError{instead}")
 
 
-def _check_tasks(env: gym.Env, split: str) -> list[dict[str, Any]]:
-    listing: Any = getattr(env.unwrapped, "tasks", None)
-    _require(callable(listing), "env.unwrapped.tasks(split) is missing: return a list of dicts with task_id, split and difficulty")
+def _check_tasks(env: TextEnv, split: str) -> list[Task]:
+    _require(env.offers("tasks"), "env.unwrapped.tasks(split) is missing: return a list of dicts with task_id, split and difficulty")
     try:
-        tasks = listing(split)
-    except Exception as error:
-        raise AssertionError(f"tasks({split!r}) raised {error!r}: offer that split, or call check_text_env(env, split=...)") from error
-    _require(isinstance(tasks, list) and tasks, f"tasks({split!r}) must return a list with at least one task, not {tasks!r:.80}")
-    for task in tasks:
-        _require(
-            isinstance(task, dict) and {"task_id", "split", "difficulty"} <= set(task),
-            f"a task is a dict with task_id, split, difficulty: {task!r}",
-        )
-        _require(isinstance(task["task_id"], str) and task["task_id"], f"task_id must be a str that is not empty: {task!r}")
+        tasks = env.tasks(split)
+    except Failure:
+        raise
+    except ConfigError as e:
+        why = str(e).removeprefix("data.init_args.split: ").rstrip(".")
+        raise AssertionError(f"tasks({split!r}): {why}: offer that split, or call check_text_env(env, split=...)") from e
+    listed = env.unwrapped.tasks(split)
+    for task in listed:
+        _require({"task_id", "split", "difficulty"} <= set(task), f"a task is a dict with task_id, split, difficulty: {task!r}")
         _require(isinstance(task.get("scenario", ""), str), f"scenario must be a str, or be left out: {task!r}")
         _require(task["split"] == split, f"tasks({split!r}) lists a task of another split: {task!r}")
-    ids = [task["task_id"] for task in tasks]
-    _require(len(set(ids)) == len(ids), f"tasks({split!r}) lists a task_id twice: give every task its own")
-    _require(listing(split) == tasks, f"tasks({split!r}) changes from call to call: return the same tasks in the same order")
-    _refuses(lambda: listing("no such split"), 'tasks("no such split")', " that names the known splits")
+    _require(tasks_of(listed, split) == tasks, f"tasks({split!r}) changes from call to call: return the same tasks in the same order")
+    _refuses(lambda: env.unwrapped.tasks("no such split"), 'tasks("no such split")', " that names the known splits")
     return tasks
 
 
-def _check_spaces(env: gym.Env) -> None:
+def _check_spaces(env: TextEnv) -> None:
     for name in ("observation_space", "action_space"):
-        space: Any = getattr(env, name, None)
+        space: Any = getattr(env.env, name, None)
         _require(isinstance(space, gym.Space), f"env.{name} is missing: set it to a subclass of spaces.Text that accepts any str")
-        for text in _UNREADABLE:
+        for text in UNREADABLE:
             _require(space.contains(text), f"env.{name} refuses {text!r}: use a subclass of spaces.Text whose contains accepts any str")
 
 
-def _reset(env: gym.Env, task_id: str) -> tuple[str, dict[str, Any]]:
-    result = _called(lambda: env.reset(seed=0, options={"task_id": task_id}), f"reset(options={{'task_id': {task_id!r}}})")
-    _require(isinstance(result, tuple) and len(result) == 2, "reset must return (observation, info)")
-    obs, info = result
-    _require(isinstance(obs, str), f"reset's observation must be a str, not {type(obs).__name__}")
-    _require(isinstance(info, dict), f"reset's info must be a dict, not {type(info).__name__}")
+def _reset(env: TextEnv, task: Task) -> Played:
+    now = env.reset(task)
     for key in ("task_id", "instruction"):
-        _require(isinstance(info.get(key), str), f"reset's info[{key!r}] must be a str; it is {info.get(key)!r}")
-    _require(info["task_id"] == task_id, f"reset was asked for task {task_id!r} and info['task_id'] is {info['task_id']!r}")
-    return obs, info
+        _require(isinstance(env.info.get(key), str), f"reset's info[{key!r}] must be a str; it is {env.info.get(key)!r}")
+    return now, dict(env.info)
 
 
-def _check_reset(env: gym.Env, task_id: str, other: str) -> None:
-    first = _reset(env, task_id)
+def _check_reset(env: TextEnv, task: Task, other: Task) -> None:
+    first = _reset(env, task)
     _require(
-        _reset(env, task_id) == first,
-        f"two resets to task {task_id!r} with the same seed differ: derive all randomness from seed and task_id",
+        _reset(env, task) == first,
+        f"two resets to task {task.task_id!r} with the same seed differ: derive all randomness from seed and task_id",
     )
     _reset(env, other)
-    _require(_reset(env, task_id) == first, f"reset to {task_id!r} differs after another task was played: clear all state in reset")
+    _require(_reset(env, task) == first, f"reset to {task.task_id!r} differs after another task was played: clear all state in reset")
 
 
-def _play(env: gym.Env, task_id: str, actions: Sequence[str], max_turns: int) -> list[tuple]:
-    """One episode as a list of (observation, reward, terminated, truncated, info), each checked."""
-    _reset(env, task_id)
-    steps: list[tuple] = []
+def _play(env: TextEnv, task: Task, actions: Sequence[str], max_turns: int) -> list[Played]:
+    """One episode, each step checked."""
+    _reset(env, task)
+    steps: list[Played] = []
     while len(steps) < max_turns:
         action = actions[len(steps) % len(actions)]
         try:
-            result: Any = env.step(action)
-        except Exception as error:
-            raise AssertionError(f"step({action!r}) raised {error!r}: answer with a message instead, whatever the action") from error
-        _require(isinstance(result, tuple) and len(result) == 5, "step must return (observation, reward, terminated, truncated, info)")
-        obs, reward, terminated, truncated, info = result
-        over = terminated or truncated
-        _require(isinstance(obs, str), f"step's observation must be a str, not {type(obs).__name__}")
-        _require(isinstance(info, dict), f"step's info must be a dict, not {type(info).__name__}")
-        for name, flag in (("terminated", terminated), ("truncated", truncated)):
-            _require(isinstance(flag, bool), f"step's {name} must be a bool, not {type(flag).__name__}")
-        _require(isinstance(reward, int | float) and math.isfinite(reward), f"the reward must be a finite float; it is {reward!r}")
-        valid = info.get("valid", True)
+            now = env.step(action)
+        except Failure as e:
+            if e.kind == "raised":
+                raise AssertionError(f"step({action!r}) raised {e.__cause__!r}: answer with a message instead, whatever the action") from e
+            if e.kind != "environment":
+                raise
+            now = TimeStep("it failed", finish="failed")
+        steps.append((now, dict(env.info)))
+        failed, valid = env.info.get("failed"), env.info.get("valid", True)
         _require(isinstance(valid, bool), f"info['valid'] must be a bool (could the action be read?), or be left out; it is {valid!r}")
-        steps.append((obs, float(reward), terminated, truncated, dict(info)))
-        if over:
-            if info.get("failed") is None:
-                _check_end(reward, info)
-            else:
-                _check_failed(info["failed"], actions)
-            return steps
-        _require(
-            not info.get("failed"), f"info['failed'] must come with terminated or truncated: {info.get('failed')!r} at turn {len(steps)}"
-        )
-        _require(
-            reward == 0,
-            f"the reward before the end must be 0; it was {reward} at turn {len(steps)}: pay the completion at the end, without shaping",
-        )
+        if now.finish is None:
+            _require(not failed, f"info['failed'] must come with terminated or truncated: {failed!r} at turn {len(steps)}")
+            _require(
+                now.reward == 0,
+                f"the reward before the end must be 0; it was {now.reward} at turn {len(steps)}: pay the completion at the end, "
+                "without shaping",
+            )
+            continue
+        if failed is None:
+            _check_end(now, env.info)
+        else:
+            said = isinstance(failed, str) and failed
+            _require(said, f"info['failed'] must be a str that says why, and be left out otherwise; it is {failed!r}")
+            _require(actions is UNREADABLE, f"the episode failed, on actions that should play: {failed}")
+        return steps
     raise AssertionError(f"the episode had not ended after {max_turns} turns: every action, also one that cannot be read, must cost a turn")
 
 
-def _check_end(reward: float, info: dict[str, Any]) -> None:
-    success, completion = info.get("success"), cast(float, info.get("completion"))
-    _require(isinstance(success, bool), f"info['success'] must be a bool at the end; it is {success!r}")
-    number = isinstance(completion, int | float) and not isinstance(completion, bool)
+def _check_end(now: TimeStep, info: Mapping[str, Any]) -> None:
+    _require("success" in info, "info['success'] must be a bool at the end; it is missing")
+    _require("completion" in info, "info['completion'] must be a float from 0 to 1 at the end; it is missing")
     _require(
-        completion is not None and number and 0 <= completion <= 1,
-        f"info['completion'] must be a float from 0 to 1 at the end; it is {completion!r}",
+        math.isclose(now.reward, now.completion, abs_tol=1e-9),
+        f"the reward at the end must be the completion: {now.reward} against {now.completion}",
     )
-    _require(math.isclose(reward, completion, abs_tol=1e-9), f"the reward at the end must be the completion: {reward} against {completion}")
     _require(
-        not success or completion == 1, f"info['success'] is True while info['completion'] is {completion}: a success completes everything"
+        not now.success or now.completion == 1,
+        f"info['success'] is True while info['completion'] is {now.completion}: a success completes everything",
     )
 
 
-def _check_failed(reason: Any, actions: Sequence[str]) -> None:
-    _require(isinstance(reason, str) and reason, f"info['failed'] must be a str that says why, and be left out otherwise; it is {reason!r}")
-    _require(actions is _UNREADABLE, f"the episode failed, on actions that should play: {reason}")
-
-
-def _check_replay(env: gym.Env, task_id: str, actions: Sequence[str] | None, max_turns: int) -> None:
-    plan = None
-    if hasattr(env.unwrapped, "solution"):
-        _reset(env, task_id)
-        plan = _called(env.unwrapped.solution, "solution()")
+def _check_replay(env: TextEnv, task: Task, actions: Sequence[str] | None, max_turns: int) -> None:
+    plan: Sequence[str] = ()
+    if env.offers("solution"):
+        _reset(env, task)
+        plan = env.solution()
     if plan:
-        _require(all(isinstance(action, str) for action in plan), "solution() must return a list of actions as str, or None")
-        info = _play(env, task_id, plan, max_turns)[-1][4]
-        _require(info["success"], f"solution() of task {task_id!r} does not lead to success")
-    actions = actions or plan or _UNREADABLE
-    first = _play(env, task_id, actions, max_turns)
-    again = _play(env, task_id, actions, max_turns)
-    _require(again == first, f"the same actions on task {task_id!r} gave another episode: step must be deterministic")
+        now, _ = _play(env, task, plan, max_turns)[-1]
+        _require(now.success, f"solution() of task {task.task_id!r} does not lead to success")
+    actions = actions or plan or UNREADABLE
+    first = _play(env, task, actions, max_turns)
+    again = _play(env, task, actions, max_turns)
+    _require(again == first, f"the same actions on task {task.task_id!r} gave another episode: step must be deterministic")
 
 
-def _check_finish(env: gym.Env, task_id: str) -> None:
-    if not hasattr(env.unwrapped, "finish"):
-        return
-    _reset(env, task_id)
-    info = _called(env.unwrapped.finish, "finish()")
-    _require(isinstance(info, dict), f"finish() must return the final info, a dict, not {type(info).__name__}")
-    completion = info.get("completion")
-    _check_end(completion if isinstance(completion, int | float) else math.nan, info)
+def _check_finish(env: TextEnv, task: Task) -> None:
+    if env.offers("finish"):
+        _reset(env, task)
+        _check_end(env.finish(), env.info)
 
 
-def _check_unreadable(env: gym.Env, task_id: str, max_turns: int) -> None:
-    steps = _play(env, task_id, _UNREADABLE, max_turns)
-    _require(all(obs for obs, *_ in steps), "an action that cannot be read was answered with an empty observation: say what is accepted")
+def _check_unreadable(env: TextEnv, task: Task, max_turns: int) -> None:
+    steps = _play(env, task, UNREADABLE, max_turns)
+    answered = all(now.observation for now, _ in steps)
+    _require(answered, "an action that cannot be read was answered with an empty observation: say what is accepted")

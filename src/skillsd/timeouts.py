@@ -1,4 +1,4 @@
-"""Calls of environments, which may raise, hang or answer nonsense: each ends in an answer or in a `Failure`, and the run goes on."""
+"""Time limits of calls that may raise or hang, of environments above all: each ends in an answer or in a `Failure`, and the run goes on."""
 
 from __future__ import annotations
 
@@ -12,27 +12,41 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from skillsd.bounded import visible
+from skillsd.errors import ConfigError
 
-MOST_SAID = 500  # characters of a failure's text
+MAX_CHARS = 500  # of a failure's text
 
 
-class Failure(NamedTuple):
-    """Why an episode has failed: one of `trajectory.FAILURES`, and the rest in words."""
+class Failure(ConfigError):
+    """Why a call has failed, as an error or as its result.
 
-    kind: str
-    what: str
+    Args:
+        kind: One of `trajectory.FAILURES`.
+        what: The rest in words.
+        message: The error's line; by default `text()`.
+    """
+
+    def __init__(self, kind: str, what: str, message: str = "") -> None:
+        self.kind, self.what = kind, what
+        super().__init__(message or self.text())
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """The failure of a call that raised this, without its traceback, which would keep what the call has used."""
+        if isinstance(error, Failure):
+            return cls(error.kind, error.what)
+        try:
+            return cls("raised", f"{type(error).__name__}: {error}")
+        except Exception:  # an error that cannot even say what it is
+            return cls("raised", type(error).__name__)
 
     def text(self) -> str:
         """One line for the record."""
-        text = visible(f"{self.kind}: {' '.join(self.what[: 4 * MOST_SAID].split())}")
-        return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID - 3]}..."
-
-
-class Misbehaved(Exception):
-    """An answer that breaks the contract; takes a `Failure`'s fields."""
+        text = visible(f"{self.kind}: {' '.join(self.what[: 4 * MAX_CHARS].split())}")
+        return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 3]}..."
 
 
 class _Hung(BaseException):
@@ -40,21 +54,18 @@ class _Hung(BaseException):
 
 
 def attempt(call: Callable[[], Any]) -> Any:
-    """What the call answers, or a `Failure`. KeyboardInterrupt and SystemExit are not the environment's to raise: they end the run."""
+    """The call's answer, or a `Failure`. KeyboardInterrupt and SystemExit are not the environment's to raise: they end the run."""
     try:
         return call()
     except Exception as e:
-        return failure(e)
+        return Failure.of(e)
 
 
-def failure(error: Exception) -> Failure:
-    """What a call that raised this comes to."""
-    if isinstance(error, Misbehaved):
-        return Failure(*error.args)
-    try:
-        return Failure("raised", f"{type(error).__name__}: {error}")
-    except Exception:  # an error that cannot even say what it is
-        return Failure("raised", type(error).__name__)
+def resolved(answer: Any) -> Future[Any]:
+    """A call that is over."""
+    future: Future[Any] = Future()
+    future.set_result(answer)
+    return future
 
 
 def _hung(seconds: float) -> Failure:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from skillsd.analysis import Run
 from skillsd.analysis.pictures import Pictures
+from skillsd.environment import TextEnv
 from skillsd.run_folder import write_record
 
 SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"
@@ -72,6 +73,6 @@ def test_an_environment_that_fails_to_begin(pictures, monkeypatch, error):
 
 
 def test_an_environment_that_fails_to_draw(pictures, monkeypatch):
-    monkeypatch.setattr("skillsd.analysis.pictures.make_env", lambda *_: Failing())
+    monkeypatch.setattr("skillsd.analysis.pictures.make_env", lambda *_: TextEnv(Failing()))
     with pictures("x:Failing-v0") as drawn:
         assert drawn.png("raise") is None and drawn.png("wrong") is None and drawn.png("right").startswith(b"\x89PNG")

@@ -11,9 +11,9 @@ import yaml
 from skillsd import conf_dir
 from skillsd.analysis import Run, Scorer
 from skillsd.analysis.replay import effect, paired, replay
+from skillsd.environment import make_env
 from skillsd.errors import ConfigError
 from skillsd.policy.load import adapter_folder
-from skillsd.rollout import make_env
 from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 
@@ -32,10 +32,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     init = config["data"]["init_args"]
     env = make_env(init["env"], init["env_kwargs"])
     skills = []
-    for task in env.unwrapped.tasks("train"):
-        env.reset(seed=0, options={"task_id": task["task_id"]})
-        plan = " ".join(env.unwrapped.solution())
-        skills.append(Skill("solved", "none", plan, task["task_id"], source_reward=1.0))
+    for task in env.tasks("train"):
+        env.reset(task)
+        skills.append(Skill("solved", "none", " ".join(env.solution()), task.task_id, source_reward=1.0))
     env.close()
     with SkillBank(folder / "bank.sqlite") as bank:
         bank.insert([*skills, Skill("unsolved", "avoid", "up up up up up up up up", skills[0].task_id)], 0)

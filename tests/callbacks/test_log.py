@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from skillsd.callbacks import RunLog, board
+from skillsd.environment import TextEnv
 from skillsd.errors import ConfigError
 from skillsd.timeouts import Alarm
 from skillsd.trajectory import Trajectory, Turn
@@ -45,7 +46,7 @@ class Painter:
 
 
 def pictures(log: RunLog, *envs: Any, final: str | None = None) -> list[int]:
-    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(collector=SimpleNamespace(envs=envs, alarm=Alarm(60.0))))
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(collector=SimpleNamespace(envs=list(map(TextEnv, envs)), alarm=Alarm(60.0))))
     turns = tuple(Turn(str(i), "", 0.0) for i in range(board.FRAMES + 9))
     t = Trajectory(0, "t", 0, 0, "", (), (), (), (), turns, 0.0, 0.0, False, "done", final_observation=final)
     return [int(p[0, 0, 0]) for p in log._pictures(trainer, t)]

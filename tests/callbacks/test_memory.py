@@ -11,10 +11,10 @@ from skillsd.callbacks.memory import plan
 from skillsd.engines.cache import CacheFull, Room, SlotCache
 from skillsd.engines.in_process import InProcessEngine, InProcessSession, _Row
 from skillsd.engines.step import Stepper
+from skillsd.environment import make_env
 from skillsd.errors import ConfigError
 from skillsd.policy import Demand, Footprint
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row, make_env
-from skillsd.trajectory import Task
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row
 
 MIB = 2**20
 
@@ -164,9 +164,9 @@ def test_what_another_session_left_is_no_reason_to_give_up(make_policy, caplog):
     engine = InProcessEngine(policy)
     engine.room = Room(2, 250, True, 64)
     settings = RolloutSettings(max_rows=2, max_prompt_tokens=150, max_trajectory_tokens=100, max_turn_tokens=6)
-    tasks = make_env(SOKOBAN, KWARGS).unwrapped.tasks("test")[:1]
+    tasks = make_env(SOKOBAN, KWARGS).tasks("test")[:1]
     collector = Collector(SOKOBAN, KWARGS, Chat(policy.tokenizer, ()), engine, settings, policy.context_length)
-    rows = [Row(Task(tasks[0]["task_id"]), member) for member in range(2)]
+    rows = [Row(tasks[0], member) for member in range(2)]
     want = collector.collect(rows, seed=0, iteration=0)
     stepper, opened = Stepper(policy, False, None, engine.room), []
     stepper.plan(10, 60)  # many short rows
@@ -183,8 +183,8 @@ def test_what_another_session_left_is_no_reason_to_give_up(make_policy, caplog):
 def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog, monkeypatch):
     policy = make_policy()
     settings = RolloutSettings(max_rows=6, max_prompt_tokens=150, max_trajectory_tokens=100, max_turn_tokens=6)
-    tasks = make_env(SOKOBAN, KWARGS).unwrapped.tasks("test")[:3]
-    rows = [Row(Task(t["task_id"]), member) for t in tasks for member in range(2)]
+    tasks = make_env(SOKOBAN, KWARGS).tasks("test")[:3]
+    rows = [Row(t, member) for t in tasks for member in range(2)]
 
     def collector():
         chat = Chat(policy.tokenizer, policy.stop_ids)

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from skillsd.demonstration import demonstrate
+from skillsd.environment import make_env
 from skillsd.errors import ConfigError
 from skillsd.policy.nano import build_tokenizer
 from skillsd.pretrain import DemonstrationSettings
 from skillsd.pretrain.demonstrations import Demonstrations, collate
-from skillsd.rollout import Chat, demonstrate, make_env
+from skillsd.rollout import Chat
 from skillsd.skills import RulesSummariser
-from skillsd.trajectory import Task, Turn
+from skillsd.trajectory import Turn
 
 ENV = "skillsd_sokoban:skillsd/Sokoban-v0"
 KWARGS: dict[str, Any] = {
@@ -66,19 +68,18 @@ def test_half_carry_a_skill():
 def test_labels_are_optimal(noise):
     env, checker, off = make_env(ENV, KWARGS), make_env(ENV, KWARGS), 0
     for index in range(12):
-        raw = env.unwrapped.stream("pretrain", index)
-        task = Task(raw["task_id"], options=raw)
-        turns, labels, instruction, success, _ = demonstrate(env, task, noise, random.Random(index))
-        checker.reset(options=raw)
-        assert instruction == "" and len(turns) == len(labels)
-        for turn, label in zip(turns, labels, strict=True):
+        task = env.stream("pretrain", index)
+        played, labels = demonstrate(env, task, noise, random.Random(index))
+        checker.reset(task)
+        optimal = checker.info["optimal_length"]
+        assert played.instruction == "" and len(played.turns) == len(labels)
+        for turn, label in zip(played.turns, labels, strict=True):
             assert checker.unwrapped.render() == turn.observation
-            assert label == checker.unwrapped.solution()[0] and label in checker.unwrapped.actions
+            assert label == checker.solution()[0] and label in checker.unwrapped.actions
             off += turn.action != label
-            _, reward, *_ = checker.step(turn.action)
-            assert reward == turn.reward
+            assert checker.step(turn.action).reward == turn.reward
         if not noise:
-            assert success and len(turns) == env.unwrapped.reset(options=raw)[1]["optimal_length"] and turns[-1].reward == 1.0
+            assert played.success and len(played.turns) == optimal and played.turns[-1].reward == 1.0
     assert (off > 0) == (noise > 0)
 
 

@@ -16,10 +16,11 @@ from tests.tolerance import close
 
 from skillsd.engines.engine import Completion, Request, Session
 from skillsd.engines.in_process import InProcessEngine
+from skillsd.environment import make_env
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row, make_env
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row
 from skillsd.trajectory import Task, Trajectory
 
 SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"
@@ -199,8 +200,8 @@ def collect(policy, rows, max_rows=64, **kwargs):
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    tasks = make_env(SOKOBAN, KWARGS).unwrapped.tasks("test")[:5]
-    return [Row(Task(t["task_id"]), member) for t in tasks for member in range(3)]
+    tasks = make_env(SOKOBAN, KWARGS).tasks("test")[:5]
+    return [Row(t, member) for t in tasks for member in range(3)]
 
 
 def without_floats(t):

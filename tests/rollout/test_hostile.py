@@ -28,7 +28,7 @@ from skillsd.module import SkillSD
 from skillsd.objective import Objective
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row
-from skillsd.timeouts import MOST_SAID
+from skillsd.timeouts import MAX_CHARS
 from skillsd.trajectory import FAILURES, Task, Trajectory
 
 CONTROL = "".join(map(chr, [*range(32), 127, 0x9B, 0x202E])) + "\x1b[2J\u2028"
@@ -63,8 +63,8 @@ MISDEEDS: dict[str, tuple[Callable[[], Any], str]] = {
     "sleeps": (lambda: time.sleep(60), "hung: no answer in 1 s (rollout.env_timeout)"),
     "sleeps on": (spin, "hung: no answer in 1 s"),
     "bytes": (lambda: (b"up", 0.0, False, False, INFO), "observation: the observation is a bytes, not a str"),
-    "nothing": (lambda: None, "observation: step returned a NoneType, not a tuple of 5"),
-    "too little": (lambda: ("up", 0.0), "observation: step returned a tuple of 2, not a tuple of 5"),
+    "nothing": (lambda: None, "observation: step returned a NoneType, not (observation, reward, terminated, truncated, info)"),
+    "too little": (lambda: ("up", 0.0), "observation: step returned a tuple of 2, not (observation, reward"),
     "no info": (lambda: ("up", 0.0, False, False, None), "observation: info is a NoneType, not a dict"),
     "10 MB": (
         lambda: ("up " * 3_495_254, 0.0, False, False, INFO),
@@ -165,7 +165,7 @@ def test_a_misdeed_ends_its_episode_alone(collector, name, workers):
     for t in failed:
         assert t.failed and t.failure.startswith(told) and t.failure_kind == told.partition(":")[0] in FAILURES
         assert (t.reward, t.completion, t.success) == (0.0, 0.0, False)
-        assert len(t.failure) <= MOST_SAID and t.failure.isprintable()
+        assert len(t.failure) <= MAX_CHARS and t.failure.isprintable()
         assert Trajectory.from_json(t.to_json()) == t and t.to_json().encode()
     assert len(first.turns) == 2 and first.n_actions == 4 and len(first.token_ids) == len(first.logprobs) == len(first.action_mask)
     # What misbehaved is thrown away; what said itself that it had failed is not.

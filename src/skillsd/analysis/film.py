@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from skillsd.bounded import visible
 from skillsd.durable import write
+from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
-from skillsd.rollout import ask, make_env
-from skillsd.rollout.picture import draws, picture_of
 
 TURN_MS, LAST_MS = 700, 2500
 """How long a frame stands, milliseconds."""
@@ -38,7 +37,8 @@ class Film:
     """
 
     def __init__(self, path: str | None, data: Any) -> None:
-        self.path, self.env = None if path is None else read_path(path, "gif"), None
+        self.path = None if path is None else read_path(path, "gif")
+        self.env: TextEnv | None = None
         self.frames: list[tuple[NDArray[np.uint8], str]] = []
         if self.path is None:
             return
@@ -46,7 +46,7 @@ class Film:
             raise ConfigError(f"gif is {visible(str(path))}: give the name of a file that ends in .gif.")
         self._check_replaceable()
         self.env = make_env(data.env_id, data.env_kwargs)
-        if not draws(self.env):
+        if not self.env.offers("picture"):
             self.env.close()
             raise ConfigError(f"gif: {data.env_id} offers no picture(observation) to draw: leave out --gif.")
 
@@ -78,7 +78,7 @@ class Film:
         """
         if self.env is None:
             return
-        picture = ask(self.env, "picture()", lambda: picture_of(self.env, observation))
+        picture = self.env.picture(observation)
         if picture is None and self.frames:
             picture = self.frames[-1][0]
         if picture is not None:

@@ -16,9 +16,8 @@ from PIL import Image
 
 from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run
+from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
-from skillsd.rollout import make_env
-from skillsd.rollout.picture import picture_of
 from skillsd.timeouts import Failure, attempt
 
 TRUST = "Boards are drawn by the environment that the run names, which is imported: look at runs of people you trust."
@@ -36,13 +35,13 @@ class Pictures:
     """
 
     def __init__(self, run: Run) -> None:
-        self._env: Any = None
+        self._env: TextEnv | None = None
         declared: Any = None
         with suppress(KeyError, TypeError, AttributeError, ConfigError):  # the page that shows the configuration says what is wrong with it
             env_id, kwargs = run.environment
-            made = attempt(lambda: make_env(env_id, kwargs).unwrapped)  # whatever its code does here
+            made = attempt(lambda: make_env(env_id, kwargs))  # whatever its code does here
             self._env = None if isinstance(made, Failure) else made
-            declared = self._env or attempt(lambda: _class_of(env_id))
+            declared = self._env.unwrapped if self._env is not None else attempt(lambda: _class_of(env_id))
         self.language = str((getattr(declared, "metadata", None) or {}).get("action_language", ""))
         self.png = lru_cache(maxsize=4096)(self._png)
 
@@ -53,9 +52,9 @@ class Pictures:
 
     def array(self, observation: str) -> NDArray[np.uint8] | None:
         """[H, W, 3]; None where there is no picture, or the environment fails to make one."""
-        if self._env is None:
+        if (env := self._env) is None:
             return None
-        found = attempt(lambda: picture_of(self._env, observation))
+        found = attempt(lambda: env.picture(observation))
         return None if isinstance(found, Failure) else found
 
     def _png(self, observation: str) -> bytes | None:

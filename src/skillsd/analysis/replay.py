@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ from skillsd.analysis.score import Scorer
 from skillsd.engines.in_process import InProcessEngine
 from skillsd.engines.noise import stream_key
 from skillsd.errors import ConfigError
-from skillsd.rollout import Collector, RolloutSettings, Row, read_tasks
+from skillsd.rollout import Collector, RolloutSettings, Row
 from skillsd.skills import Skill
 from skillsd.statistics import bootstrap_mean
+from skillsd.tasks import read_tasks
 from skillsd.trajectory import Task, Trajectory
 
 COLUMNS = ("task_id", "skill", "member", "success", "completion", "turns", "finish_reason")
@@ -117,11 +117,10 @@ def _tasks_of(data: dict[str, Any]) -> dict[str, Task]:
     """The tasks of a run whose tasks stand in a file, which alone says how to reset to them."""
     if data.get("tasks_file") is None:
         return {}
-    path = Path(data["tasks_file"])
     listed = [
         t
         for key in ("train_split", "panel_split")
-        for t in read_tasks(path, data.get(key, key.removesuffix("_split").replace("panel", "test")), key)
+        for t in read_tasks(data["tasks_file"], data.get(key, key.removesuffix("_split").replace("panel", "test")), key)
     ]
     return {task.task_id: task for task in listed}
 

@@ -21,7 +21,6 @@ from skillsd.callbacks import board
 from skillsd.durable import DamagedError, checksum, named, sync
 from skillsd.errors import ConfigError
 from skillsd.module import METRICS
-from skillsd.rollout.picture import picture_of
 from skillsd.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.timeouts import Failure
@@ -160,7 +159,7 @@ class RunLog(L.Callback):
         with collector.alarm as alarm:
             final = [] if t.final_observation is None else [t.final_observation]  # shown however long the episode is
             seen = [*(turn.observation for turn in t.turns[: board.FRAMES - len(final)]), *final]
-            found: Any = alarm(lambda: [picture_of(collector.envs[0], observation) for observation in seen])
+            found: Any = alarm(lambda: [collector.envs[0].picture(observation) for observation in seen])
         if isinstance(found, Failure):
             log.warning("TensorBoard shows no boards: the environment's picture() failed (%s).", visible(found.text()))
             self.draws = False

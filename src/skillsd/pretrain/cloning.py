@@ -17,11 +17,10 @@ from skillsd.engines.in_process import InProcessEngine
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy, PolicySettings
 from skillsd.pretrain.demonstrations import Demonstrations, DemonstrationSettings, collate
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row, ask, make_env, tasks_of
+from skillsd.rollout import Chat, Collector, RolloutSettings, Row
 from skillsd.run_folder import ADAPTER, ADAPTER_KIND, MODEL, MODEL_KIND
 from skillsd.skills import RulesSummariser
 from skillsd.statistics import wilson_interval
-from skillsd.trajectory import Task
 
 
 class Cloning(L.LightningModule):
@@ -165,9 +164,8 @@ class DemonstrationData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[str, list[Row]]]:
         shown = self._set()
-        shown.env = make_env(self.env_id, self.panel_env_kwargs)
-        listed = ask(shown.env, f"tasks({self.panel_split!r})", lambda: tasks_of(shown.env, self.panel_split))
-        tasks = [Task(t["task_id"], self.panel_split, t.get("difficulty", "")) for t in listed]
+        shown.env_kwargs = self.panel_env_kwargs
+        tasks = shown.env.tasks(self.panel_split, "panel_split")
         skills = [shown.skill(t, 0.0, random.Random(0)) for t in tasks]
         ways = {"plain": [""] * len(tasks), "own": skills, "shuffled": skills[1:] + skills[:1]}
         batches = [(name, [Row(t, 0, s) for t, s in zip(tasks, texts, strict=True)]) for name, texts in ways.items()]

@@ -8,7 +8,7 @@ skill in front, made by the `rules` summariser from another play of the same lev
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from skillsd.demonstration import demonstrate
+from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
-from skillsd.rollout import Chat, ask, demonstrate, make_env
+from skillsd.rollout import Chat
 from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Task, Turn
 
@@ -56,41 +58,37 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.env: Any = None
+        self._env: TextEnv | None = None
 
     def __len__(self) -> int:
         return self.settings.episodes
 
     def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
         s = self.settings
-        if self.env is None:
-            self.env = make_env(self.env_id, self.env_kwargs)
-            if not hasattr(self.env.unwrapped, "solution") or not hasattr(self.env.unwrapped, "stream"):
-                raise ConfigError(f"env {self.env_id} offers no solution() and stream(): demonstrations need a solver.")
         seed = int.from_bytes(blake2b(f"{self.seed}/{s.split}/{index}".encode(), digest_size=8).digest(), "little")
         rng = random.Random(seed)
-        task = Task(**{"options": (raw := self.stream(index)), "task_id": raw["task_id"]})
+        task = self.env.stream(s.split, index)
         skill = ""
         if rng.random() < s.skill_share:
             skill = self.skill(task, s.noisy_skill_noise if rng.random() < s.noisy_skill_share else 0.0, rng)
-        played = demonstrate(self.env, task, s.noise, rng)
-        return self.encode(played.turns[: s.max_turns], played.labels, played.instruction, skill)
+        played, labels = demonstrate(self.env, task, s.noise, rng)
+        return self.encode(played.turns[: s.max_turns], labels, played.instruction, skill)
 
-    def stream(self, index: int) -> dict[str, Any]:
-        """Task `index` of the environment's stream."""
-
-        def call() -> dict[str, Any]:
-            raw = dict(self.env.unwrapped.stream(self.settings.split, index))
-            return raw | {"task_id": raw["task_id"]}
-
-        return ask(self.env, f"stream({self.settings.split!r}, {index})", call)
+    @property
+    def env(self) -> TextEnv:
+        """The environment, made when first used: each worker process has its own."""
+        if self._env is None:
+            self._env = make_env(self.env_id, self.env_kwargs)
+            if not self._env.offers("solution") or not self._env.offers("stream"):
+                raise ConfigError(f"env {self.env_id} offers no solution() and stream(): demonstrations need a solver.")
+        return self._env
 
     def skill(self, task: Task, noise: float, rng: random.Random) -> str:
         """The text in front of the prompt: the rules' summary of one play."""
-        played = demonstrate(self.env or make_env(self.env_id, self.env_kwargs), task, noise, rng)
+        played, _ = demonstrate(self.env, task, noise, rng)
         return self.rules.summarise_one(played.turns, played.success, float(played.success)).render(self.template)
 
-    def encode(self, turns: list[Turn], labels: list[str], instruction: str, skill: str) -> tuple[list[int], list[int]]:
+    def encode(self, turns: Sequence[Turn], labels: Sequence[str], instruction: str, skill: str) -> tuple[list[int], list[int]]:
         """Ids of the whole conversation and the labels of its answers; the stop token is learnt as part of an answer."""
         ids = self.chat.prompt_ids(instruction, turns[0].observation, skill)
         target = [-100] * len(ids)

@@ -10,23 +10,23 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import gymnasium
 import torch
 
 from skillsd.engines.cache import CacheFull
 from skillsd.engines.engine import Completion, Engine, Request
 from skillsd.engines.noise import stream_key
-from skillsd.errors import ConfigError, no_module
-from skillsd.rollout import answers
-from skillsd.rollout.answers import NOTHING, End, Env
+from skillsd.environment import MAX_REWARD, TextEnv, TimeStep, make_env
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.settings import RolloutSettings
-from skillsd.timeouts import Alarm, Failure, Threads, attempt
+from skillsd.timeouts import Alarm, Failure, Threads, attempt, resolved
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
 
 log = logging.getLogger(__name__)
+
+NOTHING = Completion([], [], False)
+NOWHERE = TimeStep("")
 
 
 @dataclass(frozen=True)
@@ -38,53 +38,50 @@ class Row:
     skill: str = ""
 
 
-def make_env(env_id: str, kwargs: Mapping[str, Any]) -> Env:
-    """`gymnasium.make` with a one-line error. `module:Id-v0` imports the module that registers the id."""
-    try:
-        return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
-    except (ValueError, TypeError, OSError, gymnasium.error.Error, ModuleNotFoundError) as e:
-        told = str(e).partition(" was raised from the environment creator")[0]
-        if isinstance(e, ModuleNotFoundError) and isinstance(e.__cause__, ModuleNotFoundError) and e.__cause__.name:
-            told = no_module(e.__cause__.name)
-        raise ConfigError(f"data.init_args.env, env_kwargs: {env_id}: {' '.join(told.split())}") from e
-
-
 @dataclass(eq=False)
 class _Episode:
-    """A row in progress."""
+    """A row in progress: what its environment is asked, and what becomes a Trajectory."""
 
     index: int
     row: Row
-    env: Env
+    env: TextEnv
     key: int
+    call: Literal["reset", "step", "finish"] = "reset"
+    answer: Future[Any] = field(default_factory=Future)  # to the call: a TimeStep or a Failure
+    completion: Completion = NOTHING  # the action that is played
+    action: str = ""
+    now: TimeStep = NOWHERE  # the last one
     instruction: str = ""
-    observation: str = ""
     prompt_ids: list[int] = field(default_factory=list)
-    info: Mapping[str, Any] = field(default_factory=dict)  # the last one
-    new_ids: list[int] = field(default_factory=list)
+    new_ids: list[int] = field(default_factory=list)  # what the engine has not seen yet
     token_ids: list[int] = field(default_factory=list)
     action_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     final_observation: str | None = None  # the one that no action has followed
     reward: float = 0.0
-    end: End = NOTHING
     finish: FinishReason | None = None
-    failure: Failure | None = None
+    failure: str = ""
+
+    def add(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
+        """Append ids that were sampled, with their log-probs, or the environment's."""
+        self.token_ids += ids
+        self.action_mask += [logprobs is not None] * len(ids)
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
     def fail(self, failure: Failure) -> None:
-        """Nothing else that it came to counts."""
-        self.finish, self.failure, self.reward, self.end = "failed", failure, 0.0, NOTHING
+        """End it; nothing that it came to counts."""
+        self.finish, self.failure, self.reward, self.now = "failed", failure.text(), 0.0, NOWHERE
 
-
-class _Job(NamedTuple):
-    """A call of an environment, perhaps in a thread: reset, step, or the score of an episode that is cut (finish). See `answers`."""
-
-    kind: str
-    episode: _Episode
-    answer: Future[Any]
-    completion: Completion = Completion([], [], False)
-    action: str = ""
+    def trajectory(self, seed: int, iteration: int) -> Trajectory:
+        """The finished episode."""
+        assert self.finish is not None
+        return Trajectory(
+            iteration=iteration, task_id=self.row.task.task_id, member=self.row.member, seed=seed, instruction=self.instruction,
+            prompt_ids=tuple(self.prompt_ids), token_ids=tuple(self.token_ids), action_mask=tuple(self.action_mask),
+            logprobs=tuple(self.logprobs), turns=tuple(self.turns), reward=self.reward, completion=self.now.completion,
+            success=self.now.success, finish_reason=self.finish, failure=self.failure, final_observation=self.final_observation,
+        )  # fmt: skip
 
 
 class Collector:
@@ -108,13 +105,13 @@ class Collector:
     def __init__(
         self, env_id: str, env_kwargs: Mapping[str, Any], chat: Chat, engine: Engine, settings: RolloutSettings, context_length: int
     ) -> None:
-        self.make = lambda: make_env(env_id, env_kwargs)
+        self.make = partial(make_env, env_id, env_kwargs, max_observation_chars=settings.max_observation_chars)
         self.chat, self.engine, self.settings, self.context_length = chat, engine, settings, context_length
         self.most_rows = settings.max_rows
-        self.envs: list[Env] = []
+        self.envs: list[TextEnv] = []
         self.threads: Threads | None = None
         self.alarm = Alarm(settings.env_timeout)
-        self.unanswered: list[_Job] = []
+        self.unanswered: list[_Episode] = []
 
     def collect(
         self, rows: Sequence[Row], *, seed: int, iteration: int, temperature: float | None = None, adapter: str | None = "student",
@@ -156,40 +153,39 @@ class Collector:
         self._settle()
         session = self.engine.open(temperature, adapter)
         waiting = iter(enumerate(rows))
-        free: list[Env | None] = [*self._pool(min(len(rows), self.most_rows))]
+        free: list[TextEnv | None] = [*self._pool(min(len(rows), self.most_rows))]  # None stands for one that was lost
         playing: dict[int, _Episode] = {}
-        jobs: list[_Job] = []
-        done: dict[int, Trajectory] = {}
+        asked: list[_Episode] = []  # their environments have not answered yet
+        finished: dict[int, Trajectory] = {}
         try:
             while True:
                 ready: list[_Episode] = []  # for their next turn
                 while True:
                     while free and (item := next(waiting, None)) is not None:
                         key = stream_key(seed, "rollout", iteration, item[1].task.task_id, item[1].member)
-                        jobs.append(self._reset(_Episode(*item, self._new() if (env := free.pop()) is None else env, key)))
-                    arrived = self._arrived(jobs, everybody=not session.continuous, wait=not (ready or session.busy))
+                        e = _Episode(*item, free.pop() or self._new(), key)
+                        asked.append(self._ask(e, "reset", partial(e.env.reset, e.row.task)))
+                    arrived = self._arrived(asked, everybody=not session.continuous, wait=not (ready or session.busy))
                     if not arrived:
                         break
-                    for e in self._take(arrived, jobs):
+                    for e in self._take(arrived, asked):
                         if e.finish is None:
                             ready.append(e)
                             continue
-                        done[e.index] = self._finish(e, seed, iteration)
+                        finished[e.index] = e.trajectory(seed, iteration)
                         free.append(e.env if e.env in self.envs else None)
                         if playing.pop(e.index, None):
                             session.forget([e.index])
                 if progress is not None:
-                    progress(len(done))
-                if len(done) == len(rows):
-                    return [done[i] for i in range(len(rows))]
+                    progress(len(finished))
+                if len(finished) == len(rows):
+                    return [finished[i] for i in range(len(rows))]
                 playing |= {e.index: e for e in ready}
                 most = self.settings.turn_tokens(self.context_length)
                 session.submit([Request(e.index, e.new_ids, e.key, len(e.token_ids), min(most, self._room(e))) for e in ready])
-                said = session.step()
-                actions = [self.chat.action_text(c.token_ids) for _, c in said]
-                jobs += [self._step(playing[index], c, action) for (index, c), action in zip(said, actions, strict=True)]
+                asked += [self._play(playing[index], completion) for index, completion in session.step()]
         finally:
-            self.unanswered = [j for j in jobs if not j.answer.cancel()]  # after an error
+            self.unanswered = [e for e in asked if not e.answer.cancel()]  # after an error
 
     def close(self) -> None:
         """Close the environments, all of them even if one raises, and end the threads. The next `collect` makes new ones."""
@@ -201,7 +197,7 @@ class Collector:
             if threads is not None:  # comes first: after an interruption a step may still be running
                 stack.callback(threads.close)
 
-    def _close(self, env: Env) -> None:
+    def _close(self, env: TextEnv) -> None:
         errors: list[Exception] = []
 
         def close() -> None:
@@ -218,128 +214,106 @@ class Collector:
 
     def _settle(self) -> None:
         """After an error: an environment is in one thread at a time, and what has failed meanwhile is not used again."""
-        jobs, self.unanswered = self.unanswered, []
+        asked, self.unanswered = self.unanswered, []
         if self.threads is not None:
-            self.threads.wait([j.answer for j in jobs])
-        for j in jobs:
-            if j.answer.exception() is not None or isinstance(j.answer.result(), Failure):
-                self._discard(j.episode.env)
+            self.threads.wait([e.answer for e in asked])
+        for e in asked:
+            if e.answer.exception() is not None or isinstance(e.answer.result(), Failure):
+                self._discard(e.env)
 
-    def _new(self) -> Env:
+    def _new(self) -> TextEnv:
         self.envs.append(self.make())
         return self.envs[-1]
 
-    def _discard(self, env: Env) -> None:
+    def _discard(self, env: TextEnv) -> None:
         """Not used again. Closing it is a thread's business: it may hang, or raise, and nobody waits for it."""
         if env in self.envs:
             self.envs.remove(env)
             threading.Thread(target=attempt, args=(env.close,), name="closing", daemon=True).start()
 
-    def _call(self, kind: str, e: _Episode, call: Callable[[], Any], *said: Any) -> _Job:
+    def _ask(self, e: _Episode, call: Literal["reset", "step", "finish"], work: Callable[[], TimeStep]) -> _Episode:
+        """Begin a call of the episode's environment, perhaps in a thread."""
+        e.call = call
         if self.settings.env_workers:
             self.threads = self.threads or Threads(self.settings.env_workers, self.settings.env_timeout)
-            return _Job(kind, e, self.threads.submit(call), *said)
-        answer: Future[Any] = Future()
-        answer.set_result(self.alarm(call))
-        return _Job(kind, e, answer, *said)
+            e.answer = self.threads.submit(work)
+        else:
+            e.answer = resolved(self.alarm(work))
+        return e
 
-    def _reset(self, e: _Episode) -> _Job:
-        return self._call("reset", e, partial(answers.reset, e.env, e.row.task, self.settings.max_observation_chars))
+    def _play(self, e: _Episode, completion: Completion) -> _Episode:
+        """Begin to play what was sampled."""
+        e.completion, e.action = completion, self.chat.action_text(completion.token_ids)
+        if math.isfinite(sum(completion.logprobs)):
+            return self._ask(e, "step", partial(e.env.step, e.action))
+        # Of logits that are nan: what was drawn from them is no action.
+        e.completion, e.answer = NOTHING, resolved(Failure("model", "a sampled token's log-prob is not finite"))
+        return e
 
-    def _step(self, e: _Episode, completion: Completion, action: str) -> _Job:
-        if not math.isfinite(sum(completion.logprobs)):  # of logits that are nan: what was drawn from them is no answer
-            answer: Future[Any] = Future()
-            answer.set_result(Failure("model", "a sampled token's log-prob is not finite"))
-            return _Job("step", e, answer)
-        return self._call("step", e, partial(answers.step, e.env, action, self.settings.max_observation_chars), completion, action)
-
-    def _arrived(self, jobs: list[_Job], everybody: bool, wait: bool) -> list[_Job]:
-        """Take the jobs that are done out of the list, in the order of the rows; of several interruptions the first is raised.
+    def _arrived(self, asked: list[_Episode], everybody: bool, wait: bool) -> list[_Episode]:
+        """Take those that are answered out of the list, in the order of the rows. Of several interruptions the first is raised.
 
         Args:
-            jobs: All.
+            asked: All.
             everybody: Wait for all of them.
             wait: Wait for one at least.
         """
-        if jobs and (everybody or wait) and self.threads is not None:
-            self.threads.wait([j.answer for j in jobs], everybody)
-        done = [j.answer.done() for j in jobs]
-        arrived = sorted((j for j, over in zip(jobs, done, strict=True) if over), key=lambda j: j.episode.index)
-        jobs[:] = [j for j, over in zip(jobs, done, strict=True) if not over]
-        for j in arrived:
-            j.answer.result()
+        if asked and (everybody or wait) and self.threads is not None:
+            self.threads.wait([e.answer for e in asked], everybody)
+        arrived = sorted((e for e in asked if e.answer.done()), key=lambda e: e.index)
+        over = set(arrived)
+        asked[:] = [e for e in asked if e not in over]
+        for e in arrived:
+            e.answer.result()
         return arrived
 
-    def _pool(self, n: int) -> list[Env]:
+    def _pool(self, n: int) -> list[TextEnv]:
         while len(self.envs) < n:
             self._new()
         return self.envs[:n]
 
-    def _take(self, arrived: Sequence[_Job], jobs: list[_Job]) -> list[_Episode]:
-        """What environments have answered. Episodes that are ready for their next turn, or finished; those to be scored become jobs."""
+    def _take(self, arrived: Sequence[_Episode], asked: list[_Episode]) -> list[_Episode]:
+        """Go on from what environments have answered. The episodes that are ready for their next turn, or finished; those that are cut are
+        asked what they came to."""
         began: list[_Episode] = []
-        going: list[tuple[_Episode, bool]] = []
-        for j in arrived:
-            e, answer = j.episode, j.answer.result()
-            if j.kind == "step" and j.completion.token_ids:
-                e.token_ids += j.completion.token_ids
-                e.action_mask += [True] * len(j.completion.token_ids)
-                e.logprobs += j.completion.logprobs
-                reward, valid = (0.0, None) if isinstance(answer, Failure) else (answer.reward, answers.valid(answer.info))
-                e.turns.append(Turn(e.observation, j.action, reward, valid))
+        going: list[_Episode] = []
+        for e in arrived:
+            now = e.answer.result()
+            failure = now if isinstance(now, Failure) else None
+            if e.call == "step" and e.completion.token_ids:
+                e.add(e.completion.token_ids, e.completion.logprobs)
+                e.turns.append(Turn(e.now.observation, e.action, 0.0 if failure else now.reward, None if failure else now.valid))
                 e.final_observation = None
-            if isinstance(answer, Failure):
-                e.fail(answer)
-                if answer.kind not in ("environment", "model"):
+            if failure is not None:
+                e.fail(failure)
+                if failure.kind not in ("environment", "model"):
                     self._discard(e.env)
-            elif j.kind == "reset":
-                e.observation, e.instruction, e.info = answer
-                e.final_observation = e.observation
-                began.append(e)
-            elif j.kind == "step":
-                e.observation, reward, e.finish, e.end, e.info = answer
-                e.final_observation = e.observation
-                e.reward += reward
-                if abs(e.reward) > answers.MAX_REWARD:
-                    e.fail(Failure("reward", f"the rewards add up to {e.reward:g}, more than {answers.MAX_REWARD:g}"))
-                elif e.finish is None:
-                    going.append((e, j.completion.stopped))
-            else:
-                e.finish, e.end = "length", answer
-                e.reward += e.end.completion
-        prompts = self.chat.prompt_ids_many([(e.instruction, e.observation, e.row.skill) for e in began])
-        for e, prompt in zip(began, prompts, strict=True):
-            e.prompt_ids = e.new_ids = prompt
-            if len(e.prompt_ids) > self.settings.max_prompt_tokens or self._room(e) < 1:
-                e.finish, stands = "length", attempt(partial(answers.end, e.info))
-                if isinstance(stands, Failure):
-                    e.fail(stands)
-                else:
-                    e.end = stands
-        tails = self.chat.turn_ids_many([e.observation for e, _ in going], [stopped for _, stopped in going])
-        cut = []
-        for (e, _), tail in zip(going, tails, strict=True):
-            e.new_ids = tail
-            if self._room(e) <= len(e.new_ids):
-                cut.append(e)
                 continue
-            e.token_ids += e.new_ids
-            e.action_mask += [False] * len(e.new_ids)
-            e.logprobs += [0.0] * len(e.new_ids)
-        for e in cut:  # the environment would have paid its completion at the end
-            jobs.append(self._call("finish", e, partial(answers.score, e.env, e.info)))
-        return [j.episode for j in arrived if j.episode not in cut]
+            e.now, e.final_observation, e.finish = now, now.observation, now.finish
+            e.reward += now.reward
+            if abs(e.reward) > MAX_REWARD:
+                e.fail(Failure("reward", f"the rewards add up to {e.reward:g}, more than {MAX_REWARD:g}"))
+            elif e.call == "reset":
+                began.append(e)
+            elif e.finish is None:
+                going.append(e)
+        prompts = self.chat.prompt_ids_many([(e.now.instruction, e.now.observation, e.row.skill) for e in began])
+        for e, prompt in zip(began, prompts, strict=True):
+            e.instruction, e.prompt_ids, e.new_ids = e.now.instruction, prompt, prompt
+            if len(prompt) > self.settings.max_prompt_tokens or self._room(e) < 1:
+                e.finish = "length"  # it is not played
+        tails = self.chat.turn_ids_many([e.now.observation for e in going], [e.completion.stopped for e in going])
+        cut = []
+        for e, tail in zip(going, tails, strict=True):
+            e.new_ids = tail
+            if self._room(e) > len(tail):
+                e.add(tail)
+            else:  # the environment would have paid its completion at the end
+                cut.append(self._ask(e, "finish", e.env.finish))
+        asked += cut
+        return [e for e in arrived if e not in cut]
 
     def _room(self, e: _Episode) -> int:
         """Tokens that may still be added to the episode."""
         used = len(e.token_ids)
         return min(self.settings.max_trajectory_tokens - used, self.context_length - len(e.prompt_ids) - used)
-
-    def _finish(self, e: _Episode, seed: int, iteration: int) -> Trajectory:
-        assert e.finish is not None
-        return Trajectory(
-            iteration=iteration, task_id=e.row.task.task_id, member=e.row.member, seed=seed, instruction=e.instruction,
-            prompt_ids=tuple(e.prompt_ids), token_ids=tuple(e.token_ids), action_mask=tuple(e.action_mask), logprobs=tuple(e.logprobs),
-            turns=tuple(e.turns), reward=e.reward, completion=e.end.completion, success=e.end.success, finish_reason=e.finish,
-            failure=e.failure.text() if e.failure is not None else "", final_observation=e.final_observation,
-        )  # fmt: skip
