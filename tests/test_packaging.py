@@ -56,7 +56,16 @@ def test_the_allocator_s_blocks_grow(given: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["skillsd", "skillsd.trajectory", "skillsd.skills.bank", "skillsd.skills.retrieval", "skillsd_sokoban", "skillsd_appworld"]
+    "name",
+    [
+        "skillsd",
+        "skillsd.testing",
+        "skillsd.trajectory",
+        "skillsd.skills.bank",
+        "skillsd.skills.retrieval",
+        "skillsd_sokoban",
+        "skillsd_appworld",
+    ],
 )
 def test_imports_neither_torch_nor_lightning(name: str) -> None:
     """The package's __init__ counts too, which import-linter does not see."""

@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "envs")]
 
 import skillsd.callbacks.panel  # noqa: E402
-import skillsd.rollout  # noqa: E402
 import skillsd.study.results  # noqa: E402
 import skillsd.study.settings  # noqa: E402
+import skillsd.tasks  # noqa: E402
 from skillsd import conf_dir  # noqa: E402
 from skillsd.errors import ConfigError, one_line  # noqa: E402
 from skillsd.skills import BaseSummariser, RulesSummariser, Skill, SkillBank, skill  # noqa: E402
@@ -188,7 +188,7 @@ def trajectory(data: bytes) -> None:
 def tasks(data: bytes) -> None:
     path = FOLDER / "tasks.jsonl"
     path.write_bytes(data)
-    found = skillsd.rollout.read_tasks(path, "train", "train_split")
+    found = skillsd.tasks.read_tasks(path, "train", "train_split")
     assert found and len({t.task_id for t in found}) == len(found)
 
 
@@ -263,7 +263,7 @@ def targets() -> dict[str, Target]:
         "skill": Target(answer, ("skills/skill.py",), (ValueError,), [json.dumps(fields).encode()], [*marks, *names[:3]]),
         "summary": Target(summary, texts, (), [b"o\na\noo\nab", json.dumps(fields).encode()], [*marks, b"\n", b"o", b"ab"]),
         "trajectory": Target(trajectory, ("skillsd/trajectory.py",), (ValueError,), [t.to_json().encode()], [*marks, *names]),
-        "tasks": Target(tasks, ("skillsd/rollout/tasks_file.py",), (ConfigError,), [task], [*marks, b"\n", task]),
+        "tasks": Target(tasks, ("skillsd/tasks.py",), (ConfigError,), [task], [*marks, b"\n", task]),
         "metrics": Target(metrics, ("study/results.py",), (ConfigError,), [head + b"\n" + row], [b",", b"\n", b"1", b'"', b"nan"]),
         "panel": Target(panel, ("callbacks/panel.py",), (ConfigError,), [b'{"after": {"n": 1}}'], marks),
         "study": Target(study, ("study/settings.py",), (ConfigError, ArgumentError), [yaml], [*ends, *marks]),
