@@ -11,7 +11,7 @@ import pickle
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from skillsd.batch import Batch
 from skillsd.callbacks import RunCheckpoint, RunLog
 from skillsd.cli import main as skillsd
 from skillsd.data import GroupStream
+from skillsd.learner import Learner
 from skillsd.module import SkillSD
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import TrajectoryGroup
@@ -31,8 +32,8 @@ PARTS: dict[str, tuple[type, str]] = {
     "stream": (GroupStream, "_groups"),  # until this rank has the whole batch
     "rollout": (GroupStream, "_play"),
     "learner": (SkillSD, "training_step"),
-    "update": (SkillSD, "_within_memory"),  # forward and backward of this rank's rows, teacher included
-    "batch": (Batch, "__init__"),  # the whole batch as rows
+    "update": (Learner, "_within_memory"),  # forward and backward of this rank's rows, teacher included
+    "batch": (Batch, "from_groups"),  # the whole batch as rows
     "log": (RunLog, "on_train_batch_end"),
     "bank": (SkillBankCallback, "on_train_batch_end"),
     "checkpoint": (RunCheckpoint, "on_train_batch_end"),
@@ -74,7 +75,7 @@ class Watch:
                 self.last = now()
                 self.seconds[part] += self.last - start
             if part == "learner":
-                self.note(args[0].metrics, args[1])
+                self.note(out["metrics"], args[1])
             return out
 
         return call
@@ -96,7 +97,7 @@ class Watch:
 
         return call
 
-    def note(self, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
+    def note(self, metrics: Mapping[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         self.rank, self.mine = ranks.rank(), [groups[i] for i in ranks.share(len(groups))]
         self.facts = {k: metrics[k] for k in ("rollout/tokens", "rollout/action_tokens", "learner/tokens", "memory/peak_gib")}
         self.facts["lengths"] = [len(t.token_ids) for g in groups for t in g.trajectories]

@@ -125,6 +125,7 @@ def near(a: Any, b: Any, tolerance: float = ROUNDING, where: str = "") -> None:
     """Equal but for rounding, of floats and of a tensor's norm; and where not."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
+        a, b = a.float(), b.float()
         off, size = float((a - b).norm()), float(b.norm())
         assert off <= tolerance * max(size, 1.0), f"{where}: {off} of {size}"
     elif isinstance(a, dict):

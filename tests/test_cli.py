@@ -20,7 +20,7 @@ from skillsd import __version__, cli, errors
 from skillsd.callbacks.resume import CheckpointFiles
 from skillsd.config_file import parse_config
 from skillsd.errors import ConfigError
-from skillsd.module import OptimizerSettings
+from skillsd.optimizer import OptimizerSettings
 from skillsd.skills import SkillBank
 
 pytestmark = [

@@ -19,8 +19,9 @@ from skillsd.callbacks import RunLog, TeacherSync
 from skillsd.data import RolloutData
 from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
-from skillsd.module import OptimizerSettings, SkillSD
+from skillsd.module import SkillSD
 from skillsd.objective import Objective
+from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import TokenSequence
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout import Chat, RolloutSettings, Row
@@ -110,7 +111,7 @@ def test_the_last_partial_batch_is_kept(join):
             ]
             prompt = g.trajectories[0].prompt_ids
             assert g.teacher_prompts == g.student_prompts == (prompt, prompt) and g.trajectories[1].prompt_ids == prompt
-            assert g.skill_id is None and g.temperature == 1.0 and not g.by_teacher and not g.told(0)
+            assert g.skill_id is None and g.temperature == 1.0 and not g.sampled_by_teacher and not g.has_teacher_context(0)
     assert stream.state_dict() == {"position": 3}
     assert [g.task.task_id for b in stream for g in b] == [t.task_id for t in stream.order(1)]
 
@@ -141,8 +142,8 @@ def test_seconds_of_a_rollout(join):
 
     data.collector.collect = slowly
     started = time.perf_counter()
-    for _ in data.train_dataloader():
-        seconds.append(data.rollout_s)
+    for rollout in data.train_dataloader():
+        seconds.append(rollout.seconds)
         time.sleep(0.1)
     assert len(seconds) == 3 and all(s >= 0.1 for s in seconds) and sum(seconds) < time.perf_counter() - started - 0.3
 
@@ -517,7 +518,7 @@ def test_two_epochs(make_policy, tmp_path, monkeypatch):
 
     class Keep(L.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            log.append((trainer.current_epoch, dict(module.metrics), batch))
+            log.append((trainer.current_epoch, dict(outputs["metrics"]), batch))
 
     data = make_data()
     trainer = L.Trainer(
@@ -582,7 +583,7 @@ def test_who_acts_and_what_everybody_sees(join, tmp_path, actor, size):
         )
         with_skill = [acts_with_skill(m, size) for m in range(size)]
         acted = tuple(told if x else plain for x in with_skill)
-        assert [t.prompt_ids for t in g.trajectories] == list(acted) and g.by_teacher == (actor == "teacher")
+        assert [t.prompt_ids for t in g.trajectories] == list(acted) and g.sampled_by_teacher == (actor == "teacher")
         other = {
             "student": (plain,) * size,  # what the student is trained to say without, the teacher says with it
             "student_with_skill": (told,) * size,
@@ -592,7 +593,7 @@ def test_who_acts_and_what_everybody_sees(join, tmp_path, actor, size):
         assert g.student_prompts == other[actor]
         assert g.teacher_prompts == (tuple(plain if x else told for x in with_skill) if actor == "half_with_skill" else (told,) * size)
         untold = actor == "student_with_skill" or workflow is None
-        assert [g.told(m) for m in range(size)] == [not untold] * size
+        assert [g.has_teacher_context(m) for m in range(size)] == [not untold] * size
         # On record is the log-prob of whoever sampled, behind the prompt that it saw: nobody else's.
         for t in g.trajectories:
             assert furthest(t.logprobs, logprobs(data, adapter, t.prompt_ids, t)) < 1e-4
@@ -627,7 +628,7 @@ def train(make_policy: Callable[..., Any], tmp_path: Path) -> Callable[..., list
 
             def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
                 del policy.__dict__["score"]
-                log.append((batch, dict(module.metrics), list(asked)))
+                log.append((batch, dict(outputs["metrics"]), list(asked)))
                 asked.clear()
 
         trainer = L.Trainer(
@@ -717,7 +718,7 @@ def test_hindsight(train, tmp_path, kind):
         rows, want = [t for g in batch for t in g.trajectories], []
         assert (seen, position) == (inserted + failed + len(rows), inserted)  # made before the update, stored after it
         for g in batch:
-            assert g.skill_id is None and {t.skill_id for t in g.trajectories} == {None} and not g.by_teacher
+            assert g.skill_id is None and {t.skill_id for t in g.trajectories} == {None} and not g.sampled_by_teacher
             for t, student, teacher in zip(g.trajectories, g.student_prompts, g.teacher_prompts, strict=True):
                 text = "" if summariser.fails(t) else summariser.plain(t).render(TEMPLATE)
                 assert teacher == tuple(chat.prompt_ids("", t.turns[0].observation, text))
@@ -777,7 +778,7 @@ def test_a_sibling_that_solved_it(join, template):
                 text = f"solved : {actions}\n" if template else TRANSCRIPT_TEMPLATE.format(transcript=conversation(shown))
                 assert all(x in text for x in actions.split())
             assert teacher == tuple(data.collector.chat.prompt_ids("", t.turns[0].observation, text))
-            assert g.told(t.member) == bool(text) and g.student_prompts[t.member] == t.prompt_ids
+            assert g.has_teacher_context(t.member) == bool(text) and g.student_prompts[t.member] == t.prompt_ids
     assert len(bank.bank) == 0  # it is filled as ever, at the iteration's end
 
 
@@ -820,7 +821,7 @@ def test_a_task_whose_solution_is_not_known(join, tmp_path):
     bank.bank = SkillBank()
     data = join(bank, tasks_file=write(tmp_path / "tasks.jsonl", *lines))
     (groups,) = data.train_dataloader()
-    told = {g.task.task_id: {g.told(m) for m in (0, 1)} for g in groups}
+    told = {g.task.task_id: {g.has_teacher_context(m) for m in (0, 1)} for g in groups}
     assert told == {"stuck": {False}, "open": {True}}
 
 

@@ -24,7 +24,8 @@ from skillsd.callbacks import EnvStepBudget, Panel, PeerWatch, RunLog
 from skillsd.cli import flags as table
 from skillsd.cli.standard import STANDARD, UNFIT, check_trainer, complete, order_callbacks
 from skillsd.errors import ConfigError
-from skillsd.module import OptimizerSettings, SkillSD
+from skillsd.module import SkillSD
+from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import PolicySettings
 from skillsd.pretrain import Cloning
 from skillsd.rollout import RolloutSettings

@@ -19,8 +19,10 @@ from torch import Tensor
 from skillsd.batch import return_gap
 from skillsd.callbacks import TeacherSync
 from skillsd.errors import ConfigError
-from skillsd.module import METRICS, OptimizerSettings, SkillSD
+from skillsd.metrics import METRICS
+from skillsd.module import SkillSD
 from skillsd.objective import OPID, RLSD, SDPG, SDPO, UCOB, Objective, OutcomeGate, PositiveGate, SigmoidGate
+from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import Policy, Scores, TokenSequence
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup, Turn
 
@@ -114,7 +116,7 @@ class Steps(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
         self.grads.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.policy.student_parameters()])
-        self.metrics.append(dict(module.metrics))
+        self.metrics.append(dict(outputs["metrics"]))
         self.gaps.append(outputs["group_gap"])
 
 
@@ -187,7 +189,7 @@ class Row:
     @property
     def old(self) -> Tensor:
         """Of the student at the rollout: Eq. 13 has today's where the teacher sampled."""
-        return self.logp(self.student).detach() if self.group.by_teacher else self.recorded
+        return self.logp(self.student).detach() if self.group.sampled_by_teacher else self.recorded
 
     def grpo(self, shift: Tensor | float = 0.0) -> Tensor:
         ratio, advantage = (self.logp(self.student) - self.old).exp(), self.advantage + shift
@@ -410,7 +412,7 @@ def test_members_that_are_told_nothing_ask_no_teacher(make_policy, step):
     policy.sync()
     first, second = make_groups(policy)
     some = replace(first, teacher_prompts=(first.teacher_prompts[0], *first.student_prompts[1:]))
-    assert [some.told(k) for k in range(3)] == [True, False, False]
+    assert [some.has_teacher_context(k) for k in range(3)] == [True, False, False]
     grpo, sdl = by_hand(policy, [some, second])
     want = gradient(policy, grpo + 0.5 * sdl)
     steps = step(policy, [some, second], same=True)
@@ -495,7 +497,7 @@ def recorded(policy: Policy, t: Trajectory, adapter: str, prompt: tuple[int, ...
 def sampled_by_teacher(policy: Policy, groups: Sequence[TrajectoryGroup], spread: float = 0.0) -> list[TrajectoryGroup]:
     return [
         replace(
-            g, by_teacher=True,
+            g, sampled_by_teacher=True,
             trajectories=tuple(recorded(policy, t, "teacher", p, spread) for t, p in zip(g.trajectories, g.teacher_prompts, strict=True)),
         )
         for g in groups
@@ -520,7 +522,7 @@ def test_the_teacher_s_rollout(make_policy, step):
     ell = torch.cat([r.ell for r in rows]).detach().double()
     close(m["loss/distillation"], float(0.5 * (1 - ell.exp() + ell * ell.exp()).mean()))
     # As if the student had sampled the same record, ratios are clipped.
-    assert step(policy, [replace(g, by_teacher=False) for g in groups]).metrics[0]["policy/clip_fraction"] > 0
+    assert step(policy, [replace(g, sampled_by_teacher=False) for g in groups]).metrics[0]["policy/clip_fraction"] > 0
 
 
 def test_the_record_of_a_teacher_s_rollout_is_used(make_policy, step):
@@ -566,7 +568,7 @@ def ragged(policy: Policy) -> tuple[list[TrajectoryGroup], Callable[[Row], bool]
     policy.context_length = limit = 40
     lengths = {(g.task.task_id, k): len(g.teacher_prompts[k]) + len(g.trajectories[k].token_ids) for g in (first, second) for k in range(3)}
     assert lengths["t1", 0] > limit and sum(n <= limit for n in lengths.values()) == 5
-    return [first, second], lambda r: r.group.told(r.member) and lengths[r.group.task.task_id, r.member] <= limit
+    return [first, second], lambda r: r.group.has_teacher_context(r.member) and lengths[r.group.task.task_id, r.member] <= limit
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -924,11 +926,11 @@ def test_a_checkpoint_holds_both_adapters_only(make_policy, step, tmp_path):
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
     state = checkpoint["state_dict"]
     names = [f"{a}.{k}" for a in ("student", "teacher") for k in policy.adapter("student")]
-    assert sorted(state) == sorted(names) and all("lora_" in k for k in state)
+    assert sorted(state) == sorted([*names, "teacher_is_student"]) and all("lora_" in k for k in names) and not state["teacher_is_student"]
     assert all(torch.equal(state[f"student.{k}"], p) for k, p in policy.adapter("student").items())
     assert all(torch.equal(state[f"teacher.{k}"], p) for k, p in policy.adapter("teacher").items())
     counters = {"skipped": 0, "skipped_in_a_row": 0}
-    assert checkpoint["skillsd"] == {"base": policy.identity, "teacher_is_student": False, **counters}
+    assert checkpoint["skillsd"] == {"base": policy.identity, **counters}
 
     def module(other: Policy) -> SkillSD:
         made = SkillSD(other.settings)
@@ -939,7 +941,7 @@ def test_a_checkpoint_holds_both_adapters_only(make_policy, step, tmp_path):
     again = module(fresh)
     again.on_load_checkpoint(checkpoint)
     again.load_state_dict(state)
-    assert all(torch.equal(state[k], v) for k, v in fresh.adapter_state().items())
+    assert all(torch.equal(state[k], v) for k, v in fresh.checkpoint_state().items())
     for other in (make_policy("llama"), make_policy(lora={"r": 2}), make_policy(lora={"alpha": 9})):
         with pytest.raises(ConfigError, match=r"ckpt_path: .*policy\.(model|lora)"):
             module(other).on_load_checkpoint(checkpoint)

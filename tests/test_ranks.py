@@ -23,8 +23,9 @@ from skillsd import cli
 from skillsd import ranks as r
 from skillsd.callbacks import TeacherSync
 from skillsd.errors import ConfigError
-from skillsd.module import OptimizerSettings, SkillSD, check_strategy
+from skillsd.module import SkillSD
 from skillsd.objective import Objective
+from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.skills import (
     BankContext,
@@ -36,6 +37,7 @@ from skillsd.skills import (
     SiblingContext,
 )
 from skillsd.skills.callback import SkillBankCallback
+from skillsd.strategy import check_strategy
 
 ENV: dict[str, Any] = {
     "size": 6, "boxes": 3, "difficulties": {"short": {"lengths": [2, 5]}}, "splits": {"train": {"short": 3}, "test": {"short": 1}},
@@ -107,7 +109,7 @@ class Watch(L.Callback):
         self.seen: list[dict[str, Any]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        timeless = {k: v for k, v in module.metrics.items() if not k.startswith(("time/", "memory/"))}
+        timeless = {k: v for k, v in outputs["metrics"].items() if not k.startswith(("time/", "memory/"))}
         played = [(t.task_id, t.member, t.token_ids, t.skill_id, g.teacher_prompts[i]) for g in batch for i, t in enumerate(g.trajectories)]
         grads = [p.grad.flatten() for p in module.policy.student_parameters() if p.grad is not None]
         self.seen.append({

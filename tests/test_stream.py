@@ -13,8 +13,9 @@ from tests.tolerance import ROUNDING
 from skillsd.data import RolloutData
 from skillsd.engines.noise import stream_key
 from skillsd.errors import ConfigError
-from skillsd.module import OptimizerSettings, SkillSD
+from skillsd.module import SkillSD
 from skillsd.objective import Objective
+from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import TokenSequence
 from skillsd.rollout import RolloutSettings
 
@@ -41,7 +42,7 @@ class Look(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.grads.append(torch.cat([p.grad.flatten() for p in module.policy.student_parameters()]))
-        self.metrics.append(dict(module.metrics))
+        self.metrics.append(dict(outputs["metrics"]))
 
     @property
     def played(self) -> list[Any]:

@@ -14,6 +14,7 @@ import torch
 
 from skillsd.durable import DamagedError, check_archive
 from skillsd.errors import ConfigError
+from skillsd.run_folder import CHECKPOINTS
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 MIDWAY = "midway"
@@ -167,3 +168,10 @@ def newest_good(folder: Path) -> Path | None:
             f"ckpt_path: {' '.join(bad)} There is no other: restore one, or start anew with --overwrite=true in place of --ckpt_path."
         )
     return None
+
+
+def how_to_resume(trainer: Any) -> str:
+    """Where a run that stops can be taken up, in words."""
+    saver = trainer.checkpoint_callback
+    path = Path((saver and saver.dirpath) or Path(trainer.default_root_dir) / CHECKPOINTS) / LAST
+    return f"The last good checkpoint is {path} (--ckpt_path last)" if path.is_file() else "There is no checkpoint yet"

@@ -88,7 +88,6 @@ class RolloutData(L.LightningDataModule):
         self.actor = actor
         self.panel_temperature, self.panel_attempts, self.panel_adapter = panel_temperature, panel_attempts, panel_adapter
         self.panel_seeds, self.seed = panel_seeds or [0], seed
-        self.rollout_s = 0.0
         self.progress: Callable[[str, int, int], object] | None = None  # is told what is played, and how many episodes of how many
         self._resume_at = 0
         self._episodes: dict[str, str] | None = None  # of a run that trains

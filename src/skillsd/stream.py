@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from skillsd import ranks
 from skillsd.bounded import one_line
+from skillsd.checkpoint import how_to_resume
 from skillsd.engines.vllm_server import VllmServers
 from skillsd.errors import ConfigError
-from skillsd.module import last_checkpoint
 from skillsd.rollout import Collector, Row
-from skillsd.trajectory import Task, Trajectory, TrajectoryGroup
+from skillsd.trajectory import Rollout, Task, Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class GroupStream:
     def __len__(self) -> int:
         return -(-len(self.data.train_tasks) // self.data.batch_tasks)
 
-    def __iter__(self) -> Iterator[list[TrajectoryGroup]]:
+    def __iter__(self) -> Iterator[Rollout]:
         for _ in range(self.position % len(self), len(self)):
             iteration, self.position = self.position, self.position + 1
             yield self._groups(iteration)
@@ -55,7 +55,7 @@ class GroupStream:
         """The tasks in the epoch's order, drawn from (run seed, epoch)."""
         return sorted(self.data.train_tasks, key=lambda t: blake2b(f"{self.data.seed}/order/{epoch}/{t.task_id}".encode()).digest())
 
-    def _groups(self, iteration: int) -> list[TrajectoryGroup]:
+    def _groups(self, iteration: int) -> Rollout:
         d = self.data
         ahead = 0
         if d.rollout.staleness:
@@ -66,7 +66,7 @@ class GroupStream:
                 self._launched[j] = self._launch(j)
         tasks, skills, share, play = self._launched.pop(iteration)
         with d.policy.together():
-            played, d.rollout_s = play()
+            played, seconds = play()
         self._check_failed(played, iteration)
         mine = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
         after = d.bank.texts(mine, iteration) if d.bank is not None else None
@@ -74,9 +74,8 @@ class GroupStream:
             self._group(tasks[i], g, skills[i][0], after[k] if after else [skills[i][1]] * len(g))
             for k, (i, g) in enumerate(zip(share, mine, strict=True))
         ]
-        told = ranks.gather((d.rollout_s, groups))  # from here on every rank has the whole batch
-        d.rollout_s = max(seconds for seconds, _ in told)
-        return [g for _, part in told for g in part]
+        every = ranks.gather((seconds, groups))  # from here on every rank has the whole batch
+        return Rollout((g for _, part in every for g in part), max(seconds for seconds, _ in every))
 
     def _launch(self, iteration: int) -> _Launch:
         """Retrieve, and roll out in the background, or without staleness when asked for the result."""
@@ -131,7 +130,7 @@ class GroupStream:
             cures.append("see whether the weights of policy.model and of the adapters are finite and policy.dtype has their range")
         return (
             f"rollout.max_failed is {self.data.rollout.max_failed:g}, and in iteration {iteration} {len(failed)} of {episodes} episodes "
-            f"failed ({told}). {last_checkpoint(self.data.trainer)}: {', '.join(cures)} and resume, or set a larger share."
+            f"failed ({told}). {how_to_resume(self.data.trainer)}: {', '.join(cures)} and resume, or set a larger share."
         )
 
     def _group(self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str]) -> TrajectoryGroup:
@@ -152,7 +151,7 @@ class GroupStream:
         }[d.actor]
         return TrajectoryGroup(
             task, tuple(replace(t, skill_id=skill_id) for t in played), tuple(student), tuple(teacher), skill_id, d.rollout.temperature,
-            by_teacher=d.actor == "teacher",
+            sampled_by_teacher=d.actor == "teacher",
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ made when sampling and used everywhere a loss, an entropy or a count is taken.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 from zlib import crc32
@@ -224,10 +224,10 @@ class TrajectoryGroup:
         task: The task.
         trajectories: G of them, by member.
         student_prompts: By member, token ids of the prompt under which the student is trained: the plain one, unless it acted with a skill.
-        teacher_prompts: By member, those of the teacher's prompt x (+) S(x); equal to the student's where it is told nothing.
+        teacher_prompts: By member, those of the teacher's prompt x (+) S(x); equal to the student's where it has no context.
         skill_id: The bank's id of S(x); None without one.
         temperature: Sampling temperature; log-probs are recomputed at the same one.
-        by_teacher: Whether the teacher sampled the tokens under its own prompts (Eq. 13): their recorded log-probs are its own then.
+        sampled_by_teacher: The teacher sampled the tokens, under its own prompts (Eq. 13): the recorded log-probs are its own.
     """
 
     task: Task
@@ -236,13 +236,31 @@ class TrajectoryGroup:
     teacher_prompts: tuple[tuple[int, ...], ...]
     skill_id: int | None = None
     temperature: float = 1.0
-    by_teacher: bool = False
+    sampled_by_teacher: bool = False
 
     @property
     def counted(self) -> tuple[Trajectory, ...]:
         """Those that have not failed."""
         return tuple(t for t in self.trajectories if not t.failed)
 
-    def told(self, member: int) -> bool:
+    def has_teacher_context(self, member: int) -> bool:
         """Whether the member's teacher sees something that its student does not."""
         return self.teacher_prompts[member] != self.student_prompts[member]
+
+
+class Rollout(list[TrajectoryGroup]):
+    """An iteration's groups, and the seconds that they took to play.
+
+    Args:
+        groups: In the order of the tasks.
+        seconds: Of the slowest rank.
+    """
+
+    def __init__(self, groups: Iterable[TrajectoryGroup], seconds: float) -> None:
+        super().__init__(groups)
+        self.seconds = seconds
+
+    def metrics(self) -> dict[str, float]:
+        """How long it took, by METRICS' names."""
+        tokens = sum(len(t.prompt_ids) + len(t.token_ids) for g in self for t in g.trajectories)
+        return {"time/rollout_s": self.seconds, "time/rollout_tokens_per_s": tokens / self.seconds}

@@ -149,7 +149,7 @@ def test_each_is_said_once_a_start(caplog: pytest.LogCaptureFixture):
     module.policy = SimpleNamespace(
         tokenizer=SimpleNamespace(unk_token_id=UNK, eos_token_id=0, bos_token_id=0, pad_token_id=0), stop_ids=()
     )  # type: ignore[assignment]
-    module.metrics = metrics(1.0)
+    outputs = {"metrics": metrics(1.0)}
     trainer: Any = SimpleNamespace(callbacks=[], global_step=0)
     callback = Diagnostics()
     bad = [group(0.0, 0.0, valid=False, prompt=(UNK,) * 9)] * FEW_ACTIONS
@@ -157,6 +157,6 @@ def test_each_is_said_once_a_start(caplog: pytest.LogCaptureFixture):
         for start in (1, 2):
             callback.on_train_start(trainer, module)
             for i in range(2 * PATIENCE):
-                callback.on_train_batch_end(trainer, module, None, bad, i)
+                callback.on_train_batch_end(trainer, module, outputs, bad, i)
             callback.on_train_end(trainer, module)
             assert len(caplog.records) == 3 * start  # unknown tokens, actions, rewards

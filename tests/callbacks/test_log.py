@@ -22,7 +22,7 @@ def test_tokens_are_kept_for_tensorboard_alone(tmp_path):
         out = []
         for i in range(21):
             log.on_train_batch_start(trainer, module, [SimpleNamespace(trajectories=[SimpleNamespace(iteration=i)])], 0)
-            out += [i] * module.keep_tokens
+            out += [i] * module.learner.keep_tokens
         return out
 
     told = TensorBoardLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")

@@ -21,7 +21,9 @@ MIB = 2**20
 
 def module(policy, micro_batch_tokens=64, **signal):
     objective = SimpleNamespace(signal=SimpleNamespace(distributional=False, **signal))
-    return SimpleNamespace(policy=policy, micro_batch_tokens=micro_batch_tokens, objective=objective, grad_norm_every=0)
+    return SimpleNamespace(
+        policy=policy, learner=SimpleNamespace(micro_batch_tokens=micro_batch_tokens), objective=objective, grad_norm_every=0
+    )
 
 
 def test_what_lies_in_memory_is_counted(make_policy):

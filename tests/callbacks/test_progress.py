@@ -14,6 +14,7 @@ from rich.console import Console
 from skillsd.callbacks import EnvStepBudget, ProgressLog, RunLog
 from skillsd.callbacks.progress import draws_bar, numbers, of, time_left
 from skillsd.errors import ConfigError
+from skillsd.metrics import Metrics
 from skillsd.module import SkillSD
 from skillsd.objective import Objective
 from skillsd.policy import PolicySettings
@@ -31,10 +32,12 @@ def budget(steps: int, used: int) -> EnvStepBudget:
     return made
 
 
-def module(success: float = 0.5, failed: float = 0.0, loss: float = 0.25) -> SkillSD:
-    made = SkillSD(PolicySettings(model="nano"), Objective())
-    made.metrics = {"reward/success": success, "rollout/failed": failed, "loss/total": loss}
-    return made
+def module() -> SkillSD:
+    return SkillSD(PolicySettings(model="nano"), Objective())
+
+
+def outputs(success: float = 0.5, failed: float = 0.0, loss: float = 0.25) -> dict[str, Any]:
+    return {"metrics": Metrics({"reward/success": success, "rollout/failed": failed, "loss/total": loss})}
 
 
 def test_how_much_is_left():
@@ -49,10 +52,10 @@ def test_how_much_is_left():
 
 
 def test_an_iteration_in_words():
-    assert numbers(module(), None) == ["solved 0.500", "loss 0.25"]
-    assert numbers(module(failed=0.25), None) == ["solved 0.500", "25% of the episodes failed", "loss 0.25"]
-    assert numbers(module(success=0.0, failed=1.0), None) == ["100% of the episodes failed", "loss 0.25"]  # none was counted
-    assert numbers(object(), {"loss": 1.5}) == numbers(object(), 1.5) == ["loss 1.5"] and numbers(object(), None) == []
+    assert numbers(outputs()) == ["solved 0.500", "loss 0.25"]
+    assert numbers(outputs(failed=0.25)) == ["solved 0.500", "25% of the episodes failed", "loss 0.25"]
+    assert numbers(outputs(success=0.0, failed=1.0)) == ["100% of the episodes failed", "loss 0.25"]  # none was counted
+    assert numbers({"loss": 1.5}) == numbers(1.5) == ["loss 1.5"] and numbers(None) == []
 
 
 def test_where_a_bar_is_seen():
@@ -74,7 +77,7 @@ def run(log: ProgressLog, ends: list[float], total: int, *, start: int = 0) -> N
     log.on_train_epoch_start(at(start, total), module())
     for k, end in enumerate(ends, start + 1):
         now = end
-        log.on_train_batch_end(at(k, total), module(), None, None, 0)
+        log.on_train_batch_end(at(k, total), None, outputs(), None, 0)
     log.on_train_end(at(start + len(ends), total), module())
 
 

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from skillsd import cli, conf_dir
 from skillsd.callbacks import board
-from skillsd.module import METRICS
+from skillsd.metrics import METRICS
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.load import model_folder
 from skillsd.run_folder import COMMAND_KEYS, read_validations

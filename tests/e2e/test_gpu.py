@@ -39,7 +39,7 @@ def test_killed_and_continued(whole: Run, tmp_path: Path) -> None:
     """In an update, in a rollout, and with the log ahead of the checkpoint."""
     killed = Run(tmp_path / "killed", Fresh(), whole.overlay)
     for where, calls, after in (
-        ("skillsd.module:SkillSD._step", 2, True),
+        ("skillsd.learner:Learner._step", 2, True),
         ("skillsd.engines.in_process:InProcessSession.step", 6, True),
         ("skillsd.callbacks.log:RunLog.on_train_batch_end", 2, True),
     ):

@@ -20,7 +20,9 @@ from tests.ranks import Ranks, bank_rows, meeting, near, torchrun
 from tests.tolerance import ROUNDING
 
 from skillsd import cli
-from skillsd.module import SkillSD, micro_batches
+from skillsd.learner import Learner
+from skillsd.module import SkillSD
+from skillsd.policy import micro_batches
 from skillsd.rollout import Collector
 from skillsd.run_folder import read_validations
 from skillsd.skills.callback import SkillBankCallback
@@ -44,15 +46,14 @@ def watched(args: list[str], recorded: str | None = None, record: str | None = N
     seen: dict[str, Any] = {k: [] for k in ("grads", "group_gap", "skills", "rows", "parts")} | {"played": 0}
     episodes: dict[str, Trajectory] = pickle.loads(Path(recorded).read_bytes()) if recorded else {}
     step, choose, collect, training_step, accumulate = (
-        SkillSD._step, SkillBankCallback.choose, Collector.collect, SkillSD.training_step, SkillSD._accumulate,
+        Learner._step, SkillBankCallback.choose, Collector.collect, SkillSD.training_step, Learner._accumulate,
     )  # fmt: skip
 
-    def _step(self: Any, optimizer: Any, params: Any, done: Any) -> float:
+    def _step(self: Any, update: Any, params: Any) -> None:
         seen["grads"].append(torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in params]))
         seen.setdefault("start", {k: v.clone() for k, v in self.policy.adapter_state().items()})
-        norm = step(self, optimizer, params, done)
+        step(self, update, params)
         seen["adapters"] = {k: v.clone() for k, v in self.policy.adapter_state().items()}
-        return norm
 
     def _choose(*args: Any, **kwargs: Any) -> Any:
         seen["skills"].append(choose(*args, **kwargs))
@@ -75,8 +76,8 @@ def watched(args: list[str], recorded: str | None = None, record: str | None = N
         seen["parts"].append(len(micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs)))
         return accumulate(self, batch, mine, *rest)
 
-    SkillSD._step, SkillBankCallback.choose, Collector.collect = _step, _choose, _collect  # type: ignore[method-assign]
-    SkillSD.training_step, SkillSD._accumulate = _training_step, _accumulate  # type: ignore[method-assign]
+    Learner._step, SkillBankCallback.choose, Collector.collect = _step, _choose, _collect  # type: ignore[method-assign]
+    SkillSD.training_step, Learner._accumulate = _training_step, _accumulate  # type: ignore[method-assign]
     seen["code"] = cli.main(args)
     if record:
         Path(record).write_bytes(pickle.dumps(episodes))

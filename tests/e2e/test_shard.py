@@ -11,8 +11,9 @@ from tests.tolerance import ROUNDING
 from skillsd.callbacks import Panel, RunCheckpoint, RunLog, TeacherSync
 from skillsd.checkpoint import read_checkpoint
 from skillsd.data import RolloutData
-from skillsd.module import OptimizerSettings, SkillSD
+from skillsd.module import SkillSD
 from skillsd.objective import Objective
+from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import LoraSettings, PolicySettings
 from skillsd.rollout import RolloutSettings
 from skillsd.skills import BaseSummariser

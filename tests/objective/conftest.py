@@ -24,7 +24,7 @@ class Batch:
         logp_behaviour: Of the tokens under whoever sampled them, [B, T].
         mask: [B, T].
         advantage: [B].
-        taught: [B].
+        teacher_mask: [B].
         success: [B].
         return_gap: [B].
     """
@@ -36,7 +36,7 @@ class Batch:
     logp_behaviour: Tensor
     mask: Tensor
     advantage: Tensor
-    taught: Tensor
+    teacher_mask: Tensor
     success: Tensor
     return_gap: Tensor
 
@@ -56,10 +56,10 @@ class Batch:
         divergence = None
         if objective.signal.distributional:
             divergence = objective.signal.divergence(student.flatten(0, 1), self.teacher.flatten(0, 1)).view(logp.shape)
-            divergence = torch.where(self.taught[:, None], divergence, 0.0)
+            divergence = torch.where(self.teacher_mask[:, None], divergence, 0.0)
         return out | {
             "logp": logp,
-            "logp_teacher": torch.where(self.taught[:, None], logp_teacher, logp.detach()),
+            "logp_teacher": torch.where(self.teacher_mask[:, None], logp_teacher, logp.detach()),
             "divergence": divergence,
         }
 
@@ -74,7 +74,7 @@ class Batch:
 
 @pytest.fixture
 def batch() -> Batch:
-    """Seven rows, two of them untaught; ratios between 0.2 and 6, and return gaps on either side of every bound."""
+    """Seven rows, two of them without a teacher; ratios between 0.2 and 6, and return gaps on either side of every bound."""
     g = torch.Generator().manual_seed(1)
     rows, width, vocabulary = 7, 9, 6
 

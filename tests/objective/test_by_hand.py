@@ -44,7 +44,7 @@ class Token:
     a: float
     success: bool
     return_gap: float
-    taught: bool
+    has_teacher: bool
     mates: list[float]
     """d of all action tokens of its trajectory."""
     place: int
@@ -70,7 +70,7 @@ def by_token(batch: Any) -> dict[tuple[int, int], Token]:
         y = int(batch.tokens[b, t])
         numbers = [float(x) for x in (batch.logp_old[b, t], batch.logp_behaviour[b, t], batch.advantage[b])]
         out[b, t] = Token(
-            p[b][t], q[b][t], y, *numbers, bool(batch.success[b]), float(batch.return_gap[b]), bool(batch.taught[b]),
+            p[b][t], q[b][t], y, *numbers, bool(batch.success[b]), float(batch.return_gap[b]), bool(batch.teacher_mask[b]),
             [q[b][s][int(batch.tokens[b, s])] - p[b][s][int(batch.tokens[b, s])] for s in batch.mask[b].nonzero()[:, 0].tolist()],
             int(batch.mask[b, :t].sum()),
         )  # fmt: skip
@@ -222,7 +222,7 @@ def test_total_and_gradient(batch, name, gate):
     weight_of_policy = 0.7
     value, want = 0.0, torch.zeros_like(batch.logits)
     for (b, s), t in by_token(batch).items():
-        g = lam * GATES[gate][1](t) * t.taught
+        g = lam * GATES[gate][1](t) * t.has_teacher
         if placement == "loss":
             (x, dx), (y, dy) = policy_loss(t, t.a), reference(t)
             value += weight_of_policy * x + g * y
@@ -245,7 +245,7 @@ def test_a_loss_alone(batch, name):
     signal, reference = LOSSES[name]
     want, n = torch.zeros_like(batch.logits), int(batch.mask.sum())
     for (b, s), t in by_token(batch).items():
-        want[b, s] = t.taught * torch.tensor(reference(t)[1], dtype=torch.float64)
+        want[b, s] = t.has_teacher * torch.tensor(reference(t)[1], dtype=torch.float64)
     got = batch.gradient(Objective(policy_weight=0.0, distillation_weight=1.0, loss=signal))
     torch.testing.assert_close(got, want / n, rtol=1e-9, atol=1e-12)
 
@@ -267,12 +267,12 @@ def test_the_batch_visits_every_branch(batch):
     tokens = by_token(batch).values()
     ratio = Counter((t.a > 0, (r > 1.28) - (r < 0.8)) for t in tokens for r in [math.exp(t.p[t.y] - t.old)])
     assert len(ratio) == 6
-    taught = [t for t in tokens if t.taught]
-    assert 0 < len(taught) < len(tokens)
-    assert {(t.rho > 2) - (t.rho < 1.1) for t in taught} == {-1, 0, 1}
-    gap = Counter("none" if math.isnan(t.return_gap) else (t.return_gap > 0.05) + (t.return_gap > 0.4) for t in taught)
+    has_teacher = [t for t in tokens if t.has_teacher]
+    assert 0 < len(has_teacher) < len(tokens)
+    assert {(t.rho > 2) - (t.rho < 1.1) for t in has_teacher} == {-1, 0, 1}
+    gap = Counter("none" if math.isnan(t.return_gap) else (t.return_gap > 0.05) + (t.return_gap > 0.4) for t in has_teacher)
     assert set(gap) == {"none", 0, 1, 2}
-    scale = Counter((t.a > 0, (x > 1.5) - (x < 0.5)) for t in taught for x in [math.exp(math.copysign(1, t.a) * -t.ell)])
+    scale = Counter((t.a > 0, (x > 1.5) - (x < 0.5)) for t in has_teacher for x in [math.exp(math.copysign(1, t.a) * -t.ell)])
     assert len(scale) == 6
-    assert {outcome(t) for t in taught} == {-1.0, 0.0, 1.0} and any(abs(d) > 3 for t in taught for d in t.mates)
-    assert {t.success for t in taught} == {True, False}
+    assert {outcome(t) for t in has_teacher} == {-1.0, 0.0, 1.0} and any(abs(d) > 3 for t in has_teacher for d in t.mates)
+    assert {t.success for t in has_teacher} == {True, False}

@@ -335,24 +335,24 @@ def test_micro_batches_add_up(batch, objective):
             torch.testing.assert_close(torch.cat([p[i] for p in parts]), whole[i])
 
 
-def test_untaught_rows_are_left_to_the_policy_loss(batch, objective):
+def test_rows_without_a_teacher_are_left_to_the_policy_loss(batch, objective):
     """Exactly, whatever stands in their teacher's place: SDAR's loss has a gradient even where the gap is 0."""
-    grpo, untaught = Objective(distillation_weight=0.0), ~batch.taught
+    grpo, without_teacher = Objective(distillation_weight=0.0), ~batch.teacher_mask
     plain = outcome_of(grpo, leaves(batch, grpo), 7)
     x = leaves(batch, objective)
     some = outcome_of(objective, x, 7)
-    assert torch.equal(some[3][untaught], plain[3][untaught])
-    moved = not torch.equal(some[3], plain[3]) or any(g[batch.taught].ne(0).any() for g in some[4:])
+    assert torch.equal(some[3][without_teacher], plain[3][without_teacher])
+    moved = not torch.equal(some[3], plain[3]) or any(g[batch.teacher_mask].ne(0).any() for g in some[4:])
     assert moved == (objective.distillation_weight > 0)
 
-    x["logp_teacher"] = torch.where(batch.taught[:, None], x["logp_teacher"], -3.0)
+    x["logp_teacher"] = torch.where(batch.teacher_mask[:, None], x["logp_teacher"], -3.0)
     for value in [x["divergence"]] if objective.signal.distributional else []:
-        value.data[untaught] = 2.0
+        value.data[without_teacher] = 2.0
     others = outcome_of(objective, x, 7)
     assert torch.equal(others[1], some[1]) and all(torch.equal(a, b) for a, b in zip(others[3:], some[3:], strict=True))
-    assert all(g[untaught].eq(0).all() for g in others[4:])
+    assert all(g[without_teacher].eq(0).all() for g in others[4:])
 
-    x["taught"] = torch.zeros(7, dtype=torch.bool)
+    x["teacher_mask"] = torch.zeros(7, dtype=torch.bool)
     none = outcome_of(objective, x, 7)
     assert none[1] == 0 and torch.equal(none[3], plain[3]) and all(g.eq(0).all() for g in none[4:])
 
@@ -375,10 +375,10 @@ def test_the_weight_is_that_of_iteration_0_unless_told(batch):
 
 
 def test_optional_inputs(batch):
-    """Without a word about it: the student sampled, all rows are taught, none succeeded, nobody acted under the other view."""
+    """Without a word about it: the student sampled, all rows have a teacher, none succeeded, nobody acted under the other view."""
     few = ("logp", "logp_old", "logp_teacher", "mask", "advantage")
     told = {
-        "logp_behaviour": batch.logp_old, "taught": torch.ones(7, dtype=torch.bool), "success": torch.zeros(7, dtype=torch.bool),
+        "logp_behaviour": batch.logp_old, "teacher_mask": torch.ones(7, dtype=torch.bool), "success": torch.zeros(7, dtype=torch.bool),
         "return_gap": torch.full((7,), math.nan, dtype=torch.float64),
     }  # fmt: skip
     seen = []
@@ -408,7 +408,7 @@ def test_a_batch_without_tokens(batch, objective):
 
 def test_an_own_signal_in_its_three_places(batch):
     n, lam = int(batch.mask.sum()), 0.375
-    m, adv = batch.mask & batch.taught[:, None], batch.advantage[:, None].expand_as(batch.mask)
+    m, adv = batch.mask & batch.teacher_mask[:, None], batch.advantage[:, None].expand_as(batch.mask)
     x = batch.inputs(Objective())
     bonus = {"advantage": lam * (x["logp_teacher"] - 1.0), "multiplier": lam * adv * batch.success[:, None].double()}
     for place in ("loss", "advantage", "multiplier"):
@@ -446,7 +446,7 @@ def test_an_own_gate(batch):
     odd = torch.arange(7) % 2 == 1
     o = Objective(distillation_weight=0.375, loss=Own(), gate=OwnGate())
     same = Objective(distillation_weight=0.375, loss=Own())
-    torch.testing.assert_close(batch.gradient(o), batch.gradient(same, taught=batch.taught & odd))
+    torch.testing.assert_close(batch.gradient(o), batch.gradient(same, teacher_mask=batch.teacher_mask & odd))
 
 
 def test_a_signal_inherits_its_places():
@@ -475,7 +475,7 @@ def test_metrics_by_hand(batch, objective):
         g = 0.375 if objective.gate is None else 0.375 * objective.gate(t)
         said = objective.signal.advantage(t) if objective.placement == "advantage" else t.advantage * (objective.signal.multiplier(t) - 1)
         shift[batch.mask] = g * said
-        shift[~batch.taught] = 0.0
+        shift[~batch.teacher_mask] = 0.0
         assert shift.abs().sum() > 0
     clipped = torch.where(adv + shift > 0, ratio > 1.28, ratio < 0.8)
     want = {

@@ -24,7 +24,7 @@ from tests.rollout.test_collector import Scripted
 from skillsd import cli
 from skillsd.bounded import visible
 from skillsd.callbacks import resume
-from skillsd.module import SkillSD
+from skillsd.learner import Learner
 from skillsd.objective import Objective
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row
@@ -426,14 +426,14 @@ def test_three_in_a_row_stop_the_run(fit, tmp_path, monkeypatch):
 @pytest.mark.parametrize("when", [0, 2])
 def test_weights_that_overflow_are_not_saved(fit, tmp_path, monkeypatch, when):
     """The gradient is finite, the step is beyond float32: the run stops, and goes on from the iteration before."""
-    step = SkillSD._step
+    step = Learner._step
 
-    def enormous(self: Any, optimizer: Any, params: Any, done: Any) -> float:
-        if self.global_step == when:
-            optimizer.param_groups[0] |= {"lr": 1e20, "weight_decay": 1e25}
-        return step(self, optimizer, params, done)
+    def enormous(self: Any, update: Any, params: Any) -> None:
+        if self.module.global_step == when:
+            self.module.optimizers().param_groups[0] |= {"lr": 1e20, "weight_decay": 1e25}
+        step(self, update, params)
 
-    monkeypatch.setattr(SkillSD, "_step", enormous)
+    monkeypatch.setattr(Learner, "_step", enormous)
     code, said = fit(["fine", "good", "well", "nice"])
     folder = tmp_path / "run"
     line = said.strip().splitlines()[-1]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from skillsd.errors import ConfigError
+from skillsd.metrics import Metrics
 from skillsd.skills import BankContext, BaseSummariser, HindsightContext, NoContext, RulesSummariser, SiblingContext, Skill, SkillBank
 from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
 from skillsd.skills.summarisers.transcript import conversation
@@ -75,10 +76,10 @@ def end(callback: SkillBankCallback, groups: list[list[Any]], last: bool = False
     prompts = ((1,),) * len(groups[0])
     batch = [TrajectoryGroup(Task(g[0].task_id), tuple(g), prompts, prompts, skill) for g, skill in zip(groups, used, strict=True)]
     logged: dict[str, float] = {}
-    module: Any = SimpleNamespace(metrics={}, log_dict=lambda metrics, batch_size: logged.update(metrics))
-    outputs = {"group_gap": torch.tensor([0.0] * len(batch) if gaps is None else gaps)}
+    module: Any = SimpleNamespace(log_dict=lambda metrics, **how: logged.update(metrics))
+    outputs = {"group_gap": torch.tensor([0.0] * len(batch) if gaps is None else gaps), "metrics": Metrics()}
     callback.on_train_batch_end(at(groups[0][0].iteration + 1, last=last), module, outputs, batch, 0)
-    assert logged == module.metrics
+    assert logged == outputs["metrics"].measured
     return logged
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from skillsd.errors import ConfigError
+from skillsd.metrics import Metrics
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout.chat import Chat
 from skillsd.skills import BankContext, BaseSummariser, GroundTruthContext, RulesSummariser, Skill, SkillBank, Summariser
@@ -245,13 +246,13 @@ def test_the_run_goes_on_and_counts(make_trajectory):
     callback.bank = SkillBank()
     third: Any = callback.summariser
     third.submit = lambda *_: third._say()
-    module: Any = SimpleNamespace(metrics={}, log_dict=lambda metrics, batch_size: None)
+    module: Any = SimpleNamespace(log_dict=lambda metrics, **how: None)
     trainer: Any = SimpleNamespace(global_step=4, estimated_stepping_batches=9, should_stop=False)
-    outputs = {"group_gap": SimpleNamespace(tolist=lambda: [0.0])}
     group: Any = SimpleNamespace(trajectories=[make_trajectory(member=m) for m in (0, 1)], skill_id=None)
     for so_far in (2, 4):
+        outputs = {"group_gap": SimpleNamespace(tolist=lambda: [0.0]), "metrics": Metrics()}
         callback.on_train_batch_end(trainer, module, outputs, [group], 0)
-        assert (module.metrics["skills/failed"], module.metrics["skills/bank"]) == (so_far, 0)
+        assert outputs["metrics"].measured | {"time/summary_s": 0} == {"skills/failed": so_far, "skills/bank": 0, "time/summary_s": 0}
 
 
 def test_ours_are_unchanged_by_the_check(make_trajectory):

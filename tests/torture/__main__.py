@@ -44,7 +44,7 @@ from tests.e2e.runs import (
 
 MOMENTS = {
     "rollout": "skillsd.engines.in_process:InProcessSession.step",
-    "update": "skillsd.module:SkillSD._step",
+    "update": "skillsd.learner:Learner._step",
     "scoring": "skillsd.policy.policy:Policy._score",
     "log": "skillsd.callbacks.log:RunLog._append",
     "checkpoint": "skillsd.callbacks.resume:CheckpointFiles.save_checkpoint",

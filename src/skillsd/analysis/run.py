@@ -120,7 +120,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """A row an iteration (the index): `epoch`, and every scalar of `skillsd.module.METRICS`, NaN where it was not measured.
+        """A row an iteration (the index): `epoch`, and every scalar of `skillsd.metrics.METRICS`, NaN where it was not measured.
 
         Units: `time/*_s` seconds; `memory/*_gib` GiB; log-probs, gaps and entropy nats; rewards the environment's; `rollout/failed`,
         `reward/success`, `reward/completion`, `reward/zero_variance` and `policy/clip_fraction` shares.

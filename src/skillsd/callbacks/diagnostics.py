@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class Seen:
     why: str = ""
     merged: tuple[float, ...] = ()
 
-    def add(self, groups: Sequence[TrajectoryGroup], metrics: dict[str, float], policy_weight: float, unknown_id: int | None) -> None:
+    def add(self, groups: Sequence[TrajectoryGroup], metrics: Mapping[str, float], policy_weight: float, unknown_id: int | None) -> None:
         """Take in an iteration.
 
         Args:
@@ -220,7 +220,7 @@ class Diagnostics(L.Callback):
         if not isinstance(pl_module, SkillSD) or not ranks.leads():
             return
         tokenizer, weight, bank = pl_module.policy.tokenizer, pl_module.objective.policy_weight, _bank(trainer)
-        self.seen.add(batch, pl_module.metrics, weight, unknown_token(tokenizer, pl_module.policy.stop_ids))
+        self.seen.add(batch, outputs["metrics"], weight, unknown_token(tokenizer, pl_module.policy.stop_ids))
         if bank is not None and not isinstance(bank.context, NoContext):
             self.seen.refused, self.seen.skills = bank.failed - self.failed_before, bank.made
             self.seen.why = bank.checked.last_error

@@ -20,7 +20,7 @@ from skillsd.bounded import visible
 from skillsd.callbacks import board
 from skillsd.durable import DamagedError, checksum, named, sync
 from skillsd.errors import ConfigError
-from skillsd.module import METRICS
+from skillsd.metrics import METRICS, Metrics
 from skillsd.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.timeouts import Failure
@@ -103,24 +103,16 @@ class RunLog(L.Callback):
                     board.cut_back(logger, iteration)
         self.trains = True
         due = self.histogram_every and iteration % self.histogram_every == 0
-        pl_module.keep_tokens = bool(due and board.shown(trainer))  # type: ignore[assignment]
+        pl_module.learner.keep_tokens = bool(due and board.shown(trainer))  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         groups: Sequence[TrajectoryGroup] = batch
         folder = Path(trainer.default_root_dir)
-        metrics: Any = pl_module.metrics
-        metrics["time/rollout_s"] = seconds = trainer.datamodule.rollout_s  # type: ignore[attr-defined, index]
-        metrics["time/rollout_tokens_per_s"] = metrics["rollout/tokens"] / seconds  # type: ignore[index, operator]
-        pl_module.log_dict({k: metrics[k] for k in ("time/rollout_s", "time/rollout_tokens_per_s")}, batch_size=1)  # type: ignore[index]
-        busy = sum(metrics[f"time/{k}_s"] for k in ("rollout", "teacher", "update"))  # type: ignore[index]
-        pl_module.log("tokens/s", metrics["rollout/tokens"] / busy, prog_bar=True, logger=False, batch_size=1)  # type: ignore[index]
+        metrics: Metrics = outputs["metrics"].seal()
         if not ranks.leads():
             return
         iteration = groups[0].trajectories[0].iteration
-        row = {"iteration": iteration, "epoch": trainer.current_epoch} | {
-            k: "" if math.isnan(v) else repr(float(v))
-            for k, v in metrics.items()  # type: ignore[operator, union-attr]
-        }
+        row = {"iteration": iteration, "epoch": trainer.current_epoch} | {k: "" if math.isnan(v) else repr(v) for k, v in metrics.items()}
         text = StringIO()
         csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(row)
         self._append(folder / METRICS_FILE, text.getvalue())

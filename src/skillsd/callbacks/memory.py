@@ -55,7 +55,7 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
     size = Footprint(policy, decodes=not elsewhere)
     longest = min(policy.context_length, rollout.max_prompt_tokens + rollout.max_trajectory_tokens)
     d = Demand(
-        longest, module.micro_batch_tokens, policy.settings.head_chunk, policy.settings.gradient_checkpointing,
+        longest, module.learner.micro_batch_tokens, policy.settings.head_chunk, policy.settings.gradient_checkpointing,
         module.objective.signal.distributional, bool(module.grad_norm_every),
     )  # fmt: skip
     left = budget - size.static

@@ -18,7 +18,6 @@ from skillsd import ranks
 from skillsd.callbacks.budget import EnvStepBudget
 from skillsd.callbacks.log import RunLog
 from skillsd.errors import ConfigError
-from skillsd.module import SkillSD
 from skillsd.words import count, duration
 
 WINDOW = 50
@@ -90,20 +89,20 @@ class ProgressLog(L.Callback):
         self.outputs = outputs
         first = len(self.ends) == 2 and self.written < 0
         if first or (self.every is not None and self.clock() - self.latest >= self.every):
-            self._line(trainer, pl_module)
+            self._line(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.ends and self.written != trainer.global_step:
-            self._line(trainer, pl_module)
+            self._line(trainer)
         if self.ends and trainer.should_stop and trainer.global_step < trainer.estimated_stepping_batches:
             ranks.say(f"training ends after iteration {of(trainer.global_step, trainer)}: {_who_stopped(trainer)}")
 
-    def _line(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _line(self, trainer: L.Trainer) -> None:
         if self.every is None or not ranks.leads() or draws_bar(trainer) or len(self.ends) < 2:
             return
         seconds = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
         left = time_left(trainer, seconds)
-        parts = [*numbers(pl_module, self.outputs), f"{seconds:.3g} s each"]
+        parts = [*numbers(self.outputs), f"{seconds:.3g} s each"]
         if left is not None and trainer.global_step < trainer.estimated_stepping_batches and not trainer.should_stop:
             parts.append(f"about {duration(left)} left")
         self.written = trainer.global_step
@@ -127,10 +126,10 @@ def draws_bar(trainer: L.Trainer, console: Callable[[], Console] = Console) -> b
     return True
 
 
-def numbers(pl_module: Any, outputs: Any) -> list[str]:
+def numbers(outputs: Any) -> list[str]:
     """An iteration in words: of Skill-SD's the share solved and the loss, of another module the loss that it returned."""
-    if isinstance(pl_module, SkillSD):
-        m = pl_module.metrics
+    if isinstance(outputs, dict) and "metrics" in outputs:
+        m = outputs["metrics"]
         failed = m["rollout/failed"]
         out = [] if failed == 1 else [f"solved {m['reward/success']:.3f}"]
         return [*out, *([f"{100 * failed:.3g}% of the episodes failed"] if failed else []), f"loss {m['loss/total']:.4g}"]

@@ -30,7 +30,7 @@ class TeacherSync(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # At the end of iteration i - 1, not at the start of i: the batch is rolled out in between, maybe by the teacher.
         if self.mode == "ema":
-            if not getattr(pl_module, "skipped_in_a_row", 0):  # the student has not moved: nor does its average
+            if not (outputs or {}).get("skipped"):  # or the student has not moved: nor does its average
                 _policy(pl_module).ema(self.rate)
         elif self.mode == "sync" and trainer.global_step % self.every == 0:
             _policy(pl_module).sync()

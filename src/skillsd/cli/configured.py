@@ -31,10 +31,10 @@ from skillsd.data import RolloutData  # noqa: F401  # --help lists the classes t
 from skillsd.diagnosis import blame
 from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, one_line, secrets, without_keys
 from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
-from skillsd.module import check_strategy
 from skillsd.paths import read_paths
 from skillsd.run_folder import checkpoint_folder, read_record
 from skillsd.skills.callback import SkillBankCallback
+from skillsd.strategy import check_strategy
 from skillsd.trainer import last_checkpoint, named_checkpoint, weights
 
 log = logging.getLogger(__name__)

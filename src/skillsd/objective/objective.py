@@ -102,7 +102,7 @@ class Objective:
 
     def terms(
         self, logp: Tensor, logp_old: Tensor, logp_teacher: Tensor, mask: Tensor, advantage: Tensor, *, weight: float | None = None,
-        logp_behaviour: Tensor | None = None, taught: Tensor | None = None, success: Tensor | None = None,
+        logp_behaviour: Tensor | None = None, teacher_mask: Tensor | None = None, success: Tensor | None = None,
         return_gap: Tensor | None = None, divergence: Tensor | None = None,
     ) -> Terms:  # fmt: skip
         """Both loss terms of a micro-batch.
@@ -115,7 +115,7 @@ class Objective:
             advantage: [B].
             weight: lambda; None is that of iteration 0.
             logp_behaviour: Of whoever sampled, [B, T]; None is `logp_old`.
-            taught: Rows whose teacher was told something or has other weights, bool [B]; None is all.
+            teacher_mask: Rows that a teacher scores: it has a context or other weights, bool [B]; None is all.
             success: Rows that solved their task, bool [B]; None is none.
             return_gap: [B], see `Tokens`; None is nan.
             divergence: Of distributional signals, [B, T] with gradient.
@@ -131,17 +131,17 @@ class Objective:
             rows(advantage, 0.0), rows(success, False), rows(return_gap, float("nan")), mask.nonzero()[:, 0],
             None if divergence is None else divergence[mask],
         )  # fmt: skip
-        heard = rows(taught, True)
+        has_teacher = rows(teacher_mask, True)  # [N]
         plain, clipped = clipped_policy_loss(t.logp, t.logp_old, t.advantage, self.clip_low, self.clip_high)
         policy = self.policy_weight * plain.sum() if self.policy_weight else plain.new_zeros(())  # 0 * inf would be nan
         distillation, shift = policy.new_zeros(()), torch.zeros_like(t.advantage)
-        if lam and heard.any():
+        if lam and has_teacher.any():
             g = lam if self.gate is None else lam * self.gate(t)
             if self.placement == "loss":
-                distillation = torch.where(heard, g * self.signal.loss(t), 0.0).sum()
+                distillation = torch.where(has_teacher, g * self.signal.loss(t), 0.0).sum()
             else:
                 shift = g * (self.signal.advantage(t) if self.placement == "advantage" else t.advantage * (self.signal.multiplier(t) - 1))
-                shift = torch.where(heard, shift, 0.0).detach()
+                shift = torch.where(has_teacher, shift, 0.0).detach()
                 shaped, clipped = clipped_policy_loss(t.logp, t.logp_old, t.advantage + shift, self.clip_low, self.clip_high)
                 distillation = self.policy_weight * (shaped - plain).sum()
         with torch.no_grad():

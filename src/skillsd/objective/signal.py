@@ -4,7 +4,7 @@
     advantage     A_t = A + lambda w g s                    s = signal.advantage
     multiplier    A_t = A ((1 - lambda w g) + lambda w g s) s = signal.multiplier
 
-g is the gate, w is 1 where the teacher was told something or has other weights, and 0 elsewhere. Write one of the three methods; name the
+g is the gate, w is 1 where the teacher has a context or other weights, and 0 elsewhere. Write one of the three methods; name the
 class in `model.init_args.objective` under the key of that place. Nothing else has to be touched.
 """
 

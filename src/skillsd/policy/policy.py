@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ from skillsd.policy.template import closing_mark
 log = logging.getLogger(__name__)
 
 ADAPTERS = ("student", "teacher")
+EQUAL = "teacher_is_student"
+"""The entry of `checkpoint_state` beside the tensors."""
 
 
 class Scores(NamedTuple):
@@ -242,7 +244,7 @@ class Policy(nn.Module):
         return list(self.adapter("student").values())
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Both adapters, for a checkpoint."""
+        """Copies of both adapters' tensors on the CPU."""
         return {f"{name}.{k}": p.detach().cpu().clone() for name in ADAPTERS for k, p in self.adapter(name).items()}
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
@@ -257,6 +259,15 @@ class Policy(nn.Module):
         self.updates = {name: n + 1 for name, n in self.updates.items()}
         student, teacher = self.adapter("student"), self.adapter("teacher")
         self.teacher_is_student = all(torch.equal(student[k], teacher[k]) for k in teacher)
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """`adapter_state`, and whether the two count as equal: after a step without a gradient equal tensors do not say so."""
+        return self.adapter_state() | {EQUAL: torch.tensor(self.teacher_is_student)}
+
+    def load_checkpoint_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `checkpoint_state`."""
+        self.load_adapter_state({k: x for k, x in state.items() if k != EQUAL})
+        self.teacher_is_student = bool(state.get(EQUAL, self.teacher_is_student))
 
     def save_adapter(self, folder: Path, name: str = "student") -> None:
         """Write one adapter as a PEFT folder `folder/name`. Raises OSError."""
@@ -292,6 +303,17 @@ class Policy(nn.Module):
         """Takes part in a forward of `score` on other ranks, with the student's gradient or without: 0, for a backward with theirs."""
         with torch.set_grad_enabled(grad):
             return self.score("student", [TokenSequence([0], [0], [True])]).logp.sum() * 0.0
+
+    def micro_batches(self, lengths: Sequence[int], token_budget: int, idle: Callable[[], object] | None = None) -> Iterator[list[int]]:
+        """Rows of these lengths by micro-batch, see `micro_batches`.
+
+        On a sharded base all ranks do as many: one that has fewer calls `idle` (a forward without gradient) for each it lacks.
+        """
+        parts = micro_batches(lengths, token_budget, not self.packs)
+        missing = self.agree(len(parts)) - len(parts)
+        yield from parts
+        for _ in range(missing):
+            (idle or self.idle)()
 
     # -- scoring --------------------------------------------------------------------------------------------------------
 

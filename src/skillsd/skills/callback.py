@@ -231,10 +231,10 @@ class SkillBankCallback(L.Callback):
             self.checked.drain()  # the last checkpoint is to hold all of them; nothing enters the bank behind a checkpoint
         size = self._insert(iteration)
         self.summary_s += time.perf_counter() - started
-        metrics: Any = pl_module.metrics
-        metrics["skills/bank"], metrics["skills/failed"] = float(size), float(self.failed)
-        metrics["time/summary_s"], self.summary_s = self.summary_s, 0.0
-        pl_module.log_dict({k: metrics[k] for k in ("skills/bank", "skills/failed", "time/summary_s")}, batch_size=1)
+        numbers = {"skills/bank": float(size), "skills/failed": float(self.failed), "time/summary_s": self.summary_s}
+        self.summary_s = 0.0
+        outputs["metrics"].add(numbers)
+        pl_module.log_dict(numbers, logger=False, batch_size=1)
 
     def _book(self, bank: SkillBank, groups: Sequence[TrajectoryGroup], gaps: Sequence[float], iteration: int) -> None:
         for g, gap in zip(groups, gaps, strict=True):
