@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from skillsd.engines.http import Line, Lost
+from skillsd.engines.http import HttpCall, ServerError
 
 BODIES = {"/short": b"x" * 10, "/long": b"x" * 300_000, "/empty": b"", "/cut": b"x" * 10}
 
@@ -60,9 +60,9 @@ def python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("python")
 def test_answers(url):
-    line = Line(url, "", 10)
+    line = HttpCall(url, "", 10)
     assert [len(line.ask(path, 1 << 20)) for path in ("/short", "/long", "/empty", "/chunked")] == [10, 300_000, 0, 20]
-    with pytest.raises(Lost, match="cut short"):
+    with pytest.raises(ServerError, match="cut short"):
         line.ask("/cut", 100)
-    with pytest.raises(Lost, match="more than 1000 bytes"):
+    with pytest.raises(ServerError, match="more than 1000 bytes"):
         line.ask("/long", 1000)

@@ -16,11 +16,11 @@ from skillsd.bounded import visible
 from skillsd.errors import causes, redacted
 
 CONNECT_S = 5.0
-_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that has lost its power is missed after 25 s
-_SAID = 200  # characters of an error that a server words
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that has lost its power is missed after 25 s
+_ERROR_CHARS = 200  # characters of an error that a server words
 
 
-class Lost(Exception):
+class ServerError(Exception):
     """Why a server gave no usable answer, in one line. `status` is what it answered over HTTP, 0 for nothing."""
 
     def __init__(self, why: str, status: int = 0) -> None:
@@ -43,7 +43,7 @@ def root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-class Line:
+class HttpCall:
     """One or several requests, one after another, that share a deadline. The first call of `ask` starts the clock.
 
     Args:
@@ -74,23 +74,23 @@ class Line:
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
 
-    def ask(self, path: str, most: int, body: dict[str, Any] | None = None) -> bytes:
-        """GET, or POST of a JSON body. At most `most` bytes are read.
+    def ask(self, path: str, max_bytes: int, body: dict[str, Any] | None = None) -> bytes:
+        """GET, or POST of a JSON body. At most `max_bytes` bytes are read.
 
         Raises:
-            Lost: no connection, no answer in time, another status than 200, or a longer body.
+            ServerError: no connection, no answer in time, another status than 200, or a longer body.
         """
         self.began = self.began or time.monotonic()
         try:
-            return self._ask(path, most, body)
+            return self._ask(path, max_bytes, body)
         except (OSError, http.client.HTTPException, ValueError) as e:
             if self.overdue or isinstance(e, TimeoutError):
-                raise Lost(f"no answer in {self.seconds if self.overdue else CONNECT_S:g} s") from e
-            raise Lost(in_one_line(causes(e))) from e
+                raise ServerError(f"no answer in {self.seconds if self.overdue else CONNECT_S:g} s") from e
+            raise ServerError(in_one_line(causes(e))) from e
         finally:
             self._socket = None
 
-    def _ask(self, path: str, most: int, body: dict[str, Any] | None) -> bytes:
+    def _ask(self, path: str, max_bytes: int, body: dict[str, Any] | None) -> bytes:
         at = urlsplit(self.url)
         kind = http.client.HTTPSConnection if at.scheme == "https" else http.client.HTTPConnection
         connection = kind(at.hostname or "", at.port, timeout=min(CONNECT_S, self._left()))
@@ -98,12 +98,12 @@ class Line:
             connection.connect()
             sock: socket.socket = connection.sock
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in _ALIVE.items():
+            for name, value in _KEEPALIVE.items():
                 if hasattr(socket, name):
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             with self._lock:
                 if self.cut:
-                    raise Lost("hung up")
+                    raise ServerError("hung up")
                 self._socket = sock
             sock.settimeout(self._left())
             headers = {"Connection": "close", "Accept-Encoding": "identity"}
@@ -118,18 +118,20 @@ class Line:
                 parts, size = [], 0
                 while not response.isclosed():  # newer Pythons close it, and the socket with it, when all is read
                     sock.settimeout(self._left())
-                    part = response.read1(min(most - size, 1 << 16) + 1)
+                    part = response.read1(min(max_bytes - size, 1 << 16) + 1)
                     if not part:
                         break
                     parts.append(part)
                     size += len(part)
-                    if size > most:
-                        raise Lost(f"its answer has more than {most} bytes")
+                    if size > max_bytes:
+                        raise ServerError(f"its answer has more than {max_bytes} bytes")
                 if response.length:  # read1 does not tell that the rest is missing
-                    raise Lost("its answer was cut short")
+                    raise ServerError("its answer was cut short")
                 text = b"".join(parts)
                 if response.status != 200:
-                    raise Lost(in_one_line(f"status {response.status}: {text[: 4 * _SAID].decode(errors='replace')}"), response.status)
+                    raise ServerError(
+                        in_one_line(f"status {response.status}: {text[: 4 * _ERROR_CHARS].decode(errors='replace')}"), response.status
+                    )
                 return text
         finally:
             connection.close()
@@ -143,4 +145,4 @@ class Line:
 
 def in_one_line(text: str) -> str:
     """What a server said, fit for a log: one line, without keys and control characters."""
-    return visible(redacted(" ".join(text.split())))[:_SAID]
+    return visible(redacted(" ".join(text.split())))[:_ERROR_CHARS]

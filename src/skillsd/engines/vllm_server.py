@@ -28,7 +28,7 @@ from weakref import WeakSet
 from skillsd import ranks
 from skillsd.engines.cache import Room
 from skillsd.engines.engine import Completion, Request, Session
-from skillsd.engines.http import Line, Lost, root
+from skillsd.engines.http import HttpCall, ServerError, root
 from skillsd.engines.versions import Version, Versions
 from skillsd.engines.vllm_api import VllmApi
 from skillsd.errors import ConfigError, read_key
@@ -64,7 +64,7 @@ class _Asked:
     request: Request
     server: _Server
     life: int
-    line: Line
+    call: HttpCall
 
 
 class VllmServers:
@@ -101,7 +101,7 @@ class VllmServers:
         self.room: Room | None = None
         first = ranks.rank() % len(urls)  # or all ranks' first rows would go to one server
         self.servers = [_Server(root(url)) for url in [*urls[first:], *urls[:first]]]
-        self.threads, self.clerks = Threads(rows, 0.0), Threads(len(urls), 0.0)
+        self.threads, self.control_threads = Threads(rows, 0.0), Threads(len(urls), 0.0)
         self.versions = Versions(policy, folder, run, staleness)
         self.lock = threading.RLock()  # a rollout may go on in the background while the main thread plays a panel
         self.closed, self._door = False, threading.Lock()  # what comes in before `close` is ended by it; held for no time
@@ -150,7 +150,7 @@ class VllmServers:
             self._hang_up(lambda asked: True)
             self._unload(self.versions.close())
         self.threads.close()
-        self.clerks.close()
+        self.control_threads.close()
         self.versions.cleanup()
 
     # -- adapters --------------------------------------------------------------------------------------------------------------
@@ -163,12 +163,12 @@ class VllmServers:
             return version
 
     def _unload(self, names: Sequence[str]) -> None:
-        def unload(server: _Server, line: Line) -> None:
+        def unload(server: _Server, call: HttpCall) -> None:
             for name in names:
                 if name in server.loaded:
                     server.loaded.discard(name)
-                    with suppress(Lost):  # it may have gone, or another rank was faster
-                        self.api.unload(line, name)
+                    with suppress(ServerError):  # it may have gone, or another rank was faster
+                        self.api.unload(call, name)
 
         if names:
             self._each([s for s in self.servers if s.live], unload, GREET_S)
@@ -194,7 +194,7 @@ class VllmServers:
             if version is not None:
                 name, folder = version.name, version.folder  # an idle thread holds on to its last call, which is not to hold the version
                 lacking = [s for s in self.servers if s.live and name not in s.loaded]
-                self._each(lacking, lambda server, line: self._load(server, line, name, folder), LOAD_S)
+                self._each(lacking, lambda server, call: self._load(server, call, name, folder), LOAD_S)
             self._check_left()
 
     def _check_left(self) -> None:
@@ -204,28 +204,28 @@ class VllmServers:
                 f"rollout.servers: no server is left ({told}): start one (docs/scaling.md) and go on; the run's last checkpoint stands."
             )
 
-    def _greet(self, server: _Server, line: Line) -> None:
-        base, loaded = self.api.greet(line, self.policy.context_length)
+    def _greet(self, server: _Server, call: HttpCall) -> None:
+        base, loaded = self.api.greet(call, self.policy.context_length)
         server.base, server.loaded, server.live, server.lives = base, loaded, True, server.lives + 1
         if server.why:
             log.warning("rollout.servers: %s is back.", server.url)
         server.why = ""
 
-    def _load(self, server: _Server, line: Line, name: str, folder: Path) -> None:
-        self.api.load(line, name, folder)
+    def _load(self, server: _Server, call: HttpCall, name: str, folder: Path) -> None:
+        self.api.load(call, name, folder)
         server.loaded.add(name)
 
-    def _each(self, servers: Sequence[_Server], do: Callable[[_Server, Line], None], seconds: float) -> None:
+    def _each(self, servers: Sequence[_Server], do: Callable[[_Server, HttpCall], None], seconds: float) -> None:
         """The same with several servers at one time. One that fails is dropped."""
-        lines = [Line(s.url, self.key, seconds) for s in servers]
-        calls = [self.clerks.submit(partial(do, s, line)) for s, line in zip(servers, lines, strict=True)]
-        _, late = futures.wait(calls, seconds)
-        for line, call in zip(lines, calls, strict=True):
-            if call in late:
-                line.hang_up()
-        for s, call in zip(servers, calls, strict=True):
-            if isinstance(failed := call.result(), Failure):
-                self.drop(s, s.lives, f"no answer in {seconds:g} s" if call in late else failed.what.removeprefix("Lost: "))
+        calls = [HttpCall(s.url, self.key, seconds) for s in servers]
+        answers = [self.control_threads.submit(partial(do, s, call)) for s, call in zip(servers, calls, strict=True)]
+        _, late = futures.wait(answers, seconds)
+        for call, answer in zip(calls, answers, strict=True):
+            if answer in late:
+                call.hang_up()
+        for s, answer in zip(servers, answers, strict=True):
+            if isinstance(failed := answer.result(), Failure):
+                self.drop(s, s.lives, f"no answer in {seconds:g} s" if answer in late else _reason(failed))
 
     def drop(self, server: _Server, life: int, why: str) -> None:
         """A server is lost, unless it has come back since. What it was asked for ends."""
@@ -241,11 +241,11 @@ class VllmServers:
     def _hang_up(self, which: Callable[[_Asked], bool]) -> None:
         for asked in list(self._flying):
             if which(asked):
-                asked.line.hang_up()
+                asked.call.hang_up()
 
     # -- turns -----------------------------------------------------------------------------------------------------------------
 
-    def least(self) -> _Server:
+    def least_busy(self) -> _Server:
         """The live server with the fewest rows in progress; of several, this rank's first.
 
         Raises:
@@ -258,25 +258,25 @@ class VllmServers:
 
     def ask(self, session: ServersSession, server: _Server, ids: list[int], request: Request) -> _Asked:
         """Begin a turn. What comes of it goes to `session.arrived`. Raises RuntimeError if the engine is closed."""
-        asked = _Asked(request, server, server.lives, Line(server.url, self.key, self.seconds))
+        asked = _Asked(request, server, server.lives, HttpCall(server.url, self.key, self.seconds))
         arrived, version = session.arrived, session.version
         name, folder = (version.name, version.folder) if version is not None else (server.base, None)
         body = self.api.body(name, ids, request, session.temperature)
-        most = self.api.most(ids, request)
+        max_bytes = self.api.max_bytes(ids, request)
 
         def work() -> Completion:
             try:
-                answer = asked.line.ask("/v1/completions", most, body)
-            except Lost as e:
+                answer = asked.call.ask("/v1/completions", max_bytes, body)
+            except ServerError as e:
                 if e.status != 404 or folder is None:
                     raise
-                self._load(server, asked.line, name, folder)  # it was started anew, or somebody has unloaded it
-                answer = asked.line.ask("/v1/completions", most, body)
+                self._load(server, asked.call, name, folder)  # it was started anew, or somebody has unloaded it
+                answer = asked.call.ask("/v1/completions", max_bytes, body)
             return self.api.completion(answer, request)
 
         def over(call: Any) -> None:
             self._flying.discard(asked)
-            arrived.put((asked, Failure("raised", "Lost: the engine is closed") if call.cancelled() else call.result()))
+            arrived.put((asked, Failure("raised", "the engine is closed") if call.cancelled() else call.result()))
 
         with self._door:
             if self.closed:
@@ -334,7 +334,7 @@ class ServersSession(Session):
     def _ask(self, r: Request) -> None:
         home = self.homes.get(r.row)
         if home is None or not home.live:
-            home = self.homes[r.row] = self.engine.least()
+            home = self.homes[r.row] = self.engine.least_busy()
         self.going[r.row] = self.engine.ask(self, home, list(self.ids[r.row]), r)
 
     def step(self) -> list[tuple[int, Completion]]:
@@ -346,8 +346,8 @@ class ServersSession(Session):
             while True:
                 arrived.append(self.arrived.get_nowait())
         for asked in self.going.values():
-            if asked.line.overdue:
-                asked.line.hang_up()
+            if asked.call.overdue:
+                asked.call.hang_up()
         done = []
         for asked, said in sorted(arrived, key=lambda x: x[0].request.row):
             row = asked.request.row
@@ -355,7 +355,7 @@ class ServersSession(Session):
                 continue  # forgotten
             if isinstance(said, Failure):
                 if asked.server.live and asked.server.lives == asked.life and not self._cut(asked):
-                    self.engine.drop(asked.server, asked.life, said.what.removeprefix("Lost: "))
+                    self.engine.drop(asked.server, asked.life, _reason(said))
                 self._ask(asked.request)  # the same noise, so the same tokens
             else:
                 del self.going[row]
@@ -366,11 +366,16 @@ class ServersSession(Session):
     @staticmethod
     def _cut(asked: _Asked) -> bool:
         """Whether we have hung up, and not because it took too long."""
-        return asked.line.cut and not asked.line.overdue
+        return asked.call.cut and not asked.call.overdue
 
     def forget(self, rows: Iterable[int]) -> None:
         for row in rows:
             self.homes.pop(row, None)
             self.ids.pop(row, None)
             if (asked := self.going.pop(row, None)) is not None:
-                asked.line.hang_up()
+                asked.call.hang_up()
+
+
+def _reason(failure: Failure) -> str:
+    """Why a call of a server has failed, without the name of the exception that said so."""
+    return failure.what.removeprefix("ServerError: ")
