@@ -1,7 +1,8 @@
-"""Lightning's Trainer with `export` and `play`."""
+"""Lightning's Trainer with `export`, `play` and `serve`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks.export import export_adapter
 from skillsd.checkpoint import LAST, newest_good, read_checkpoint, step_of
 from skillsd.durable import check_replaceable
+from skillsd.engines.serve import serve
+from skillsd.engines.settings import EngineSettings
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
+from skillsd.policy import PolicySettings
 from skillsd.run_folder import ADAPTER_KIND, CHECKPOINTS, check_format, check_not_of_run, checkpoint_folder, has_checkpoint, read_record
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer with two more things to do with a run.
+    """Lightning's Trainer with three more things to do with a run.
 
     Attributes:
         skillsd_config: The resolved configuration, for the loggers.
@@ -85,6 +89,31 @@ class Trainer(L.Trainer):
             else:
                 model.configure_model()
             play_model(self, model, datamodule, level, task, skill, film, weights(model, path))
+
+    def serve(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        python: str | None = None,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        log_file: str | None = None,
+    ) -> None:
+        """Start a vLLM server for the rollouts of a fit with the same configuration, and stay until Ctrl-C.
+
+        Args:
+            model: The module: its policy's base is served.
+            datamodule: Its rollout settings name the server's API key, and its staleness.
+            python: Interpreter of the environment that vLLM is installed in. Default: the one that runs skillsd.
+            host: Address to listen on; 0.0.0.0 is every network of this machine, whose users can then load any folder as an adapter.
+            port: Port to listen on.
+            log_file: File for what vLLM prints. Default: vllm-PORT.log in the present folder.
+        """
+        policy, rollout = getattr(model, "settings", None), getattr(datamodule, "rollout", None)
+        if not isinstance(policy, PolicySettings) or not isinstance(rollout, EngineSettings):
+            raise ConfigError("model, data: only an experiment's policy and rollout can be served: skillsd serve -c sokoban, say.")
+        file = read_path(log_file or f"vllm-{port}.log", "log_file")
+        serve(policy, rollout, self.strategy.root_device, python or sys.executable, host, port, file)
 
 
 def weights(model: Any, path: str | Path | None) -> str:

@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play, show, view, report, skills, study, config, doctor."""
+"""The command line: fit, validate, export, play, serve, show, view, report, skills, study, config, doctor."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ __all__ = ["CLI", "main"]
 TITLE = (
     "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
     "Look at a run: skillsd show, skillsd view; hand it on: skillsd report. Take its skills to another: skillsd skills. "
-    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. "
+    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. vLLM on another GPU for rollouts: skillsd serve. "
     "Classes by key: skillsd config"
 )
-COMMANDS = ("fit", "validate", "export", "play", "show", "view", "report", "skills", "study", "config", "doctor")
+COMMANDS = ("fit", "validate", "export", "play", "serve", "show", "view", "report", "skills", "study", "config", "doctor")
 CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
 """Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
 any function a file names."""
@@ -141,7 +141,7 @@ def _run(argv: list[str]) -> int:
 
 
 def configured(argv: list[str]) -> None:
-    """fit, validate, export, play: what a configuration describes."""
+    """fit, validate, export, play, serve: what a configuration describes."""
     if argv[0] == "play" and not any(a.flag in ("", "-c", "--config") for a in arguments(argv[1:])):
         argv = ["play", "-c", "sokoban", *argv[1:]]
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:

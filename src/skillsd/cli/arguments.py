@@ -120,7 +120,7 @@ def resolve(args: Sequence[str]) -> Request:
     if len(runs) > 1:
         raise ConfigError(f"{' and '.join(map(str, sorted(runs)))} are two runs: name one.")
     flags = {x.flag: x.value for x in named if isinstance(x, Argument)}
-    if command in ("fit", "validate", "export", "play") and not any(f in ALONE or f.endswith(".help") for f in flags):
+    if command in ("fit", "validate", "export", "play", "serve") and not any(f in ALONE or f.endswith(".help") for f in flags):
         check_order(command, named)
     if command == "study" and (other := next((x for x in named if isinstance(x, Named) and x.config.keys() & OURS.keys()), None)):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""fit, validate, export, play: from configuration files and flags to a Trainer that runs."""
+"""fit, validate, export, play, serve: from configuration files and flags to a Trainer that runs."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ class CLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule"},
             "export": skip,
             "play": skip,
+            "serve": skip,
         }
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -139,7 +140,7 @@ class CLI(LightningCLI):
         check_values(nested["trainer"])
         if config.get("weights_only") is False:
             raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")
-        if config.get("ckpt_path") is None and "--ckpt_path" not in self.request.flags:
+        if self.subcommand != "serve" and config.get("ckpt_path") is None and "--ckpt_path" not in self.request.flags:
             config.ckpt_path = self._default_checkpoint(config)
         given = config.get("ckpt_path")
         if given is not None and given != "last" and "://" not in given and not Path(given).is_file():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from skillsd.engines.http import is_address, root
-from skillsd.errors import ConfigError
+from skillsd.errors import ConfigError, read_key
 
 
 @dataclass
@@ -63,3 +63,18 @@ class EngineSettings:
                 f"rollout.staleness is {self.staleness}, and rollout.engine is {self.engine}, which samples with the weights in training: "
                 "set rollout.engine to servers, or staleness to 0."
             )
+
+
+def server_key(variable: str | None) -> str:
+    """The servers' API key; "" where they want none.
+
+    Args:
+        variable: `rollout.servers_key_env`.
+
+    Raises:
+        ConfigError: the environment variable is not set, or holds no key.
+    """
+    key = read_key(variable, "rollout.servers_key_env") if variable else ""
+    if variable and not key:
+        raise ConfigError(f"rollout.servers_key_env: the environment variable {variable} is not set: set it to the servers' API key.")
+    return key

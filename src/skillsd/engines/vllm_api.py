@@ -38,8 +38,7 @@ class VllmApi:
             logprob = math.nan
         if not abs(logprob + math.log(self.vocabulary)) < 0.01:
             raise ServerError(
-                "it does not draw with our noise, or has another vocabulary: start it with --logprobs-mode processed_logits "
-                "--logits-processors skillsd.engines.vllm_noise:NoiseProcessor"
+                "it does not draw with our noise, or has another vocabulary: start it with skillsd serve and this run's settings"
             )
         gone = {name for name, folder in loaded.items() if name.startswith("skillsd-") and not folder.is_dir()}
         for name in gone:
@@ -114,5 +113,5 @@ class VllmApi:
                 f"its answer has {len(ids)} tokens and {len(logprobs)} log-probs, of {request.limit} tokens that were asked for"
             )
         if not stops[-1] and len(ids) < request.limit:
-            raise ServerError(f"it ended a turn after {len(ids)} of {request.limit} tokens: start it with --generation-config vllm")
+            raise ServerError(f"it ended a turn after {len(ids)} of {request.limit} tokens: start it with skillsd serve")
         return Completion(ids, [float(x) if x > MIN_LOGPROB else math.nan for x in logprobs], stops[-1])

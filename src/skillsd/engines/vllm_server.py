@@ -1,12 +1,7 @@
 """vLLM in processes of its own, on other GPUs or machines: an engine that asks running servers over HTTP (vLLM 0.24's completions API).
 
-A server is started with the noise of the other engines as its logits processor, so that a token is the same function of (key, position)
-there, whichever server is asked, and again after one is lost:
-
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16 --max-loras N --max-model-len M \\
-        --logits-processors skillsd.engines.vllm_noise:NoiseProcessor --logprobs-mode processed_logits --generation-config vllm
-
-N is at least 2 + `rollout.staleness`: a rollout's versions of the adapter, and what a panel plays with.
+`skillsd serve` (`engines.serve`) starts a server with the noise of the engine in this process as its logits processor, so that a token is
+the same function of (key, position) there, whichever server is asked, and again after one is lost.
 """
 
 from __future__ import annotations
@@ -29,9 +24,10 @@ from skillsd import ranks
 from skillsd.engines.cache import Room
 from skillsd.engines.engine import Completion, Request, Session
 from skillsd.engines.http import HttpCall, ServerError, root
+from skillsd.engines.settings import server_key
 from skillsd.engines.versions import Version, Versions
 from skillsd.engines.vllm_api import VllmApi
-from skillsd.errors import ConfigError, read_key
+from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.timeouts import Failure, Threads
 
@@ -93,9 +89,7 @@ class VllmServers:
     ) -> None:  # fmt: skip
         if not policy.has_adapters:
             raise ConfigError("rollout.engine is servers, which act with adapters only: set it to default.")
-        self.key = read_key(key_env, "rollout.servers_key_env") if key_env else ""
-        if key_env and not self.key:
-            raise ConfigError(f"rollout.servers_key_env: the environment variable {key_env} is not set: set it to the servers' API key.")
+        self.key = server_key(key_env)
         self.policy, self.seconds = policy, seconds
         self.api = VllmApi(int(policy.base.config.get_text_config().vocab_size), policy.stop_ids)
         self.room: Room | None = None
@@ -201,7 +195,7 @@ class VllmServers:
         if not any(s.live for s in self.servers):
             told = "; ".join(f"{s.url}: {s.why}" for s in self.servers)
             raise ConfigError(
-                f"rollout.servers: no server is left ({told}): start one (docs/scaling.md) and go on; the run's last checkpoint stands."
+                f"rollout.servers: no server is left ({told}): start one (skillsd serve) and go on; the run's last checkpoint stands."
             )
 
     def _greet(self, server: _Server, call: HttpCall) -> None:

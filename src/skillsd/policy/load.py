@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateSyntaxError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import cached_file
 
 from skillsd.errors import ConfigError, causes
@@ -74,6 +83,17 @@ def model_folder(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"policy.model: there is no folder {name}: check the path.")
     return name
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The configuration of the model called `name`, without its weights.
+
+    Raises:
+        ConfigError: it cannot be had, or asks for code of its own.
+    """
+    folder = model_folder(name)
+    with _reading(name, "configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
