@@ -18,7 +18,7 @@ from skillsd.trajectory import Trajectory, Turn
 
 def test_tokens_are_kept_for_tensorboard_alone(tmp_path):
     def asked(log: RunLog, *loggers: Any) -> list[int]:
-        module, trainer = SimpleNamespace(), SimpleNamespace(loggers=loggers, default_root_dir=tmp_path / "run")
+        module, trainer = SimpleNamespace(learner=SimpleNamespace()), SimpleNamespace(loggers=loggers, default_root_dir=tmp_path / "run")
         out = []
         for i in range(21):
             log.on_train_batch_start(trainer, module, [SimpleNamespace(trajectories=[SimpleNamespace(iteration=i)])], 0)
