@@ -216,5 +216,5 @@ def test_given_actions_must_not_fail():
 
 
 def test_missing_split_is_named():
-    with pytest.raises(AssertionError, match="offer that split"):
+    with pytest.raises(AssertionError, match="Offer that split"):
         check_text_env(Guess(), split="test")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skillsd.errors import ConfigError, no_module
-from skillsd.tasks import tasks_of
+from skillsd.tasks import label
 from skillsd.timeouts import Failure
 from skillsd.trajectory import FinishReason, Task
 
@@ -146,14 +146,20 @@ class TextEnv:
             ConfigError: There is no such split, or no task in it; or an entry is no task.
         """
         try:
-            listed = tasks_of(self.unwrapped.tasks(split), split)
+            tasks: dict[str, Task] = {}
+            for raw in self.unwrapped.tasks(split):
+                if not isinstance(raw, Mapping) or not isinstance(name := raw.get("task_id"), str) or not name:
+                    raise TypeError(f"tasks() must give dicts with a task_id as str, not {raw!r:.80}")
+                if name in tasks:
+                    raise TypeError(f"tasks() lists the task_id {name!r:.80} twice: its episodes would be copies")
+                tasks[name] = Task(name, split, label(raw, "difficulty"), scenario=label(raw, "scenario"))
         except (ValueError, KeyError, FileNotFoundError) as e:  # what it raises for a split that it does not know
             raise ConfigError(f"data.init_args.{key}: {e}") from e
         except Exception as e:
             raise self.failure(f"tasks({split!r})", e) from e
-        if not listed:
+        if not tasks:
             raise ConfigError(f"data.init_args.{key}: the split {split} has no tasks: name another or enlarge it in env_kwargs.")
-        return listed
+        return list(tasks.values())
 
     def reset(self, task: Task) -> TimeStep:
         """Begin an episode of a task."""
@@ -195,7 +201,7 @@ class TextEnv:
         completion, as at any end."""
         try:
             if self.offers("finish"):
-                self.info = _info(self.unwrapped.finish())
+                (self.info,) = _parts("finish", (self.unwrapped.finish(),), "(info)")
             completion, success = _outcome(self.info)
         except Exception as e:
             raise self.failure("finish()", e) from e
@@ -298,14 +304,9 @@ def _parts(call: str, answer: Any, form: str) -> tuple[Any, ...]:
     if not isinstance(answer, tuple) or len(answer) != n:
         size = f" of {len(answer)}" if isinstance(answer, tuple) else ""
         raise Failure("observation", f"{call} returned a {type(answer).__name__}{size}, not {form}")
-    _info(answer[-1])
+    if type(answer[-1]) is not dict and not isinstance(answer[-1], Mapping):
+        raise Failure("observation", f"info is a {type(answer[-1]).__name__}, not a dict")
     return answer
-
-
-def _info(info: Any) -> Mapping[str, Any]:
-    if type(info) is not dict and not isinstance(info, Mapping):
-        raise Failure("observation", f"info is a {type(info).__name__}, not a dict")
-    return info
 
 
 def _outcome(info: Mapping[str, Any]) -> tuple[float, bool]:

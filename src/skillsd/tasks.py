@@ -1,4 +1,4 @@
-"""Where tasks come from: a JSONL file, or an environment's own list."""
+"""Tasks of a JSONL file, and what a task is called."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 from skillsd.errors import ConfigError
 from skillsd.trajectory import Task
 
+KEYS = ("task_id", "split", "difficulty", "scenario")
+"""Of an entry; what else it holds are options of `reset`."""
+
 
 def read_tasks(path: str | Path, split: str, key: str) -> list[Task]:
-    """The tasks of one split in a JSONL file; keys of a line other than those of a Task are options of `reset`.
+    """The tasks of one split in a JSONL file; keys of a line other than KEYS are options of `reset`.
 
     Args:
         path: The file.
@@ -31,7 +34,7 @@ def read_tasks(path: str | Path, split: str, key: str) -> list[Task]:
             continue
         try:
             raw = json.loads(line)
-            name, within, difficulty, scenario = (_label(key, raw.pop(key, None)) for key in ("task_id", "split", "difficulty", "scenario"))
+            name, within, difficulty, scenario = (label(raw, key) for key in KEYS)
             if not name or not within:
                 raise KeyError("task_id" if within else "split")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
@@ -40,27 +43,15 @@ def read_tasks(path: str | Path, split: str, key: str) -> list[Task]:
             continue
         if name in tasks:
             raise ConfigError(f"data.init_args.tasks_file: {path}:{number} repeats the task_id {name} of split {split}.")
-        tasks[name] = Task(name, split, difficulty, raw, scenario)
+        tasks[name] = Task(name, split, difficulty, {k: v for k, v in raw.items() if k not in KEYS}, scenario)
     if not tasks:
         raise ConfigError(f"data.init_args.{key}: {path} has no task of split {split}.")
     return list(tasks.values())
 
 
-def tasks_of(listed: Any, split: str) -> list[Task]:
-    """An environment's list as tasks. TypeError for an entry that is none, or a task_id that comes twice."""
-    tasks: dict[str, Task] = {}
-    for raw in listed:
-        if not isinstance(raw, Mapping) or not isinstance(name := raw.get("task_id"), str) or not name:
-            raise TypeError(f"tasks() must give dicts with a task_id as str, not {raw!r:.80}")
-        if name in tasks:
-            raise TypeError(f"tasks() lists the task_id {name!r:.80} twice: its episodes would be copies")
-        difficulty, scenario = (_label(key, raw.get(key)) for key in ("difficulty", "scenario"))
-        tasks[name] = Task(name, split, difficulty, scenario=scenario)
-    return list(tasks.values())
-
-
-def _label(key: str, value: Any) -> str:
-    """A text or number as text, "" for None. TypeError for anything else, which has no name."""
+def label(raw: Mapping[str, Any], key: str) -> str:
+    """A text or number of an entry as text, "" where there is none. TypeError for anything else, which has no name."""
+    value = raw.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise TypeError(f"{key} is {value!r:.80}, not a str")
     return "" if value is None else str(value)

@@ -13,7 +13,6 @@ import gymnasium as gym
 
 from skillsd.environment import TextEnv, TimeStep
 from skillsd.errors import ConfigError
-from skillsd.tasks import tasks_of
 from skillsd.timeouts import Alarm, Failure
 from skillsd.trajectory import Task
 
@@ -69,26 +68,21 @@ def check_before_run(env: TextEnv, tasks: Sequence[Task], seconds: float, may_fa
             if isinstance(e.__cause__, ValueError | KeyError | TypeError):
                 raise ConfigError(f"data.init_args.tasks_file: {tasks_file}, task {task.task_id}: {e.__cause__}") from e
             raise
-    error = _first_failure(env, tasks[0], seconds)
+    calls: dict[str, Callable[[], TimeStep]] = {f"reset() to task {tasks[0].task_id}": partial(env.reset, tasks[0])}
+    calls |= {f"step({action!r})": partial(env.step, action) for action in UNREADABLE}
+    calls |= {"finish()": env.finish} if env.offers("finish") else {}
+    error: Failure | None = None
+    with Alarm(seconds) as alarm:
+        for call, work in calls.items():
+            answer = alarm(work)
+            error = env.failure(call, answer) if isinstance(answer, Failure) else None
+            if error is not None or answer.finish is not None:
+                break
     if error is None or error.kind == "environment":  # an episode may fail
         return
     if not may_fail:
         raise error
     log.warning("%s rollout.max_failed is 1, so the run begins.", error)
-
-
-def _first_failure(env: TextEnv, task: Task, seconds: float) -> Failure | None:
-    calls: dict[str, Callable[[], TimeStep]] = {f"reset() to task {task.task_id}": partial(env.reset, task)}
-    calls |= {f"step({action!r})": partial(env.step, action) for action in UNREADABLE}
-    calls |= {"finish()": env.finish} if env.offers("finish") else {}
-    with Alarm(seconds) as alarm:
-        for call, work in calls.items():
-            answer = alarm(work)
-            if isinstance(answer, Failure):
-                return env.failure(call, answer)
-            if answer.finish is not None:
-                break
-    return None
 
 
 def _check(env: TextEnv, split: str, actions: Sequence[str] | None, max_turns: int) -> None:
@@ -127,14 +121,14 @@ def _check_tasks(env: TextEnv, split: str) -> list[Task]:
     except Failure:
         raise
     except ConfigError as e:
-        why = str(e).removeprefix("data.init_args.split: ").rstrip(".")
-        raise AssertionError(f"tasks({split!r}): {why}: offer that split, or call check_text_env(env, split=...)") from e
+        raise AssertionError(f"tasks({split!r}): {e} Offer that split, or call check_text_env(env, split=...)") from e
     listed = env.unwrapped.tasks(split)
-    for task in listed:
-        _require({"task_id", "split", "difficulty"} <= set(task), f"a task is a dict with task_id, split, difficulty: {task!r}")
-        _require(isinstance(task.get("scenario", ""), str), f"scenario must be a str, or be left out: {task!r}")
-        _require(task["split"] == split, f"tasks({split!r}) lists a task of another split: {task!r}")
-    _require(tasks_of(listed, split) == tasks, f"tasks({split!r}) changes from call to call: return the same tasks in the same order")
+    for raw in listed:
+        _require({"task_id", "split", "difficulty"} <= set(raw), f"a task is a dict with task_id, split, difficulty: {raw!r}")
+        _require(isinstance(raw.get("scenario", ""), str), f"scenario must be a str, or be left out: {raw!r}")
+        _require(raw["split"] == split, f"tasks({split!r}) lists a task of another split: {raw!r}")
+    same = [raw["task_id"] for raw in listed] == [task.task_id for task in tasks]
+    _require(same, f"tasks({split!r}) changes from call to call: return the same tasks in the same order")
     _refuses(lambda: env.unwrapped.tasks("no such split"), 'tasks("no such split")', " that names the known splits")
     return tasks
 

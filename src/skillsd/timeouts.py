@@ -61,13 +61,6 @@ def attempt(call: Callable[[], Any]) -> Any:
         return Failure.of(e)
 
 
-def resolved(answer: Any) -> Future[Any]:
-    """A call that is over."""
-    future: Future[Any] = Future()
-    future.set_result(answer)
-    return future
-
-
 def _hung(seconds: float) -> Failure:
     return Failure("hung", f"no answer in {seconds:g} s (rollout.env_timeout)")
 
@@ -116,6 +109,12 @@ class Alarm:
             self._since = math.inf
             self._arm(self.seconds / 10)
             return _hung(self.seconds)
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        """As `Threads.submit`; the call is over when this returns."""
+        future: Future[Any] = Future()
+        future.set_result(self(work))
+        return future
 
     def _ring(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() - self._since >= self.seconds:

@@ -21,6 +21,7 @@ from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row
+from skillsd.timeouts import Failure
 from skillsd.trajectory import Task, Trajectory
 
 SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"
@@ -458,7 +459,7 @@ def test_close(waiting, workers):
     collector = waiting({"close_error": OSError("stuck")}, env_workers=workers)
     want, before = play(collector, *NAMES[:3]), set(threading.enumerate())
     assert len(Waiting.made) == 3 and bool(collector.threads) == bool(workers)
-    with pytest.raises(OSError, match="stuck"):
+    with pytest.raises(Failure, match="stuck"):
         collector.close()
     assert [env.closed for env in Waiting.made] == [1, 1, 1]
     assert len(before - set(threading.enumerate())) == workers

@@ -20,7 +20,7 @@ from skillsd.engines.noise import stream_key
 from skillsd.environment import MAX_REWARD, TextEnv, TimeStep, make_env
 from skillsd.rollout.chat import Chat
 from skillsd.rollout.settings import RolloutSettings
-from skillsd.timeouts import Alarm, Failure, Threads, attempt, resolved
+from skillsd.timeouts import Alarm, Failure, Threads, attempt
 from skillsd.trajectory import FinishReason, Task, Trajectory, Turn
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class _Episode:
     instruction: str = ""
     prompt_ids: list[int] = field(default_factory=list)
     new_ids: list[int] = field(default_factory=list)  # what the engine has not seen yet
+    room: int = 0  # tokens that may still be added
     token_ids: list[int] = field(default_factory=list)
     action_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -63,8 +64,19 @@ class _Episode:
     finish: FinishReason | None = None
     failure: str = ""
 
+    def ask(self, call: Literal["reset", "step", "finish"]) -> TimeStep:
+        """Call the environment."""
+        if call == "reset":
+            return self.env.reset(self.row.task)
+        if call == "finish":
+            return self.env.finish()
+        if not math.isfinite(sum(self.completion.logprobs)):  # of logits that are nan
+            raise Failure("model", "a sampled token's log-prob is not finite")
+        return self.env.step(self.action)
+
     def add(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
         """Append ids that were sampled, with their log-probs, or the environment's."""
+        self.room -= len(ids)
         self.token_ids += ids
         self.action_mask += [logprobs is not None] * len(ids)
         self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
@@ -152,8 +164,10 @@ class Collector:
     ) -> list[Trajectory]:  # fmt: skip
         self._settle()
         session = self.engine.open(temperature, adapter)
+        max_turn_tokens = self.settings.turn_tokens(self.context_length)
         waiting = iter(enumerate(rows))
-        free: list[TextEnv | None] = [*self._pool(min(len(rows), self.most_rows))]  # None stands for one that was lost
+        n = min(len(rows), self.most_rows)
+        free: list[TextEnv | None] = [*self.envs[:n], *[None] * (n - len(self.envs))]  # None stands for one that is not made yet, or lost
         playing: dict[int, _Episode] = {}
         asked: list[_Episode] = []  # their environments have not answered yet
         finished: dict[int, Trajectory] = {}
@@ -162,9 +176,10 @@ class Collector:
                 ready: list[_Episode] = []  # for their next turn
                 while True:
                     while free and (item := next(waiting, None)) is not None:
+                        if (env := free.pop()) is None:
+                            self.envs.append(env := self.make())
                         key = stream_key(seed, "rollout", iteration, item[1].task.task_id, item[1].member)
-                        e = _Episode(*item, free.pop() or self._new(), key)
-                        asked.append(self._ask(e, "reset", partial(e.env.reset, e.row.task)))
+                        asked.append(self._ask(_Episode(*item, env, key), "reset"))
                     arrived = self._arrived(asked, everybody=not session.continuous, wait=not (ready or session.busy))
                     if not arrived:
                         break
@@ -181,9 +196,11 @@ class Collector:
                 if len(finished) == len(rows):
                     return [finished[i] for i in range(len(rows))]
                 playing |= {e.index: e for e in ready}
-                most = self.settings.turn_tokens(self.context_length)
-                session.submit([Request(e.index, e.new_ids, e.key, len(e.token_ids), min(most, self._room(e))) for e in ready])
-                asked += [self._play(playing[index], completion) for index, completion in session.step()]
+                session.submit([Request(e.index, e.new_ids, e.key, len(e.token_ids), min(max_turn_tokens, e.room)) for e in ready])
+                for index, completion in session.step():
+                    e = playing[index]
+                    e.completion, e.action = completion, self.chat.action_text(completion.token_ids)
+                    asked.append(self._ask(e, "step"))
         finally:
             self.unanswered = [e for e in asked if not e.answer.cancel()]  # after an error
 
@@ -198,19 +215,12 @@ class Collector:
                 stack.callback(threads.close)
 
     def _close(self, env: TextEnv) -> None:
-        errors: list[Exception] = []
-
-        def close() -> None:
-            try:
-                env.close()
-            except Exception as e:
-                errors.append(e)
-
         with self.alarm as alarm:
-            if alarm(close) is not None:
-                log.warning("an environment did not close in %g s and is left as it is.", self.settings.env_timeout)
-        if errors:
-            raise errors[0]
+            failure = alarm(env.close)
+        if failure is not None and failure.kind != "hung":
+            raise env.failure("close()", failure)
+        if failure is not None:
+            log.warning("an environment did not close in %g s and is left as it is.", self.settings.env_timeout)
 
     def _settle(self) -> None:
         """After an error: an environment is in one thread at a time, and what has failed meanwhile is not used again."""
@@ -221,33 +231,18 @@ class Collector:
             if e.answer.exception() is not None or isinstance(e.answer.result(), Failure):
                 self._discard(e.env)
 
-    def _new(self) -> TextEnv:
-        self.envs.append(self.make())
-        return self.envs[-1]
-
     def _discard(self, env: TextEnv) -> None:
         """Not used again. Closing it is a thread's business: it may hang, or raise, and nobody waits for it."""
         if env in self.envs:
             self.envs.remove(env)
             threading.Thread(target=attempt, args=(env.close,), name="closing", daemon=True).start()
 
-    def _ask(self, e: _Episode, call: Literal["reset", "step", "finish"], work: Callable[[], TimeStep]) -> _Episode:
+    def _ask(self, e: _Episode, call: Literal["reset", "step", "finish"]) -> _Episode:
         """Begin a call of the episode's environment, perhaps in a thread."""
-        e.call = call
+        calls: Alarm | Threads = self.alarm
         if self.settings.env_workers:
-            self.threads = self.threads or Threads(self.settings.env_workers, self.settings.env_timeout)
-            e.answer = self.threads.submit(work)
-        else:
-            e.answer = resolved(self.alarm(work))
-        return e
-
-    def _play(self, e: _Episode, completion: Completion) -> _Episode:
-        """Begin to play what was sampled."""
-        e.completion, e.action = completion, self.chat.action_text(completion.token_ids)
-        if math.isfinite(sum(completion.logprobs)):
-            return self._ask(e, "step", partial(e.env.step, e.action))
-        # Of logits that are nan: what was drawn from them is no action.
-        e.completion, e.answer = NOTHING, resolved(Failure("model", "a sampled token's log-prob is not finite"))
+            calls = self.threads = self.threads or Threads(self.settings.env_workers, self.settings.env_timeout)
+        e.call, e.answer = call, calls.submit(partial(e.ask, call))
         return e
 
     def _arrived(self, asked: list[_Episode], everybody: bool, wait: bool) -> list[_Episode]:
@@ -267,11 +262,6 @@ class Collector:
             e.answer.result()
         return arrived
 
-    def _pool(self, n: int) -> list[TextEnv]:
-        while len(self.envs) < n:
-            self._new()
-        return self.envs[:n]
-
     def _take(self, arrived: Sequence[_Episode], asked: list[_Episode]) -> list[_Episode]:
         """Go on from what environments have answered. The episodes that are ready for their next turn, or finished; those that are cut are
         asked what they came to."""
@@ -280,7 +270,7 @@ class Collector:
         for e in arrived:
             now = e.answer.result()
             failure = now if isinstance(now, Failure) else None
-            if e.call == "step" and e.completion.token_ids:
+            if e.call == "step" and not (failure and failure.kind == "model"):  # what such a model says is no action
                 e.add(e.completion.token_ids, e.completion.logprobs)
                 e.turns.append(Turn(e.now.observation, e.action, 0.0 if failure else now.reward, None if failure else now.valid))
                 e.final_observation = None
@@ -300,20 +290,16 @@ class Collector:
         prompts = self.chat.prompt_ids_many([(e.now.instruction, e.now.observation, e.row.skill) for e in began])
         for e, prompt in zip(began, prompts, strict=True):
             e.instruction, e.prompt_ids, e.new_ids = e.now.instruction, prompt, prompt
-            if len(prompt) > self.settings.max_prompt_tokens or self._room(e) < 1:
+            e.room = min(self.settings.max_trajectory_tokens, self.context_length - len(prompt))
+            if len(prompt) > self.settings.max_prompt_tokens or e.room < 1:
                 e.finish = "length"  # it is not played
         tails = self.chat.turn_ids_many([e.now.observation for e in going], [e.completion.stopped for e in going])
         cut = []
         for e, tail in zip(going, tails, strict=True):
             e.new_ids = tail
-            if self._room(e) > len(tail):
+            if e.room > len(tail):
                 e.add(tail)
             else:  # the environment would have paid its completion at the end
-                cut.append(self._ask(e, "finish", e.env.finish))
+                cut.append(self._ask(e, "finish"))
         asked += cut
         return [e for e in arrived if e not in cut]
-
-    def _room(self, e: _Episode) -> int:
-        """Tokens that may still be added to the episode."""
-        used = len(e.token_ids)
-        return min(self.settings.max_trajectory_tokens - used, self.context_length - len(e.prompt_ids) - used)
