@@ -17,7 +17,6 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
-from threading import Thread
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from skillsd import __version__
 from skillsd.errors import ConfigError, Parser
 from skillsd.policy.probe import nf4_error
 from skillsd.policy.smollm2 import cached_folder
+from skillsd.timeouts import Failure, Threads
 from skillsd.words import count
 
 GROUP = "skillsd.doctor"
@@ -144,24 +144,25 @@ def hub_access() -> Finding:
 
 def _head(url: str, seconds: float) -> str:
     """What went wrong with a HEAD request; "" if nothing did."""
-    said: list[str] = []
 
-    def ask() -> None:
+    def ask() -> str:
         try:
             request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "skillsd"})
             with urllib.request.urlopen(request, timeout=seconds):
-                said.append("")
+                return ""
         except urllib.error.HTTPError as e:
-            said.append(f"HTTP {e.code}")
+            return f"HTTP {e.code}"
         except urllib.error.URLError as e:
-            said.append(getattr(e.reason, "strerror", None) or str(e.reason))
+            return getattr(e.reason, "strerror", None) or str(e.reason)
         except Exception as e:
-            said.append(_told(e))
+            return _told(e)
 
-    thread = Thread(target=ask, daemon=True)  # a name server that is silent, or a server that drips, obeys no socket's time limit
-    thread.start()
-    thread.join(seconds)
-    return said[0] if said else f"no answer within {seconds:g} s"
+    threads = Threads(1, seconds, "network")  # a name server that is silent, or a server that drips, obeys no socket's time limit
+    call = threads.submit(ask)
+    threads.wait([call])
+    threads.close(wait=False)
+    said = call.result()
+    return f"no answer within {seconds:g} s" if isinstance(said, Failure) else str(said)
 
 
 def smollm2() -> Finding:

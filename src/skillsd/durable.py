@@ -39,12 +39,12 @@ def temporaries(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(".*.skillsd-tmp*") if _TEMPORARY.fullmatch(p.name))
 
 
-def write(path: Path, data: bytes | memoryview, keep: Path | None = None, commit: Callable[[], None] | None = None) -> None:
+def write(path: Path, data: str | bytes | memoryview, keep: Path | None = None, commit: Callable[[], None] | None = None) -> None:
     """Make `data` the content of a file, at once: whatever happens meanwhile, it holds the old one or the new one.
 
     Args:
         path: The file; its folder is made.
-        data: All of it.
+        data: All of it; a text is written as UTF-8.
         keep: Where the old content goes.
         commit: Called when the data is on the disk under a temporary name, before it gets its own. After it the temporary file stays if
             the write fails, as it would after a kill.
@@ -57,7 +57,7 @@ def write(path: Path, data: bytes | memoryview, keep: Path | None = None, commit
     try:
         with named(path):
             with aside.open("xb") as f:
-                f.write(data)
+                f.write(data.encode() if isinstance(data, str) else data)
                 f.flush()
                 os.fsync(f.fileno())
             if commit is not None:
@@ -238,6 +238,23 @@ def check_replaceable(folder: Path, key: str, kind: str) -> None:
 
 
 @contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to put files into; at the block's end it gets its name, at once. If the block raises, nothing is left of it.
+
+    Raises:
+        OSError: It could not be written, or there is something of that name.
+    """
+    work = temporary(path)
+    work.mkdir()
+    try:
+        yield work
+        work.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
 def sealed_folder(folder: Path, key: str, kind: str) -> Iterator[Path]:
     """Fill a folder aside; at the block's end it is sealed and put in place, also of an earlier one that is still sealed. If the block
     raises, nothing is left of it.
@@ -254,23 +271,17 @@ def sealed_folder(folder: Path, key: str, kind: str) -> Iterator[Path]:
         ConfigError: See `check_replaceable`; asked before the block and after it.
     """
     check_replaceable(folder, key, kind)
-    work = temporary(folder)
-    work.mkdir()
+    old = temporary(folder)
     try:
-        yield work
-        seal_folder(work)
-        check_replaceable(folder, key, kind)
-        if not folder.exists():
-            os.rename(work, folder)
-        else:
-            old = temporary(folder)
-            os.rename(folder, old)
-            try:
-                os.rename(work, folder)
-            except OSError:
-                os.rename(old, folder)
-                raise
-            remove_sealed(old)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_folder(folder) as work:
+            yield work
+            seal_folder(work)
+            check_replaceable(folder, key, kind)
+            if folder.exists():
+                os.rename(folder, old)
+    except BaseException:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+    if old.exists():
+        remove_sealed(old)

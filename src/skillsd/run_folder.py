@@ -88,7 +88,7 @@ def _restore() -> str:
 
 def write_record(folder: Path, record: RunRecord = RunRecord()) -> None:
     """Write run.json, at once and durably."""
-    write(folder / RECORD_FILE, json.dumps(asdict(record), indent=1).encode() + b"\n")
+    write(folder / RECORD_FILE, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def note_checkpoint(folder: Path, checkpoints: Path) -> None:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from skillsd import ranks
@@ -16,6 +15,7 @@ from skillsd.bounded import one_line
 from skillsd.checkpoint import how_to_resume
 from skillsd.engines.vllm_server import VllmServers
 from skillsd.errors import ConfigError
+from skillsd.hashing import seeded_order
 from skillsd.rollout import Collector, Row
 from skillsd.trajectory import Rollout, Task, Trajectory, TrajectoryGroup
 
@@ -53,7 +53,7 @@ class GroupStream:
 
     def order(self, epoch: int) -> list[Task]:
         """The tasks in the epoch's order, drawn from (run seed, epoch)."""
-        return sorted(self.data.train_tasks, key=lambda t: blake2b(f"{self.data.seed}/order/{epoch}/{t.task_id}".encode()).digest())
+        return seeded_order(self.data.train_tasks, self.data.seed, "order", epoch, name=lambda t: t.task_id)
 
     def _groups(self, iteration: int) -> Rollout:
         d = self.data

@@ -127,57 +127,93 @@ class Alarm:
 
 
 class Call(Future[Any]):
-    """A call in a thread, queued or running since `began` (monotonic seconds)."""
+    """A call in a thread, queued or running since `began` (monotonic seconds). It may take so many `seconds`, 0 for any time."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    def __init__(self, work: Callable[[], Any], seconds: float) -> None:
         super().__init__()
-        self.work, self.began = work, 0.0
+        self.work, self.seconds, self.began = work, seconds, 0.0
+
+    def give_up(self, failure: Failure) -> bool:
+        """End it with this failure; False if it has answered just now."""
+        try:
+            self.set_result(failure)
+        except InvalidStateError:
+            return False
+        return True
 
 
 class Threads:
-    """A few daemon threads for calls. One that does not come back is left behind and another takes its place.
+    """A few daemon threads for calls, which hang without keeping the process. One that does not come back in time is left behind, and
+    another takes its place.
 
     Args:
-        n: How many.
+        n: How many threads; each begins when there is a call for it.
         seconds: Time limit of a call, from when it begins; 0 for none.
+        name: The threads' name.
+        failures: Make a `Failure` of what a call raises, as `attempt` does; otherwise its result raises it.
     """
 
-    def __init__(self, n: int, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, n: int, seconds: float = 0.0, name: str = "environment", failures: bool = True) -> None:
+        self.n, self.seconds, self.name, self.failures = n, seconds, name, failures
         self.queue: SimpleQueue[Call | None] = SimpleQueue()
         self.running: dict[threading.Thread, Call | None] = {}
-        for _ in range(n):
-            self._start()
 
-    def submit(self, work: Callable[[], Any]) -> Call:
-        """Queue a call; its result is what `attempt` gives."""
-        call = Call(work)
+    def submit(self, work: Callable[[], Any], seconds: float | None = None) -> Call:
+        """Queue a call, with a time limit of its own if one is given."""
+        call = Call(work, self.seconds if seconds is None else seconds)
         self.queue.put(call)
+        if len(self.running) < self.n:
+            self._start()
         return call
+
+    def prolong(self, seconds: float) -> None:
+        """In a call: it may take so much longer."""
+        if (call := self.running.get(threading.current_thread())) is not None:
+            call.seconds += seconds
 
     def wait(self, calls: Sequence[Future[Any]], everybody: bool = True) -> None:
         """Until one call is over, or all; those that run for too long end as hung."""
         when = futures.ALL_COMPLETED if everybody else futures.FIRST_COMPLETED
         while True:
-            over, rest = futures.wait(calls, self._give_up(calls), when)
+            over, rest = futures.wait(calls, self.give_up(calls), when)
             if not rest or (over and not everybody):
                 return
 
-    def close(self) -> None:
-        """Drop what has not begun, wait for what has (within the limit), and end the threads."""
+    def give_up(self, calls: Sequence[Future[Any]]) -> float | None:
+        """End those of these calls that run for too long; the seconds until it may be another's turn, None without a limit."""
+        now, left = time.monotonic(), None
+        for call in calls:
+            if not isinstance(call, Call) or call.done() or not call.seconds:
+                continue
+            rest = call.began + call.seconds - now if call.began else call.seconds
+            if rest > 0:
+                left = rest if left is None else min(left, rest)
+                continue
+            if call.give_up(_hung(call.seconds)):
+                for thread in [t for t, c in list(self.running.items()) if c is call]:
+                    del self.running[thread]
+                self._start()
+        return left
+
+    def close(self, wait: bool = True) -> None:
+        """Drop what has not begun, and end the threads. What has begun is waited for (within the limit), or else given up."""
         with suppress(Empty):
             while True:
-                if (call := self.queue.get_nowait()) is not None:
-                    call.cancel()
-        self.wait([c for c in self.running.values() if c is not None])
+                if (call := self.queue.get_nowait()) is not None and call.cancel():
+                    call.set_running_or_notify_cancel()  # or who waits for it would not notice
+        under_way = [c for c in self.running.values() if c is not None]
+        if wait:
+            self.wait(under_way)
+        for call in under_way:
+            call.give_up(Failure("raised", "closed"))
         threads = list(self.running)
         for _ in threads:
             self.queue.put(None)
-        for thread in threads:
+        for thread in threads if wait else ():
             thread.join()
 
     def _start(self) -> None:
-        thread = threading.Thread(target=self._work, name="environment", daemon=True)  # one that hangs does not keep the process
+        thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         self.running[thread] = None
         thread.start()
 
@@ -190,7 +226,7 @@ class Threads:
             answer: Any = None
             error: BaseException | None = None
             try:
-                answer = attempt(call.work)
+                answer = attempt(call.work) if self.failures else call.work()
             except BaseException as e:
                 error = e
             try:
@@ -198,21 +234,3 @@ class Threads:
             except InvalidStateError:
                 return  # given up; another has this one's place
             self.running[me] = None
-
-    def _give_up(self, calls: Sequence[Future[Any]]) -> float | None:
-        """Of these calls; then the seconds until it may be another's turn."""
-        if not self.seconds:
-            return None
-        now, left = time.monotonic(), self.seconds
-        for call in calls:
-            if call.done() or not isinstance(call, Call) or not call.began:
-                continue
-            if (rest := call.began + self.seconds - now) > 0:
-                left = min(left, rest)
-                continue
-            with suppress(InvalidStateError):  # it has answered just now
-                call.set_result(_hung(self.seconds))
-                for thread in [t for t, c in list(self.running.items()) if c is call]:
-                    del self.running[thread]
-                self._start()
-        return left

@@ -26,4 +26,4 @@ def test_a_folder_that_cannot_be_written(make_policy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", late)
     version, _ = versions.now("student")
-    assert (version.folder / "adapter_config.json").is_file() and list(tmp_path.iterdir()) == [version.folder]
+    assert (version.folder / "adapter_config.json").is_file() and list(tmp_path.iterdir()) == [version.folder.parent]

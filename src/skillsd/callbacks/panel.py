@@ -238,7 +238,7 @@ def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = 
         return
     if "before" in content and "after" in content:
         content["difference"] = {k: list(paired_difference(content["before"], content["after"], k)) for k in ("success", "completion")}
-    write(path, json.dumps(content, indent=1).encode())
+    write(path, json.dumps(content, indent=1))
 
 
 def add_validation(folder: str | Path, record: Mapping[str, Any]) -> None:
@@ -249,4 +249,4 @@ def add_validation(folder: str | Path, record: Mapping[str, Any]) -> None:
     """
     if ranks.leads():
         lines = [json.dumps(x) + "\n" for x in (*read_validations(folder), record)]
-        write(Path(folder) / VALIDATIONS_FILE, "".join(lines).encode())
+        write(Path(folder) / VALIDATIONS_FILE, "".join(lines))

@@ -49,4 +49,4 @@ class SaveRunConfig(SaveConfigCallback):
         config = self.config.clone()  # given again, it must not discard this run, or take it from another process
         for key in COMMAND_KEYS:
             config.pop(key, None)
-        write(folder / CONFIG_FILE, self.parser.dump(config, skip_unset=False).encode())
+        write(folder / CONFIG_FILE, self.parser.dump(config, skip_unset=False))

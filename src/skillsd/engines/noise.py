@@ -6,10 +6,10 @@ is nothing to save in a checkpoint. The mixing function is splitmix64 (Steele, L
 
 from __future__ import annotations
 
-from hashlib import blake2b
-
 import torch
 from torch import Tensor
+
+from skillsd.hashing import hash64
 
 BLOCK = 1024  # of a large vocabulary
 _GOLDEN, _M1, _M2 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # as signed 64-bit
@@ -17,8 +17,7 @@ _GOLDEN, _M1, _M2 = -7046029254386353131, -4658895280553007687, -772359229311070
 
 def stream_key(*what_for: object) -> int:
     """A 64-bit key (signed) from what the noise is for, e.g. (seed, iteration, task_id, member)."""
-    digest = blake2b("\x1f".join(map(str, what_for)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return hash64("\x1f".join(map(str, what_for)))
 
 
 def _shift(x: Tensor, n: int) -> Tensor:

@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import torch
 
+from skillsd.durable import new_folder
 from skillsd.policy import Policy
 
 
@@ -68,15 +69,14 @@ class Versions:
         folder = self.folder / name
         if not folder.is_dir():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.folder) as beside:
-                self.policy.save_adapter(Path(beside), adapter)
-                try:
-                    (Path(beside) / adapter).rename(folder)
-                except OSError:
-                    if not folder.is_dir():  # or another rank was faster
-                        raise
+            try:
+                with new_folder(folder) as work:
+                    self.policy.save_adapter(work, adapter)
+            except OSError:
+                if not folder.is_dir():  # or another rank was faster
+                    raise
         self._written[name] = folder
-        version = next((v for v in self._used if v.name == name), None) or Version(name, folder)
+        version = next((v for v in self._used if v.name == name), None) or Version(name, folder / adapter)
         self._used.add(version)
         return version
 

@@ -95,7 +95,7 @@ class VllmServers:
         self.room: Room | None = None
         first = ranks.rank() % len(urls)  # or all ranks' first rows would go to one server
         self.servers = [_Server(root(url)) for url in [*urls[first:], *urls[:first]]]
-        self.threads, self.control_threads = Threads(rows, 0.0), Threads(len(urls), 0.0)
+        self.threads, self.control_threads = Threads(rows), Threads(len(urls))
         self.versions = Versions(policy, folder, run, staleness)
         self.lock = threading.RLock()  # a rollout may go on in the background while the main thread plays a panel
         self.closed, self._door = False, threading.Lock()  # what comes in before `close` is ended by it; held for no time

@@ -7,14 +7,13 @@ The package is found without importing it. Its weights are 4-bit (Q4_1): what is
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from skillsd.durable import new_folder
 from skillsd.errors import ConfigError
 from skillsd.paths import read_path
 
@@ -56,6 +55,8 @@ def convert(source: Path, target: Path) -> None:
     """Write the GGUF in `source` as a Hugging Face folder `target`, whole or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"policy.model: {target} is there and holds no model of ours: move it away.")
     tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=GGUF)
     read = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=GGUF, dtype=torch.float32)
     config = read.config
@@ -66,17 +67,9 @@ def convert(source: Path, target: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
-    try:
+    with new_folder(target) as work:
         model.to(torch.bfloat16).save_pretrained(work)
         tokenizer.save_pretrained(work)
-        work.chmod(0o755)
-        try:
-            os.replace(work, target)
-        except OSError as e:
-            raise ConfigError(f"policy.model: {target} is there and holds no model of ours ({e.strerror}): move it away.") from e
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def main() -> None:

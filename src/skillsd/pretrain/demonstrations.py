@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset
 from skillsd.demonstration import demonstrate
 from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
+from skillsd.hashing import hash64
 from skillsd.rollout import Chat
 from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Task, Turn
@@ -65,8 +65,7 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
 
     def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
         s = self.settings
-        seed = int.from_bytes(blake2b(f"{self.seed}/{s.split}/{index}".encode(), digest_size=8).digest(), "little")
-        rng = random.Random(seed)
+        rng = random.Random(hash64(f"{self.seed}/{s.split}/{index}") % 2**64)
         task = self.env.stream(s.split, index)
         skill = ""
         if rng.random() < s.skill_share:

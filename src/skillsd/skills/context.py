@@ -6,12 +6,12 @@ bank's state alone.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
+from skillsd.hashing import seeded_order
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.retrieval import SQRT2
 from skillsd.skills.skill import Skill
@@ -94,8 +94,7 @@ class ShuffledContext:
 @lru_cache(maxsize=4)
 def _circle(task_ids: tuple[str, ...], seed: int, epoch: int) -> tuple[list[str], dict[str, int]]:
     """The circle, and where on it each task is."""
-    # A hash, not random.shuffle: the same on every version and whatever the order of the ids.
-    circle = sorted(set(task_ids), key=lambda task_id: hashlib.sha256(f"{seed}:{epoch}:{task_id}".encode()).digest())
+    circle = seeded_order(set(task_ids), seed, "shuffled", epoch)
     return circle, {task_id: at for at, task_id in enumerate(circle)}
 
 

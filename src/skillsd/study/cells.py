@@ -39,7 +39,7 @@ class Source(NamedTuple):
         """A copy in the study folder, for the cells; its path."""
         path = folder / CONFIGS / self.digest / f"{Path(name).stem}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, self.text)
+        write(path, self.text)
         return path
 
 
@@ -106,7 +106,7 @@ class Cell:
     def write(self, **changes: Any) -> None:
         """Change cell.json."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace(self.folder / RECORD, json.dumps(self.record() | changes, indent=1) + "\n")
+        write(self.folder / RECORD, json.dumps(self.record() | changes, indent=1) + "\n")
 
     def finished(self) -> bool:
         return self.record().get("state") == "finished" and "after" in read_panel(self.folder)
@@ -192,8 +192,3 @@ def _git(root: Path, *args: str) -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def replace(path: Path, content: str | bytes) -> None:
-    """Write a file at once: a reader sees the old one or the new one."""
-    write(path, content if isinstance(content, bytes) else content.encode())

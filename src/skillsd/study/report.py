@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from skillsd.analysis.render import Picture, html, markdown
+from skillsd.durable import write
 from skillsd.study import plots, tables
-from skillsd.study.cells import Cell, replace
+from skillsd.study.cells import Cell
 from skillsd.study.comparison import against_baseline, against_controls
 from skillsd.study.results import WINDOW, Finished
 from skillsd.study.results import tables as as_tables
@@ -82,7 +83,7 @@ def write_report(study: StudySettings, cells: Sequence[Cell], finished: Mapping[
     """
     folder, made = Path(study.folder), contents(study, cells, finished)
     for picture in filter(None, (made["differences"], *made["curves"], made["seconds"])):
-        replace(folder / picture.name, picture.png)
-    replace(folder / "report.md", markdown("study.jinja", **made))
-    replace(folder / "report.html", html("study.jinja", **made))
+        write(folder / picture.name, picture.png)
+    write(folder / "report.md", markdown("study.jinja", **made))
+    write(folder / "report.html", html("study.jinja", **made))
     print(f"report: {folder / 'report.html'}, {folder / 'report.md'}")

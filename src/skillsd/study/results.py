@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from skillsd.analysis.metrics import read_metrics as read_table
+from skillsd.durable import write
 from skillsd.errors import ConfigError
 from skillsd.run_folder import METRICS_FILE, check_format, read_panel
-from skillsd.study.cells import Cell, replace
+from skillsd.study.cells import Cell
 
 WINDOW = 10
 """Iterations at a run's end over which its health is averaged."""
@@ -133,4 +134,4 @@ def tables(finished: Iterable[Finished]) -> tuple[pd.DataFrame, pd.DataFrame]:
 def write_results(folder: Path, finished: Iterable[Finished]) -> None:
     """Write results.csv and curves.csv, each at once."""
     for name, table in zip(("results.csv", "curves.csv"), tables(finished), strict=True):
-        replace(folder / name, table.to_csv(index=False, lineterminator="\n"))
+        write(folder / name, table.to_csv(index=False, lineterminator="\n"))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from skillsd.bounded import one_line
@@ -17,28 +15,13 @@ from skillsd.skills.skill import Skill
 from skillsd.skills.summarisers.endpoint import Endpoint, NoAnswer
 from skillsd.skills.summarisers.prompt import SYSTEM_PROMPT, USER_PROMPT, analyst_messages, check_prompt
 from skillsd.skills.summarisers.protocol import Finished, finished, in_order
+from skillsd.timeouts import Call, Failure, Threads
 from skillsd.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
-_POLL_S = 0.02
 _MOST_SAID = 1000
 """Longest reason that is logged, in characters: a chain of causes and a piece of what the server has said."""
 _TRIAL = 'This is a test of the connection. Answer with this JSON object and nothing else: {"ok": true}'
-
-
-@dataclass
-class _Job:
-    """One trajectory on its way, or the trial if there is none. `done` is set once, by its worker or by whoever gave it up."""
-
-    trajectory: Trajectory | None
-    limit_s: float
-    """After so many seconds it is given up, and `asked_s` more."""
-    skill: Skill | None = None
-    error: str = ""
-    started: float | None = None
-    asked_s: float = 0.0
-    """What the server's Retry-After asked for beyond the own waits, in seconds."""
-    done: bool = False
 
 
 class OpenAISummariser:
@@ -101,12 +84,9 @@ class OpenAISummariser:
         self._waits_s = backoff_s * (2**retries - 1) + 1.0
         self.limit_s = (retries + 1) * timeout_s + self._waits_s
         """After this many seconds a trajectory is given up, plus what the server asked it to wait."""
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._pending: deque[tuple[int, list[_Job]]] = deque()
-        self._lock = threading.Lock()
+        self._threads = Threads(max_workers, name="summariser")
+        self._pending: deque[tuple[int, list[Call]]] = deque()
         self._closed = threading.Event()
-        self._max_workers = max_workers
-        self._n_workers = 0
 
     def check_ready(self) -> None:
         """One small request, with the settings of all others, before a run starts. It is repeated only where the server says that it is
@@ -115,133 +95,113 @@ class OpenAISummariser:
         Raises:
             ConfigError: It gave no usable answer.
         """
-        trial = _Job(None, self.timeout_s + self._waits_s)
-        self._enqueue([trial])
-        self._wait([trial])
-        if trial.error:
-            raise ConfigError(f"skills.summariser: a request before the run failed: {trial.error}")
+        (trial,) = self._enqueue([None], self.timeout_s + self._waits_s)
+        self._threads.wait([trial])
+        if error := self._outcome(trial)[1]:
+            raise ConfigError(f"skills.summariser: a request before the run failed: {error}")
 
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
         """One skill per trajectory in the given order, None where it failed. Blocks."""
-        jobs = self._enqueue([_Job(trajectory, self.limit_s) for trajectory in trajectories])
-        self._wait(jobs)
-        return [job.skill for job in jobs]
+        calls = self._enqueue(trajectories, self.limit_s)
+        self._threads.wait(calls)
+        return [self._outcome(call)[0] for call in calls]
 
     def submit(self, iteration: int, trajectories: Sequence[Trajectory]) -> None:
         """Queues the trajectories and returns."""
-        self._pending.append((iteration, self._enqueue([_Job(t, self.limit_s) for t in in_order(trajectories)])))
+        self._pending.append((iteration, self._enqueue(in_order(trajectories), self.limit_s)))
 
     def collect(self, block: bool = False) -> list[Finished]:
         """The submissions that are ready, in order; with `block`, all of them."""
         if block:
             self.drain()
         ready: list[Finished] = []
-        while self._pending and all(self._over(job) for job in self._pending[0][1]):
-            iteration, jobs = self._pending.popleft()
-            ready.append(finished(iteration, [job.skill for job in jobs]))
+        while self._pending:
+            iteration, calls = self._pending[0]
+            self._threads.give_up(calls)
+            if not all(call.done() for call in calls):
+                break
+            self._pending.popleft()
+            ready.append(finished(iteration, [self._outcome(call)[0] for call in calls]))
         return ready
 
     def drain(self) -> None:
         """Waits until every submission is ready."""
-        for _, jobs in self._pending:
-            self._wait(jobs)
+        for _, calls in self._pending:
+            self._threads.wait(calls)
 
     def close(self) -> None:
         """Gives up what is under way; it counts as failed if it is still collected."""
         self._closed.set()
-        for _, jobs in self._pending:
-            for job in jobs:
-                self._finish(job, None, "closed")
-        for _ in range(self._n_workers):
-            self._jobs.put(None)
+        self._threads.close(wait=False)
         self._endpoint.close()
 
     # Inside
 
-    def _enqueue(self, jobs: list[_Job]) -> list[_Job]:
+    def _enqueue(self, trajectories: Sequence[Trajectory | None], limit_s: float) -> list[Call]:
+        """A call for each trajectory; None is the trial."""
         if self._closed.is_set():
             raise RuntimeError("the summariser is closed")
-        for job in jobs:
-            self._jobs.put(job)
-        new = min(len(jobs), self._max_workers - self._n_workers)
-        self._n_workers += new
-        for _ in range(new):
-            self._start_worker()
-        return jobs
+        calls = []
+        for trajectory in trajectories:
+            calls.append(self._threads.submit(partial(self._ask, trajectory), limit_s))
+            calls[-1].add_done_callback(partial(self._report, trajectory))
+        return calls
 
-    def _start_worker(self) -> None:
-        # Daemons, not a pool: a hanging server must not keep the process from ending.
-        threading.Thread(target=self._work, name="summariser", daemon=True).start()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if job.done:
-                continue
-            job.started = time.monotonic()
-            skill, error = self._ask(job)
-            if not self._finish(job, skill, error):
-                return  # given up meanwhile, and this worker was replaced
-
-    def _ask(self, job: _Job) -> tuple[Skill | None, str]:
+    def _ask(self, trajectory: Trajectory | None) -> tuple[Skill | None, str]:
+        """The skill, or why there is none."""
         error, asked_s = "", 0.0
         for attempt in range(self.retries + 1):
             if attempt:
                 own_s = self.backoff_s * 2 ** (attempt - 1)
-                job.asked_s += max(0.0, asked_s - own_s)
+                self._threads.prolong(max(0.0, asked_s - own_s))
                 if self._closed.wait(max(own_s, asked_s)):
                     break
                 asked_s = 0.0
             try:
-                return self._skill(job), ""
+                return self._skill(trajectory), ""
             except NoAnswer as failure:
                 error = str(failure)
-                if not failure.passing or (job.trajectory is None and not failure.busy):
+                if not failure.passing or (trajectory is None and not failure.busy):
                     break
                 asked_s = min(failure.wait_s, self.timeout_s)
             except Exception as failure:  # whatever a server sends back, training goes on
                 error = causes(failure)
         return None, error
 
-    def _skill(self, job: _Job) -> Skill | None:
+    def _outcome(self, call: Any) -> tuple[Skill | None, str]:
+        """Of a call that is over: the skill, or why there is none."""
+        # A server that sends a byte now and then outlives every socket time-out: the clock decides.
+        found = Failure("raised", "closed") if call.cancelled() else call.result()
+        if isinstance(found, Failure):
+            late = f"{self._endpoint.url}: given up, as no whole answer came in {call.seconds:.0f} s"
+            return None, late if found.kind == "hung" else found.what
+        skill, error = found
+        return skill, redacted(error)[:_MOST_SAID]
+
+    def _report(self, trajectory: Trajectory | None, call: Any) -> None:
+        """Log why there is no skill, when a call is over."""
+        _, error = self._outcome(call)
+        if error:
+            self.last_error = error
+        if error and not self._closed.is_set() and trajectory is not None:
+            log.warning("no skill from %s, member %d: %s", one_line(trajectory.task_id), trajectory.member, error)
+
+    def _skill(self, trajectory: Trajectory | None) -> Skill | None:
         """Asked once; of the trial, whose answer may be any text, None.
 
         Raises:
             NoAnswer: There is none, or the length limit has cut it.
             ValueError: It is not what was asked for.
         """
-        if job.trajectory is None:
+        if trajectory is None:
             user = {"role": "user", "content": _TRIAL}
             self._endpoint.ask([{"role": "system", "content": self.system}, user] if self.system else [user])
             return None
-        answer = self._endpoint.ask(analyst_messages(job.trajectory, self.template, self.system, self.max_chars))
+        answer = self._endpoint.ask(analyst_messages(trajectory, self.template, self.system, self.max_chars))
         try:
             skill = Skill.parse(answer.text)
         except ValueError as error:
             if answer.cut:
                 raise NoAnswer(f"{answer.cut}; {error}") from error
             raise
-        return skill.with_texts(map(without_keys, skill.texts)).of(job.trajectory)
-
-    def _finish(self, job: _Job, skill: Skill | None, error: str) -> bool:
-        error = redacted(error)[:_MOST_SAID]
-        with self._lock:
-            if job.done:
-                return False
-            job.skill, job.error, job.done = skill, error, True
-            if error:
-                self.last_error = error
-        if error and error != "closed" and (t := job.trajectory) is not None:
-            log.warning("no skill from %s, member %d: %s", one_line(t.task_id), t.member, error)
-        return True
-
-    def _over(self, job: _Job) -> bool:
-        # A server that sends a byte now and then outlives every socket time-out: the clock decides.
-        limit_s = job.limit_s + job.asked_s
-        late = not job.done and job.started is not None and time.monotonic() - job.started > limit_s
-        if late and self._finish(job, None, f"{self._endpoint.url}: given up, as no whole answer came in {limit_s:.0f} s"):
-            self._start_worker()  # in place of the one that hangs
-        return job.done
-
-    def _wait(self, jobs: Sequence[_Job]) -> None:
-        while not all(self._over(job) for job in jobs):
-            time.sleep(_POLL_S)
+        return skill.with_texts(map(without_keys, skill.texts)).of(trajectory)
