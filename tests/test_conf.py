@@ -20,7 +20,8 @@ from skillsd.keys import leaves
 from skillsd.pretrain import DemonstrationData
 from skillsd.rollout import Row
 from skillsd.skills import SKILL_TEMPLATE, BaseSummariser, NoContext, RulesSummariser
-from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
+from skillsd.skills.callback import SkillBankCallback
+from skillsd.skills.selection import TRANSCRIPT_TEMPLATE, SkillSelection
 from skillsd.study.cells import make_cells
 from skillsd.study.settings import read_settings
 from skillsd.trajectory import Trajectory, Turn
@@ -73,9 +74,9 @@ def fit(monkeypatch, tmp_path, tiny_model) -> Callable[..., Any]:
     return make
 
 
-def bank(cli: Any) -> SkillBankCallback:
+def bank(cli: Any) -> SkillSelection:
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, SkillBankCallback))
-    return callback
+    return callback.selection
 
 
 def sync(cli: Any) -> TeacherSync:
@@ -138,7 +139,7 @@ def test_method_model_and_hardware_stack(fit, tiny_model):
     assert (model.settings.model, model.settings.lora.targets) == (tiny_model("llama"), "all-linear")  # model
     assert (model.optim.lr, model.optim.schedule) == (5e-5, base.model.optim.schedule)
     assert (data.rollout.max_turn_tokens, data.rollout.max_rows, data.group_size) == (16, 8, 4)  # hardware over model over experiment
-    assert (model.settings.head_chunk, model.settings.gradient_checkpointing, model.micro_batch_tokens) == (256, True, 8192)
+    assert (model.settings.head_chunk, model.settings.gradient_checkpointing, model.learner.micro_batch_tokens) == (256, True, 8192)
     assert "prompts" not in data.env_kwargs and data.env_kwargs["separator"] == " "
     assert kinds(cli) == kinds(base)
     assert bank(cli).template.startswith("success_analysis: {success_analysis}\n")
@@ -367,7 +368,7 @@ def test_the_paper_s_setting(fit):
     cli = fit(["sokoban-paper.yaml"])
     cli.datamodule.setup("validate")
     data, model = cli.datamodule, cli.model
-    train = [t.difficulty for t in data._tasks("train", "train_split")]
+    train = [t.difficulty for t in data.tasks("train", "train_split")]
     assert [train.count(d) for d in ("depth15", "depth20", "depth25")] == [29, 48, 19]
     assert [t.difficulty for t in data.panel_tasks] == ["depth25"] * 64
     assert (data.batch_tasks, data.group_size, data.rollout.temperature, data.panel_temperature) == (16, 4, 1.0, 0.0)

@@ -36,7 +36,8 @@ from skillsd.skills import (
     Skill,
     SkillBank,
 )
-from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
+from skillsd.skills.callback import SkillBankCallback
+from skillsd.skills.selection import TRANSCRIPT_TEMPLATE
 from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Task, Trajectory
 
@@ -74,6 +75,8 @@ def join(make_policy: Callable[..., Any]) -> Callable[..., RolloutData]:
         data = make_data(**settings)
         data.trainer = SimpleNamespace(default_root_dir="run", lightning_module=module, callbacks=list(callbacks))  # type: ignore[assignment]
         data.setup(stage)
+        for callback in callbacks:
+            callback.setup(SimpleNamespace(datamodule=data), module, stage)
         return data
 
     return make
@@ -318,7 +321,7 @@ def test_bad_files(join, tmp_path):
 def test_an_actor_with_a_skill_needs_one_before_the_rollout(join, actor):
     told = rf"data\.init_args\.actor is {actor}, which needs a skill before the rollout: .*BankContext"
     with pytest.raises(ConfigError, match=told):
-        join(actor=actor)
+        join(actor=actor).train_dataloader()
     for context in (NoContext(), HindsightContext(), SiblingContext(), GroundTruthContext()):
         with pytest.raises(ConfigError, match=told):
             join(SkillBankCallback(rules(), context), actor=actor)
@@ -465,8 +468,8 @@ def test_a_run_closes_its_environments(make_policy, tmp_path, opened, error, wor
 
 def bank_of(data_dir: Path, **skills: str) -> SkillBankCallback:
     callback = SkillBankCallback(rules(), template=TEMPLATE)
-    callback.bank = SkillBank(data_dir / "bank.sqlite")
-    callback.bank.insert([Skill("solved", "none", text, name.replace("_", "-")) for name, text in skills.items()], 0)
+    callback.selection.bank = SkillBank(data_dir / "bank.sqlite")
+    callback.selection.bank.insert([Skill("solved", "none", text, name.replace("_", "-")) for name, text in skills.items()], 0)
     return callback
 
 
@@ -496,7 +499,7 @@ def test_the_teacher_sees_the_skill_in_front(join, tmp_path, instruction):
 def test_a_teacher_without_its_skill_is_an_error(join, tmp_path, monkeypatch):
     bank = bank_of(tmp_path, **{f"train_000{i}": "up" for i in range(5)})
     data = join(bank)
-    monkeypatch.setattr(bank, "refresh", lambda *_, **__: None)
+    monkeypatch.setattr(bank.selection, "refresh", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="has 1 skills, and its teacher got none"):
         next(iter(data.train_dataloader()))
 
@@ -711,7 +714,7 @@ def test_hindsight(train, tmp_path, kind):
     """Each member's teacher is told of this very attempt. Summarised once, before the update; in the bank once, after it."""
     summariser = kind(lambda t: (t.iteration + t.member) % 3 == 0)
     bank = SkillBankCallback(summariser, HindsightContext(), capacity=None, template=TEMPLATE)
-    sizes = AtStart(lambda trainer, module, batch: (bank.bank.position, len(summariser.seen)))
+    sizes = AtStart(lambda trainer, module, batch: (bank.selection.bank.position, len(summariser.seen)))
     log = train(TeacherSync(), bank, sizes, RunLog(), group_size=3)
     chat, failed, inserted = Chat(build_tokenizer(), ()), 0, 0
     for (batch, m, asked), (position, seen) in zip(log, sizes.seen, strict=True):
@@ -756,7 +759,7 @@ def alter(data: RolloutData, change: Callable[[Trajectory], Trajectory]) -> None
 def test_a_sibling_that_solved_it(join, template):
     """Its attempt, or its answers alone, are in front of the others' teacher prompts; where nobody else solved it there is nothing."""
     bank = SkillBankCallback(rules(), SiblingContext(), template=TEMPLATE, transcript_template=template)
-    bank.bank = SkillBank()
+    bank.selection.bank = SkillBank()
     data = join(bank, batch_tasks=5, group_size=4)
     data.train_dataloader()
     solved = {"train-0000": {}, "train-0001": {2: 3}, "train-0002": {0: 2, 3: 1}, "train-0003": {1: 2, 2: 2, 3: 2}, "train-0004": {0: 3}}
@@ -779,7 +782,7 @@ def test_a_sibling_that_solved_it(join, template):
                 assert all(x in text for x in actions.split())
             assert teacher == tuple(data.collector.chat.prompt_ids("", t.turns[0].observation, text))
             assert g.has_teacher_context(t.member) == bool(text) and g.student_prompts[t.member] == t.prompt_ids
-    assert len(bank.bank) == 0  # it is filled as ever, at the iteration's end
+    assert len(bank.selection.bank) == 0  # it is filled as ever, at the iteration's end
 
 
 def test_the_environment_s_own_solution(train, monkeypatch):
@@ -818,7 +821,7 @@ def test_a_task_whose_solution_is_not_known(join, tmp_path):
     lines = [{"task_id": name, "split": "train", "board": b} for name, b in boards.items()]
     lines.append({"task_id": "held-out", "split": "test", "board": BOARD})
     bank = SkillBankCallback(rules(), GroundTruthContext(), template="{golden_workflow}|\n")
-    bank.bank = SkillBank()
+    bank.selection.bank = SkillBank()
     data = join(bank, tasks_file=write(tmp_path / "tasks.jsonl", *lines))
     (groups,) = data.train_dataloader()
     told = {g.task.task_id: {g.has_teacher_context(m) for m in (0, 1)} for g in groups}
@@ -827,7 +830,7 @@ def test_a_task_whose_solution_is_not_known(join, tmp_path):
 
 def test_an_environment_without_solutions(join, monkeypatch):
     bank = SkillBankCallback(rules(), GroundTruthContext())
-    bank.bank = SkillBank()
+    bank.selection.bank = SkillBank()
     data = join(bank)
     stream = data.train_dataloader()
     monkeypatch.delattr("skillsd_sokoban.env.SokobanEnv.solution")

@@ -86,7 +86,7 @@ def test_a_method_of_the_protocol_itself_does_nothing(mine: None) -> None:
     with pytest.raises(ConfigError, match=r"skills\.summariser: FromProtocol lacks close and collect and drain and submit"):
         SkillBankCallback(module.FromProtocol())
     whole: Any = module.Whole()
-    assert SkillBankCallback(whole).summariser is whole
+    assert SkillBankCallback(whole).selection.summariser is whole
 
 
 def test_base_classes_are_where_one_looks() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from skillsd import ranks
+from skillsd.checkpoint import how_to_resume
 from skillsd.continuation import check_episodes, episodes
 from skillsd.demonstration import demonstrate
 from skillsd.engines.cache import CacheFull
@@ -24,9 +25,9 @@ from skillsd.errors import ConfigError
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
 from skillsd.rollout import Background, Chat, Collector, RolloutSettings
-from skillsd.skills import BankContext, ShuffledContext, Skill, Summariser
-from skillsd.skills.callback import SkillBankCallback
-from skillsd.stream import GroupStream, PanelStream
+from skillsd.skills import Skill, Summariser
+from skillsd.skills.selection import ACTOR_NEEDS_SKILL, SkillSelection
+from skillsd.stream import GroupStream, PanelStream, Progress, Selection
 from skillsd.tasks import read_tasks
 from skillsd.testing import check_before_run
 from skillsd.trajectory import Task
@@ -85,10 +86,11 @@ class RolloutData(L.LightningDataModule):
         self.env_id, self.env_kwargs = env, {**(env_kwargs or {}), **_overrides(env, env_overrides or {})}
         self.train_split, self.panel_split, self.tasks_file = train_split, panel_split, tasks_file
         self.batch_tasks, self.group_size, self.rollout = batch_tasks, group_size, rollout or RolloutSettings()
-        self.actor = actor
+        self.actor: str = actor
         self.panel_temperature, self.panel_attempts, self.panel_adapter = panel_temperature, panel_attempts, panel_adapter
         self.panel_seeds, self.seed = panel_seeds or [0], seed
-        self.progress: Callable[[str, int, int], object] | None = None  # is told what is played, and how many episodes of how many
+        self.progress: Progress | None = None
+        self.selection: Selection | None = None
         self._resume_at = 0
         self._episodes: dict[str, str] | None = None  # of a run that trains
         self._stream: GroupStream | None = None
@@ -111,18 +113,6 @@ class RolloutData(L.LightningDataModule):
         if both:
             raise ConfigError(
                 f"data.init_args: train_split and panel_split share {len(both)} tasks ({min(both)}, ...): name two that are disjoint."
-            )
-        contexts = (BankContext, ShuffledContext)
-        if self.actor != "student" and (self.bank is None or not isinstance(self.bank.context, contexts)):
-            raise ConfigError(
-                f"data.init_args.actor is {self.actor}, which needs a skill before the rollout: "
-                "set skills.context to skillsd.skills.BankContext."
-            )
-        refused = {"half_with_skill": ("gap", "next_visit"), "student_with_skill": ("gap",)}.get(self.actor, ())
-        if self.bank is not None and self.bank.bank_settings["booking"] in refused:
-            raise ConfigError(
-                f"skills.booking is {self.bank.bank_settings['booking']}, which means nothing where data.init_args.actor is {self.actor}: "
-                "set it to source."
             )
         if self.group_size < 2 and module.objective.policy_weight > 0:
             raise ConfigError(
@@ -207,14 +197,32 @@ class RolloutData(L.LightningDataModule):
         return self._background
 
     @property
-    def bank(self) -> SkillBankCallback | None:
-        """The SkillBank callback of this run, if it has one."""
+    def iterations(self) -> float:
+        """Updates until the run's end; infinite without one."""
         trainer: Any = self.trainer
-        return next((c for c in trainer.callbacks if isinstance(c, SkillBankCallback)), None)
+        return trainer.estimated_stepping_batches  # type: ignore[no-any-return]
+
+    def use_skills(self, selection: SkillSelection) -> None:
+        """Take who chooses skills for the teachers; the skill callback calls it before training.
+
+        Raises:
+            ConfigError: It cannot serve `actor`.
+        """
+        selection.check_actor(self.actor)
+        selection.bind(self)
+        self.selection = selection
+
+    def together(self) -> AbstractContextManager[None]:
+        """In this context each rank may use the model as often as it likes; all ranks enter it."""
+        return self.policy.together()
+
+    def how_to_resume(self) -> str:
+        """Where a run that stops can be taken up, in words."""
+        return how_to_resume(self.trainer)
 
     def train_dataloader(self) -> GroupStream:
-        if self.bank is not None:
-            self.bank.bind(self.generate, self.solution, lambda: self.policy.together())
+        if self.selection is None and self.actor != "student":
+            raise ConfigError(ACTOR_NEEDS_SKILL.format(self.actor))
         self._stream = GroupStream(self)
         self._stream.position = self._resume_at
         return self._stream

@@ -8,18 +8,74 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from skillsd import ranks
 from skillsd.bounded import one_line
-from skillsd.checkpoint import how_to_resume
 from skillsd.engines.vllm_server import VllmServers
 from skillsd.errors import ConfigError
 from skillsd.hashing import seeded_order
-from skillsd.rollout import Collector, Row
+from skillsd.policy import Policy
+from skillsd.rollout import Background, Collector, RolloutSettings, Row
 from skillsd.trajectory import Rollout, Task, Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], object]
+"""Called often, with what is played, how many of its episodes are finished, and how many there are."""
+
+
+class Selection(Protocol):
+    """Chooses what teachers see: `skills.selection.SkillSelection`."""
+
+    def choose(
+        self, task_ids: Sequence[str], every: Sequence[str], seed: int, epoch: int, epoch_start: bool
+    ) -> list[tuple[int | None, str]]:
+        """Before a rollout: each task's skill, its id in the bank and its text; (None, "") without one."""
+
+    def texts(self, groups: Sequence[Sequence[Trajectory]], iteration: int) -> list[list[str]] | None:
+        """After it: the text for each member of each group; None where `choose` has chosen."""
+
+
+class Source(Protocol):
+    """What the loaders ask of the data module: its settings, and who plays. See `RolloutData` for the settings' meaning."""
+
+    train_tasks: list[Task]
+    panel_tasks: list[Task]
+    batch_tasks: int
+    group_size: int
+    actor: str
+    rollout: RolloutSettings
+    panel_temperature: float
+    panel_attempts: int
+    panel_adapter: str | None
+    panel_seeds: list[int]
+    seed: int
+    selection: Selection | None
+    progress: Progress | None
+
+    @property
+    def acting(self) -> str:
+        """The adapter that plays training episodes."""
+
+    @property
+    def policy(self) -> Policy:
+        """The module's."""
+
+    @property
+    def collector(self) -> Collector:
+        """Plays episodes on it."""
+
+    @property
+    def background(self) -> Background:
+        """Plays while the updates go on."""
+
+    @property
+    def iterations(self) -> float:
+        """Updates until the run's end; infinite without one."""
+
+    def how_to_resume(self) -> str:
+        """Where a run that stops can be taken up, in words."""
 
 
 class GroupStream:
@@ -31,7 +87,7 @@ class GroupStream:
     is lost, and a run that is resumed begins as a new one does: with the first s + 1 iterations from the same weights.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Source) -> None:
         self.data, self.position = data, 0
         self._launched: dict[int, _Launch] = {}
 
@@ -59,8 +115,7 @@ class GroupStream:
         d = self.data
         ahead = 0
         if d.rollout.staleness:
-            total: Any = d.trainer.estimated_stepping_batches
-            ahead = int(max(0, min(d.rollout.staleness, total - 1 - iteration)))
+            ahead = int(max(0, min(d.rollout.staleness, d.iterations - 1 - iteration)))
         for j in range(iteration, iteration + ahead + 1):
             if j not in self._launched:
                 self._launched[j] = self._launch(j)
@@ -68,11 +123,11 @@ class GroupStream:
         with d.policy.together():
             played, seconds = play()
         self._check_failed(played, iteration)
-        mine = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
-        after = d.bank.texts(mine, iteration) if d.bank is not None else None
+        local = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
+        after = d.selection.texts(local, iteration) if d.selection is not None else None
         groups = [
             self._group(tasks[i], g, skills[i][0], after[k] if after else [skills[i][1]] * len(g))
-            for k, (i, g) in enumerate(zip(share, mine, strict=True))
+            for k, (i, g) in enumerate(zip(share, local, strict=True))
         ]
         every = ranks.gather((seconds, groups))  # from here on every rank has the whole batch
         return Rollout((g for _, part in every for g in part), max(seconds for seconds, _ in every))
@@ -83,16 +138,16 @@ class GroupStream:
         epoch, index = divmod(iteration, len(self))
         tasks = self.order(epoch)[index * d.batch_tasks : (index + 1) * d.batch_tasks]
         skills: list[tuple[int | None, str]] = [(None, "")] * len(tasks)
-        if d.bank is not None:
+        if d.selection is not None:
             every = [t.task_id for t in d.train_tasks]
-            skills = d.bank.choose([t.task_id for t in tasks], every, d.seed, epoch, epoch_start=index == 0)
+            skills = d.selection.choose([t.task_id for t in tasks], every, d.seed, epoch, epoch_start=index == 0)
         share = ranks.share(len(tasks))
         play = partial(self._play, [tasks[i] for i in share], [text for _, text in skills[share.start : share.stop]], iteration)
         engine = d.collector.engine
         if d.rollout.staleness and isinstance(engine, VllmServers):
             future = d.background.submit(engine.freeze(d.acting), play)
             return _Launch(tasks, skills, share, future.result)
-        return _Launch(tasks, skills, share, lambda: play(d.collector))
+        return _Launch(tasks, skills, share, partial(play, d.collector))
 
     def _play(self, tasks: Sequence[Task], skills: Sequence[str], iteration: int, collector: Collector) -> tuple[list[Trajectory], float]:
         """The tasks' groups, one after another, and the seconds that it took."""
@@ -100,7 +155,7 @@ class GroupStream:
         first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
         rows = [Row(t, k, text if k >= first else "") for t, text in zip(tasks, skills, strict=True) for k in range(d.group_size)]
         report: Callable[[int], object] | None = None
-        if getattr(d, "progress", None) is not None and collector is d.collector:  # not from the background
+        if d.progress is not None and collector is d.collector:  # not from the background
             report = partial(_report, d.progress, f"iteration {iteration + 1}", 0, 1.0, len(rows))
         played = collector.collect(rows, seed=d.seed, iteration=iteration, adapter=d.acting, progress=report)
         # A skill that leaves no room to act is left out: an episode that was not played would count as a reward of 0.
@@ -114,8 +169,8 @@ class GroupStream:
 
     def _check_failed(self, played: Sequence[Trajectory], iteration: int) -> None:
         """Of all ranks, before anything is made of the episodes."""
-        told = ranks.gather((len(played), [t for t in played if t.failed]))
-        episodes, failed = sum(n for n, _ in told), [t for _, theirs in told for t in theirs]
+        every = ranks.gather((len(played), [t for t in played if t.failed]))
+        episodes, failed = sum(n for n, _ in every), [t for _, theirs in every for t in theirs]
         if failed and ranks.leads():
             log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), episodes, one_line(failed[0].failure, 1000))
         if len(failed) > self.data.rollout.max_failed * episodes:
@@ -124,17 +179,17 @@ class GroupStream:
     def _summary(self, iteration: int, failed: Sequence[Trajectory], episodes: int) -> str:
         kinds = Counter(t.failure_kind for t in failed)
         first = {t.failure_kind: t for t in reversed(failed)}
-        told = "; ".join(f"{n} {k}, first on task {first[k].task_id}: {first[k].failure[:200]}" for k, n in kinds.items())
+        listed = "; ".join(f"{n} {k}, first on task {first[k].task_id}: {first[k].failure[:200]}" for k, n in kinds.items())
         cures = ["mend the environment"] if set(kinds) - {"model"} else []
         if "model" in kinds:
             cures.append("see whether the weights of policy.model and of the adapters are finite and policy.dtype has their range")
         return (
             f"rollout.max_failed is {self.data.rollout.max_failed:g}, and in iteration {iteration} {len(failed)} of {episodes} episodes "
-            f"failed ({told}). {how_to_resume(self.data.trainer)}: {', '.join(cures)} and resume, or set a larger share."
+            f"failed ({listed}). {self.data.how_to_resume()}: {', '.join(cures)} and resume, or set a larger share."
         )
 
     def _group(self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str]) -> TrajectoryGroup:
-        """Texts: what each member's teacher is told."""
+        """The task's group, each member's teacher with its own of `texts` in front of the prompt."""
         d = self.data
         seen = next((t for t in played if t.turns), None) or next((t for t in played if t.prompt_ids), played[0])  # some may have failed
 
@@ -142,11 +197,11 @@ class GroupStream:
         def prompt(text: str) -> tuple[int, ...]:
             return tuple(d.collector.chat.prompt_ids(seen.instruction, seen.turns[0].observation, text)) if seen.turns else seen.prompt_ids
 
-        acted, plain, told = [t.prompt_ids for t in played], [prompt("")] * len(played), [prompt(x) for x in texts]
+        acted, plain, with_skill = [t.prompt_ids for t in played], [prompt("")] * len(played), [prompt(x) for x in texts]
         student, teacher = {
-            "student": (plain, told),
+            "student": (plain, with_skill),
             "student_with_skill": (acted, acted),
-            "half_with_skill": (acted, [x if a == p else p for a, p, x in zip(acted, plain, told, strict=True)]),
+            "half_with_skill": (acted, [x if a == p else p for a, p, x in zip(acted, plain, with_skill, strict=True)]),
             "teacher": (plain, acted),
         }[d.actor]
         return TrajectoryGroup(
@@ -167,12 +222,12 @@ class _Launch(NamedTuple):
 class PanelStream:
     """The validation loader: batches of held-out episodes in the panel's order, of which each rank plays a share. Played anew each time."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Source) -> None:
         self.data = data
         self.rows = [(seed, Row(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
         self.size = 4 * data.rollout.max_rows * ranks.world()
-        self.progress: Callable[[str, int, int], object] | None = getattr(data, "progress", None)
-        """Called with `panel`, the number of finished episodes and that of all, often; of several ranks by this one's share."""
+        self.progress = data.progress
+        """Called with `panel`; of several ranks by this one's share."""
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
@@ -181,19 +236,19 @@ class PanelStream:
         d = self.data
         for start in range(0, len(self.rows), self.size):
             part = self.rows[start : start + self.size]
-            mine = [part[i] for i in ranks.share(len(part))]
+            local = [part[i] for i in ranks.share(len(part))]
             played: list[Trajectory] = []
             with d.policy.together():
-                for seed in dict.fromkeys(s for s, _ in mine):
-                    rows = [r for s, r in mine if s == seed]
-                    done = start + len(played) * len(part) // len(mine)
-                    report = self.progress and partial(_report, self.progress, "panel", done, len(part) / len(mine), len(self.rows))
+                for seed in dict.fromkeys(s for s, _ in local):
+                    rows = [r for s, r in local if s == seed]
+                    finished = start + len(played) * len(part) // len(local)
+                    report = self.progress and partial(_report, self.progress, "panel", finished, len(part) / len(local), len(self.rows))
                     played += d.collector.collect(
                         rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter, progress=report
                     )
             yield [t for theirs in ranks.gather(played) for t in theirs]
 
 
-def _report(progress: Callable[[str, int, int], object], what: str, before: int, scale: float, total: int, n: int) -> None:
+def _report(progress: Progress, what: str, before: int, scale: float, total: int, n: int) -> None:
     """Pass on that n more episodes than `before` are finished, each of which stands for `scale` of all ranks' together."""
     progress(what, before + round(n * scale), total)

@@ -25,7 +25,7 @@ from skillsd.module import SkillSD
 from skillsd.policy import micro_batches
 from skillsd.rollout import Collector
 from skillsd.run_folder import read_validations
-from skillsd.skills.callback import SkillBankCallback
+from skillsd.skills.selection import SkillSelection
 from skillsd.trajectory import Trajectory
 
 PAIR = ("--trainer.devices=2", "--trainer.strategy=ddp")
@@ -46,7 +46,7 @@ def watched(args: list[str], recorded: str | None = None, record: str | None = N
     seen: dict[str, Any] = {k: [] for k in ("grads", "group_gap", "skills", "rows", "parts")} | {"played": 0}
     episodes: dict[str, Trajectory] = pickle.loads(Path(recorded).read_bytes()) if recorded else {}
     step, choose, collect, training_step, accumulate = (
-        Learner._step, SkillBankCallback.choose, Collector.collect, SkillSD.training_step, Learner._accumulate,
+        Learner._step, SkillSelection.choose, Collector.collect, SkillSD.training_step, Learner._accumulate,
     )  # fmt: skip
 
     def _step(self: Any, update: Any, params: Any) -> None:
@@ -76,7 +76,7 @@ def watched(args: list[str], recorded: str | None = None, record: str | None = N
         seen["parts"].append(len(micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs)))
         return accumulate(self, batch, mine, *rest)
 
-    Learner._step, SkillBankCallback.choose, Collector.collect = _step, _choose, _collect  # type: ignore[method-assign]
+    Learner._step, SkillSelection.choose, Collector.collect = _step, _choose, _collect  # type: ignore[method-assign]
     SkillSD.training_step, Learner._accumulate = _training_step, _accumulate  # type: ignore[method-assign]
     seen["code"] = cli.main(args)
     if record:

@@ -47,7 +47,7 @@ MOMENTS: list[tuple[str, int, bool]] = [
     ("skillsd.rollout.collector:Collector.collect", 2, False),
 ]
 FEW: list[tuple[str, int, bool]] = [
-    ("skillsd.skills.callback:SkillBankCallback.texts", 2, True),  # the summaries are made, the update is not
+    ("skillsd.skills.selection:SkillSelection.texts", 2, True),  # the summaries are made, the update is not
     ("skillsd.learner:Learner._step", 1, True),
     ("skillsd.callbacks.log:RunLog.on_train_batch_end", 2, True),
     ("skillsd.rollout.collector:Collector.collect", 1, False),

@@ -17,7 +17,8 @@ import torch
 from skillsd.errors import ConfigError
 from skillsd.metrics import Metrics
 from skillsd.skills import BankContext, BaseSummariser, HindsightContext, NoContext, RulesSummariser, SiblingContext, Skill, SkillBank
-from skillsd.skills.callback import TRANSCRIPT_TEMPLATE, SkillBankCallback
+from skillsd.skills.callback import SkillBankCallback
+from skillsd.skills.selection import TRANSCRIPT_TEMPLATE
 from skillsd.skills.summarisers.transcript import conversation
 from skillsd.trajectory import Task, TrajectoryGroup
 
@@ -52,7 +53,7 @@ class Queue(RulesSummariser):
 
 def make(context: Any, **settings: Any) -> SkillBankCallback:
     callback = SkillBankCallback(Queue(), context, template=TEXT, **settings)
-    callback.bank = SkillBank()
+    callback.selection.bank = SkillBank()
     return callback
 
 
@@ -84,8 +85,8 @@ def end(callback: SkillBankCallback, groups: list[list[Any]], last: bool = False
 
 
 def workflows(callback: SkillBankCallback, task_id: str) -> list[str]:
-    assert callback.bank is not None
-    return [s.golden_workflow for s in callback.bank.skills(task_id)]
+    assert callback.selection.bank is not None
+    return [s.golden_workflow for s in callback.selection.bank.skills(task_id)]
 
 
 @pytest.fixture
@@ -104,17 +105,17 @@ def groups(make_trajectory):
 def test_hindsight_waits_for_this_iteration_s_summaries(groups):
     """What was ready from before goes to the bank, and to nobody's teacher; this iteration's go there at its end, once."""
     callback = make(HindsightContext())
-    queue: Any = callback.summariser
-    callback.checked.submit(0, [t for g in groups(0) for t in g])  # from before a change of the context, say
+    queue: Any = callback.selection.summariser
+    callback.selection.checked.submit(0, [t for g in groups(0) for t in g])  # from before a change of the context, say
     queue.ready = 1
-    assert callback.texts(groups(1), 1) == [["t1.0.1", "t1.1.1"], ["t2.0.1", "t2.1.1"]]
+    assert callback.selection.texts(groups(1), 1) == [["t1.0.1", "t1.1.1"], ["t2.0.1", "t2.1.1"]]
     assert workflows(callback, "t1") == ["t1.0.0", "t1.1.0"]
     metrics = end(callback, groups(1))
     assert workflows(callback, "t1") == ["t1.0.0", "t1.1.0", "t1.0.1", "t1.1.1"] and metrics["skills/bank"] == 8
     everybody = [("t1", 0), ("t1", 1), ("t2", 0), ("t2", 1)]
     assert queue.submitted == [(0, everybody), (1, everybody)] and queue.collect() == []
     assert metrics["time/summary_s"] > 0
-    assert callback.texts(groups(2), 2) == [["t1.0.2", "t1.1.2"], ["t2.0.2", "t2.1.2"]]
+    assert callback.selection.texts(groups(2), 2) == [["t1.0.2", "t1.1.2"], ["t2.0.2", "t2.1.2"]]
 
 
 def test_hindsight_that_fails_says_nothing(groups):
@@ -123,26 +124,26 @@ def test_hindsight_that_fails_says_nothing(groups):
     blank = replace(a, turns=tuple(replace(t, action=" ") for t in a.turns))
     rows = [[blank, b], [replace(c, turns=()), replace(d, failure="killed", finish_reason="failed")]]
     callback = make(HindsightContext())
-    assert callback.texts(rows, 0) == [["", "t1.1.0"], ["", ""]]
+    assert callback.selection.texts(rows, 0) == [["", "t1.1.0"], ["", ""]]
     metrics = end(callback, rows)
     assert (metrics["skills/bank"], metrics["skills/failed"]) == (1, 1)
     none = [[replace(a, turns=()), replace(b, turns=())]]
-    assert callback.texts(none, 0) == [["", ""]] and end(callback, none)["skills/bank"] == 1
+    assert callback.selection.texts(none, 0) == [["", ""]] and end(callback, none)["skills/bank"] == 1
 
 
 def test_the_bank_is_filled_whatever_is_shown(groups):
     """A sibling's attempt is read, the bank is not; without a context nothing is summarised."""
     callback = make(SiblingContext(), transcript_template="{actions}|")
-    queue: Any = callback.summariser
-    assert callback.texts(groups(0), 0) == [["t1.1.0|", "t1.0.0|"], ["t2.1.0|", "t2.0.0|"]] and queue.submitted == []
+    queue: Any = callback.selection.summariser
+    assert callback.selection.texts(groups(0), 0) == [["t1.1.0|", "t1.0.0|"], ["t2.1.0|", "t2.0.0|"]] and queue.submitted == []
     end(callback, groups(0))
     assert len(queue.submitted) == 1 and workflows(callback, "t1") == []  # not ready
     end(callback, groups(1), last=True)
     assert workflows(callback, "t1") == ["t1.0.0", "t1.1.0", "t1.0.1", "t1.1.1"]
-    assert callback.skill_for("t1") == (None, "")
+    assert callback.selection.skill_for("t1") == (None, "")
     callback = make(NoContext())
-    assert callback.texts(groups(0), 0) is None
-    assert end(callback, groups(0))["skills/bank"] == 0 and callback.summariser.submitted == []  # type: ignore[attr-defined]
+    assert callback.selection.texts(groups(0), 0) is None
+    assert end(callback, groups(0))["skills/bank"] == 0 and callback.selection.summariser.submitted == []  # type: ignore[attr-defined]
 
 
 def test_failures_stay_out_of_the_bank(groups):
@@ -153,15 +154,15 @@ def test_failures_stay_out_of_the_bank(groups):
         callback = make(BankContext(), min_reward=least)
         end(callback, rows, last=True)
         assert tuple(len(workflows(callback, t)) for t in ("t1", "t2")) == expected
-        assert [len(rows) for _, rows in callback.summariser.submitted] == [sum(expected)]  # type: ignore[attr-defined]
-        callback.refresh(["t1", "t2"], 0, 1, True)
-        assert callback.skill_for("t1")[1] == "t1.0.0" and bool(callback.skill_for("t2")[1]) == (expected[1] > 0)
+        assert [len(rows) for _, rows in callback.selection.summariser.submitted] == [sum(expected)]  # type: ignore[attr-defined]
+        callback.selection.refresh(["t1", "t2"], 0, 1, True)
+        assert callback.selection.skill_for("t1")[1] == "t1.0.0" and bool(callback.selection.skill_for("t2")[1]) == (expected[1] > 0)
 
 
 def test_a_transcript_is_the_conversation(make_trajectory):
     long = make_trajectory(member=1, pairs=[(f"see {i} " + "x" * 900, f"do {i}") for i in range(60)])
     callback = make(SiblingContext())
-    ((text, other),) = callback.texts([[make_trajectory(completion=0.0), long]], 0)  # type: ignore[misc]
+    ((text, other),) = callback.selection.texts([[make_trajectory(completion=0.0), long]], 0)  # type: ignore[misc]
     assert (text, other) == (TRANSCRIPT_TEMPLATE.format(transcript=conversation(long)), "")
     assert text.startswith("# An earlier attempt at this task, which succeeded\n") and text.endswith("\n\n# Your attempt\n")
     assert len(text) < 24_200 and "do 0" in text and "do 59" in text and "left out" in text
@@ -175,9 +176,10 @@ def test_templates_are_checked():
         for bad in ("{nosuch}", "{", "{0}", "{} ", f"{{{fields.partition(',')[0]}[0]}}"):
             with pytest.raises(ConfigError, match=rf"skills\.{key}: use only {fields} in braces"):
                 SkillBankCallback(**{key: bad})
-    default = SkillBankCallback()
+    default = SkillBankCallback().selection
     for nothing in (SkillBankCallback(template=None, transcript_template=None), SkillBankCallback(template="")):
-        assert (nothing.template, nothing.transcript_template) == (default.template, default.transcript_template)
+        given = nothing.selection
+        assert (given.template, given.transcript_template) == (default.template, default.transcript_template)
     assert Skill("a", "b", "c").render(default.template).startswith("# Notes") and default.transcript_template == TRANSCRIPT_TEMPLATE
 
 
@@ -195,10 +197,10 @@ def test_the_bank_is_the_run_s(groups, tmp_path):
     assert not folder.exists()
     for held in (4, 8):
         callback.on_fit_start(at(0, folder), None)  # type: ignore[arg-type]
-        bank = callback.bank
+        bank = callback.selection.bank
         assert bank is not None and end(callback, groups(held), last=True)["skills/bank"] == held
         callback.teardown(at(1, folder), None, "fit")  # type: ignore[arg-type]
-        assert callback.summariser.closed  # type: ignore[attr-defined]
+        assert callback.selection.summariser.closed  # type: ignore[attr-defined]
         assert [p.name for p in folder.iterdir()] == ["bank.sqlite"]  # no log beside it
     with SkillBank(folder / "bank.sqlite", read_only=True) as stored:
         assert len(stored) == 8
@@ -214,19 +216,19 @@ def test_another_booking_is_refused(tmp_path):
 def test_when_prompts_are_chosen(make_skill, when):
     """A first skill that comes late is shown at once; another one for a task that has one, when the prompts are chosen anew."""
     callback = make(None, refresh=when)
-    bank: Any = callback.bank
+    bank: Any = callback.selection.bank
     tasks = ["t1", "t2"]
 
     def shown(epoch_start: bool) -> list[str]:
-        callback.refresh(tasks, 0, 0, epoch_start)
-        return [callback.skill_for(t)[1] for t in tasks]
+        callback.selection.refresh(tasks, 0, 0, epoch_start)
+        return [callback.selection.skill_for(t)[1] for t in tasks]
 
     bank.insert([make_skill("a", reward=1.0), make_skill("b")], 0)
     assert shown(True) == ["a.", ""]
     bank.record_use(1, 0)
     bank.insert([make_skill("c", "t2")], 0)
     with pytest.raises(RuntimeError, match="task t2 has 1 skills, and its teacher got none"):
-        callback.skill_for("t2")
+        callback.selection.skill_for("t2")
     assert shown(False) == (["a.", "c."] if when == "epoch" else ["b.", "c."])
     assert shown(True) == ["b.", "c."]
 
@@ -235,7 +237,7 @@ def test_when_prompts_are_chosen(make_skill, when):
 def test_a_use_is_booked(groups, tmp_path, booking, means):
     """Once a group, with the mean reward of those that count and the group's own gap."""
     callback = started(tmp_path, booking=booking)
-    bank: Any = callback.bank
+    bank: Any = callback.selection.bank
     end(callback, groups(0), last=True)
     (a, b), (c, d) = groups(1)
     rows = [[replace(a, reward=0.5), b], [replace(c, reward=0.5), replace(d, failure="killed", finish_reason="failed")]]
@@ -249,31 +251,31 @@ def test_a_use_is_booked(groups, tmp_path, booking, means):
 def test_a_group_of_one(groups):
     (a, _), _ = groups(0)
     callback = make(HindsightContext())
-    assert callback.texts([[a]], 0) == [["t1.0.0"]] and end(callback, [[a]], 0)["skills/bank"] == 1
+    assert callback.selection.texts([[a]], 0) == [["t1.0.0"]] and end(callback, [[a]], 0)["skills/bank"] == 1
 
 
 @pytest.mark.parametrize("context", [BankContext, HindsightContext])
 def test_seconds_of_summaries(groups, context, monkeypatch):
     """What training waited for in each iteration by itself, before the update or after it."""
     callback = make(context())
-    queue: Any = callback.summariser
-    monkeypatch.setattr("skillsd.skills.callback.time", SimpleNamespace(perf_counter=lambda: queue.clock))
+    queue: Any = callback.selection.summariser
+    monkeypatch.setattr("skillsd.skills.selection.time", SimpleNamespace(perf_counter=lambda: queue.clock))
     for i in (0, 1):
-        callback.texts(groups(i), i)
+        callback.selection.texts(groups(i), i)
         assert end(callback, groups(i))["time/summary_s"] == 1.0
     assert len(queue.submitted) == 2
 
 
 def test_answers_alone_have_spaces_between_them(make_trajectory):
     callback = make(SiblingContext(), transcript_template="{actions}|")
-    assert callback.texts([[make_trajectory(), make_trajectory(member=1)]], 0) == [["up left|", "up left|"]]
+    assert callback.selection.texts([[make_trajectory(), make_trajectory(member=1)]], 0) == [["up left|", "up left|"]]
 
 
 def test_a_summariser_gets_the_model_s_voice(groups):
     callback = make(None)
-    callback.summariser = callback.checked.inner = BaseSummariser()
+    callback.selection.summariser = callback.selection.checked.inner = BaseSummariser()
     texts = {"success_analysis": "a", "mistake_analysis": "b", "golden_workflow": "go"}
-    callback.bind(lambda messages, *_: [json.dumps(texts)] * len(messages), lambda *_: None)
+    callback.selection.bind(SimpleNamespace(generate=lambda messages, *_: [json.dumps(texts)] * len(messages), together=nullcontext))
     assert end(callback, groups(0)) | {"time/summary_s": 0} == {"skills/bank": 2, "skills/failed": 0, "time/summary_s": 0}
     assert workflows(callback, "t1") == ["go"]
 
@@ -284,8 +286,8 @@ def test_a_checkpoint_brings_the_bank_back(groups, tmp_path, monkeypatch):
     (a, b), second = groups(0)
     blank = replace(a, turns=tuple(replace(t, action=" ") for t in a.turns))
     end(callback, [[blank, b], second], last=True)
-    callback.refresh(["t1", "t2"], 0, 1, True)
-    prompts, flushed = [callback.skill_for(t) for t in ("t1", "t2")], set()
+    callback.selection.refresh(["t1", "t2"], 0, 1, True)
+    prompts, flushed = [callback.selection.skill_for(t) for t in ("t1", "t2")], set()
     assert prompts == [(1, "t1.1.0"), (2, "t2.0.0")]
     saved: dict[str, Any] = {}
     with monkeypatch.context() as m:
@@ -293,8 +295,8 @@ def test_a_checkpoint_brings_the_bank_back(groups, tmp_path, monkeypatch):
         callback.on_save_checkpoint(at(1), None, saved)  # type: ignore[arg-type]
     assert {(tmp_path / "run" / f"bank.sqlite{x}").stat().st_ino for x in ("", "-wal")} <= flushed
     end(callback, groups(1), last=True, skills=[1, 2])
-    callback.refresh(["t1", "t2"], 0, 2, True)
-    assert [callback.skill_for(t)[1] for t in ("t1", "t2")] == ["t1.0.1", "t2.0.1"]
+    callback.selection.refresh(["t1", "t2"], 0, 2, True)
+    assert [callback.selection.skill_for(t)[1] for t in ("t1", "t2")] == ["t1.0.1", "t2.0.1"]
     callback.teardown(at(2), None, "fit")  # type: ignore[arg-type]
 
     def resumed(folder: str, state: dict[str, Any]) -> SkillBankCallback:
@@ -304,12 +306,12 @@ def test_a_checkpoint_brings_the_bank_back(groups, tmp_path, monkeypatch):
         return again
 
     again = resumed("run", saved)
-    assert [again.skill_for(t) for t in ("t1", "t2")] == prompts
+    assert [again.selection.skill_for(t) for t in ("t1", "t2")] == prompts
     assert workflows(again, "t1") == ["t1.1.0"] and workflows(again, "t2") == ["t2.0.0", "t2.1.0"]
     assert end(again, groups(1)) | {"time/summary_s": 0} == {"skills/bank": 3, "skills/failed": 1, "time/summary_s": 0}
     with pytest.raises(ConfigError, match=r"^skills: .*bank\.sqlite is not there, and the checkpoint saw 3 events"):
         resumed("another", saved)
-    assert len(resumed("third", {}).bank or ()) == 0  # of a run without skills
+    assert len(resumed("third", {}).selection.bank or ()) == 0  # of a run without skills
 
 
 def test_a_context_is_asked_in_step_with_other_ranks(groups):
@@ -330,15 +332,15 @@ def test_a_context_is_asked_in_step_with_other_ranks(groups):
 
     entered: list[bool] = []
     callback = make(Asks())
-    callback.bind(lambda *a: [], lambda *a: None, Together)
-    assert callback.texts(groups(0), 0) is not None and inside == [True, True]
+    callback.selection.bind(SimpleNamespace(generate=None, together=Together))
+    assert callback.selection.texts(groups(0), 0) is not None and inside == [True, True]
 
 
 def test_a_summariser_is_closed_by_a_fit_alone(groups, tmp_path):
     """Not by `trainer.validate` with the same callbacks before one."""
     callback = make(BankContext())
     callback.teardown(at(0), None, "validate")  # type: ignore[arg-type]
-    queue: Any = callback.summariser
+    queue: Any = callback.selection.summariser
     assert not queue.closed
     callback.on_fit_start(at(0, tmp_path), None)  # type: ignore[arg-type]
     callback.teardown(at(0), None, "fit")  # type: ignore[arg-type]
@@ -360,7 +362,7 @@ def test_a_summariser_is_tried_before_a_run_that_uses_it():
             callback.setup(at(0), None, "fit")  # type: ignore[arg-type]
         callback.setup(at(0), None, "validate")  # type: ignore[arg-type]
         assert summariser.tries == tries
-    SkillBankCallback(Queue()).check_summariser()  # one that has no such method
+    SkillBankCallback(Queue()).selection.check_summariser()  # one that has no such method
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -372,8 +374,8 @@ def test_the_end_says_that_nothing_was_ever_summarised(groups, caplog, fails):
             return super().summarise(trajectories)
 
     callback = SkillBankCallback(Failing(), BankContext())
-    callback.bank = SkillBank()
+    callback.selection.bank = SkillBank()
     end(callback, groups(1), last=True)
     caplog.clear()
     callback.on_train_end(at(1), None)  # type: ignore[arg-type]
-    assert [("the reason" in m, str(callback.failed) in m) for m in caplog.messages] == [(True, True)] * fails
+    assert [("the reason" in m, str(callback.selection.failed) in m) for m in caplog.messages] == [(True, True)] * fails

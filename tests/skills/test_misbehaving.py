@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,9 +109,9 @@ def test_control_tokens_are_text():
     ids = {tokenizer.convert_tokens_to_ids(t) for t in ("<|end|>", "<|assistant|>")}
     assert sum(i in ids for i in chat.encode(attack)) == 3  # as it stands
     callback = SkillBankCallback(BaseSummariser(), template="{golden_workflow}")
-    callback.bank = SkillBank()
-    callback.prompts["t1"], *_ = callback.bank.insert([Skill("a", "b", attack, "t1")], 0)
-    assert callback.skill_for("t1") == (1, attack)
+    callback.selection.bank = SkillBank()
+    callback.selection.prompts["t1"], *_ = callback.selection.bank.insert([Skill("a", "b", attack, "t1")], 0)
+    assert callback.selection.skill_for("t1") == (1, attack)
 
     def controls(skill: str) -> int:
         return sum(i in ids for i in chat.prompt_ids("", "a board", skill))
@@ -237,14 +238,15 @@ def test_what_is_left_out_is_said_and_the_rest_is_taken(make_trajectory, caplog)
 @pytest.mark.parametrize("given", [RuntimeError("x"), [], ["a"], [None, None], 7, lambda t: [good(t[0], "x" * 30_000)]])
 def test_a_skill_of_the_ground_truth_is_checked_too(make_trajectory, given):
     callback = SkillBankCallback(Third(given), GroundTruthContext())  # type: ignore[arg-type]
-    callback.bind(lambda *_: [], lambda task_id, summariser: summariser.summarise([make_trajectory(task_id)])[0])
-    assert callback.texts([[make_trajectory()]], 0) == [[""]]
+    solve = SimpleNamespace(together=nullcontext, solution=lambda task_id, summariser: summariser.summarise([make_trajectory(task_id)])[0])
+    callback.selection.bind(solve)
+    assert callback.selection.texts([[make_trajectory()]], 0) == [[""]]
 
 
 def test_the_run_goes_on_and_counts(make_trajectory):
     callback = SkillBankCallback(Third(RuntimeError("broken")), BankContext())  # type: ignore[arg-type]
-    callback.bank = SkillBank()
-    third: Any = callback.summariser
+    callback.selection.bank = SkillBank()
+    third: Any = callback.selection.summariser
     third.submit = lambda *_: third._say()
     module: Any = SimpleNamespace(log_dict=lambda metrics, **how: None)
     trainer: Any = SimpleNamespace(global_step=4, estimated_stepping_batches=9, should_stop=False)

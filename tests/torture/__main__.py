@@ -51,7 +51,7 @@ MOMENTS = {
     "flush": "skillsd.durable:os.fsync",
     "rename": "skillsd.durable:os.replace",
     "bank": "skillsd.skills.bank:SkillBank.insert",
-    "summariser": "skillsd.skills.callback:SkillBankCallback._submit",
+    "summariser": "skillsd.skills.selection:SkillSelection._submit",
     "panel": "skillsd.callbacks.panel:write_panel",
 }
 

@@ -14,6 +14,7 @@ from skillsd.errors import ConfigError
 from skillsd.rollout import Row
 from skillsd.run_folder import BANK_FILE
 from skillsd.skills import BankContext, RulesSummariser, SkillBank
+from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Task, Trajectory, Turn
 from skillsd.words import count
 
@@ -107,23 +108,23 @@ def pick(data: Any, panel: Sequence[Task], level: int | None, task_id: str | Non
 
 def skill_text(trainer: Any, data: Any, task: Any) -> tuple[str, str]:
     """Where the task's skill is from, the run's bank or the environment's own solution, and its text."""
-    callback = data.bank
-    if callback is None:
+    selection = next((c.selection for c in trainer.callbacks if isinstance(c, SkillBankCallback)), None)
+    if selection is None:
         raise ConfigError("callbacks: a skill needs the SkillBankCallback, which holds its template.")
     path = Path(trainer.default_root_dir) / BANK_FILE
     if path.is_file():
         with SkillBank(path, read_only=True) as bank:
-            own = callback.context if isinstance(callback.context, BankContext) else BankContext()
+            own = selection.context if isinstance(selection.context, BankContext) else BankContext()
             if (found := own(bank, task.task_id, [task.task_id], 0, 0)) is not None:
-                return f"{found.skill_id} of {path}", str(found.render(callback.template))
+                return f"{found.skill_id} of {path}", str(found.render(selection.template))
     with data.open_env() as env:
         if not env.offers("solution"):
             raise ConfigError(f"the bank has no skill of {task.task_id}, and the environment offers no solution() to make one from.")
         played, _ = demonstrate(env, task)
-    rules = callback.summariser if isinstance(callback.summariser, RulesSummariser) else RulesSummariser()  # others ask a model
+    rules = selection.summariser if isinstance(selection.summariser, RulesSummariser) else RulesSummariser()  # others ask a model
     skill = rules.summarise_one(played.turns, played.success, float(played.success))
     why = f"{path} has none of {task.task_id}" if path.is_file() else f"there is no {path}"
-    return f"made from the environment's own solution ({why})", str(skill.render(callback.template))
+    return f"made from the environment's own solution ({why})", str(skill.render(selection.template))
 
 
 def _print_head(task: Task, instruction: str) -> None:

@@ -15,6 +15,7 @@ from skillsd.bounded import visible
 from skillsd.module import SkillSD
 from skillsd.skills import BankContext, NoContext
 from skillsd.skills.callback import SkillBankCallback
+from skillsd.skills.selection import SkillSelection
 from skillsd.trajectory import TrajectoryGroup
 from skillsd.words import count
 
@@ -205,25 +206,25 @@ class Diagnostics(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seen, self.said = Seen(iterations=trainer.global_step), set()
-        bank = _bank(trainer)
-        if not isinstance(pl_module, SkillSD) or bank is None:
+        selection = _selection(trainer)
+        if not isinstance(pl_module, SkillSD) or selection is None:
             return
-        self.failed_before = bank.failed
+        self.failed_before = selection.failed
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         objective = pl_module.objective
         used = max(objective.distillation_weight, objective.weight_end * bool(objective.weight_steps)) > 0 or data.actor != "student"
         total: Any = trainer.estimated_stepping_batches
-        if used and type(bank.context) is BankContext and bank.bank is not None and trainer.global_step < total:
-            self._say(no_second_visit, total, trainer.num_training_batches, bank.bank.imported)
+        if used and type(selection.context) is BankContext and selection.bank is not None and trainer.global_step < total:
+            self._say(no_second_visit, total, trainer.num_training_batches, selection.bank.imported)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not isinstance(pl_module, SkillSD) or not ranks.leads():
             return
-        tokenizer, weight, bank = pl_module.policy.tokenizer, pl_module.objective.policy_weight, _bank(trainer)
+        tokenizer, weight, selection = pl_module.policy.tokenizer, pl_module.objective.policy_weight, _selection(trainer)
         self.seen.add(batch, outputs["metrics"], weight, unknown_token(tokenizer, pl_module.policy.stop_ids))
-        if bank is not None and not isinstance(bank.context, NoContext):
-            self.seen.refused, self.seen.skills = bank.failed - self.failed_before, bank.made
-            self.seen.why = bank.checked.last_error
+        if selection is not None and not isinstance(selection.context, NoContext):
+            self.seen.refused, self.seen.skills = selection.failed - self.failed_before, selection.made
+            self.seen.why = selection.checked.last_error
         self._say(cannot_read, self.seen)
         self._say(cannot_read_skills, self.seen)
         self._say(not_understood, self.seen)
@@ -251,6 +252,6 @@ def unknown_token(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
     return None if unknown is None or unknown in others else int(unknown)
 
 
-def _bank(trainer: L.Trainer) -> SkillBankCallback | None:
+def _selection(trainer: L.Trainer) -> SkillSelection | None:
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c for c in callbacks if isinstance(c, SkillBankCallback)), None)
+    return next((c.selection for c in callbacks if isinstance(c, SkillBankCallback)), None)

@@ -139,7 +139,7 @@ class RunLog(L.Callback):
         if pictures := self._pictures(trainer, t):
             writer.add_image("episode", board.strip(pictures), t.iteration, dataformats="HWC")
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-        bank = next((c.bank for c in callbacks if isinstance(c, SkillBankCallback)), None)
+        bank = next((c.selection.bank for c in callbacks if isinstance(c, SkillBankCallback)), None)
         if bank is not None and (table := board.skill_table(bank)):
             writer.add_text("skills", table, t.iteration)
 

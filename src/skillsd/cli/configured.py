@@ -199,7 +199,7 @@ class CLI(LightningCLI):
         self._begin_fit()
         for callback in trainer.callbacks:
             if isinstance(callback, SkillBankCallback):
-                callback.check_summariser()
+                callback.selection.check_summariser()
         trainer.skillsd_config = self.config["fit"].as_dict()
         gc.collect()
         gc.freeze()  # modules and configuration stay: garbage collections in the rollout's loops need not walk over them

@@ -1,0 +1,282 @@
+"""Which skill each task's teacher sees, and what becomes of the trajectories: Algorithm 1, lines 2 and 7. Plain Python.
+
+    before a rollout    choose    the skill of each task's teacher, from the bank
+    after it            texts     the same for contexts that are made of the group just played
+    after the update    finish    uses are booked, trajectories are summarised, and what is ready enters the bank
+
+With several ranks, rank 0 alone has the bank: it chooses for all, and each summarises what it has played. The summaries of iteration i
+enter the bank, in (task, member) order, at the first iteration boundary at which they are ready; with `rules` and `base` that is always
+the next one. What a summariser returns is data: see CheckedSummariser.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from skillsd import ranks
+from skillsd.bounded import fill
+from skillsd.errors import ConfigError
+from skillsd.keys import lacks
+from skillsd.skills.bank import SkillBank
+from skillsd.skills.context import BankContext, GroundTruthContext, GroupContext, NoContext, PrivilegedContext
+from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
+from skillsd.skills.summarisers import BaseSummariser, CheckedSummariser, Finished, RulesSummariser, Summariser
+from skillsd.skills.summarisers.transcript import conversation
+from skillsd.trajectory import Trajectory, TrajectoryGroup
+
+log = logging.getLogger(__name__)
+TRANSCRIPT_TEMPLATE = """\
+# An earlier attempt at this task, which succeeded
+{transcript}
+
+# Your attempt
+"""
+
+
+class Voice(Protocol):
+    """What a selection may ask of the run that it belongs to: the data module."""
+
+    def generate(self, conversations: Sequence[Any], max_new_tokens: int, seed_keys: Sequence[Any]) -> list[str]:
+        """Answers of the untouched base model to conversations."""
+
+    def solution(self, task_id: str, summariser: Summariser) -> Skill | None:
+        """The summary of the environment's own solution of a task; None if it has none."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """In this context each rank may use the model as often as it likes; all ranks enter it."""
+
+
+class SkillSelection:
+    """Chooses, books and summarises. The arguments are those of `SkillBankCallback`.
+
+    Attributes:
+        bank: The bank while it is open; on rank 0 alone.
+        prompts: Task id -> the skill chosen for its teacher.
+        failed: Summaries that gave no skill since the run began.
+        made: Summaries that gave one since this process began.
+    """
+
+    def __init__(
+        self, summariser: Summariser | None, context: PrivilegedContext | None, bank_settings: dict[str, Any], min_reward: float | None,
+        template: str | None, transcript_template: str | None, refresh: Literal["epoch", "iteration"],
+    ) -> None:  # fmt: skip
+        protocols: tuple[tuple[str, Any, Any], ...] = (("summariser", summariser, Summariser), ("context", context, PrivilegedContext))
+        for key, given, protocol in protocols:
+            if given is not None and (missing := lacks(given, protocol)):
+                raise ConfigError(f"skills.{key}: {type(given).__qualname__} lacks {' and '.join(missing)}: write what is missing.")
+        self.summariser: Summariser = summariser or RulesSummariser()
+        self.checked = CheckedSummariser(self.summariser)
+        self.context: PrivilegedContext = context or BankContext()
+        self.bank_settings = bank_settings
+        self.min_reward = -math.inf if min_reward is None else min_reward
+        self.template, self.transcript_template = template or SKILL_TEMPLATE, transcript_template or TRANSCRIPT_TEMPLATE
+        self.refresh_when = refresh
+        shown = ("transcript", "actions")
+        for key, text, fields in (("template", self.template, FIELDS), ("transcript_template", self.transcript_template, shown)):
+            try:
+                fill(text, dict.fromkeys(fields, ""))
+            except ValueError as e:
+                raise ConfigError(f"skills.{key}: use only {', '.join(fields)} in braces ({e}).") from e
+        self.bank: SkillBank | None = None
+        self.prompts: dict[str, int] = {}
+        self.failed = self.made = 0
+        self.together: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._hindsight: list[Finished] | None = None  # of the iteration under way, made before its update
+        self._waited_s = 0.0  # seconds that training waited for summaries in this iteration
+        self._ready = False
+
+    # -- a run's beginning and end -----------------------------------------------------------------------------------------
+
+    def check_summariser(self) -> None:
+        """Try the summariser before anything is written or loaded, if this run uses it. Once is enough.
+
+        Raises:
+            ConfigError: It cannot work.
+        """
+        if not self._ready and ranks.leads() and not isinstance(self.context, NoContext):
+            self.checked.check_ready()
+        self._ready = True
+
+    def bind(self, voice: Voice) -> None:
+        """Give a summariser that needs one the base model's voice, and a context that needs it the environment's own solutions."""
+        self.together = voice.together
+        if isinstance(self.summariser, BaseSummariser):
+            self.summariser.bind(voice.generate)
+        if isinstance(self.context, GroundTruthContext):
+            self.context.bind(partial(voice.solution, summariser=self.checked))
+
+    def check_actor(self, actor: str) -> None:
+        """Refuse an actor with a skill (`data.init_args.actor`) where none is chosen before the rollout, or its use means nothing.
+
+        Raises:
+            ConfigError: That.
+        """
+        if actor != "student" and isinstance(self.context, GroupContext | NoContext):
+            raise ConfigError(ACTOR_NEEDS_SKILL.format(actor))
+        refused = {"half_with_skill": ("gap", "next_visit"), "student_with_skill": ("gap",)}.get(actor, ())
+        if self.bank_settings["booking"] in refused:
+            raise ConfigError(
+                f"skills.booking is {self.bank_settings['booking']}, which means nothing where data.init_args.actor is {actor}: "
+                "set it to source."
+            )
+
+    def open(self, path: Path, state: dict[str, Any] | None) -> None:
+        """Open the bank on rank 0, and rewind it to a checkpoint's `state`: what was written after it did not happen.
+
+        Raises:
+            ConfigError: It cannot be used, or is not the one that the checkpoint saw.
+        """
+        if self.bank is None and ranks.leads():
+            if state is not None and state["position"] and not path.exists():
+                raise ConfigError(
+                    f"skills: {path} is not there, and the checkpoint saw {state['position']} events in the bank: a checkpoint goes "
+                    "on in its own run folder, or in a copy of the whole folder."
+                )
+            try:
+                self.bank = SkillBank(path, **self.bank_settings)
+            except (ValueError, sqlite3.Error) as e:
+                raise ConfigError(f"skills: {e}") from e
+        if state is not None and self.bank is not None:
+            try:
+                self.bank.cut(state["iteration"], expect=state["position"])
+            except ValueError as e:
+                raise ConfigError(f"skills: {e}") from e
+            self.prompts, self.failed = dict(state["prompts"]), state["failed"]
+
+    def state(self, iteration: int) -> dict[str, Any] | None:
+        """For a checkpoint that is written before `iteration`; None on ranks without the bank."""
+        if self.bank is None:
+            return None
+        self.bank.sync()  # the checkpoint says how far it is
+        return {"iteration": iteration, "position": self.bank.position, "prompts": dict(self.prompts), "failed": self.failed}
+
+    def warn_if_useless(self) -> None:
+        """Say so at a run's end if no trajectory could be summarised."""
+        if self.bank is not None and self.failed and not self.made and not len(self.bank):
+            why = self.checked.last_error
+            log.warning("skills: none of %d trajectories could be summarised%s", self.failed, f"; the last failure: {why}" if why else "")
+
+    def close(self) -> None:
+        """Close the bank."""
+        if self.bank is not None:
+            self.bank.close()
+            self.bank = None
+
+    # -- before a rollout, and after it ------------------------------------------------------------------------------------
+
+    def choose(
+        self, task_ids: Sequence[str], every: Sequence[str], seed: int, epoch: int, epoch_start: bool
+    ) -> list[tuple[int | None, str]]:
+        """`skill_for` each of an iteration's tasks, after a `refresh` of `every` training task: rank 0 chooses for all."""
+        found: list[tuple[int | None, str]] = []
+        with self.together():
+            if ranks.leads():
+                self.refresh(every, seed, epoch, epoch_start)
+                found = [self.skill_for(t) for t in task_ids]
+        return ranks.broadcast(found)
+
+    def refresh(self, task_ids: Sequence[str], seed: int, epoch: int, epoch_start: bool) -> None:
+        """Choose every task's skill anew where it is due. Called before each iteration's rollout."""
+        assert self.bank is not None
+        if epoch_start or self.refresh_when == "iteration":
+            self.prompts = {}
+        for task_id in task_ids:
+            if task_id in self.prompts:
+                continue  # of those without a prompt, one may have got its first skill late, from a slow summariser
+            skill = self.context(self.bank, task_id, task_ids, seed, epoch)
+            if skill is not None and skill.skill_id is not None:
+                self.prompts[task_id] = skill.skill_id
+
+    def skill_for(self, task_id: str) -> tuple[int | None, str]:
+        """The skill that conditions the task's teacher: its id and its text; (None, "") without one.
+
+        Raises:
+            RuntimeError: the bank has skills of the task, and its teacher would get none.
+        """
+        assert self.bank is not None
+        skill_id = self.prompts.get(task_id)
+        if skill_id is not None:
+            return skill_id, self._text(self.bank.get(skill_id))
+        if isinstance(self.context, BankContext) and self.bank.skills(task_id):
+            raise RuntimeError(f"task {task_id} has {len(self.bank.skills(task_id))} skills, and its teacher got none")
+        return None, ""
+
+    def texts(self, groups: Sequence[Sequence[Trajectory]], iteration: int) -> list[list[str]] | None:
+        """What a `GroupContext` puts in front of each member's teacher prompt, of this rank's groups; None with one of the other kind."""
+        if not isinstance(self.context, GroupContext):
+            return None
+        skills: dict[tuple[str, int], Skill] = {}
+        if self.context.needs_skills:
+            started = time.perf_counter()
+            self._insert(iteration)  # what is ready from before stays apart
+            self._submit(groups, iteration)
+            self.checked.drain()
+            self._hindsight = self.checked.collect()
+            skills = {(s.task_id, s.source_member): s for finished in self._hindsight for s in finished.skills}
+            self._waited_s += time.perf_counter() - started
+        with self.together():  # a context may have the base model summarise
+            return [[self._text(x) for x in self.context.choose(g, [skills.get((t.task_id, t.member)) for t in g])] for g in groups]
+
+    def _text(self, shown: Skill | Trajectory | None) -> str:
+        if isinstance(shown, Trajectory):
+            actions = " ".join(turn.action for turn in shown.turns)
+            return fill(self.transcript_template, {"transcript": conversation(shown), "actions": actions})
+        return shown.render(self.template) if shown is not None else ""
+
+    # -- after the update --------------------------------------------------------------------------------------------------
+
+    def finish(self, groups: Sequence[TrajectoryGroup], gaps: Sequence[float], last: bool) -> dict[str, float]:
+        """Book what the iteration's skills were worth, summarise its trajectories, and insert what is ready.
+
+        Args:
+            groups: All ranks' groups of the iteration.
+            gaps: The outcome-aligned gap of each, nats.
+            last: No iteration follows: wait for all summaries, so that the last checkpoint holds them.
+
+        Returns:
+            The skills' part of the iteration's metrics.
+        """
+        iteration = groups[0].trajectories[0].iteration
+        for g, gap in zip(groups, gaps, strict=True):
+            if self.bank is not None and g.skill_id is not None and g.counted:  # a use of which nothing is known is none
+                self.bank.record_use(g.skill_id, iteration, reward=sum(t.reward for t in g.counted) / len(g.counted), gap=gap)
+        started = time.perf_counter()
+        if self._hindsight is None and not isinstance(self.context, NoContext):
+            local = [groups[i].trajectories for i in ranks.share(len(groups))]
+            self._submit(local, iteration, self.min_reward)  # what would not enter costs no summary
+        if last:
+            self.checked.drain()
+        size = self._insert(iteration)
+        waited, self._waited_s = self._waited_s + time.perf_counter() - started, 0.0
+        return {"skills/bank": float(size), "skills/failed": float(self.failed), "time/summary_s": waited}
+
+    def _submit(self, groups: Sequence[Sequence[Trajectory]], iteration: int, min_reward: float = -math.inf) -> None:
+        rows = [t for g in groups for t in g if t.turns and not t.failure and t.reward >= min_reward]
+        with self.together():
+            self.checked.submit(iteration, rows)
+
+    def _insert(self, iteration: int) -> int:
+        """Put what is ready on any rank into the bank, in the order that one rank would; the bank's size."""
+        local, self._hindsight = [*(self._hindsight or []), *self.checked.collect()], None
+        every = [finished for theirs in ranks.gather(local) for finished in theirs]
+        self.failed += sum(finished.n_failed for finished in every)
+        self.made += sum(len(finished.skills) for finished in every)
+        size = 0
+        if self.bank is not None:
+            for since in sorted({finished.iteration for finished in every}):
+                skills = [s for f in every if f.iteration == since for s in f.skills if s.source_reward >= self.min_reward]
+                self.bank.insert(sorted(skills, key=lambda s: (s.task_id, s.source_member)), iteration)
+            size = len(self.bank)
+        size, self.failed = ranks.broadcast((size, self.failed))
+        return size
+
+
+ACTOR_NEEDS_SKILL = "data.init_args.actor is {}, which needs a skill before the rollout: set skills.context to skillsd.skills.BankContext."
