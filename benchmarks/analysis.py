@@ -21,7 +21,7 @@ from benchmarks.bank import resident, timed
 from skillsd.analysis import Run
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.site import Opened
-from skillsd.run_folder import CONFIG_FILE, TRAJECTORIES_FILE, write_record
+from skillsd.files.run_folder import CONFIG_FILE, TRAJECTORIES_FILE, write_record
 from skillsd.trajectory import Trajectory, Turn
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.batch import Batch
 from skillsd.callbacks import RunCheckpoint, RunLog
 from skillsd.cli import main as skillsd
@@ -59,8 +59,8 @@ class Watch:
         self.rank = self.gradient_bytes = 0
         for part, (owner, name) in PARTS.items():
             setattr(owner, name, self.around(part, getattr(owner, name)))
-        for name in ("gather", "broadcast", "add"):
-            setattr(ranks, name, self.together(name, getattr(ranks, name)))
+        for name in ("gather", "broadcast", "all_reduce_sum"):
+            setattr(parallel, name, self.together(name, getattr(parallel, name)))
 
     def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -82,23 +82,23 @@ class Watch:
 
     def together(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            if ranks.world() == 1:
+            if parallel.world() == 1:
                 return function(*args)
             key = f"{self.within[-1] if self.within else 'elsewhere'} {name}"
             start = now()
-            dist.barrier(group=ranks._waiting())
+            dist.barrier(group=parallel._waiting())
             met = now()
             out = function(*args)
             self.seconds[f"{key} wait"] += met - start
             self.seconds[key] += now() - met
-            if name == "add":
+            if name == "all_reduce_sum":
                 self.gradient_bytes = sum(t.numel() * t.element_size() for t in args[0])
             return out
 
         return call
 
     def note(self, metrics: Mapping[str, float], groups: Sequence[TrajectoryGroup]) -> None:
-        self.rank, self.mine = ranks.rank(), [groups[i] for i in ranks.share(len(groups))]
+        self.rank, self.mine = parallel.rank(), [groups[i] for i in parallel.share(len(groups))]
         self.facts = {k: metrics[k] for k in ("rollout/tokens", "rollout/action_tokens", "learner/tokens", "memory/peak_gib")}
         self.facts["lengths"] = [len(t.token_ids) for g in groups for t in g.trajectories]
         self.facts["own_tokens"] = sum(len(t.prompt_ids) + len(t.token_ids) for g in self.mine for t in g.trajectories)

@@ -324,7 +324,7 @@ def full(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
 
-@pytest.mark.parametrize("where", ["skillsd.callbacks.log.RunLog._append", "skillsd.durable.os.replace", "torch.save"])
+@pytest.mark.parametrize("where", ["skillsd.callbacks.log.RunLog._append", "skillsd.files.durable.os.replace", "torch.save"])
 def test_a_full_disk(run, monkeypatch, where):
     with monkeypatch.context() as m:
         m.setattr(where, full)

@@ -15,8 +15,8 @@ import skillsd.cli
 from skillsd import conf_dir
 from skillsd.callbacks import EnvStepBudget, Panel, RunCheckpoint, RunLog, TeacherSync
 from skillsd.cli.standard import STANDARD
+from skillsd.config_errors import leaves
 from skillsd.errors import ConfigError
-from skillsd.keys import leaves
 from skillsd.pretrain import DemonstrationData
 from skillsd.rollout import Row
 from skillsd.skills import SKILL_TEMPLATE, BaseSummariser, NoContext, RulesSummariser

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from skillsd import __main__, cli, errors, keys
-from skillsd.analysis.origin import installed
+from skillsd import __main__, cli, config_errors, errors
+from skillsd.analysis.provenance import installed
 from skillsd.diagnosis import blame, explain, report
 from skillsd.errors import ConfigError
 from skillsd.policy.smollm2 import cache_folder
@@ -78,7 +78,7 @@ def test_a_package_that_is_missing_or_broken(module):
 
 
 def test_our_own_fault_is_a_traceback_that_says_how_to_report_it(capsys):
-    error = raised(keys.refuse_nulls, None, {"a": int})
+    error = raised(config_errors.refuse_nulls, None, {"a": int})
     assert explain(error) is None
     report(type(error), error, error.__traceback__)
     *trace, last = capsys.readouterr().err.splitlines()

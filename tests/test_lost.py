@@ -16,12 +16,12 @@ from tests.test_cli import Run, finished, pytestmark, run
 from skillsd import cli
 from skillsd.analysis.metrics import read_metrics
 from skillsd.callbacks import RunCheckpoint, RunLog
-from skillsd.checkpoint import newest_good, read_checkpoint
-from skillsd.durable import DamagedError
 from skillsd.errors import ConfigError
-from skillsd.process import guarded
-from skillsd.run_folder import RunRecord, read_record, write_record
-from skillsd.run_lock import RunLock
+from skillsd.files.checkpoint import newest_good, read_checkpoint
+from skillsd.files.durable import DamagedError
+from skillsd.files.run_folder import RunRecord, read_record, write_record
+from skillsd.files.run_lock import RunLock
+from skillsd.signals import guarded
 from skillsd.skills import SkillBank
 
 __all__ = ["finished", "pytestmark", "run"]

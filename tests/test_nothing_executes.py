@@ -23,9 +23,9 @@ from skillsd import class_paths, cli
 from skillsd.class_paths import KEYS, selected
 from skillsd.cli.standard import STANDARD
 from skillsd.errors import ConfigError
+from skillsd.files.run_folder import write_record
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.load import load_base, load_tokenizer
-from skillsd.run_folder import write_record
 from skillsd.skills.callback import SkillBankCallback
 
 pytestmark = [

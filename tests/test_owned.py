@@ -12,9 +12,9 @@ import yaml
 from tests.test_cli import Run, finished, pytestmark, run
 
 from skillsd import cli
-from skillsd.durable import is_sealed
-from skillsd.run_folder import RunRecord, read_record
-from skillsd.run_lock import RunLock
+from skillsd.files.durable import is_sealed
+from skillsd.files.run_folder import RunRecord, read_record
+from skillsd.files.run_lock import RunLock
 
 __all__ = ["finished", "pytestmark", "run"]
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from skillsd_appworld import places
+from skillsd_appworld import paths
 
 SANDBOX = Path(__file__).parent / "worker" / "sandbox.py"
 
@@ -15,7 +15,7 @@ def checks() -> list[dict[str, str]]:
     python: Path | None = None
     rows = []
     try:
-        python = places.find_python()
+        python = paths.find_python()
         rows.append(_row("AppWorld's interpreter", "ok", f"{_version(python)}, {python}"))
     except (OSError, ValueError) as e:
         rows.append(_row("AppWorld's interpreter", "missing", str(e), "make appworld"))
@@ -41,13 +41,13 @@ def _version(python: Path) -> str:
 
 def _tasks(check: str, source: str, fix: str) -> dict[str, str]:
     try:
-        root = places.find_root(source)
+        root = paths.find_root(source)
     except (FileNotFoundError, ValueError) as e:
         unset = source == "official" and not os.environ.get("APPWORLD_ROOT")
         return _row(check, "missing", "APPWORLD_ROOT is not set" if unset else str(e), fix)
     sizes = [
         f"{name} {len((root / 'data' / 'datasets' / f'{name}.txt').read_text(encoding='utf-8').split())}"
-        for name in places.split_names(root)
+        for name in paths.split_names(root)
     ]
     return _row(check, "ok", f"{', '.join(sizes)}; {root}")
 

@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.error import ResetNeeded
 
-from skillsd_appworld import places
+from skillsd_appworld import paths
 from skillsd_appworld.explorer import Explorer
 from skillsd_appworld.pool import Settings, World, lease, release
 from skillsd_appworld.process import Lost
@@ -90,7 +90,7 @@ class AppWorldEnv(gym.Env[str, str]):
         prompts: Mapping[str, str] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        _one_of("source", source, places.SOURCES)
+        _one_of("source", source, paths.SOURCES)
         self._completion = _one_of("completion", completion, COMPLETIONS)
         self.render_mode = _one_of("render_mode", render_mode, (None, "ansi"))
         self._difficulties = None if difficulties is None else [str(d) for d in difficulties]
@@ -98,9 +98,9 @@ class AppWorldEnv(gym.Env[str, str]):
         self._max_turns = _whole("max_turns", max_turns, 1, 100_000)
         self._max_chars = _whole("max_chars", max_chars, 100, 1_000_000)
         self._prompts = check_prompts(prompts)
-        root_folder = places.find_root(source, root)
+        root_folder = paths.find_root(source, root)
         self._settings = Settings(
-            python=places.find_python(python),
+            python=paths.find_python(python),
             root=root_folder,
             turn_seconds=_whole("turn_seconds", turn_seconds, 1, 86_400),
             grace_seconds=_whole("grace_seconds", grace_seconds, 1, 86_400),
@@ -110,7 +110,7 @@ class AppWorldEnv(gym.Env[str, str]):
             file_mb=_whole("file_mb", file_mb, 1, 1_000_000),
             forks=_whole("forks", forks, 1, 1_000_000),
         )
-        self._splits = places.split_names(root_folder)
+        self._splits = paths.split_names(root_folder)
         self.observation_space = AnyText()
         self.action_space = AnyText()
         self._pool = lease(self._settings)

@@ -17,7 +17,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from skillsd_appworld import places
+from skillsd_appworld import paths
 
 WORKER = Path(__file__).parent / "worker"
 MARK = ".made-by-skillsd-appworld"
@@ -69,7 +69,7 @@ def main() -> int:
     """The command. 2 if a step fails, 0 with a message for a missing index if that is allowed."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m skillsd_appworld.install", description=__doc__.split("\n\n")[1])
-    parser.add_argument("folder", nargs="?", type=Path, default=places.home(), help="where to (default: %(default)s)")
+    parser.add_argument("folder", nargs="?", type=Path, default=paths.home(), help="where to (default: %(default)s)")
     parser.add_argument("--pip-args", default="", help="options for pip, such as another index")
     parser.add_argument("--optional", action="store_true", help="end well on a machine that reaches no package index")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.metrics import mean
 from skillsd.objective import Objective, float32_rewards, group_advantages
 from skillsd.policy import TokenSequence
@@ -141,7 +141,7 @@ class Batch:
     def local_rows(self) -> list[int]:
         """This rank's part of `train_rows`, about as much work as every other's: a teacher's forward costs a third of a student's pass."""
         costs = [len(self.student[i]) + len(self.teacher[i]) / 3 * (i in self.teacher_rows) for i in self.train_rows]
-        return [self.train_rows[k] for k in ranks.balanced(costs)]
+        return [self.train_rows[k] for k in parallel.balanced(costs)]
 
     def select(self, index: list[int], device: torch.device) -> MicroBatch:
         """The rows `index`, right-padded to the longest of them."""

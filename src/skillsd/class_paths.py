@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from skillsd.config_errors import lacks
 from skillsd.errors import Parser, no_module
-from skillsd.keys import lacks
 
 _OBJECTIVE = "model.init_args.objective"
 _SIGNALS = tuple(f"skillsd.objective.{name}" for name in ("NaiveK3", "OPID", "RLSD", "SDAR", "SDPG", "SDPO", "SkillSD", "UCOB"))

@@ -12,9 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from skillsd import ranks
-from skillsd.checkpoint import how_to_resume
-from skillsd.continuation import check_episodes, episodes
+from skillsd import parallel
 from skillsd.demonstration import demonstrate
 from skillsd.engines.cache import CacheFull
 from skillsd.engines.engine import Completion, Request
@@ -22,6 +20,8 @@ from skillsd.engines.make_engine import make_engine
 from skillsd.engines.noise import stream_key
 from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
+from skillsd.files.checkpoint import how_to_resume
+from skillsd.files.continuation import check_episodes, episodes
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
 from skillsd.rollout import Background, Chat, Collector, RolloutSettings
@@ -102,7 +102,9 @@ class RolloutData(L.LightningDataModule):
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         self.panel_tasks, self._episodes = self.tasks(self.panel_split, "panel_split"), None
         if stage in ("fit", "validate") and self.panel_temperature == 0 and self.panel_attempts * len(self.panel_seeds) > 1:
-            ranks.say("panel_temperature is 0: greedy episodes of a task are alike, and panel_attempts or panel_seeds only repeat them")
+            parallel.print_rank_zero(
+                "panel_temperature is 0: greedy episodes of a task are alike, and panel_attempts or panel_seeds only repeat them"
+            )
         if stage != "fit":
             self._check_playable(self.panel_tasks)
             self._check_chat(module)
@@ -184,7 +186,9 @@ class RolloutData(L.LightningDataModule):
             self._collector = Collector(self.env_id, self.env_kwargs, chat, engine, self.rollout, policy.context_length)
             if self.rollout.max_turn_tokens is None:
                 most, context = self.rollout.turn_tokens(policy.context_length), policy.context_length
-                ranks.say(f"rollout.max_turn_tokens: {most}, since it is not set and the model's context is {context} tokens.")
+                parallel.print_rank_zero(
+                    f"rollout.max_turn_tokens: {most}, since it is not set and the model's context is {context} tokens."
+                )
         return self._collector
 
     @property

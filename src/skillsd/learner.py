@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.batch import Batch, MicroBatch
-from skillsd.checkpoint import how_to_resume
 from skillsd.errors import ConfigError
+from skillsd.files.checkpoint import how_to_resume
 from skillsd.objective import Terms
 from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import OUT_OF_MEMORY, Policy, Scores
@@ -199,7 +199,7 @@ class Learner:
         """The gradient of `rows`, a micro-batch at a time; that of the distillation alone for the parameters in `separate`."""
         policy, first = self.policy, batch.rows[0]
         self.module.optimizers().zero_grad()
-        torch.manual_seed(first.seed * 1_000_003 + first.iteration + (ranks.rank() << 40))  # for dropout: a resumed run draws the same
+        torch.manual_seed(first.seed * 1_000_003 + first.iteration + (parallel.rank() << 40))  # for dropout: a resumed run draws the same
         update = Update(torch.zeros(len(batch.rows)), [torch.zeros_like(p) for p in separate])
         lengths = [len(batch.student[i]) for i in rows]
         for part in policy.micro_batches(lengths, self.micro_batch_tokens, lambda: self._idle(separate)):
@@ -296,17 +296,17 @@ def _note(update: Update, micro: MicroBatch, found: Loss, keep_tokens: bool) -> 
 def _reduce(update: Update, params: Sequence[nn.Parameter]) -> None:
     """Add up what the ranks have: one reduction for the gradients, and what is logged."""
     update.peak_gib = peak_gib(params[0].device)
-    if ranks.world() == 1:
+    if parallel.world() == 1:
         return
     trained, size = any(p.grad is not None for p in params), total_norm([p.detach() for p in params])
     tokens = [(gap.cpu(), rho.cpu()) for gap, rho in update.tokens]
-    every = ranks.gather((trained, dict(update.sums), update.gaps, update.max_drift, update.peak_gib, tokens, size))
+    every = parallel.gather((trained, dict(update.sums), update.gaps, update.max_drift, update.peak_gib, tokens, size))
     if not all(math.isclose(x[6], size, rel_tol=1e-3) for x in every):  # far beyond what rounding on unlike GPUs does
         raise ConfigError(f"the ranks' students differ (norms {[x[6] for x in every]}): start them with the same code, files and settings.")
     if any(x[0] for x in every):
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        ranks.add([*(p.grad for p in params if p.grad is not None), *update.distillation_grad])
+        parallel.all_reduce_sum([*(p.grad for p in params if p.grad is not None), *update.distillation_grad])
     update.sums = defaultdict(float, {k: sum(x[1].get(k, 0.0) for x in every) for k in dict.fromkeys(k for x in every for k in x[1])})
     update.gaps = torch.stack([x[2] for x in every]).sum(0)
     update.max_drift, update.peak_gib = max(x[3] for x in every), max(x[4] for x in every)

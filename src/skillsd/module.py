@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from skillsd.batch import Batch, MicroBatch
-from skillsd.checkpoint import check_base
+from skillsd.files.checkpoint import check_base
 from skillsd.learner import Learner, Loss
 from skillsd.metrics import Metrics
 from skillsd.objective import Objective

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.errors import ConfigError
 from skillsd.policy import of_the_base
 
@@ -21,7 +21,7 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         ConfigError: it is neither one device nor DDP with processes of its own.
     """
-    ranks.alone(isinstance(strategy, SingleDeviceStrategy))
+    parallel.set_single(isinstance(strategy, SingleDeviceStrategy))
     started = getattr(strategy, "_start_method", "popen")
     if not (isinstance(strategy, SingleDeviceStrategy) or (isinstance(strategy, DDPStrategy) and started == "popen")):
         how = "" if started == "popen" else f" with start_method {started}"
@@ -37,7 +37,7 @@ def check_same_step(trainer: Any) -> None:
     Raises:
         ConfigError: They stand at different iterations.
     """
-    if len(set(ranks.gather(trainer.global_step))) > 1:
+    if len(set(parallel.gather(trainer.global_step))) > 1:
         raise ConfigError(
             f"trainer.default_root_dir: {trainer.default_root_dir} is not the same folder on every node, so not all ranks have "
             "read its checkpoint: name one on a filesystem that they share."

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple, Protocol
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.bounded import one_line
 from skillsd.engines.vllm_server import VllmServers
 from skillsd.errors import ConfigError
@@ -129,7 +129,7 @@ class GroupStream:
             self._group(tasks[i], g, skills[i][0], after[k] if after else [skills[i][1]] * len(g))
             for k, (i, g) in enumerate(zip(share, local, strict=True))
         ]
-        every = ranks.gather((seconds, groups))  # from here on every rank has the whole batch
+        every = parallel.gather((seconds, groups))  # from here on every rank has the whole batch
         return Rollout((g for _, part in every for g in part), max(seconds for seconds, _ in every))
 
     def _launch(self, iteration: int) -> _Launch:
@@ -141,7 +141,7 @@ class GroupStream:
         if d.selection is not None:
             every = [t.task_id for t in d.train_tasks]
             skills = d.selection.choose([t.task_id for t in tasks], every, d.seed, epoch, epoch_start=index == 0)
-        share = ranks.share(len(tasks))
+        share = parallel.share(len(tasks))
         play = partial(self._play, [tasks[i] for i in share], [text for _, text in skills[share.start : share.stop]], iteration)
         engine = d.collector.engine
         if d.rollout.staleness and isinstance(engine, VllmServers):
@@ -169,9 +169,9 @@ class GroupStream:
 
     def _check_failed(self, played: Sequence[Trajectory], iteration: int) -> None:
         """Of all ranks, before anything is made of the episodes."""
-        every = ranks.gather((len(played), [t for t in played if t.failed]))
+        every = parallel.gather((len(played), [t for t in played if t.failed]))
         episodes, failed = sum(n for n, _ in every), [t for _, theirs in every for t in theirs]
-        if failed and ranks.leads():
+        if failed and parallel.is_rank_zero():
             log.warning("iteration %d: %d of %d episodes failed: %s", iteration, len(failed), episodes, one_line(failed[0].failure, 1000))
         if len(failed) > self.data.rollout.max_failed * episodes:
             raise ConfigError(self._summary(iteration, failed, episodes))
@@ -225,7 +225,7 @@ class PanelStream:
     def __init__(self, data: Source) -> None:
         self.data = data
         self.rows = [(seed, Row(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
-        self.size = 4 * data.rollout.max_rows * ranks.world()
+        self.size = 4 * data.rollout.max_rows * parallel.world()
         self.progress = data.progress
         """Called with `panel`; of several ranks by this one's share."""
 
@@ -236,7 +236,7 @@ class PanelStream:
         d = self.data
         for start in range(0, len(self.rows), self.size):
             part = self.rows[start : start + self.size]
-            local = [part[i] for i in ranks.share(len(part))]
+            local = [part[i] for i in parallel.share(len(part))]
             played: list[Trajectory] = []
             with d.policy.together():
                 for seed in dict.fromkeys(s for s, _ in local):
@@ -246,7 +246,7 @@ class PanelStream:
                     played += d.collector.collect(
                         rows, seed=seed, iteration=0, temperature=d.panel_temperature, adapter=d.panel_adapter, progress=report
                     )
-            yield [t for theirs in ranks.gather(played) for t in theirs]
+            yield [t for theirs in parallel.gather(played) for t in theirs]
 
 
 def _report(progress: Progress, what: str, before: int, scale: float, total: int, n: int) -> None:

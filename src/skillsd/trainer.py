@@ -8,17 +8,25 @@ from typing import Any
 
 import lightning as L
 
-from skillsd.analysis.film import Film
+from skillsd.analysis.gif import Gif
 from skillsd.analysis.play import play_model, play_scripted
 from skillsd.callbacks.export import export_adapter
-from skillsd.checkpoint import LAST, newest_good, read_checkpoint, step_of
-from skillsd.durable import check_replaceable
 from skillsd.engines.serve import serve
 from skillsd.engines.settings import EngineSettings
 from skillsd.errors import ConfigError
-from skillsd.paths import read_path
+from skillsd.files.checkpoint import LAST, newest_good, read_checkpoint, step_of
+from skillsd.files.durable import check_replaceable
+from skillsd.files.paths import read_path
+from skillsd.files.run_folder import (
+    ADAPTER_KIND,
+    CHECKPOINTS,
+    check_format,
+    check_not_of_run,
+    checkpoint_folder,
+    has_checkpoint,
+    read_record,
+)
 from skillsd.policy import PolicySettings
-from skillsd.run_folder import ADAPTER_KIND, CHECKPOINTS, check_format, check_not_of_run, checkpoint_folder, has_checkpoint, read_record
 
 
 class Trainer(L.Trainer):
@@ -79,7 +87,7 @@ class Trainer(L.Trainer):
                 raise ConfigError(f"skill: --policy {policy} reads no prompt, so a skill would change nothing: leave out --skill.")
             if ckpt_path is not None:
                 raise ConfigError(f"ckpt_path: --policy {policy} loads no model: leave out --ckpt_path.")
-        with Film(gif, datamodule) as film:
+        with Gif(gif, datamodule) as film:
             if policy != "model":
                 play_scripted(datamodule, policy, level, task, film)
                 return

@@ -9,7 +9,7 @@ import pytest
 
 from skillsd.analysis.notebook import open_run, quiet
 from skillsd.errors import ConfigError
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 
 
 def made(folder: Path) -> Path:

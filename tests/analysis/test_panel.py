@@ -9,7 +9,7 @@ from tests.callbacks.test_panel import panel, scenarios_of, scored
 
 from skillsd.analysis.panel import print_report
 from skillsd.callbacks.panel import add_validation, summarise, write_panel
-from skillsd.run_folder import read_panel, write_record
+from skillsd.files.run_folder import read_panel, write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.statistics import wilson_interval
 

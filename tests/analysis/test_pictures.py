@@ -15,7 +15,7 @@ from PIL import Image
 from skillsd.analysis import Run
 from skillsd.analysis.pictures import Pictures
 from skillsd.environment import TextEnv
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 
 SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.analysis.test_run import METRICS, SHORT, append
 
 from skillsd.analysis import Run, plots
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 from skillsd.statistics import t_interval
 
 REWARDS = [[[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], [[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0]]]

@@ -13,8 +13,8 @@ from skillsd.analysis import Run, Scorer
 from skillsd.analysis.replay import effect, paired, replay
 from skillsd.environment import make_env
 from skillsd.errors import ConfigError
+from skillsd.files.run_folder import write_record
 from skillsd.policy.load import adapter_folder
-from skillsd.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 
 N = 12

@@ -20,13 +20,13 @@ from tests.analysis.test_run import METRICS, SHORT, append
 from skillsd import cli
 from skillsd.analysis import Run
 from skillsd.analysis.examples import MAX_CHARS, TRAJECTORIES, choose
-from skillsd.analysis.origin import recorded, versions
 from skillsd.analysis.pictures import Pictures
 from skillsd.analysis.plots import curve
+from skillsd.analysis.provenance import recorded, versions
 from skillsd.analysis.report import report
 from skillsd.callbacks.panel import summarise, write_panel
 from skillsd.errors import ConfigError
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Trajectory, Turn
 

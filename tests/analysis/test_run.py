@@ -20,7 +20,7 @@ from skillsd.analysis import Run
 from skillsd.analysis.index import Index
 from skillsd.callbacks.log import COLUMNS as METRICS
 from skillsd.errors import ConfigError
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import COUNTS, FIELDS, Trajectory, Turn
 

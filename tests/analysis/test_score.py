@@ -16,9 +16,9 @@ from tests.test_cli import Run as Fit
 from tests.tolerance import ROUNDING
 
 from skillsd.analysis import Run, Scorer
-from skillsd.durable import DamagedError
 from skillsd.errors import ConfigError
-from skillsd.run_folder import write_record
+from skillsd.files.durable import DamagedError
+from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill
 
 pytestmark = [

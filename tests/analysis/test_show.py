@@ -12,8 +12,8 @@ import pytest
 from tests.analysis.test_run import METRICS, SHORT, append
 
 from skillsd import cli
-from skillsd.run_folder import write_record
-from skillsd.run_lock import RunLock
+from skillsd.files.run_folder import write_record
+from skillsd.files.run_lock import RunLock
 from skillsd.skills import Skill, SkillBank
 from skillsd.statistics import bootstrap_mean
 from skillsd.trajectory import Turn

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from skillsd import cli
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.tables import BEFORE
 

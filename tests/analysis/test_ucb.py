@@ -10,7 +10,7 @@ import pytest
 from skillsd.analysis import Run
 from skillsd.analysis.ucb import ucb_scores
 from skillsd.errors import ConfigError
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill, SkillBank, ucb_score
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from skillsd.callbacks import RunLog, board
+from skillsd.callbacks import RunLog, tensorboard
 from skillsd.environment import TextEnv
 from skillsd.errors import ConfigError
 from skillsd.timeouts import Alarm
@@ -47,14 +47,14 @@ class Painter:
 
 def pictures(log: RunLog, *envs: Any, final: str | None = None) -> list[int]:
     trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(collector=SimpleNamespace(envs=list(map(TextEnv, envs)), alarm=Alarm(60.0))))
-    turns = tuple(Turn(str(i), "", 0.0) for i in range(board.FRAMES + 9))
+    turns = tuple(Turn(str(i), "", 0.0) for i in range(tensorboard.FRAMES + 9))
     t = Trajectory(0, "t", 0, 0, "", (), (), (), (), turns, 0.0, 0.0, False, "done", final_observation=final)
     return [int(p[0, 0, 0]) for p in log._pictures(trainer, t)]
 
 
 def test_boards_of_an_environment_that_draws_some():
-    assert pictures(RunLog(), Painter()) == list(range(1, board.FRAMES, 2))
-    assert pictures(RunLog(), Painter(), final="99") == [*range(1, board.FRAMES - 1, 2), 99]  # how it ended is always shown
+    assert pictures(RunLog(), Painter()) == list(range(1, tensorboard.FRAMES, 2))
+    assert pictures(RunLog(), Painter(), final="99") == [*range(1, tensorboard.FRAMES - 1, 2), 99]  # how it ended is always shown
     assert pictures(RunLog(), SimpleNamespace(unwrapped=None)) == pictures(RunLog()) == []
 
 

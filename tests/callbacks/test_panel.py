@@ -18,7 +18,7 @@ from skillsd.analysis.panel import table, title
 from skillsd.callbacks import Panel
 from skillsd.callbacks.panel import add_validation, summarise, write_panel
 from skillsd.errors import ConfigError
-from skillsd.run_folder import read_panel, read_results, read_validations
+from skillsd.files.run_folder import read_panel, read_results, read_validations
 from skillsd.statistics import bootstrap_mean, paired_difference, wilson_interval
 from skillsd.trajectory import Task, Trajectory, Turn
 

@@ -22,7 +22,7 @@ import yaml
 from tests.conftest import SHAPE, WIDE
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from skillsd.checkpoint import newest_good, read_checkpoint
+from skillsd.files.checkpoint import newest_good, read_checkpoint
 from skillsd.policy.nano import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ import yaml
 
 from skillsd import cli
 from skillsd.data import RolloutData
-from skillsd.run_folder import read_validations
+from skillsd.files.run_folder import read_validations
 from skillsd.trajectory import Trajectory
-from skillsd_appworld import places
+from skillsd_appworld import paths
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
@@ -26,8 +26,8 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def appworld() -> None:
     try:
-        places.find_python()
-        places.find_root("tiny")
+        paths.find_python()
+        paths.find_root("tiny")
     except FileNotFoundError as e:
         pytest.skip(f"AppWorld is not set up ({e})")
 

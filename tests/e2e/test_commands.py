@@ -33,11 +33,11 @@ from tests.tolerance import close
 from transformers import AutoModelForCausalLM
 
 from skillsd import cli, conf_dir
-from skillsd.callbacks import board
+from skillsd.callbacks import tensorboard
+from skillsd.files.run_folder import COMMAND_KEYS, read_validations
 from skillsd.metrics import METRICS
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.load import model_folder
-from skillsd.run_folder import COMMAND_KEYS, read_validations
 from skillsd.skills import SkillBank
 from skillsd.trajectory import Trajectory
 from skillsd_sokoban.env import SokobanEnv
@@ -232,14 +232,14 @@ def test_tensorboard(finished):
         name: [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(f"{name}/text_summary")]
         for name in ("episode", "skills")
     }
-    assert texts["episode"] == [(t.iteration, board.episode(t)) for t in first]
+    assert texts["episode"] == [(t.iteration, tensorboard.episode(t)) for t in first]
     assert first[1].turns[-1].observation.replace("\n", "\n    ") in texts["episode"][1][1]
     env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
     images = events.Images("episode")
     assert [e.step for e in images] == [0, 2]
     for e, t in zip(images, first, strict=True):
         boards = [env.picture(o) for o in (*(turn.observation for turn in t.turns), t.final_observation)]
-        assert np.array_equal(np.asarray(Image.open(BytesIO(e.encoded_image_string))), board.strip(boards))
+        assert np.array_equal(np.asarray(Image.open(BytesIO(e.encoded_image_string))), tensorboard.strip(boards))
     with SkillBank(finished / "bank.sqlite", read_only=True) as bank:
         past = [e for e in bank.events() if e.iteration <= 2]
         uses = {e.skill_id: sum(x.kind == "use" and x.skill_id == e.skill_id for x in past) for e in past if e.kind == "insert"}

@@ -11,7 +11,7 @@ from peft import PeftModel
 from tests.e2e.runs import VARIANTS, Fresh, Run, close_on_a_gpu, nf4_policy, overlay
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from skillsd.checkpoint import read_checkpoint
+from skillsd.files.checkpoint import read_checkpoint
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

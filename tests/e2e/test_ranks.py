@@ -20,11 +20,11 @@ from tests.ranks import Ranks, bank_rows, meeting, near, torchrun
 from tests.tolerance import ROUNDING
 
 from skillsd import cli
+from skillsd.files.run_folder import read_validations
 from skillsd.learner import Learner
 from skillsd.module import SkillSD
 from skillsd.policy import micro_batches
 from skillsd.rollout import Collector
-from skillsd.run_folder import read_validations
 from skillsd.skills.selection import SkillSelection
 from skillsd.trajectory import Trajectory
 

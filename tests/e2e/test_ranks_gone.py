@@ -15,7 +15,7 @@ from tests.e2e.runs import RULES, Run, Server, overlay
 from tests.ranks import meeting
 from tests.tolerance import ROUNDING
 
-from skillsd.checkpoint import newest_good, read_checkpoint
+from skillsd.files.checkpoint import newest_good, read_checkpoint
 
 pytestmark = pytest.mark.slow
 PATIENCE = 8.0

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tests.e2e.runs import ROOT, STEPS, VARIANTS, Run, Server, assert_equal, overlay
 
-from skillsd.durable import temporary
+from skillsd.files.durable import temporary
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from tests.ranks import Ranks, torchrun
 from tests.tolerance import ROUNDING
 
 from skillsd.callbacks import Panel, RunCheckpoint, RunLog, TeacherSync
-from skillsd.checkpoint import read_checkpoint
 from skillsd.data import RolloutData
+from skillsd.files.checkpoint import read_checkpoint
 from skillsd.module import SkillSD
 from skillsd.objective import Objective
 from skillsd.optimizer import OptimizerSettings

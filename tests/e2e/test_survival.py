@@ -15,9 +15,9 @@ import torch
 from tests.e2e.runs import RULES, Run, Server, assert_equal, build_faults, overlay
 
 from skillsd.analysis import Run as Recorded
-from skillsd.checkpoint import newest_good, read_checkpoint
-from skillsd.durable import DamagedError, check_folder
 from skillsd.errors import ConfigError
+from skillsd.files.checkpoint import newest_good, read_checkpoint
+from skillsd.files.durable import DamagedError, check_folder
 
 SHORT = {"trainer": {"max_epochs": 1}, "teacher": {"mode": "sync", "every": 1}}  # 3 iterations
 

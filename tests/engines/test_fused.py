@@ -176,7 +176,7 @@ def test_a_rotation_of_half_a_head_goes_the_usual_way(make_policy):
     """Nemotron's function turns as much of a head as there is of cos and sin."""
     from transformers.models.nemotron.modeling_nemotron import apply_rotary_pos_emb
 
-    from skillsd.policy.replace import rotation
+    from skillsd.policy.module_patching import rotation
 
     q, k, cos, sin = (torch.randn(1, 2, 3, d) for d in (16, 16, 8, 8))
     rotate = rotation(apply_rotary_pos_emb, lambda *a: 1 / 0)

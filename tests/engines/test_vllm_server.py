@@ -71,7 +71,7 @@ def test_rows_stay_and_spread(two, engine):
 
 
 def test_ranks_begin_elsewhere(policy, two, monkeypatch):
-    monkeypatch.setattr("skillsd.ranks.rank", lambda: 3)
+    monkeypatch.setattr("skillsd.parallel.rank", lambda: 3)
     engine = VllmServers(policy, [s.url for s in two])
     engine.open(1.0).turn([Request(i, [10 + i, 6], i, 0, 2) for i in range(3)])
     assert [sorted(b["prompt"][0] for b in s.asked if b["model"] != "base") for s in two] == [[11], [10, 12]]

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from skillsd_appworld import AppWorldEnv, places
+from skillsd_appworld import AppWorldEnv, paths
 
 
 @pytest.fixture(scope="session")
 def appworld() -> None:
     """Skips where AppWorld is not set up."""
     try:
-        places.find_python()
-        places.find_root("tiny")
+        paths.find_python()
+        paths.find_root("tiny")
     except FileNotFoundError as e:
         pytest.skip(f"AppWorld is not set up ({e})")
 

@@ -14,7 +14,7 @@ from gymnasium.error import ResetNeeded
 from tests.envs.conftest import block
 
 from skillsd.testing import check_text_env
-from skillsd_appworld import AppWorldEnv, places
+from skillsd_appworld import AppWorldEnv, paths
 
 
 def first(env: AppWorldEnv, tier: int, split: str = "train") -> str:
@@ -36,7 +36,7 @@ def test_the_tasks(env):
         scenarios = [t["scenario"] for t in env.tasks(split)]
         assert all(scenarios.count(s) == 3 for s in scenarios)
         assert all(t["task_id"].startswith(t["scenario"] + "_") for t in env.tasks(split))
-    families = json.loads((places.find_root("tiny") / places.MARKER).read_text())["families"].values()
+    families = json.loads((paths.find_root("tiny") / paths.MARKER).read_text())["families"].values()
     assert len(families) >= 6 and len({app for f in families for app in f["apps"]}) >= 4
     assert {(f["tier"], len(f["apps"])) for f in families} == {(1, 1), (2, 1), (3, 2)}
     with pytest.raises(ValueError, match="the splits are 'dev', 'test', 'train'"):
@@ -114,7 +114,7 @@ def test_scores(env, tier):
     tests = set(done["tests_passed"])
     assert env.solution() == []
 
-    truth = places.find_root("tiny") / "data" / "tasks" / task_id / "ground_truth"
+    truth = paths.find_root("tiny") / "data" / "tasks" / task_id / "ground_truth"
     labels = {t["requirement"]: t["label"] for t in json.loads((truth / "test_data.json").read_text())}
     assert set(labels) == tests
     env.reset(options={"task_id": task_id})
@@ -202,7 +202,7 @@ def test_every_solution_is_accepted(make_env, third):
 
 def test_official_data_is_read_the_same_way(make_env, tmp_path):
     """A root without the marker, with AppWorld's split names, as `appworld download data` makes it."""
-    tiny = places.find_root("tiny")
+    tiny = paths.find_root("tiny")
     data = tmp_path / "data"
     (data / "datasets").mkdir(parents=True)
     for name in ("api_docs", "base_dbs", "tasks"):

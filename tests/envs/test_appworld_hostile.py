@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.envs.conftest import block
 
-from skillsd_appworld import AppWorldEnv, places
+from skillsd_appworld import AppWorldEnv, paths
 from skillsd_appworld.pool import Settings
 
 WRITES, ASKS = 1, 2  # tiers
@@ -198,7 +198,7 @@ DATABASE = {
 def test_no_database_within_reach(env, name):
     """Its code may do what it likes with the apps' classes in its own process: there is nothing behind them."""
     env.reset(options={"task_id": task(env)})
-    data = places.find_root("tiny").resolve() / "data"
+    data = paths.find_root("tiny").resolve() / "data"
     observation = run(env, f"TASK, DATA = {task(env)!r}, {str(data)!r}\nmodules = __import__('sys').modules\n{DATABASE[name]}")
     assert "Execution failed" in observation and "@example.com" not in observation
     solve(env)
@@ -208,7 +208,7 @@ def test_nobody_s_password_is_in_the_agent_s_process(env):
     """Not even left over in freed memory, where code could look for it. The world's process, which holds the databases, has them."""
     task_id = task(env)
     env.reset(options={"task_id": task_id})
-    data = places.find_root("tiny") / "data"
+    data = paths.find_root("tiny") / "data"
     text = b"".join(p.read_bytes() for folder in (data / "base_dbs", data / "tasks" / task_id / "dbs") for p in folder.iterdir())
     passwords = set(re.findall(rb"[A-Z][a-z]{1,3}-[0-9a-f]{10}", text))
     assert len(passwords) > 50
@@ -402,7 +402,7 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_no_way_to_the_ground_truth(make_env, name):
     env = make_env(max_api_calls=100, max_chars=100_000)
-    root, asks = places.find_root("tiny").resolve(), task(env, ASKS)
+    root, asks = paths.find_root("tiny").resolve(), task(env, ASKS)
     env.reset(options={"task_id": asks})
     for file in ("compiled_solution.py", "evaluation.py", "answer.json"):
         path = root / "data" / "tasks" / asks / "ground_truth" / file
@@ -437,7 +437,7 @@ for path in (DATA + '/tasks', DATA + '/tasks/' + TASK + '/dbs/spotify.jsonl', DA
     try: print(*sorted(px.listdir(path)) or px.read(px.open(path, 0), 99))
     except OSError as e: print(type(e).__name__)
 """
-    data = places.find_root("tiny").resolve() / "data"
+    data = paths.find_root("tiny").resolve() / "data"
     observation = run(env, f"TASK, DATA = {task(env, ASKS)!r}, {str(data)!r}" + code)
     assert "0 0 {" in observation and "\nPermissionError\nPermissionError\nPermissionError\n" in observation
     for name, value in os.environ.items():
@@ -447,7 +447,7 @@ for path in (DATA + '/tasks', DATA + '/tasks/' + TASK + '/dbs/spotify.jsonl', DA
 
 def test_not_even_the_size_of_the_answer(env):
     asks = task(env, ASKS)
-    path = places.find_root("tiny").resolve() / "data" / "tasks" / asks / "ground_truth"
+    path = paths.find_root("tiny").resolve() / "data" / "tasks" / asks / "ground_truth"
     _, info = env.reset(options={"task_id": asks})
     if info["confinement"]["hidden"] != "mount":
         pytest.skip("no mount namespace here")

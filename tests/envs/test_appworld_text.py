@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from skillsd_appworld import AppWorldEnv, places
+from skillsd_appworld import AppWorldEnv, paths
 from skillsd_appworld.explorer import Explorer
 from skillsd_appworld.prompts import DEFAULTS, FIELDS, check_prompts, code_of, printable
 
@@ -74,7 +74,7 @@ def root(folder, tiny):
     for name in ("train", "dev"):
         (folder / "data" / "datasets" / f"{name}.txt").write_text("x_1\n")
     if tiny:
-        (folder / places.MARKER).write_text(json.dumps({"kind": "tiny AppWorld-format tasks"}))
+        (folder / paths.MARKER).write_text(json.dumps({"kind": "tiny AppWorld-format tasks"}))
     return folder
 
 
@@ -86,38 +86,38 @@ def nothing_set(monkeypatch, request):
 
 def test_neither_kind_of_tasks_is_taken_for_the_other(tmp_path, monkeypatch):
     tiny, official = root(tmp_path / "a", True), root(tmp_path / "b", False)
-    assert places.find_root("tiny", str(tiny)) == tiny and places.find_root("official", str(official)) == official
-    assert places.split_names(official) == ["dev", "train"]
+    assert paths.find_root("tiny", str(tiny)) == tiny and paths.find_root("official", str(official)) == official
+    assert paths.split_names(official) == ["dev", "train"]
     with pytest.raises(ValueError, match="holds tiny AppWorld-format tasks, not AppWorld's own"):
-        places.find_root("official", str(tiny))
+        paths.find_root("official", str(tiny))
     with pytest.raises(ValueError, match="holds no tiny AppWorld-format tasks"):
-        places.find_root("tiny", str(official))
+        paths.find_root("tiny", str(official))
     monkeypatch.setenv("APPWORLD_ROOT", str(official))
-    assert places.find_root("official") == official
+    assert paths.find_root("official") == official
     monkeypatch.setenv("SKILLSD_APPWORLD", str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError, match="make appworld"):  # APPWORLD_ROOT is no place for tiny tasks
-        places.find_root("tiny")
+        paths.find_root("tiny")
 
 
 def test_a_damaged_root_is_not_taken_for_whole(tmp_path):
     tiny = root(tmp_path / "a", True)
     (tiny / "data" / "datasets" / "dev.txt").write_text("x_1\nx_2\n")
     with pytest.raises(ValueError, match=r"is incomplete, 1 of its 3 tasks are not there \(x_2, ...\): run `make appworld`"):
-        places.find_root("tiny", str(tiny))
+        paths.find_root("tiny", str(tiny))
 
 
 def test_what_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"appworld download data.*APPWORLD_ROOT"):
-        places.find_root("official")
+        paths.find_root("official")
     monkeypatch.setenv("SKILLSD_APPWORLD", str(tmp_path))
-    for find in (places.find_python, lambda: places.find_root("tiny")):
+    for find in (paths.find_python, lambda: paths.find_root("tiny")):
         with pytest.raises(FileNotFoundError, match="make appworld"):
             find()
     monkeypatch.setenv("APPWORLD_PYTHON", str(tmp_path / "python"))
     with pytest.raises(FileNotFoundError, match="APPWORLD_PYTHON: AppWorld's interpreter is not at"):
-        places.find_python()
+        paths.find_python()
     with pytest.raises(ValueError, match="word memory"):
-        places.find_root("tiny", str(root(tmp_path / "in_memory", True)))
+        paths.find_root("tiny", str(root(tmp_path / "in_memory", True)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skillsd.errors import ConfigError
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 from skillsd.study.cells import Cell
 from skillsd.study.results import WINDOW, read_cell, read_metrics, tables
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skillsd.errors import ConfigError
-from skillsd.run_folder import CONFIG_FILE
+from skillsd.files.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from skillsd.analysis.run import Run

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from skillsd.analysis.render import Table
 from skillsd.bounded import visible
-from skillsd.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_results
+from skillsd.files.run_folder import ADAPTER, BANK_FILE, METRICS_FILE, TRAJECTORIES_FILE, read_results
 from skillsd.skills import SkillBank
 from skillsd.statistics import bootstrap_mean
 from skillsd.words import count

@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from skillsd.analysis.film import Film
+from skillsd.analysis.gif import Gif
 from skillsd.bounded import one_line, visible
 from skillsd.demonstration import demonstrate, play
 from skillsd.environment import TextEnv, TimeStep
 from skillsd.errors import ConfigError
+from skillsd.files.run_folder import BANK_FILE
 from skillsd.rollout import Row
-from skillsd.run_folder import BANK_FILE
 from skillsd.skills import BankContext, RulesSummariser, SkillBank
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Task, Trajectory, Turn
 from skillsd.words import count
 
 
-def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool, film: Film, weights: str) -> None:
+def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool, film: Gif, weights: str) -> None:
     """Print and film the model's greedy episode; with `skill`, the task's skill is put in front of the prompt.
 
     The first line says which weights play, as `weights` describes them, and with which skill.
@@ -42,7 +42,7 @@ def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: 
     _show_end(t, t.finish_reason, film)
 
 
-def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None, film: Film) -> None:
+def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None, film: Gif) -> None:
     """Print and film an episode of the oracle or of an agent, each turn as it is played. No model, no tokenizer.
 
     Raises:
@@ -133,12 +133,12 @@ def _print_head(task: Task, instruction: str) -> None:
         print(visible(instruction))
 
 
-def _show_turn(number: int, turn: Turn, film: Film) -> None:
+def _show_turn(number: int, turn: Turn, film: Gif) -> None:
     print(visible(f"--- turn {number}\n{turn.observation}\n> {turn.action}"), flush=True)  # no escape sequence reaches the terminal
     film.add(turn.observation, f"turn {number}: {turn.action}")
 
 
-def _show_end(t: Trajectory, finish: str, film: Film) -> None:
+def _show_end(t: Trajectory, finish: str, film: Gif) -> None:
     """The answer to the last action, and what the episode came to."""
     if t.final_observation is not None:
         print(visible(f"--- at the end\n{t.final_observation}"))

@@ -9,16 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from skillsd.analysis import examples, origin, panel, plots
+from skillsd.analysis import examples, panel, plots, provenance
 from skillsd.analysis.pictures import TRUST, Pictures
 from skillsd.analysis.render import Picture, html, markdown
 from skillsd.analysis.run import Run
 from skillsd.bounded import visible
-from skillsd.durable import check_replaceable, sealed_folder
+from skillsd.config_errors import leaves
 from skillsd.errors import ConfigError, Parser, hold_keys, without_keys
-from skillsd.keys import leaves
-from skillsd.paths import read_path
-from skillsd.run_folder import CONFIG_FILE, check_not_of_run
+from skillsd.files.durable import check_replaceable, sealed_folder
+from skillsd.files.paths import read_path
+from skillsd.files.run_folder import CONFIG_FILE, check_not_of_run
 
 KIND = "report.html"
 """The file by which a report is known."""
@@ -67,10 +67,10 @@ def contents(run: Run, pictures: Pictures, checks: Sequence[dict[str, str]]) -> 
         checks: Rows of `skillsd doctor`.
     """
     return {
-        "title": f"Run {run.folder.resolve().name}", "summary": origin.summary(run), "panel": panel.shown(run.panel),
-        "facts": origin.facts(run), "figures": list(plots.pictures(run)), "rule": examples.RULE,
+        "title": f"Run {run.folder.resolve().name}", "summary": provenance.summary(run), "panel": panel.shown(run.panel),
+        "facts": provenance.facts(run), "figures": list(plots.pictures(run)), "rule": examples.RULE,
         "trajectories": examples.trajectories(run, pictures), "language": pictures.language, "skills": examples.skills(run),
-        "ever": len(run.skills), "config": _config(run), "versions": origin.versions(run), "checks": origin.installed(checks),
+        "ever": len(run.skills), "config": _config(run), "versions": provenance.versions(run), "checks": provenance.installed(checks),
     }  # fmt: skip
 
 

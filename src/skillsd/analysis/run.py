@@ -18,8 +18,8 @@ from skillsd.analysis.results import check_difference, check_round, check_valida
 from skillsd.bounded import fill
 from skillsd.config_file import read_config
 from skillsd.errors import ConfigError
-from skillsd.paths import read_path
-from skillsd.run_folder import (
+from skillsd.files.paths import read_path
+from skillsd.files.run_folder import (
     BANK_FILE,
     CONFIG_FILE,
     METRICS_FILE,

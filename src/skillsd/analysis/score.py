@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 
 from skillsd.analysis.run import Run
-from skillsd.checkpoint import check_base, newest_good, read_checkpoint
 from skillsd.diagnosis import explain
 from skillsd.errors import ConfigError
+from skillsd.files.checkpoint import check_base, newest_good, read_checkpoint
+from skillsd.files.run_folder import CHECKPOINTS
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.rollout import Chat
-from skillsd.run_folder import CHECKPOINTS
 from skillsd.skills import Skill
 from skillsd.trajectory import Trajectory
 

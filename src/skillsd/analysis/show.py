@@ -18,7 +18,7 @@ from skillsd.analysis.panel import print_panel
 from skillsd.analysis.run import Run
 from skillsd.bounded import one_line, visible
 from skillsd.errors import ConfigError, Parser
-from skillsd.run_lock import running
+from skillsd.files.run_lock import running
 from skillsd.words import count
 
 _SHOWN = ("reward/success", "reward/mean", "loss/total", "teacher/gap_mean", "policy/entropy", "time/rollout_s", "time/update_s")

@@ -13,11 +13,11 @@ from skillsd.analysis.run import Run, read_bank
 from skillsd.analysis.show import plain
 from skillsd.analysis.similar import SkillIndex
 from skillsd.bounded import one_line
-from skillsd.durable import write
 from skillsd.errors import ConfigError, Parser
-from skillsd.paths import read_path
-from skillsd.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE, LOCK_FILE, check_format, folder_of, read_record
-from skillsd.run_lock import RunLock
+from skillsd.files.durable import write
+from skillsd.files.paths import read_path
+from skillsd.files.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE, LOCK_FILE, check_format, folder_of, read_record
+from skillsd.files.run_lock import RunLock
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.exchange import FORMAT, bounded_lines, from_lines, to_lines
 from skillsd.skills.imported import counted, earlier, in_use

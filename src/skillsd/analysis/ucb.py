@@ -10,7 +10,7 @@ import pandas as pd
 
 from skillsd.analysis.frames import text_frame
 from skillsd.analysis.run import Run, opened_bank
-from skillsd.run_folder import BANK_FILE
+from skillsd.files.run_folder import BANK_FILE
 from skillsd.skills.bank_file import connect
 from skillsd.skills.retrieval import SQRT2, Untried, scores, select
 from skillsd.skills.tables import State

@@ -8,10 +8,10 @@ from skillsd.callbacks.export import AdapterExport, export_adapter
 from skillsd.callbacks.log import RunLog
 from skillsd.callbacks.memory import MemoryPlan
 from skillsd.callbacks.panel import Panel
-from skillsd.callbacks.peers import PeerWatch
 from skillsd.callbacks.progress import ProgressLog
 from skillsd.callbacks.resume import RunCheckpoint
 from skillsd.callbacks.teacher import TeacherSync
+from skillsd.callbacks.watchdog import PeerWatch
 
 __all__ = [
     "AdapterExport",

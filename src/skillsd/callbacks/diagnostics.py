@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.batch import advantages_of
 from skillsd.bounded import visible
 from skillsd.module import SkillSD
@@ -218,7 +218,7 @@ class Diagnostics(L.Callback):
             self._say(no_second_visit, total, trainer.num_training_batches, selection.bank.imported)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not isinstance(pl_module, SkillSD) or not ranks.leads():
+        if not isinstance(pl_module, SkillSD) or not parallel.is_rank_zero():
             return
         tokenizer, weight, selection = pl_module.policy.tokenizer, pl_module.objective.policy_weight, _selection(trainer)
         self.seen.add(batch, outputs["metrics"], weight, unknown_token(tokenizer, pl_module.policy.stop_ids))
@@ -240,7 +240,7 @@ class Diagnostics(L.Callback):
             self._say(no_gradient, self.seen, over=True)
 
     def _say(self, check: Callable[..., str], *seen: Any, **how: Any) -> None:
-        if check not in self.said and ranks.leads() and (text := check(*seen, **how)):
+        if check not in self.said and parallel.is_rank_zero() and (text := check(*seen, **how)):
             self.said.add(check)
             log.warning("%s", text)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import lightning as L
 
-from skillsd import ranks
-from skillsd.durable import sealed_folder
-from skillsd.run_folder import ADAPTER, ADAPTER_KIND
+from skillsd import parallel
+from skillsd.files.durable import sealed_folder
+from skillsd.files.run_folder import ADAPTER, ADAPTER_KIND
 from skillsd.words import count
 
 CARD = """---
@@ -69,7 +69,7 @@ class AdapterExport(L.Callback):
         self.enabled = enabled
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if ranks.leads():
+        if parallel.is_rank_zero():
             folder = Path(trainer.default_root_dir) / ADAPTER
             folder.mkdir(parents=True, exist_ok=True)
             export_adapter(pl_module.policy, folder / "student", trainer.global_step)

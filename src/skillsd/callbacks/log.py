@@ -15,13 +15,13 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.bounded import visible
-from skillsd.callbacks import board
-from skillsd.durable import DamagedError, checksum, named, sync
+from skillsd.callbacks import tensorboard
 from skillsd.errors import ConfigError
+from skillsd.files.durable import DamagedError, checksum, named, sync
+from skillsd.files.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.metrics import METRICS, Metrics
-from skillsd.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.timeouts import Failure
 from skillsd.trajectory import Trajectory, TrajectoryGroup
@@ -76,7 +76,7 @@ class RunLog(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.trains = False
-        if not ranks.leads():
+        if not parallel.is_rank_zero():
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,26 +90,26 @@ class RunLog(L.Callback):
         if config := getattr(trainer, "skillsd_config", {}):
             for logger in trainer.loggers:
                 if not isinstance(logger, TensorBoardLogger):
-                    logger.log_hyperparams(board.hyperparameters(config))
-            for writer in board.writers(trainer):
-                board.session_start(writer, config)
+                    logger.log_hyperparams(tensorboard.hyperparameters(config))
+            for writer in tensorboard.writers(trainer):
+                tensorboard.session_start(writer, config)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         iteration = batch[0].trajectories[0].iteration
         if not self.trains and iteration:
             folder = Path(trainer.default_root_dir).resolve()
-            for logger in board.loggers(trainer) if ranks.leads() else ():
+            for logger in tensorboard.loggers(trainer) if parallel.is_rank_zero() else ():
                 if folder in Path(logger.log_dir).resolve().parents:  # elsewhere other runs may have written
-                    board.cut_back(logger, iteration)
+                    tensorboard.cut_back(logger, iteration)
         self.trains = True
         due = self.histogram_every and iteration % self.histogram_every == 0
-        pl_module.learner.keep_tokens = bool(due and board.shown(trainer))  # type: ignore[union-attr]
+        pl_module.learner.keep_tokens = bool(due and tensorboard.shown(trainer))  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         groups: Sequence[TrajectoryGroup] = batch
         folder = Path(trainer.default_root_dir)
         metrics: Metrics = outputs["metrics"].seal()
-        if not ranks.leads():
+        if not parallel.is_rank_zero():
             return
         iteration = groups[0].trajectories[0].iteration
         row = {"iteration": iteration, "epoch": trainer.current_epoch} | {k: "" if math.isnan(v) else repr(v) for k, v in metrics.items()}
@@ -118,29 +118,29 @@ class RunLog(L.Callback):
         self._append(folder / METRICS_FILE, text.getvalue())
         if self.trajectories:
             self._append(folder / TRAJECTORIES_FILE, "".join(t.to_json() + "\n" for g in groups for t in g.trajectories))
-        for writer in board.writers(trainer):
-            for name, values in board.token_histograms(outputs["tokens"]):
+        for writer in tensorboard.writers(trainer):
+            for name, values in tensorboard.token_histograms(outputs["tokens"]):
                 writer.add_histogram(name, values, iteration)
             if batch_idx == 0:
                 self._show(trainer, writer, groups[0].trajectories[0])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not ranks.leads() or not self.trains:
+        if not parallel.is_rank_zero() or not self.trains:
             return
         panel: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Panel"), None)  # type: ignore[attr-defined]
         final = {f"final/{k}": panel.result[k] for k in ("success", "completion")} if panel is not None and panel.result else {}
         for logger in trainer.loggers if final else ():
             logger.log_metrics(final, trainer.global_step)
-        for writer in board.writers(trainer):
-            board.session_end(writer)
+        for writer in tensorboard.writers(trainer):
+            tensorboard.session_end(writer)
 
     def _show(self, trainer: L.Trainer, writer: Any, t: Trajectory) -> None:
-        writer.add_text("episode", board.episode(t), t.iteration)
+        writer.add_text("episode", tensorboard.episode(t), t.iteration)
         if pictures := self._pictures(trainer, t):
-            writer.add_image("episode", board.strip(pictures), t.iteration, dataformats="HWC")
+            writer.add_image("episode", tensorboard.strip(pictures), t.iteration, dataformats="HWC")
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
         bank = next((c.selection.bank for c in callbacks if isinstance(c, SkillBankCallback)), None)
-        if bank is not None and (table := board.skill_table(bank)):
+        if bank is not None and (table := tensorboard.skill_table(bank)):
             writer.add_text("skills", table, t.iteration)
 
     def _pictures(self, trainer: L.Trainer, t: Trajectory) -> list[NDArray]:
@@ -150,7 +150,7 @@ class RunLog(L.Callback):
             return []
         with collector.alarm as alarm:
             final = [] if t.final_observation is None else [t.final_observation]  # shown however long the episode is
-            seen = [*(turn.observation for turn in t.turns[: board.FRAMES - len(final)]), *final]
+            seen = [*(turn.observation for turn in t.turns[: tensorboard.FRAMES - len(final)]), *final]
             found: Any = alarm(lambda: [collector.envs[0].picture(observation) for observation in seen])
         if isinstance(found, Failure):
             log.warning("TensorBoard shows no boards: the environment's picture() failed (%s).", visible(found.text()))
@@ -159,7 +159,7 @@ class RunLog(L.Callback):
         return [picture for picture in found if picture is not None]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not ranks.leads():
+        if not parallel.is_rank_zero():
             return
         for name, (length, _) in self.seen.items():
             if length:
@@ -179,7 +179,7 @@ class RunLog(L.Callback):
         """
         if not path.is_file():
             if length:
-                ranks.say(f"{path} is not there: it begins anew, without the iterations up to here.")
+                parallel.print_rank_zero(f"{path} is not there: it begins anew, without the iterations up to here.")
             return 0, 0
         if checksum(path, length) != crc or path.stat().st_size < length:
             raise DamagedError(

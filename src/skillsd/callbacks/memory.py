@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.engines.cache import Room
 from skillsd.engines.engine import Engine
 from skillsd.engines.in_process import CUDA_PREFILL
@@ -37,7 +37,7 @@ class MemoryPlan(L.Callback):
         if isinstance(pl_module, SkillSD) and pl_module.policy.device.type == "cuda":
             engine: Engine = data.collector.engine
             text, engine.room = plan(pl_module, data.rollout, available(pl_module.policy.device))
-            ranks.say(text)
+            parallel.print_rank_zero(text)
 
 
 def available(device: torch.device) -> int:

@@ -12,12 +12,12 @@ import lightning as L
 import torch
 from rich.progress import Progress
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.callbacks.progress import draws_bar
-from skillsd.checkpoint import read_checkpoint
-from skillsd.durable import write
 from skillsd.errors import ConfigError
-from skillsd.run_folder import PANEL_FILE, VALIDATIONS_FILE, read_panel, read_validations
+from skillsd.files.checkpoint import read_checkpoint
+from skillsd.files.durable import write
+from skillsd.files.run_folder import PANEL_FILE, VALIDATIONS_FILE, read_panel, read_validations
 from skillsd.statistics import bootstrap_mean, paired_difference, wilson_interval
 from skillsd.trajectory import Trajectory
 from skillsd.words import count
@@ -58,7 +58,7 @@ class Panel(L.Callback):
             )
         if self.before and "before" not in stored:
             if trainer.global_step:
-                ranks.say("panel: this run was resumed and panel.json has no `before`; it is left out.")
+                parallel.print_rank_zero("panel: this run was resumed and panel.json has no `before`; it is left out.")
                 return
             self._keep(trainer, "before")
 
@@ -112,17 +112,17 @@ class Panel(L.Callback):
     def _play(self, trainer: L.Trainer, when: str) -> dict[str, Any]:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         played: list[Trajectory] = []
-        drawn = draws_bar(trainer) and ranks.leads()
+        drawn = draws_bar(trainer) and parallel.is_rank_zero()
         with Progress(disable=not drawn, transient=True) as bar:
             if not drawn:
-                ranks.say(f"panel {when}: {count(len(loader.rows), 'episode')}")
+                parallel.print_rank_zero(f"panel {when}: {count(len(loader.rows), 'episode')}")
             else:
                 task = bar.add_task(f"panel {when}", total=len(loader.rows))
                 loader.progress = lambda _, done, __: bar.update(task, completed=done)
             for batch in loader:
                 played += batch
         result = summarise(played, _scenarios(trainer))
-        ranks.say(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(result).items()))
+        parallel.print_rank_zero(f"panel {when}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in _shares(result).items()))
         return result
 
 
@@ -144,7 +144,7 @@ def _device_name(trainer: L.Trainer) -> str:
 
 def _stored(trainer: L.Trainer) -> dict[str, Any]:
     """panel.json as rank 0 finds it."""
-    return ranks.broadcast(read_panel(trainer.default_root_dir) if ranks.leads() else {})
+    return parallel.broadcast(read_panel(trainer.default_root_dir) if parallel.is_rank_zero() else {})
 
 
 def _scenarios(trainer: L.Trainer) -> dict[str, str]:
@@ -230,7 +230,7 @@ def _mean(items: Iterable[Collection[bool]]) -> tuple[float, list[float]]:
 
 def write_panel(folder: str | Path, part: dict[str, Any], drop: Sequence[str] = ()) -> None:
     """Add a part to panel.json and leave others out. Of several ranks rank 0 writes."""
-    if not ranks.leads():
+    if not parallel.is_rank_zero():
         return
     path = Path(folder) / PANEL_FILE
     content = {k: v for k, v in read_panel(folder).items() if k not in drop} | part
@@ -247,6 +247,6 @@ def add_validation(folder: str | Path, record: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: The file is damaged; it stays as it is.
     """
-    if ranks.leads():
+    if parallel.is_rank_zero():
         lines = [json.dumps(x) + "\n" for x in (*read_validations(folder), record)]
         write(Path(folder) / VALIDATIONS_FILE, "".join(lines))

@@ -14,7 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, Timer
 from rich.console import Console
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.callbacks.budget import EnvStepBudget
 from skillsd.callbacks.log import RunLog
 from skillsd.errors import ConfigError
@@ -51,13 +51,13 @@ class ProgressLog(L.Callback):
         self.ends.clear()
         data: Any = getattr(trainer, "datamodule", None)
         drawn, bar = draws_bar(trainer), trainer.progress_bar_callback
-        if hasattr(data, "progress") and ranks.leads() and self.every is not None:
+        if hasattr(data, "progress") and parallel.is_rank_zero() and self.every is not None:
             data.progress = None if drawn else self.playing
         if isinstance(bar, RichProgressBar) and not drawn:
             bar.disable()  # of it a file would get the last state of each epoch, wrapped
         model = getattr(getattr(pl_module, "settings", None), "model", None)
         if model is not None and pl_module.policy is None:
-            ranks.say(f"loading the model {model}")
+            parallel.print_rank_zero(f"loading the model {model}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data: Any = getattr(trainer, "datamodule", None)
@@ -72,13 +72,13 @@ class ProgressLog(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         if step and (step >= total or _budget_left(trainer) == 0):
-            ranks.say(f"all {count(step, 'iteration')} are done already")
+            parallel.print_rank_zero(f"all {count(step, 'iteration')} are done already")
             return
         if step:
-            ranks.say(f"continuing from iteration {of(step, trainer)}")
+            parallel.print_rank_zero(f"continuing from iteration {of(step, trainer)}")
         if any(isinstance(c, RunLog) for c in trainer.callbacks):  # type: ignore[attr-defined]
             folder = shlex.quote(str(Path(trainer.default_root_dir)))
-            ranks.say(f"meanwhile: skillsd view {folder}, or skillsd show {folder}")
+            parallel.print_rank_zero(f"meanwhile: skillsd view {folder}, or skillsd show {folder}")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.ends:
@@ -95,10 +95,10 @@ class ProgressLog(L.Callback):
         if self.ends and self.written != trainer.global_step:
             self._line(trainer)
         if self.ends and trainer.should_stop and trainer.global_step < trainer.estimated_stepping_batches:
-            ranks.say(f"training ends after iteration {of(trainer.global_step, trainer)}: {_who_stopped(trainer)}")
+            parallel.print_rank_zero(f"training ends after iteration {of(trainer.global_step, trainer)}: {_who_stopped(trainer)}")
 
     def _line(self, trainer: L.Trainer) -> None:
-        if self.every is None or not ranks.leads() or draws_bar(trainer) or len(self.ends) < 2:
+        if self.every is None or not parallel.is_rank_zero() or draws_bar(trainer) or len(self.ends) < 2:
             return
         seconds = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
         left = time_left(trainer, seconds)
@@ -112,7 +112,7 @@ class ProgressLog(L.Callback):
         self.latest = self.clock()
         if text != self.shown:
             self.shown = text
-            ranks.say(text)
+            parallel.print_rank_zero(text)
 
 
 def draws_bar(trainer: L.Trainer, console: Callable[[], Console] = Console) -> bool:

@@ -15,13 +15,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.callbacks.log import check_recorded
-from skillsd.checkpoint import LAST, MIDWAY, PREVIOUS, newest_good, plain, read_checkpoint, step_of
-from skillsd.continuation import say_changes, settings
-from skillsd.durable import seal, write
 from skillsd.errors import ConfigError
-from skillsd.run_folder import CHECKPOINTS, note_checkpoint
+from skillsd.files.checkpoint import LAST, MIDWAY, PREVIOUS, newest_good, plain, read_checkpoint, step_of
+from skillsd.files.continuation import say_changes, settings
+from skillsd.files.durable import seal, write
+from skillsd.files.run_folder import CHECKPOINTS, note_checkpoint
 
 _ITERATIONS = "set checkpoint.every_n_train_steps, in iterations"
 NOT_TAKEN = {
@@ -78,7 +78,7 @@ class RunCheckpoint(ModelCheckpoint):
         every = self._every_n_train_steps
         if trainer.global_step >= trainer.estimated_stepping_batches or (every and trainer.global_step % every == 0):
             self._save(trainer)
-        elif self.save_last and ranks.leads():
+        elif self.save_last and parallel.is_rank_zero():
             self._io.hold(trainer._checkpoint_connector.dump_checkpoint(False), Path(str(self.dirpath)) / LAST)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,7 +87,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the last finished iteration; after an interruption say how to go on."""
         self.rescue()
-        if isinstance(exception, KeyboardInterrupt) and ranks.leads():
+        if isinstance(exception, KeyboardInterrupt) and parallel.is_rank_zero():
             last = Path(str(self.dirpath)) / LAST
             there = f"{last} holds the last finished iteration: go on with the same command and --ckpt_path last"
             print(f"\nstopped; {there if last.is_file() else 'no iteration was finished'}.", file=sys.stderr, flush=True)
@@ -137,7 +137,7 @@ class RunCheckpoint(ModelCheckpoint):
             if others and name not in others:
                 raise ConfigError(f"data.class_path: the checkpoint's run had {others[0]}, and here it is {name}: set it as it was.")
             if said := say_changes(checkpoint.get("settings", {}), self._settings(trainer)):
-                ranks.say(said)
+                parallel.print_rank_zero(said)
         self._last_global_step_saved = self._recorded = checkpoint["global_step"]
 
 

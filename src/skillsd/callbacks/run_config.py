@@ -8,9 +8,9 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from skillsd import ranks
-from skillsd.durable import write
-from skillsd.run_folder import COMMAND_KEYS, CONFIG_FILE
+from skillsd import parallel
+from skillsd.files.durable import write
+from skillsd.files.run_folder import COMMAND_KEYS, CONFIG_FILE
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -27,7 +27,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lightning opens its loggers before anything is checked: remove what they made."""
-        if getattr(self, "started", False) or not ranks.leads():
+        if getattr(self, "started", False) or not parallel.is_rank_zero():
             return
         for logger in trainer.loggers:
             with suppress(Exception):  # TensorBoard writes later, and would miss its file
@@ -41,7 +41,7 @@ class SaveRunConfig(SaveConfigCallback):
                         path.unlink()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not ranks.leads():
+        if not parallel.is_rank_zero():
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)

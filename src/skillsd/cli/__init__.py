@@ -16,7 +16,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType
 from transformers.utils import logging as transformers_logging
 
-from skillsd import __version__, ranks
+from skillsd import __version__, parallel
 from skillsd.bounded import visible
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.class_paths import config
@@ -27,7 +27,7 @@ from skillsd.cli.values import correct_jsonargparse
 from skillsd.diagnosis import explain, report, where
 from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, redacted
-from skillsd.process import guarded
+from skillsd.signals import guarded
 from skillsd.trainer import Trainer
 
 __all__ = ["CLI", "main"]
@@ -92,7 +92,7 @@ def main(args: ArgsType = None) -> int:
             line = explain(e)
             if os.environ.get("SKILLSD_DEBUG") == "1" or line is None:
                 raise
-            print(f"{ranks.name()}error: {redacted(line)}", file=sys.stderr)
+            print(f"{parallel.name()}error: {redacted(line)}", file=sys.stderr)
             _unwritten()
             return 2
         except (KeyboardInterrupt, SystemExit) as e:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillsd import conf_dir
+from skillsd.config_errors import leaves
 from skillsd.config_file import as_yaml, check_value, parse_config, read_config, read_whole
 from skillsd.errors import ConfigError
-from skillsd.keys import leaves
-from skillsd.paths import PATH_KEYS, read_path
-from skillsd.run_folder import CHECKPOINTS, COMMAND_KEYS, CONFIG_FILE, FILES
+from skillsd.files.paths import PATH_KEYS, read_path
+from skillsd.files.run_folder import CHECKPOINTS, COMMAND_KEYS, CONFIG_FILE, FILES
 
 SWITCHES = ("--skill", "--overwrite", "--only_report", "--steal_lock")
 """Flags that mean true where no value follows."""

@@ -16,23 +16,23 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.analysis.panel import print_report
-from skillsd.begin import starts_anew
 from skillsd.callbacks import RunCheckpoint
 from skillsd.callbacks.run_config import SaveRunConfig
-from skillsd.checkpoint import read_checkpoint
 from skillsd.class_paths import refused_class
 from skillsd.cli.arguments import Request
 from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_values, correct_help
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete
+from skillsd.config_errors import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.data import RolloutData  # noqa: F401  # --help lists the classes that are there
 from skillsd.diagnosis import blame
 from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, one_line, secrets, without_keys
-from skillsd.keys import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
-from skillsd.paths import read_paths
-from skillsd.run_folder import checkpoint_folder, read_record
+from skillsd.files.checkpoint import read_checkpoint
+from skillsd.files.paths import read_paths
+from skillsd.files.run_folder import checkpoint_folder, read_record
+from skillsd.files.run_start import starts_anew
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.strategy import check_strategy
 from skillsd.trainer import last_checkpoint, named_checkpoint, weights
@@ -151,8 +151,8 @@ class CLI(LightningCLI):
         if given == "last" and config.trainer.enable_checkpointing is False:
             raise ConfigError("ckpt_path: last is a checkpoint, and trainer.enable_checkpointing is false: leave one of them out.")
         if not (several and config.trainer.plugins):  # a plugin may know the ranks from elsewhere
-            ranks.settle(several)
-        rank_zero_only.rank = ranks.rank()  # type: ignore[attr-defined]  # Lightning's was read from the environment when it was imported
+            parallel.settle(several)
+        rank_zero_only.rank = parallel.rank()  # type: ignore[attr-defined]  # Lightning's was read from the environment when it was imported
 
     def _default_checkpoint(self, config: Any) -> str | None:
         """A run that is named is continued; other commands take the run folder's newest checkpoint, wherever there is one."""
@@ -209,25 +209,25 @@ class CLI(LightningCLI):
         config, folder = self.config["fit"], Path(self.trainer.default_root_dir)
         ckpt_path, overwrite = config.get("ckpt_path"), bool(config.get("overwrite"))
         if config.trainer.default_root_dir is None:
-            ranks.say(f"trainer.default_root_dir is not set: the run folder is {folder}")
+            parallel.print_rank_zero(f"trainer.default_root_dir is not set: the run folder is {folder}")
         saver: Any = next((c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint)), None)  # type: ignore[attr-defined]
-        if ranks.leads():
+        if parallel.is_rank_zero():
             self.owner.begin_fit(self.trainer, ckpt_path, overwrite, bool(config.get("steal_lock")), saver)
         if starts_anew(folder, ckpt_path, overwrite):
             self.config_init["fit"].ckpt_path = None  # what is there is removed later: Lightning would take it
             if ckpt_path == "last":
-                ranks.say(f"{folder} has no checkpoint yet: this run begins with its first iteration")
+                parallel.print_rank_zero(f"{folder} has no checkpoint yet: this run begins with its first iteration")
         elif saver is not None and saver.dirpath is None:
             saver.dirpath = str(checkpoint_folder(folder, read_record(folder)))
 
     def before_validate(self) -> None:
         trainer: Any = self.trainer
-        if ranks.leads():
+        if parallel.is_rank_zero():
             self.owner.take(trainer, bool(self.config["validate"].get("steal_lock")))
             self.owner.record()
         # The run's own TensorBoard record is training's: a validation would stand in it once more at step 0.
         trainer.loggers = [x for x in trainer.loggers if not isinstance(x, TensorBoardLogger)]
-        if ranks.leads():
+        if parallel.is_rank_zero():
             print(f"weights: {weights(self.model, self.config['validate'].get('ckpt_path'))}", flush=True)
         self._remember()
 
@@ -238,12 +238,12 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         if not self.trainer.global_step:
-            ranks.say("no iteration was trained: trainer.max_epochs, max_steps or max_time leaves room for none.")
-        if ranks.leads():
+            parallel.print_rank_zero("no iteration was trained: trainer.max_epochs, max_steps or max_time leaves room for none.")
+        if parallel.is_rank_zero():
             print_report(Path(self.trainer.default_root_dir))
 
     def after_validate(self) -> None:
-        if ranks.leads():
+        if parallel.is_rank_zero():
             print_report(Path(self.trainer.default_root_dir))
 
 

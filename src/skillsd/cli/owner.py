@@ -10,10 +10,9 @@ from typing import Any
 
 import lightning as L
 
-from skillsd.begin import Start, plan
 from skillsd.callbacks import RunCheckpoint
 from skillsd.errors import ConfigError
-from skillsd.run_folder import (
+from skillsd.files.run_folder import (
     RECORD_FILE,
     VALIDATIONS_FILE,
     RunRecord,
@@ -23,7 +22,9 @@ from skillsd.run_folder import (
     run_files,
     write_record,
 )
-from skillsd.run_lock import RunLock
+from skillsd.files.run_lock import RunLock
+from skillsd.files.run_start import Start, plan
+from skillsd.skills import imported
 
 
 class RunOwner:
@@ -76,7 +77,7 @@ class RunOwner:
         """
         self.take(trainer, steal)
         place = Path(saver.dirpath) if saver is not None and saver.dirpath else None
-        start = plan(self.folder, ckpt_path, overwrite, place)
+        start = plan(self.folder, ckpt_path, overwrite, imported, place)
         there = place or checkpoint_folder(self.folder, read_record(self.folder))
         if saver is not None and not there.resolve().is_relative_to(self.folder.resolve()):  # another run may write there, too
             self.locks.append(RunLock(there, steal, "checkpoint.dirpath"))

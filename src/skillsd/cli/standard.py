@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.callbacks import AdapterExport, Diagnostics, MemoryPlan, Panel, PeerWatch, ProgressLog, RunCheckpoint, RunLog, TeacherSync
 from skillsd.cli.flags import DEFAULTS
 from skillsd.errors import ConfigError
@@ -87,7 +87,9 @@ def order_callbacks(
                     f"trainer.callbacks: {' and '.join(type(c).__name__ for c in mine)} are both a {kind.__name__}: keep one."
                 )
             if made:
-                ranks.say(f"{type(mine[0]).__name__} of trainer.callbacks takes the place of `{key}:`, whose settings do not count.")
+                parallel.print_rank_zero(
+                    f"{type(mine[0]).__name__} of trainer.callbacks takes the place of `{key}:`, whose settings do not count."
+                )
                 made[key] = mine[0]
                 own.remove(mine[0])
     made = {key: c for key, c in made.items() if key not in switched_off}
@@ -127,7 +129,7 @@ def complete(config: dict[str, Any], made: dict[str, L.Callback], model: L.Light
     if config["enable_checkpointing"] is False:
         off.append("checkpoint")
     if command == "fit" and off and not pretrains:
-        ranks.say(_unrecorded(off))
+        parallel.print_rank_zero(_unrecorded(off))
     if command == "validate":
         off = [key for key in off if key != "panel"]  # it is what a validation writes
     if config["accelerator"] == "auto" and not torch.cuda.is_available():

@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 
-from skillsd.durable import new_folder
+from skillsd.files.durable import new_folder
 from skillsd.policy import Policy
 
 

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from weakref import WeakSet
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.engines.cache import Room
 from skillsd.engines.engine import Completion, Request, Session
 from skillsd.engines.http import HttpCall, ServerError, root
@@ -93,7 +93,7 @@ class VllmServers:
         self.policy, self.seconds = policy, seconds
         self.api = VllmApi(int(policy.base.config.get_text_config().vocab_size), policy.stop_ids)
         self.room: Room | None = None
-        first = ranks.rank() % len(urls)  # or all ranks' first rows would go to one server
+        first = parallel.rank() % len(urls)  # or all ranks' first rows would go to one server
         self.servers = [_Server(root(url)) for url in [*urls[first:], *urls[:first]]]
         self.threads, self.control_threads = Threads(rows), Threads(len(urls))
         self.versions = Versions(policy, folder, run, staleness)

@@ -12,8 +12,8 @@ import torch
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from skillsd.durable import DamagedError, check_folder
 from skillsd.errors import ConfigError
+from skillsd.files.durable import DamagedError, check_folder
 from skillsd.policy.config import LoraSettings
 from skillsd.policy.weights import read_json, stored
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from skillsd.errors import ConfigError
-from skillsd.paths import read_text_path
+from skillsd.files.paths import read_text_path
 
 
 @dataclass

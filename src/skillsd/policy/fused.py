@@ -21,7 +21,7 @@ from skillsd.policy.kernels import why_not
 from skillsd.policy.kernels.reference import Lora, Nf4Weight, Projection
 from skillsd.policy.kernels.workspace import Workspace
 from skillsd.policy.lora import linear_forward, nf4_weight
-from skillsd.policy.replace import ROTARY, Replacement, is_swiglu, linear_of, rms_eps, rotary_modules, rotation
+from skillsd.policy.module_patching import ROTARY, Replacement, is_swiglu, linear_of, rms_eps, rotary_modules, rotation
 
 log = logging.getLogger(__name__)
 

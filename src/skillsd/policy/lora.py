@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from skillsd.policy.kernels import reference
 from skillsd.policy.kernels.reference import NF4, Nf4Weight
-from skillsd.policy.replace import linear_of
+from skillsd.policy.module_patching import linear_of
 
 Lowered = dict[tuple[int, str], tuple[Tensor, Tensor]]
 """By id of a layer and name of an adapter: a, and alpha / r * b, in the base's dtype."""

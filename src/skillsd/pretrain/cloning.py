@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from skillsd.durable import sealed_folder
 from skillsd.engines.in_process import InProcessEngine
 from skillsd.errors import ConfigError
+from skillsd.files.durable import sealed_folder
+from skillsd.files.run_folder import ADAPTER, ADAPTER_KIND, MODEL, MODEL_KIND
 from skillsd.policy import Policy, PolicySettings
 from skillsd.pretrain.demonstrations import Demonstrations, DemonstrationSettings, collate
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row
-from skillsd.run_folder import ADAPTER, ADAPTER_KIND, MODEL, MODEL_KIND
 from skillsd.skills import RulesSummariser
 from skillsd.statistics import wilson_interval
 

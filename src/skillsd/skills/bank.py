@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
-from skillsd.durable import sync
+from skillsd.files.durable import sync
 from skillsd.skills import bank_file
 from skillsd.skills.ledger import Elsewhere
 from skillsd.skills.retrieval import SQRT2, Untried, select

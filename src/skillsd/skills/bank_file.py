@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast, get_args
 
-from skillsd.durable import sync, temporary
 from skillsd.errors import ConfigError
+from skillsd.files.durable import sync, temporary
 from skillsd.skills.ledger import Ledger
 from skillsd.skills.tables import SCHEMA, TALLY, Booking, Damaged
 

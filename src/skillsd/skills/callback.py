@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning as L
 
-from skillsd.run_folder import BANK_FILE
+from skillsd.files.run_folder import BANK_FILE
 from skillsd.skills.context import PrivilegedContext
 from skillsd.skills.selection import SkillSelection
 from skillsd.skills.summarisers import Summariser

@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.bounded import fill
+from skillsd.config_errors import lacks
 from skillsd.errors import ConfigError
-from skillsd.keys import lacks
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import BankContext, GroundTruthContext, GroupContext, NoContext, PrivilegedContext
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
@@ -101,7 +101,7 @@ class SkillSelection:
         Raises:
             ConfigError: It cannot work.
         """
-        if not self._ready and ranks.leads() and not isinstance(self.context, NoContext):
+        if not self._ready and parallel.is_rank_zero() and not isinstance(self.context, NoContext):
             self.checked.check_ready()
         self._ready = True
 
@@ -134,7 +134,7 @@ class SkillSelection:
         Raises:
             ConfigError: It cannot be used, or is not the one that the checkpoint saw.
         """
-        if self.bank is None and ranks.leads():
+        if self.bank is None and parallel.is_rank_zero():
             if state is not None and state["position"] and not path.exists():
                 raise ConfigError(
                     f"skills: {path} is not there, and the checkpoint saw {state['position']} events in the bank: a checkpoint goes "
@@ -178,10 +178,10 @@ class SkillSelection:
         """`skill_for` each of an iteration's tasks, after a `refresh` of `every` training task: rank 0 chooses for all."""
         found: list[tuple[int | None, str]] = []
         with self.together():
-            if ranks.leads():
+            if parallel.is_rank_zero():
                 self.refresh(every, seed, epoch, epoch_start)
                 found = [self.skill_for(t) for t in task_ids]
-        return ranks.broadcast(found)
+        return parallel.broadcast(found)
 
     def refresh(self, task_ids: Sequence[str], seed: int, epoch: int, epoch_start: bool) -> None:
         """Choose every task's skill anew where it is due. Called before each iteration's rollout."""
@@ -250,7 +250,7 @@ class SkillSelection:
                 self.bank.record_use(g.skill_id, iteration, reward=sum(t.reward for t in g.counted) / len(g.counted), gap=gap)
         started = time.perf_counter()
         if self._hindsight is None and not isinstance(self.context, NoContext):
-            local = [groups[i].trajectories for i in ranks.share(len(groups))]
+            local = [groups[i].trajectories for i in parallel.share(len(groups))]
             self._submit(local, iteration, self.min_reward)  # what would not enter costs no summary
         if last:
             self.checked.drain()
@@ -266,7 +266,7 @@ class SkillSelection:
     def _insert(self, iteration: int) -> int:
         """Put what is ready on any rank into the bank, in the order that one rank would; the bank's size."""
         local, self._hindsight = [*(self._hindsight or []), *self.checked.collect()], None
-        every = [finished for theirs in ranks.gather(local) for finished in theirs]
+        every = [finished for theirs in parallel.gather(local) for finished in theirs]
         self.failed += sum(finished.n_failed for finished in every)
         self.made += sum(len(finished.skills) for finished in every)
         size = 0
@@ -275,7 +275,7 @@ class SkillSelection:
                 skills = [s for f in every if f.iteration == since for s in f.skills if s.source_reward >= self.min_reward]
                 self.bank.insert(sorted(skills, key=lambda s: (s.task_id, s.source_member)), iteration)
             size = len(self.bank)
-        size, self.failed = ranks.broadcast((size, self.failed))
+        size, self.failed = parallel.broadcast((size, self.failed))
         return size
 
 

@@ -16,9 +16,9 @@ import yaml
 
 from skillsd import __version__
 from skillsd.config_file import dump_config, read_whole
-from skillsd.durable import write
 from skillsd.errors import ConfigError
-from skillsd.run_folder import read_panel
+from skillsd.files.durable import write
+from skillsd.files.run_folder import read_panel
 from skillsd.study.settings import StudySettings
 
 RECORD, LOG = "cell.json", "cell.log"

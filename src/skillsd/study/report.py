@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from skillsd.analysis.render import Picture, html, markdown
-from skillsd.durable import write
+from skillsd.files.durable import write
 from skillsd.study import plots, tables
 from skillsd.study.cells import Cell
 from skillsd.study.comparison import against_baseline, against_controls

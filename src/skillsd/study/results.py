@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from skillsd.analysis.metrics import read_metrics as read_table
-from skillsd.durable import write
 from skillsd.errors import ConfigError
-from skillsd.run_folder import METRICS_FILE, check_format, read_panel
+from skillsd.files.durable import write
+from skillsd.files.run_folder import METRICS_FILE, check_format, read_panel
 from skillsd.study.cells import Cell
 
 WINDOW = 10

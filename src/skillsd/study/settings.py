@@ -11,7 +11,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from skillsd.errors import ConfigError
-from skillsd.paths import read_path
+from skillsd.files.paths import read_path
 
 BASE = "base"
 """The untrained agent's name in the report."""

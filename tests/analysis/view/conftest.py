@@ -15,7 +15,7 @@ from werkzeug.serving import make_server
 
 from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Turn
 

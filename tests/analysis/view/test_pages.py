@@ -18,7 +18,7 @@ from skillsd.analysis import Run, Scorer, SkillIndex
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
-from skillsd.run_folder import write_record
+from skillsd.files.run_folder import write_record
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),

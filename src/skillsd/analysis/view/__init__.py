@@ -13,7 +13,7 @@ from skillsd.analysis.pictures import TRUST
 from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
 from skillsd.errors import ConfigError, Parser
-from skillsd.run_folder import folder_of
+from skillsd.files.run_folder import folder_of
 
 HOST = "127.0.0.1"
 

@@ -13,18 +13,18 @@ from matplotlib.figure import Figure
 
 from skillsd.analysis import panel, plots, show
 from skillsd.analysis.frames import text_frame
-from skillsd.analysis.heat import heat
-from skillsd.analysis.origin import lookup
+from skillsd.analysis.heatmap import heat
 from skillsd.analysis.pictures import turns
 from skillsd.analysis.plots import CURVES
+from skillsd.analysis.provenance import lookup
 from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run
 from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
 from skillsd.analysis.view.site import Opened
 from skillsd.bounded import visible
+from skillsd.config_errors import leaves
 from skillsd.errors import ConfigError
-from skillsd.keys import leaves
 from skillsd.skills.skill import FIELDS, Skill
 from skillsd.statistics import paired_difference
 from skillsd.words import count

@@ -14,9 +14,9 @@ import torch
 from skillsd.analysis.pictures import Pictures
 from skillsd.analysis.run import Run
 from skillsd.analysis.score import Scorer
-from skillsd.checkpoint import newest_good
 from skillsd.errors import ConfigError, causes
-from skillsd.run_folder import CHECKPOINTS, FILES, VALIDATIONS_FILE
+from skillsd.files.checkpoint import newest_good
+from skillsd.files.run_folder import CHECKPOINTS, FILES, VALIDATIONS_FILE
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from math import nan
 
 import pytest
 
-from skillsd.analysis.heat import STRENGTH, heat
+from skillsd.analysis.heatmap import STRENGTH, heat
 
 
 def test_colours():

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from skillsd.begin import plan, starts_anew
-from skillsd.durable import seal_folder, temporary, write
 from skillsd.errors import ConfigError
-from skillsd.run_folder import FORMAT, RunRecord, check_format, note_checkpoint, read_record, write_record
-from skillsd.skills import Skill, SkillBank
+from skillsd.files.durable import seal_folder, temporary, write
+from skillsd.files.run_folder import FORMAT, RunRecord, check_format, note_checkpoint, read_record, write_record
+from skillsd.files.run_start import plan, starts_anew
+from skillsd.skills import Skill, SkillBank, imported
 from skillsd.skills.tables import BEFORE
 
 
@@ -31,14 +31,14 @@ def names(folder: Path) -> list[str]:
 
 
 def begin(folder: Path, ckpt_path: str | None = None, overwrite: bool = False) -> None:
-    plan(folder, ckpt_path, overwrite).carry_out()
+    plan(folder, ckpt_path, overwrite, imported).carry_out()
 
 
 def refused(folder: Path, ckpt_path: str | None = None, overwrite: bool = False) -> str:
     """The refusal, which changes nothing."""
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with pytest.raises(ConfigError) as caught:
-        plan(folder, ckpt_path, overwrite)
+        plan(folder, ckpt_path, overwrite, imported)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     return str(caught.value)
 
@@ -105,18 +105,18 @@ def test_a_run_with_a_checkpoint_is_continued_or_discarded(run, place):
 def test_another_folder_for_checkpoints(run, tmp_path_factory):
     """A run that goes on has its checkpoints where they are; a folder that holds others' takes no run's."""
     disk = tmp_path_factory.mktemp("disk")
-    assert plan(run, "last", False, disk).fresh  # there is none yet
+    assert plan(run, "last", False, imported, disk).fresh  # there is none yet
     checkpoint(run)
     with pytest.raises(ConfigError, match=r"checkpoint\.dirpath"):
-        plan(run, "last", False, disk)
-    assert not plan(run, "last", False, run / "adapter" / ".." / "checkpoints").fresh
-    assert not plan(run, "other.ckpt", False, disk).fresh and plan(run, None, True, disk).fresh
+        plan(run, "last", False, imported, disk)
+    assert not plan(run, "last", False, imported, run / "adapter" / ".." / "checkpoints").fresh
+    assert not plan(run, "other.ckpt", False, imported, disk).fresh and plan(run, None, True, imported, disk).fresh
     (disk / "last.ckpt").write_text("another run's")
     for ckpt_path, overwrite in (("last", False), ("other.ckpt", False), (None, True)):
         with pytest.raises(ConfigError, match=r"checkpoint\.dirpath"):
-            plan(run, ckpt_path, overwrite, disk)
+            plan(run, ckpt_path, overwrite, imported, disk)
     note_checkpoint(run, disk)
-    assert not plan(run, "last", False).fresh and not plan(run, "last", False, disk).fresh
+    assert not plan(run, "last", False, imported).fresh and not plan(run, "last", False, imported, disk).fresh
     begin(run, None, True)  # the new run has its own where runs have them
     assert (disk / "last.ckpt").read_text() == "another run's"
 
@@ -124,7 +124,7 @@ def test_another_folder_for_checkpoints(run, tmp_path_factory):
 def test_a_run_without_checkpoints_is_not_begun_anew_unasked(run):
     write_record(run, RunRecord(saves=False))
     assert "ckpt_path" in refused(run, "last") and "--ckpt_path" not in refused(run)
-    start = plan(run, None, True)
+    start = plan(run, None, True, imported)
     start.saves = False
     start.carry_out()
     assert names(run) == [] and read_record(run) == RunRecord(saves=False)
@@ -175,7 +175,7 @@ def test_half_a_discarded_run_is_no_run(run, monkeypatch):
         path.unlink()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("skillsd.begin._remove", remove)
+        patch.setattr("skillsd.files.run_start._remove", remove)
         begin(run, None, True)
     assert removed == [run / "checkpoints" / "last.ckpt"] and len(names(run)) == 4
     assert starts_anew(run, "last", False)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from skillsd.config_errors import leaves
 from skillsd.errors import ConfigError
-from skillsd.keys import leaves
 from skillsd.trajectory import Task
 
 PLACES = ("ckpt_path", "config", "overwrite", "steal_lock", "weights_only", "trainer.default_root_dir")

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from torch.distributed import distributed_c10d as c10d
 
-from skillsd import ranks
+from skillsd import parallel
 from skillsd.errors import ConfigError
 
 BEAT = 2.0
@@ -48,13 +48,13 @@ class PeerWatch(L.Callback):
         self.watching = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if ranks.world() == 1 or self.watching:
+        if parallel.world() == 1 or self.watching:
             return
         PeerWatch._runs += 1
         self.watching, self.over = True, threading.Event()
         met: Any = c10d._get_default_store()
         self.store: Any = c10d.PrefixStore(f"skillsd/peers/{PeerWatch._runs}", met.clone())  # the main thread may hold the other for long
-        self.seen = {r: (0, time.monotonic()) for r in range(ranks.world())}  # rank -> its count, and since when it is that
+        self.seen = {r: (0, time.monotonic()) for r in range(parallel.world())}  # rank -> its count, and since when it is that
         self.failed: set[int] = set()
         self.children = getattr(trainer.strategy.launcher, "procs", [])
         for thread in threading.enumerate():  # Lightning's own would kill this process before it has saved anything
@@ -65,7 +65,7 @@ class PeerWatch(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.watching:
-            ranks.gather(None)  # together: the store goes with rank 0, and its end is no failure
+            parallel.gather(None)  # together: the store goes with rank 0, and its end is no failure
         self._leave(LEFT)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -77,11 +77,11 @@ class PeerWatch(L.Callback):
             self.watching = False
             self.over.set()
             with suppress(RuntimeError):  # rank 0, which keeps the store, may have left before
-                self.store.add(str(ranks.rank()), how)
+                self.store.add(str(parallel.rank()), how)
 
     def _live(self) -> None:
         """Give signs of life, and take those of the others. When rank 0's process has ended, the store does not answer."""
-        me = ranks.rank()
+        me = parallel.rank()
         while not self.over.is_set():
             try:
                 count = {r: self.store.add(str(r), int(r == me)) for r in self.seen}
@@ -107,7 +107,7 @@ class PeerWatch(L.Callback):
 
     def _gone(self, now: float) -> list[int]:
         """Ranks whose process has ended, or that are silent. One that has not given a sign yet may still be getting ready."""
-        me = ranks.rank()
+        me = parallel.rank()
         ended = {me + 1 + i for i, child in enumerate(self.children) if child.poll()}
         silent = {r for r, (n, since) in self.seen.items() if now - since > (self.patience if n else READY)}
         return sorted((ended | silent | self.failed) - {me})
@@ -118,9 +118,9 @@ class PeerWatch(L.Callback):
             return
         who = "rank " + ", ".join(map(str, gone))
         saver: Any = trainer.checkpoint_callback
-        if ranks.leads() or 0 in gone:
-            print(f"\n{ranks.name()}{who} has ended, or is silent for {self.patience:g} s: the run stops.", file=sys.stderr, flush=True)
-        if ranks.leads() and hasattr(saver, "rescue"):
+        if parallel.is_rank_zero() or 0 in gone:
+            print(f"\n{parallel.name()}{who} has ended, or is silent for {self.patience:g} s: the run stops.", file=sys.stderr, flush=True)
+        if parallel.is_rank_zero() and hasattr(saver, "rescue"):
             saver.rescue()
         os.kill(os.getpid(), signal.SIGTERM)
         if self.over.wait(GRACE):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from skillsd.callbacks import PeerWatch
-from skillsd.callbacks import peers as module
-from skillsd.callbacks.peers import FAILED, LEFT, READY
+from skillsd.callbacks import watchdog as module
+from skillsd.callbacks.watchdog import FAILED, LEFT, READY
 from skillsd.errors import ConfigError
 
 

@@ -1,7 +1,7 @@
 """Several processes, one run: which one this is, its share of the work, and what they tell each other.
 
 Ranks wait for each other here, on the CPU, and as long as it takes: one may play an episode of forty turns while the others have none.
-Whether a rank is gone is another question (callbacks/peers.py). Without torch.distributed there is one rank, 0.
+Whether a rank is gone is another question (callbacks/watchdog.py). Without torch.distributed there is one rank, 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BY_HAND = "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"
 _NUMBERS = "RANK", *_BY_HAND, "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"
 _SIZES = "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"
 _groups: dict[Any, Any] = {}  # default group -> the one that waits
-_alone = False
+_single = False
 
 
 class PeerLost(ConfigError):
@@ -44,7 +44,7 @@ def rank() -> int:
     """This one's number: 0 leads. Until they have met, as the launcher (torchrun, SLURM, Lightning) gave it."""
     if _met():
         return dist.get_rank()
-    if _alone:
+    if _single:
         return 0
     # Lightning's own variables give no number before it counts the processes of a node: that it is not 0 is all that matters here.
     names = {"torchrun": ("RANK",), "srun": ("SLURM_PROCID",)}.get(launcher(), _BY_HAND)
@@ -70,7 +70,7 @@ def settle(several: bool) -> None:
         ConfigError: A launcher has started other processes than the configuration asks for, or a variable says that this is one of
             several, and nothing says where they meet.
     """
-    alone(not several)
+    set_single(not several)
     if _met():  # in a worker of Ray, say: who is who has been settled
         return
     by = launcher()
@@ -112,25 +112,25 @@ def _take_out(names: Sequence[str], said: Sequence[str]) -> None:
         del os.environ[name]
 
 
-def alone(yes: bool) -> None:
-    """Note that this run has one rank, whatever a launcher says: it may have started many runs."""
-    global _alone
-    _alone = yes
+def set_single(yes: bool) -> None:
+    """Note whether this run has one rank, whatever a launcher says: it may have started many runs."""
+    global _single
+    _single = yes
 
 
-def leads() -> bool:
-    """Whether this is rank 0, the only one that writes: bank, logs, checkpoints, panel."""
+def is_rank_zero() -> bool:
+    """This is rank 0, the only one that writes: bank, logs, checkpoints, panel."""
     return rank() == 0
 
 
 def name() -> str:
     """What stands before a message of this rank: nothing for rank 0."""
-    return "" if leads() else f"rank {rank()}: "
+    return "" if is_rank_zero() else f"rank {rank()}: "
 
 
-def say(text: str) -> None:
+def print_rank_zero(text: str) -> None:
     """Print a line, if this is rank 0."""
-    if leads():
+    if is_rank_zero():
         print(text, flush=True)
 
 
@@ -179,10 +179,10 @@ def broadcast(mine: T) -> T:
     with _all_there():
         _meet()
         dist.broadcast_object_list(told, src=0, group=_waiting(), device=torch.device("cpu"))
-    return mine if leads() else told[0]  # type: ignore[no-any-return]
+    return mine if is_rank_zero() else told[0]  # type: ignore[no-any-return]
 
 
-def most(n: int) -> int:
+def all_reduce_max(n: int) -> int:
     """The largest that any rank has given. All have to call it.
 
     Raises:
@@ -196,7 +196,7 @@ def most(n: int) -> int:
     return int(told)
 
 
-def add(tensors: Sequence[Tensor]) -> None:
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     """Replace tensors of one dtype and device by their sums over all ranks, in one reduction. All have to call it.
 
     Raises:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from skillsd.durable import temporaries, write
 from skillsd.errors import ConfigError
+from skillsd.files.durable import temporaries, write
 
 CONFIG_FILE = "config.yaml"
 COMMAND_KEYS = ("ckpt_path", "weights_only", "overwrite", "steal_lock")

@@ -20,7 +20,7 @@ from tests.ranks import Ranks, bank_rows, near, torchrun
 from tests.test_data import TEMPLATE, make_data, rules
 
 from skillsd import cli
-from skillsd import ranks as r
+from skillsd import parallel as r
 from skillsd.callbacks import TeacherSync
 from skillsd.errors import ConfigError
 from skillsd.module import SkillSD
@@ -70,22 +70,24 @@ and at first both without a gradient."""
 
 def told() -> dict[str, Any]:
     """What a rank learns from another."""
-    before = (r.rank(), r.world(), r.leads(), r.name())
+    before = (r.rank(), r.world(), r.is_rank_zero(), r.name())
     dist.init_process_group("gloo")
     me = r.rank()
-    r.say(f"said by {me}")
+    r.print_rank_zero(f"said by {me}")
     sums = [torch.tensor([1.0 + me, 2.0]), torch.full((2, 1), 10.0 * me)]
     views = [x.T if x.dim() == 2 else x for x in sums]
-    r.add(views)
-    r.add([])
+    r.all_reduce_sum(views)
+    r.all_reduce_sum([])
     whole = torch.tensor([2**62 + me])
-    r.add([whole])
+    r.all_reduce_sum([whole])
     mine = {"rank": me}
     found = r.gather(mine)
     return {
-        "before": before, "after": (me, r.world(), r.leads(), r.name()), "share": list(r.share(5)), "theirs": list(r.share(5, of=1 - me)),
+        "before": before, "after": (me, r.world(), r.is_rank_zero(), r.name()), "share": list(r.share(5)),
+        "theirs": list(r.share(5, of=1 - me)),
         "balanced": r.balanced([1, 5, 2, 2]), "sums": sums, "whole": whole, "gathered": found, "own": found[me] is mine,
-        "ragged": r.gather("x" * (1 + 1000 * me)), "broadcast": r.broadcast(("from", me)), "again": r.gather(None), "most": r.most(3 - me),
+        "ragged": r.gather("x" * (1 + 1000 * me)), "broadcast": r.broadcast(("from", me)), "again": r.gather(None),
+        "most": r.all_reduce_max(3 - me),
     }  # fmt: skip
 
 
@@ -93,10 +95,10 @@ def lost(what: str) -> str:
     """What rank 0 says when rank 1 has ended."""
     dist.init_process_group("gloo")
     r.gather(None)
-    if not r.leads():
+    if not r.is_rank_zero():
         os._exit(7)
     try:
-        r.add([torch.zeros(3)]) if what == "add" else getattr(r, what)(0)
+        r.all_reduce_sum([torch.zeros(3)]) if what == "all_reduce_sum" else getattr(r, what)(0)
     except r.PeerLost as e:
         return str(e)
     return "nobody was missed"
@@ -142,7 +144,7 @@ def trained(folder: str) -> dict[str, list[dict[str, Any]]]:
         )  # fmt: skip
         trainer.fit(module, datamodule=make_data(**settings))
         found[name] = watch.seen
-        if r.leads():
+        if r.is_rank_zero():
             found[f"{name} bank"] = bank_rows(Path(folder) / name)
     return found
 
@@ -183,7 +185,7 @@ def test_balanced_is_a_partition_of_about_equal_sums(costs, world):
 )  # fmt: skip
 def test_rank_before_they_have_met(monkeypatch, environment, number):
     only(monkeypatch, environment)
-    assert (r.rank(), r.leads(), r.world()) == (number, number == 0, 1)
+    assert (r.rank(), r.is_rank_zero(), r.world()) == (number, number == 0, 1)
 
 
 def only(monkeypatch, environment):
@@ -192,7 +194,7 @@ def only(monkeypatch, environment):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(r, "_alone", False)
+    monkeypatch.setattr(r, "_single", False)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_what_a_launcher_has_left_is_said_and_ignored_by_a_run_on_one_device(mon
     r.settle(False)
     said = capsys.readouterr().err
     assert all(name in said for name in environment if name not in ("SLURM_NODEID",)) and said.count("\n") == 1
-    assert not environment.keys() & os.environ.keys() and r.leads()
+    assert not environment.keys() & os.environ.keys() and r.is_rank_zero()
     r.settle(False)
     assert capsys.readouterr().err == ""
 
@@ -236,25 +238,25 @@ def test_what_cannot_be_right_is_refused_by_name(monkeypatch, several, environme
 
 def test_a_run_on_one_device_is_nobody_s_second_rank(monkeypatch):
     """`srun -n 8` may start eight runs of one rank, each with a number."""
-    monkeypatch.setattr(r, "_alone", False)
+    monkeypatch.setattr(r, "_single", False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_PROCID", "3")
-    assert list(r.share(2)) == [0, 1] == r.balanced([5.0, 1.0]) and not r.leads()
+    assert list(r.share(2)) == [0, 1] == r.balanced([5.0, 1.0]) and not r.is_rank_zero()
     check_strategy(SingleDeviceStrategy())
-    assert r.leads() and r.rank() == 0
+    assert r.is_rank_zero() and r.rank() == 0
     check_strategy(DDPStrategy())
-    assert not r.leads()
+    assert not r.is_rank_zero()
 
 
 def test_alone():
     alone, x = object(), torch.ones(2)
-    assert r.gather(alone) == [alone] and r.broadcast(alone) is alone and r.most(4) == 4
-    r.add([x])
+    assert r.gather(alone) == [alone] and r.broadcast(alone) is alone and r.all_reduce_max(4) == 4
+    r.all_reduce_sum([x])
     assert x.tolist() == [1.0, 1.0] and list(r.share(3)) == [0, 1, 2] == r.balanced([1, 1, 1])
 
 
 def test_two_tell_each_other(ranks: Ranks):
-    both = ranks.run("tests.test_ranks:told", environments=torchrun())
+    both = ranks.run("tests.test_parallel:told", environments=torchrun())
     assert [x["before"] for x in both] == [(0, 1, True, ""), (1, 1, False, "rank 1: ")]
     assert [x["after"] for x in both] == [(0, 2, True, ""), (1, 2, False, "rank 1: ")]
     assert [x["share"] for x in both] == [[0, 1], [2, 3, 4]] == [x["theirs"] for x in reversed(both)]
@@ -267,9 +269,9 @@ def test_two_tell_each_other(ranks: Ranks):
         assert list(map(len, x["ragged"])) == [1, 1001] and x["broadcast"] == ("from", 0) and x["most"] == 3
 
 
-@pytest.mark.parametrize("what", ["add", "gather", "broadcast", "most"])
+@pytest.mark.parametrize("what", ["all_reduce_sum", "gather", "broadcast", "all_reduce_max"])
 def test_one_that_has_ended_is_missed(ranks: Ranks, what):
-    said, _ = ranks.run("tests.test_ranks:lost", what, environments=torchrun(), codes=(0, 7))
+    said, _ = ranks.run("tests.test_parallel:lost", what, environments=torchrun(), codes=(0, 7))
     assert said.startswith("another rank has ended") and "--ckpt_path last" in said
 
 
@@ -303,7 +305,7 @@ def test_a_strategy_that_copies_the_process_is_refused_before_it_does(tmp_path, 
 def both(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """`trained` on one rank and on two."""
     one, two = (str(tmp_path_factory.mktemp(x)) for x in ("one", "two"))
-    return ranks.run("tests.test_ranks:trained", one)[0], ranks.run("tests.test_ranks:trained", two, environments=torchrun())
+    return ranks.run("tests.test_parallel:trained", one)[0], ranks.run("tests.test_parallel:trained", two, environments=torchrun())
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from skillsd.durable import DamagedError, check_archive
 from skillsd.errors import ConfigError
-from skillsd.run_folder import CHECKPOINTS
+from skillsd.files.durable import DamagedError, check_archive
+from skillsd.files.run_folder import CHECKPOINTS
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 MIDWAY = "midway"

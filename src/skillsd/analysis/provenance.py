@@ -18,7 +18,7 @@ from skillsd.analysis.render import Table
 from skillsd.analysis.run import Run
 from skillsd.bounded import visible
 from skillsd.errors import redacted, without_keys
-from skillsd.run_folder import ADAPTER, CONFIG_FILE
+from skillsd.files.run_folder import ADAPTER, CONFIG_FILE
 from skillsd.words import count
 
 KEYS = {

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.test_cli import Run
 
-from skillsd.continuation import check_episodes, episodes, say_changes, settings
 from skillsd.data import RolloutData
 from skillsd.errors import ConfigError
+from skillsd.files.continuation import check_episodes, episodes, say_changes, settings
 from skillsd.policy.nano import TEMPLATE, build_tokenizer
 from skillsd.trajectory import Task
 
@@ -85,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str
     shutil.copytree(tiny_model("qwen3"), base / "m1")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(base)
-        assert Run(base, "m1", None)("--trainer.callbacks+=tests.test_continuation.Keeps", "--trainer.callbacks.double=true") == 0
+        assert Run(base, "m1", None)("--trainer.callbacks+=tests.files.test_continuation.Keeps", "--trainer.callbacks.double=true") == 0
     return base
 
 
@@ -144,7 +144,7 @@ class OtherData(RolloutData):
 
 def test_the_position_is_not_left_out(run: Run) -> None:
     before = run.files()
-    line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2", "--data.class_path=tests.test_continuation.OtherData")
+    line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2", "--data.class_path=tests.files.test_continuation.OtherData")
     assert "data.class_path" in line and "OtherData" in line and run.files() == before
 
 
@@ -162,6 +162,6 @@ def test_a_callback_whose_state_could_not_be_read_back(run: Run, tmp_path: Path)
     checkpoint = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["callbacks"]["Keeps"] == {"score": [0.1]}
     run.folder = tmp_path / "new"
-    line = run.refuses("--trainer.callbacks+=tests.test_continuation.Keeps", "--trainer.callbacks.double=false")
+    line = run.refuses("--trainer.callbacks+=tests.files.test_continuation.Keeps", "--trainer.callbacks.double=false")
     assert "Keeps" in line and "score.0" in line and "float32" in line
     assert not list(run.folder.rglob("*.ckpt*"))

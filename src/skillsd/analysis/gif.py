@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from skillsd.bounded import visible
-from skillsd.durable import write
 from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
-from skillsd.paths import read_path
+from skillsd.files.durable import write
+from skillsd.files.paths import read_path
 
 TURN_MS, LAST_MS = 700, 2500
 """How long a frame stands, milliseconds."""
@@ -25,7 +25,7 @@ _MOST_CHARS = 200  # of a caption, before it is cut to the picture's width
 _FOR_PALETTE = 32  # frames that the palette is made from
 
 
-class Film:
+class Gif:
     """Frames of one episode. A context manager, for its environment; without a path it does nothing.
 
     Args:
@@ -63,7 +63,7 @@ class Film:
         if not ours:
             raise ConfigError(f"gif: {visible(str(self.path))} is there, and was not made by this command: name another file.")
 
-    def __enter__(self) -> Film:
+    def __enter__(self) -> Gif:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skillsd.analysis.film import LAST_MS, TURN_MS, Film
+from skillsd.analysis.gif import LAST_MS, TURN_MS, Gif
 from skillsd.errors import ConfigError
 
 RED, GREEN, BLUE = (np.full((40, 120, 3), rgb, np.uint8) for rgb in ((200, 0, 0), (0, 200, 0), (0, 0, 200)))
@@ -59,7 +59,7 @@ def frames(path):
 
 def test_frames_and_captions(data, tmp_path, capsys):
     path = tmp_path / "new" / "a.GIF"
-    with Film(str(path), data) as film:
+    with Gif(str(path), data) as film:
         film.add("dark", "nothing to see yet")
         film.add("red", "turn 1: up")
         film.add("green", "turn 2: " + "down\n" * 100)
@@ -78,7 +78,7 @@ def test_frames_and_captions(data, tmp_path, capsys):
 
 
 def test_no_path_is_no_film(data):
-    with Film(None, data) as film:
+    with Gif(None, data) as film:
         film.add("no such", "")
         film.save()
     assert Painter.alive == 0 and film.env is None
@@ -88,24 +88,24 @@ def test_no_path_is_no_film(data):
 def test_the_name_ends_in_gif(data, tmp_path, name):
     (tmp_path / "folder.gif").mkdir()
     with pytest.raises(ConfigError, match=r"^gif is .*: give the name of a file that ends in \.gif\.$"):
-        Film(str(tmp_path / name), data)
+        Gif(str(tmp_path / name), data)
 
 
 def test_an_environment_that_does_not_draw(data, tmp_path, monkeypatch):
     monkeypatch.delattr(Painter, "picture")
     with pytest.raises(ConfigError, match=r"^gif: skillsd_test/Painter-v0 offers no picture\(observation\) to draw: leave out --gif\.$"):
-        Film(str(tmp_path / "a.gif"), data)
+        Gif(str(tmp_path / "a.gif"), data)
 
 
 @pytest.mark.parametrize("observation", ["raises", "float", "flat", ""])
 def test_a_picture_that_is_none(data, tmp_path, observation):
-    with Film(str(tmp_path / "a.gif"), data) as film, pytest.raises(ConfigError, match=r"Painter-v0: picture\(\) failed \(raised: "):
+    with Gif(str(tmp_path / "a.gif"), data) as film, pytest.raises(ConfigError, match=r"Painter-v0: picture\(\) failed \(raised: "):
         film.add(observation, "")
 
 
 def test_nothing_to_show_and_nowhere_to_write(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with Film(str(tmp_path / "a.gif"), data) as film:
+    with Gif(str(tmp_path / "a.gif"), data) as film:
         with pytest.raises(ConfigError, match="no observation of this episode shows a picture"):
             film.save()
         film.path = tmp_path / "file" / "a.gif"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from skillsd import run_lock
 from skillsd.errors import ConfigError
-from skillsd.run_lock import DEAD_S, RunLock, is_alive, this_process
+from skillsd.files import run_lock
+from skillsd.files.run_lock import DEAD_S, RunLock, is_alive, this_process
 
 ME = this_process()
 ELSEWHERE = replace(ME, host="elsewhere", boot="another")

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skillsd.bounded import visible
-from skillsd.durable import write
-from skillsd.keys import leaves
+from skillsd.config_errors import leaves
+from skillsd.files.durable import write
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import Trajectory
 from skillsd.words import count

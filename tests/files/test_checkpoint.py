@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from skillsd.callbacks.resume import CheckpointFiles
-from skillsd.checkpoint import newest_good, plain, read_checkpoint, step_of
-from skillsd.durable import DamagedError
 from skillsd.errors import ConfigError
+from skillsd.files.checkpoint import newest_good, plain, read_checkpoint, step_of
+from skillsd.files.durable import DamagedError
 
 
 def state(step: int = 1, **more: Any) -> dict[str, Any]:

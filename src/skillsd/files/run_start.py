@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from skillsd.checkpoint import LAST, PREVIOUS
-from skillsd.durable import check_replaceable, is_sealed, is_sealed_archive, temporaries
 from skillsd.errors import ConfigError
-from skillsd.run_folder import (
+from skillsd.files.checkpoint import LAST, PREVIOUS
+from skillsd.files.durable import check_replaceable, is_sealed, is_sealed_archive, temporaries
+from skillsd.files.run_folder import (
     ADAPTER,
     ADAPTER_KIND,
     BANK_FILE,
@@ -32,9 +32,22 @@ from skillsd.run_folder import (
     read_record,
     write_record,
 )
-from skillsd.skills.imported import counted, cut_to_imported
 
 T = TypeVar("T")
+
+
+class BankFiles(Protocol):
+    """What is asked about a bank's file, and done to it; `skillsd.skills.imported` is one. Both raise ValueError if it cannot be read."""
+
+    def counted(self, path: Path) -> tuple[int, int]:
+        """How many of its events are imports, and how many a run's."""
+        ...
+
+    def cut_to_imported(self, path: Path) -> int:
+        """Leave in it what was imported; how many events that is."""
+        ...
+
+
 STUDENT = f"{ADAPTER}/student"
 
 
@@ -60,6 +73,7 @@ class Start:
 
     Attributes:
         folder: The run folder.
+        banks: Reads and cuts the bank in it.
         fresh: Nothing is continued.
         discard: Files of an earlier run that go, in this order.
         keep_imported: Of the bank what was imported stays.
@@ -67,6 +81,7 @@ class Start:
     """
 
     folder: Path
+    banks: BankFiles
     fresh: bool = True
     discard: list[Path] = field(default_factory=list)
     keep_imported: bool = False
@@ -84,7 +99,7 @@ class Start:
             write_record(self.folder, RunRecord(discarding=not self.keep_imported))
         kept = False
         if self.keep_imported:
-            kept = bool(_readable(lambda: cut_to_imported(self.folder / BANK_FILE)))
+            kept = bool(_readable(lambda: self.banks.cut_to_imported(self.folder / BANK_FILE)))
         for path in self.discard:
             if not (kept and path.name.startswith(BANK_FILE)):
                 _remove(path)
@@ -95,7 +110,7 @@ class Start:
         write_record(self.folder, RunRecord(saves=self.saves) if self.fresh else replace(record, discarding=False))
 
 
-def plan(folder: Path, ckpt_path: str | None, overwrite: bool, place: Path | None = None) -> Start:
+def plan(folder: Path, ckpt_path: str | None, overwrite: bool, banks: BankFiles, place: Path | None = None) -> Start:
     """Find out how a fit begins, and change nothing.
 
     Without a checkpoint to continue from, what a killed run left before its first one is discarded by `--ckpt_path last`. Skills that were
@@ -106,6 +121,7 @@ def plan(folder: Path, ckpt_path: str | None, overwrite: bool, place: Path | Non
         folder: The run folder.
         ckpt_path: `last`, a checkpoint's path, or None.
         overwrite: Discard an earlier run.
+        banks: Reads and cuts the bank in the folder.
         place: The folder that is set for checkpoints; None where none is.
 
     Raises:
@@ -127,9 +143,9 @@ def plan(folder: Path, ckpt_path: str | None, overwrite: bool, place: Path | Non
             )
         if place is not None and moves:
             _check_vacant(place)
-        return Start(folder, False, [p for p in found if p in temporaries(p.parent)])
+        return Start(folder, banks, False, [p for p in found if p in temporaries(p.parent)])
     bank = [p for p in found if p.name.startswith(BANK_FILE)]
-    only_imported = len(bank) == len(found) and _only_imported(folder / BANK_FILE)
+    only_imported = len(bank) == len(found) and _only_imported(folder / BANK_FILE, banks)
     if found and record is None and not only_imported:
         raise ConfigError(
             f"trainer.default_root_dir: {folder} holds {_inside(found[0], folder)}, and no {RECORD_FILE} says that a run has made it: "
@@ -143,15 +159,15 @@ def plan(folder: Path, ckpt_path: str | None, overwrite: bool, place: Path | Non
             "place of --ckpt_path, or name another trainer.default_root_dir."
         )
     if overwrite or (record is not None and record.discarding):
-        return Start(folder, True, [*found, folder / VALIDATIONS_FILE])
+        return Start(folder, banks, True, [*found, folder / VALIDATIONS_FILE])
     if found and ckpt_path != "last" and not only_imported:
         raise ConfigError(
             f"trainer.default_root_dir: {folder} holds an earlier run: {'continue it with --ckpt_path last, ' * goes_on}"
             "discard it with --overwrite=true, or name another folder."
         )
     if bank:
-        _readable(lambda: counted(folder / BANK_FILE))
-    return Start(folder, True, found, keep_imported=True)
+        _readable(lambda: banks.counted(folder / BANK_FILE))
+    return Start(folder, banks, True, found, keep_imported=True)
 
 
 def _inside(path: Path, folder: Path) -> Path:
@@ -204,9 +220,9 @@ def _check_places(folder: Path) -> None:
             check_replaceable(folder / name, "trainer.default_root_dir", kind)
 
 
-def _only_imported(bank: Path) -> bool:
+def _only_imported(bank: Path, banks: BankFiles) -> bool:
     try:
-        return bank.is_file() and counted(bank)[1] == 0
+        return bank.is_file() and banks.counted(bank)[1] == 0
     except ValueError:  # it may be somebody's work all the same
         return False
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from weakref import WeakSet
 
-from skillsd.durable import temporary
 from skillsd.errors import ConfigError
-from skillsd.run_folder import LOCK_FILE
+from skillsd.files.durable import temporary
+from skillsd.files.run_folder import LOCK_FILE
 
 BEAT_S = 60.0
 """Between two signs of life."""

@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 
 from skillsd.errors import ConfigError
-from skillsd.paths import read_path, read_paths
+from skillsd.files.paths import read_path, read_paths
 from skillsd.policy import LoraSettings, PolicySettings
 
 
