@@ -25,10 +25,9 @@ from benchmarks.random_model import random_model
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from skillsd.engines.cache import Room
 from skillsd.engines.in_process import CUDA_PREFILL, InProcessEngine, InProcessSession
 from skillsd.engines.step import Stepper
-from skillsd.policy import LoraSettings, Policy, PolicySettings
+from skillsd.policy import CacheBudget, LoraSettings, Policy, PolicySettings
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row
 from skillsd.trajectory import Task
 
@@ -133,7 +132,7 @@ def main() -> None:
     longest = 5 * a.words + a.turns[1] * (a.words + a.turn_tokens + 20)
     for name in a.kinds:
         engine = InProcessEngine(policy)
-        engine.room = Room(a.rows, longest, True, CUDA_PREFILL)  # as the memory plan gives where there is enough
+        policy.cache_budget = CacheBudget(a.rows, longest, True, CUDA_PREFILL)  # as the memory plan gives where there is enough
         collector = Collector(
             "bench/Load-v0", dict(delay=a.delay, words=a.words), Chat(policy.tokenizer, policy.stop_ids), engine,
             RolloutSettings(max_turn_tokens=a.turn_tokens, max_rows=a.rows, env_workers=a.workers, max_trajectory_tokens=longest), longest,

@@ -37,7 +37,7 @@ class Look(L.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         engine = trainer.datamodule.collector.engine
         self.batches.append(batch)
-        self.versions.append(engine.version("student").name if hasattr(engine, "version") else "")
+        self.versions.append(getattr(engine.snapshot("student"), "name", ""))
         self.wanted.append(gradients(module, batch))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

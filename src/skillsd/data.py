@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from skillsd import parallel
 from skillsd.demonstration import demonstrate
-from skillsd.engines.cache import CacheFull
-from skillsd.engines.engine import Completion, Request
+from skillsd.engines.engine import Request, complete
 from skillsd.engines.make_engine import make_engine
 from skillsd.engines.noise import stream_key
 from skillsd.environment import TextEnv, make_env
@@ -265,29 +263,18 @@ class RolloutData(L.LightningDataModule):
         Returns:
             The texts; "" where the conversation leaves no room for an answer.
         """
-        chat, texts, engine = self.collector.chat, [""] * len(conversations), self.collector.engine
-        context = min(self.policy.context_length, engine.most_tokens())
+        chat, context = self.collector.chat, self.policy.context_length
         prompts = [chat.conversation_ids(c) for c in conversations]
-        todo = [i for i, p in enumerate(prompts) if len(p) < context]
-        longest = max((len(prompts[i]) for i in todo), default=0) + max_new_tokens
-        most = min(self.rollout.max_rows, engine.most_rows(min(context, longest)))
-
-        def answers(part: Sequence[int]) -> list[Completion]:
-            session = engine.open(self.rollout.temperature, adapter)
-            limits = [min(max_new_tokens, context - len(prompts[i])) for i in part]
-            keys = [stream_key("generate", *seed_keys[i]) for i in part]
-            return session.turn([Request(i, prompts[i], k, 0, n) for i, k, n in zip(part, keys, limits, strict=True)])
-
-        for start in range(0, len(todo), most):
-            part, said = todo[start : start + most], None
-            with suppress(CacheFull, torch.OutOfMemoryError):  # an earlier rollout left the cache in another shape
-                said = answers(part)
-            if said is None:
-                engine.release(everything=True)
-                said = answers(part)
-            for i, completion in zip(part, said, strict=True):
-                texts[i] = chat.action_text(completion.token_ids)
-        engine.release()
+        requests = [
+            Request(i, p, stream_key("generate", *key), 0, min(max_new_tokens, context - len(p)))
+            for i, (p, key) in enumerate(zip(prompts, seed_keys, strict=True))
+            if len(p) < context
+        ]
+        texts = [""] * len(prompts)
+        completions = complete(self.collector.engine, requests, self.rollout.temperature, adapter, self.rollout.max_rows)
+        for request, completion in zip(requests, completions, strict=True):
+            if completion is not None:
+                texts[request.row] = chat.action_text(completion.token_ids)
         return texts
 
     def solution(self, task_id: str, summariser: Summariser) -> Skill | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from skillsd import parallel
 from skillsd.bounded import one_line
-from skillsd.engines.vllm_server import VllmServers
+from skillsd.engines.engine import Adapter
 from skillsd.errors import ConfigError
 from skillsd.hashing import seeded_order
 from skillsd.policy import Policy
@@ -142,14 +142,15 @@ class GroupStream:
             every = [t.task_id for t in d.train_tasks]
             skills = d.selection.choose([t.task_id for t in tasks], every, d.seed, epoch, epoch_start=index == 0)
         share = parallel.share(len(tasks))
-        play = partial(self._play, [tasks[i] for i in share], [text for _, text in skills[share.start : share.stop]], iteration)
-        engine = d.collector.engine
-        if d.rollout.staleness and isinstance(engine, VllmServers):
-            future = d.background.submit(engine.freeze(d.acting), play)
-            return _Launch(tasks, skills, share, future.result)
+        texts = [text for _, text in skills[share.start : share.stop]]
+        play = partial(self._play, [tasks[i] for i in share], texts, iteration, d.collector.engine.snapshot(d.acting))
+        if d.rollout.staleness:
+            return _Launch(tasks, skills, share, d.background.submit(play).result)
         return _Launch(tasks, skills, share, partial(play, d.collector))
 
-    def _play(self, tasks: Sequence[Task], skills: Sequence[str], iteration: int, collector: Collector) -> tuple[list[Trajectory], float]:
+    def _play(
+        self, tasks: Sequence[Task], skills: Sequence[str], iteration: int, adapter: Adapter, collector: Collector
+    ) -> tuple[list[Trajectory], float]:
         """The tasks' groups, one after another, and the seconds that it took."""
         d, started = self.data, time.perf_counter()
         first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
@@ -157,14 +158,13 @@ class GroupStream:
         report: Callable[[int], object] | None = None
         if d.progress is not None and collector is d.collector:  # not from the background
             report = partial(_report, d.progress, f"iteration {iteration + 1}", 0, 1.0, len(rows))
-        played = collector.collect(rows, seed=d.seed, iteration=iteration, adapter=d.acting, progress=report)
+        played = collector.collect(rows, seed=d.seed, iteration=iteration, adapter=adapter, progress=report)
         # A skill that leaves no room to act is left out: an episode that was not played would count as a reward of 0.
         if crowded := [i for i, t in enumerate(played) if rows[i].skill and not t.turns and t.finish_reason == "length"]:
             log.warning("iteration %d: %d prompts with a skill are too long; these episodes are played without.", iteration, len(crowded))
             plain = [replace(rows[i], skill="") for i in crowded]
-            for i, t in zip(crowded, collector.collect(plain, seed=d.seed, iteration=iteration, adapter=d.acting), strict=True):
+            for i, t in zip(crowded, collector.collect(plain, seed=d.seed, iteration=iteration, adapter=adapter), strict=True):
                 played[i] = t
-        collector.engine.release()
         return played, time.perf_counter() - started
 
     def _check_failed(self, played: Sequence[Trajectory], iteration: int) -> None:

@@ -8,12 +8,13 @@ import torch
 from tests.rollout.test_collector import KWARGS, SOKOBAN
 
 from skillsd.callbacks.memory import plan
-from skillsd.engines.cache import CacheFull, Room, SlotCache
+from skillsd.engines.cache import SlotCache
+from skillsd.engines.engine import CacheFull, Request, complete
 from skillsd.engines.in_process import InProcessEngine, InProcessSession, _Row
 from skillsd.engines.step import Stepper
 from skillsd.environment import make_env
 from skillsd.errors import ConfigError
-from skillsd.policy import Demand, Footprint
+from skillsd.policy import CacheBudget, Demand, Footprint
 from skillsd.rollout import Chat, Collector, RolloutSettings, Row
 
 MIB = 2**20
@@ -61,12 +62,12 @@ def test_the_cache_gets_what_is_left(make_policy):
     demand = Demand(1000, 64, policy.settings.head_chunk, True)
     update, episode = size.update(demand), 1000 * size.token_cache
     plenty = size.static + max(update, size.prefill(16384)) + 13 * episode
-    text, room = plan(learner, settings, plenty)
-    assert room.keep and room.rows == 8 and room.tokens == 1000 and "(8 x 1000 tokens)" in text
+    text, budget = plan(learner, settings, plenty)
+    assert budget.keep and budget.rows == 8 and budget.tokens == 1000 and "(8 x 1000 tokens)" in text
     assert text.startswith(f"memory plan, GiB of {plenty / 2**30:.2f}: weights ")
-    text, room = plan(learner, settings, size.static + update)
-    assert not room.keep and "given back before each update" in text
-    assert 1 <= room.rows <= 8 and room.bytes(size.token_cache) + size.prefill(room.prefill) <= update
+    text, budget = plan(learner, settings, size.static + update)
+    assert not budget.keep and "given back before each update" in text
+    assert 1 <= budget.rows <= 8 and budget.bytes(size.token_cache) + size.prefill(budget.prefill) <= update
 
 
 def test_servers_have_a_cache_of_their_own(make_policy):
@@ -101,18 +102,10 @@ def test_too_little_memory_names_what_would_fit(make_policy):
         plan(module(policy), settings, size.static)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
-def test_room(rows):
-    room = Room(rows, 1000, False, 64)
-    assert room.most_rows(1000) == rows and room.most_rows(10**6) == 1 and room.most_rows(500) >= 2 * rows - 1
-    assert room.slots >= rows + rows // 2 and room.most_tokens >= 1000
-    assert room.most_rows(room.most_tokens) == 1
-
-
-def test_a_stepper_stays_within_its_room(make_policy):
+def test_a_stepper_stays_within_its_budget(make_policy):
     policy = make_policy()
-    room = Room(2, 200, False, 64)
-    stepper = Stepper(policy, False, None, room)
+    budget = CacheBudget(2, 200, False, 64)
+    stepper = Stepper(policy, False, None, budget)
     stepper.plan(2, 30)
     first = stepper.cache.capacity
     assert 30 <= first < 200, "room to grow, while there is plenty"
@@ -121,28 +114,28 @@ def test_a_stepper_stays_within_its_room(make_policy):
     stepper.plan(1, 20)
     with pytest.raises(CacheFull, match="4 rows of 199 tokens do not fit"):
         stepper.plan(4, 199)
-    assert stepper.cache.bytes_for(3, 199) == room.bytes(stepper.cache.token_bytes)
+    assert stepper.cache.bytes_for(3, 199) == budget.bytes(stepper.cache.token_bytes)
 
 
 def test_static_shapes_need_whole_buckets(make_policy):
     """Without kernels rows are padded to a power of two: what is less than that is no static cache."""
     policy = make_policy()
-    stepper = Stepper(policy, True, None, Room(3, 200, True, 64))  # 4 slots
+    stepper = Stepper(policy, True, None, CacheBudget(3, 200, True, 64))  # 4 slots
     assert not stepper.plan(3, 30) and not stepper.static
     assert (stepper.cache.slots, stepper.cache.capacity) == (3, 64)
-    stepper = Stepper(policy, True, None, Room(6, 300, True, 64))  # 9 slots
+    stepper = Stepper(policy, True, None, CacheBudget(6, 300, True, 64))  # 9 slots
     assert stepper.plan(3, 30) and (stepper.cache.slots, stepper.cache.capacity) == (8, 256)
     assert not stepper.plan(9, 300), "16 slots of 512 tokens are more than there is"
 
 
-def test_no_more_prompts_are_shared_than_the_room_counts_on(make_policy, monkeypatch):
+def test_no_more_prompts_are_shared_than_the_budget_counts_on(make_policy, monkeypatch):
     """A row for each of two prompts that three others shared: they would take five slots with the two that begin now."""
     policy = make_policy()
     policy.stop_ids = ()
     engine = InProcessEngine(policy)
     session = engine.open(1.0)
     monkeypatch.setattr(session, "_forward", lambda rows, used=True: None)
-    session.stepper.room = Room(4, 200, True, 64)
+    session.stepper.budget = CacheBudget(4, 200, True, 64)
     prompts = {name: list(range(5, 10 + i)) for i, name in enumerate("abc")}
 
     def rows(*names):
@@ -157,29 +150,31 @@ def test_no_more_prompts_are_shared_than_the_room_counts_on(make_policy, monkeyp
     for row in (a[0], b[0]):
         heappush(session.free, row.slot)  # as with kernels
     late = rows("c", "c")
-    assert not any(row.prompt for row in late) and session.slots == 6 == session.stepper.room.slots
+    assert not any(row.prompt for row in late) and session.slots == 6 == session.stepper.budget.slots
 
 
 def test_what_another_session_left_is_no_reason_to_give_up(make_policy, caplog):
     policy = make_policy()
     policy.stop_ids = ()
     engine = InProcessEngine(policy)
-    engine.room = Room(2, 250, True, 64)
+    policy.cache_budget = CacheBudget(2, 250, True, 64)
     settings = RolloutSettings(max_rows=2, max_prompt_tokens=150, max_trajectory_tokens=100, max_turn_tokens=6)
     tasks = make_env(SOKOBAN, KWARGS).tasks("test")[:1]
     collector = Collector(SOKOBAN, KWARGS, Chat(policy.tokenizer, ()), engine, settings, policy.context_length)
     rows = [Row(tasks[0], member) for member in range(2)]
     want = collector.collect(rows, seed=0, iteration=0)
-    stepper, opened = Stepper(policy, False, None, engine.room), []
+    stepper, opened = Stepper(policy, False, None, policy.cache_budget), []
     stepper.plan(10, 60)  # many short rows
 
     def open_(temperature, adapter="student"):
         opened.append(True)
-        return InProcessSession(policy, stepper if len(opened) == 1 else Stepper(policy, False, None, engine.room), temperature, adapter)
+        return InProcessSession(
+            policy, stepper if len(opened) == 1 else Stepper(policy, False, None, policy.cache_budget), temperature, adapter
+        )
 
     engine.open = open_
     got = collector.collect(rows, seed=0, iteration=0)
-    assert [t.token_ids for t in got] == [t.token_ids for t in want] and len(opened) == 2 and collector.most_rows == 2
+    assert [t.token_ids for t in got] == [t.token_ids for t in want] and len(opened) == 2 and collector.max_rows == 2
 
 
 def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog, monkeypatch):
@@ -193,9 +188,9 @@ def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog, m
         return Collector(SOKOBAN, KWARGS, chat, InProcessEngine(policy), settings, policy.context_length)
 
     want, tight = collector().collect(rows, seed=0, iteration=0), collector()
-    tight.engine.room = Room(2, 250, True, 64)
+    tight.engine.policy.cache_budget = CacheBudget(2, 250, True, 64)
     got = tight.collect(rows, seed=0, iteration=0)
-    assert tight.most_rows == 2 and "begins again with 2 episodes at one time" in caplog.text
+    assert tight.max_rows == 2 and "begins again with 2 episodes at one time" in caplog.text
     assert [t.token_ids for t in got] == [t.token_ids for t in want]
     caplog.clear()
     tight.collect(rows, seed=0, iteration=1)
@@ -209,16 +204,29 @@ def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog, m
 
     monkeypatch.setattr(InProcessSession, "step", scarce)
     got = tight.collect(rows, seed=0, iteration=0)
-    assert tight.most_rows == 1 and "out of memory in the rollout. It begins again with 1" in caplog.text
+    assert tight.max_rows == 1 and "out of memory in the rollout. It begins again with 1" in caplog.text
     assert [t.token_ids for t in got] == [t.token_ids for t in want]
     monkeypatch.setattr(InProcessSession, "step", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
         tight.collect(rows, seed=0, iteration=0)
     monkeypatch.undo()
-    tight.engine.room = Room(1, 10, True, 64)  # less than a plan would allow
-    tight.engine.release(everything=True)
+    tight.engine.policy.cache_budget = CacheBudget(1, 10, True, 64)  # less than a plan would allow
     with pytest.raises(CacheFull):
         tight.collect(rows, seed=0, iteration=0)
+
+
+def test_many_turns_are_played_with_as_many_rows_as_fit(make_policy, monkeypatch):
+    """The budget takes three rows of 64 tokens, one of 192, and none of 300; sessions end as they should in between."""
+    policy, opened = make_policy(), []
+    policy.stop_ids = ()
+    requests = [Request(i, [5 + i] * n, i, 0, 4) for i, n in enumerate((10, 10, 150, 10, 10, 300, 10))]
+    engine, close = InProcessEngine(policy), InProcessSession.close
+    want = complete(engine, requests, 1.0, "student", 8)
+    policy.cache_budget = CacheBudget(2, 64, True, 64)
+    monkeypatch.setattr(InProcessSession, "close", lambda self, failed=False: (opened.append(failed), close(self, failed)))
+    got = complete(engine, requests, 1.0, "student", 8)
+    assert got[5] is None and [c and c.token_ids for c in got] == [c.token_ids if i != 5 else None for i, c in enumerate(want)]
+    assert True in opened and opened[-1] is False
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

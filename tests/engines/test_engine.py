@@ -321,7 +321,7 @@ def test_a_cache_too_large_to_keep(make_policy, static, graphs, monkeypatch):
     policy = make_policy()
     engine = static(policy)
     session = engine.open(1.0)
-    session.stepper.limit = 8 * 300 * session.stepper.cache.token_bytes
+    session.stepper.static_max_bytes = 8 * 300 * session.stepper.cache.token_bytes
     del session
     gc.collect()
     assert_played_alike(play(policy, engine=engine, longest_prompt=300), play(policy, longest_prompt=300))

@@ -108,12 +108,12 @@ def test_an_update_is_pushed(policy, two, engine):
     assert not any(s.adapters for s in two) and not folder.exists()
 
 
-def test_a_frozen_engine(policy, engine):
-    """Sessions of another thread take the adapter as it was."""
-    frozen, before = engine.freeze("student"), play(policy, engine=engine)
+def test_an_adapter_as_it_was(policy, engine):
+    """In sessions of another thread, while it is learned on."""
+    snapshot, before = engine.snapshot("student"), play(policy, engine=engine)
     randomise(policy, 3)
     after = []
-    thread = threading.Thread(target=lambda: after.extend(play(policy, engine=frozen)))
+    thread = threading.Thread(target=lambda: after.extend(play(policy, snapshot, engine=engine)))
     thread.start()
     now = play(policy, engine=engine)
     thread.join()
@@ -207,18 +207,18 @@ def test_ranks_share_servers_and_a_folder(policy, two, tmp_path):
 def test_a_rank_that_is_slow(policy, two, tmp_path):
     """Two updates ahead, a rank keeps what the slowest may still play with, and no more."""
     fast, slow = (VllmServers(policy, [s.url for s in two], folder=str(tmp_path), staleness=2) for _ in range(2))
-    before, held = play(policy, engine=fast, rows=3), slow.freeze("student")
+    before, snapshot = play(policy, engine=fast, rows=3), slow.snapshot("student")
     for seed in (1, 2):
         randomise(policy, seed)
         fast.open(1.0)
-    alike(play(policy, engine=held, rows=3), before)
+    alike(play(policy, snapshot, engine=slow, rows=3), before)
     assert not any(s.unloads for s in two)
     for s in two:
         s.adapters.clear()  # one that was started anew needs the folder
-    alike(play(policy, engine=held, rows=3), before)
+    alike(play(policy, snapshot, engine=slow, rows=3), before)
     randomise(policy, 3)
     fast.open(1.0)
-    assert not held.version.folder.exists() and len(list(tmp_path.iterdir())) == 3
+    assert not snapshot.folder.exists() and len(list(tmp_path.iterdir())) == 3
     fast.close(), slow.close()
 
 
@@ -227,13 +227,13 @@ def test_runs_share_servers_and_a_folder(make_policy, two, tmp_path):
     policy, other = make_policy(), make_policy(lora={"alpha": 64})
     settings = RolloutSettings(engine="servers", servers=[s.url for s in two], servers_folder=str(tmp_path))
     a, b, c = (make_engine(p, settings, run) for p, run in ((policy, "a"), (policy, "b"), (other, "b")))
-    held, before = b.freeze("student"), play(policy, engine=b, rows=3)
-    assert len({e.version("student").name for e in (a, b, c)}) == 3
+    snapshot, before = b.snapshot("student"), play(policy, engine=b, rows=3)
+    assert len({e.snapshot("student").name for e in (a, b, c)}) == 3
     alike(play(policy, engine=a, rows=3), before)
     a.close(), c.close()
     for s in two:
         s.adapters.clear()
-    alike(play(policy, engine=held, rows=3), before)
+    alike(play(policy, snapshot, engine=b, rows=3), before)
     b.close()
     assert not list(tmp_path.iterdir())
 
@@ -362,15 +362,13 @@ def test_the_key(policy, monkeypatch):
 
 
 def test_what_an_error_leaves(policy, two, engine):
-    """A session that is dropped in the middle of a turn: nothing of it goes on, and `close` waits for nobody."""
+    """A session that ends in the middle of a turn: nothing of it goes on, and `close` waits for nobody."""
     hold = threading.Event()
     for s in two:
         s.before = lambda body: hold.wait(5)
-    session = engine.open(1.0)
-    session.submit([Request(i, [5, 6, 7], i, 0, 5) for i in range(4)])
-    session.step()
-    del session
-    gc.collect()
+    with engine.open(1.0) as session:
+        session.submit([Request(i, [5, 6, 7], i, 0, 5) for i in range(4)])
+        session.step()
     for s in two:
         s.before = lambda body: None
     alike(play(policy, engine=engine, rows=3), play(policy, engine=InProcessEngine(policy), rows=3))

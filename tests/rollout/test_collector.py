@@ -54,13 +54,7 @@ class Scripted(Session):
     def open(self, temperature: float, adapter: str | None = "student") -> "Scripted":
         return self
 
-    def most_rows(self, tokens: int) -> int:
-        return 1000
-
-    def most_tokens(self) -> int:
-        return 10000
-
-    def release(self, everything: bool = False) -> None:
+    def close(self, failed: bool = False) -> None:
         pass
 
     @property

@@ -9,12 +9,10 @@ import lightning as L
 import torch
 
 from skillsd import parallel
-from skillsd.engines.cache import Room
-from skillsd.engines.engine import Engine
 from skillsd.engines.in_process import CUDA_PREFILL
 from skillsd.errors import ConfigError
 from skillsd.module import SkillSD
-from skillsd.policy import Demand, Footprint
+from skillsd.policy import CacheBudget, Demand, Footprint
 from skillsd.rollout import RolloutSettings
 
 TIGHT = 2048
@@ -35,8 +33,7 @@ class MemoryPlan(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(pl_module, SkillSD) and pl_module.policy.device.type == "cuda":
-            engine: Engine = data.collector.engine
-            text, engine.room = plan(pl_module, data.rollout, available(pl_module.policy.device))
+            text, pl_module.policy.cache_budget = plan(pl_module, data.rollout, available(pl_module.policy.device))
             parallel.print_rank_zero(text)
 
 
@@ -48,7 +45,7 @@ def available(device: torch.device) -> int:
     return min(free + mine, int(total * torch.cuda.get_per_process_memory_fraction(device)))
 
 
-def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, Room]:
+def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, CacheBudget]:
     """The plan as text, and what is left for the rollout, for `budget` bytes. See `MemoryPlan`."""
     policy = module.policy
     elsewhere = rollout.engine == "servers"
@@ -62,7 +59,7 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
     update, episode = size.update(d), longest * size.token_cache
 
     def cache(rows: int) -> int:
-        return Room(rows, longest, False, 1).bytes(size.token_cache)
+        return CacheBudget(rows, longest, False, 1).bytes(size.token_cache)
 
     prompt = min(policy.context_length, rollout.max_prompt_tokens)  # one is read at once
     plenty = max(update, size.prefill(max(CUDA_PREFILL, prompt))) + cache(rollout.max_rows) <= left
@@ -87,7 +84,7 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, R
     if not elsewhere:
         parts["cache"] = f"{_gib(cache(fitting))} ({fitting} x {longest} tokens{'' if keep else ', given back before each update'})"
     text = ", ".join(f"{k} {v}" for k, v in parts.items())
-    return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", Room(fitting, longest, keep, prefill)
+    return f"memory plan, GiB of {_gib(budget)}: {text}; peak {_gib(peak)}", CacheBudget(fitting, longest, keep, prefill)
 
 
 def _too_much(size: Footprint, d: Demand, budget: int, needed: int, fits: Callable[[Demand], bool]) -> str:

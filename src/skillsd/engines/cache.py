@@ -7,7 +7,6 @@ sliding layers. That is exact for every architecture, and stale entries beyond p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,50 +15,6 @@ from transformers import Cache, PreTrainedModel
 
 from skillsd.errors import ConfigError
 from skillsd.policy import cache_bytes
-
-
-class CacheFull(RuntimeError):
-    """More rows are in progress than there is memory for."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a rollout may take of the memory.
-
-    Args:
-        rows: Rows that are sure to find room at one time, each with `tokens` tokens.
-        tokens: See `rows`.
-        keep: Whether the cache, with the graphs that are recorded on it, stays between rollouts.
-        prefill: Most tokens of one forward over prompts.
-    """
-
-    rows: int
-    tokens: int
-    keep: bool
-    prefill: int
-
-    @property
-    def slots(self) -> int:
-        """A row's, and one for each prompt that rows may share."""
-        return self.rows * 3 // 2
-
-    def bytes(self, token_bytes: int) -> int:
-        """Of the cache, rounded up as `SlotCache` does."""
-        return self.slots * _rounded(self.tokens) * token_bytes
-
-    def most_rows(self, tokens: int) -> int:
-        """As many as that is of another length; at least 1."""
-        return max(1, (self.slots * _rounded(self.tokens) // _rounded(tokens) * 2 + 1) // 3)
-
-    @property
-    def most_tokens(self) -> int:
-        """Of a row that is alone."""
-        return self.slots * _rounded(self.tokens) // 64 * 64
-
-
-def _rounded(tokens: int) -> int:
-    """A slot, and its spare index."""
-    return -(-tokens // 64) * 64 + 1
 
 
 class SlotCache(Cache):
@@ -136,7 +91,7 @@ class SlotCache(Cache):
             return visible
         return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill_(~visible, torch.finfo(self.dtype).min)
 
-    def _room(self, slots: int, length: int, spare: bool = True) -> tuple[int, int]:
+    def _shape(self, slots: int, length: int, spare: bool = True) -> tuple[int, int]:
         capacity = self.capacity
         if length > capacity:  # to the double at least: what is recorded on it seldom becomes void
             capacity = -(-max(length, 2 * capacity if spare else 0) // 64) * 64
@@ -144,14 +99,14 @@ class SlotCache(Cache):
 
     def bytes_for(self, slots: int, length: int, spare: bool = True) -> int:
         """What the cache would take after `reserve`."""
-        count, capacity = self._room(slots, length, spare)
+        count, capacity = self._shape(slots, length, spare)
         return count * (capacity + 1) * self.token_bytes
 
     def reserve(self, slots: int, length: int, spare: bool = True) -> None:
         """Room for `slots` rows of `length` tokens; what is there stays. With `spare` for some more."""
         if length <= self.capacity and slots <= self.slots:
             return
-        count, capacity = self._room(slots, length, spare)
+        count, capacity = self._shape(slots, length, spare)
         for store in (self.keys, self.values):
             for i, old in enumerate(store):
                 new = old.new_zeros(count, old.shape[1], capacity + 1, old.shape[3])

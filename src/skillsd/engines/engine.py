@@ -1,14 +1,29 @@
-"""Engines: token prompts in, sampled tokens and their log-probs out. They know no environment and no reward."""
+"""What an engine is: token prompts in, sampled tokens and their log-probs out. It knows no environment and no reward."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self, TypeAlias
 
-from skillsd.engines.cache import Room
+import torch
 
-STRIDE = 8  # steps before somebody else may speak, if no row's turn is over sooner
+
+class CacheFull(RuntimeError):
+    """More rows are in progress than there is memory for.
+
+    Args:
+        message: One line for the log.
+        rows: How many are sure to fit, of the length that the memory plan counts on.
+    """
+
+    def __init__(self, message: str, rows: int) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class Request(NamedTuple):
@@ -37,8 +52,20 @@ class Completion(NamedTuple):
     stopped: bool
 
 
+@dataclass(eq=False)
+class Version:
+    """An adapter as it was once, in files. Its name is of the run and the content: the same on every rank, and after a resume."""
+
+    name: str
+    folder: Path
+
+
+Adapter: TypeAlias = "str | Version | None"
+"""Who acts: an adapter of the policy by its name, one as it was when `Engine.snapshot` was called, or None for the untouched base."""
+
+
 class Session(ABC):
-    """Trajectories in progress.
+    """Trajectories in progress. A context manager: at its end the memory that others need is given back.
 
     Attributes:
         continuous: Whether a row may join while others are in the middle of a turn. If not, the rows of a turn are given together.
@@ -48,7 +75,7 @@ class Session(ABC):
 
     @abstractmethod
     def submit(self, requests: Sequence[Request]) -> None:
-        """Begin a turn for each."""
+        """Begin a turn for each. Raises CacheFull, as `step` does."""
 
     @abstractmethod
     def step(self) -> list[tuple[int, Completion]]:
@@ -63,6 +90,10 @@ class Session(ABC):
     def busy(self) -> bool:
         """Whether a turn is going on."""
 
+    @abstractmethod
+    def close(self, failed: bool = False) -> None:
+        """It is not used again. After a failure the next session begins with nothing of this one's."""
+
     def turn(self, requests: Sequence[Request]) -> list[Completion]:
         """One turn for each request, all of it, in their order."""
         self.submit(requests)
@@ -71,27 +102,46 @@ class Session(ABC):
             done.update(self.step())
         return [done[r.row] for r in requests]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(failed=kind is not None)
+
 
 class Engine(Protocol):
-    """Opens sessions. `temperature` 0 is greedy.
+    """Opens sessions."""
 
-    Attributes:
-        room: What the rollout may take of the memory (`callbacks.memory`); None sets no limit.
-    """
+    def open(self, temperature: float, adapter: Adapter = "student") -> Session:
+        """A session that samples from one adapter, or from the untouched base. `temperature` 0 is greedy."""
 
-    room: Room | None
-
-    def open(self, temperature: float, adapter: str | None = "student") -> Session:
-        """A session that samples from one adapter of the policy, or from the untouched base (None)."""
-
-    def most_rows(self, tokens: int) -> int:
-        """How many rows of so many tokens are sure to find room at one time. With more a session may raise `CacheFull`."""
-
-    def most_tokens(self) -> int:
-        """The longest row that is sure to find room alone."""
-
-    def release(self, everything: bool = False) -> None:
-        """The rollout is over: give back memory that others need, or all, after an error too."""
+    def snapshot(self, adapter: str) -> Adapter:
+        """An adapter as it is now, for sessions that are opened later. An engine that decodes with the weights in training knows only
+        their present state, and returns the name: its rollouts end before the next update (`rollout.staleness` is 0)."""
 
     def close(self) -> None:
         """It is not used again."""
+
+
+def complete(engine: Engine, requests: Sequence[Request], temperature: float, adapter: Adapter, max_rows: int) -> list[Completion | None]:
+    """One turn for each of many requests, in their order: `max_rows` at one time, and fewer where those do not fit into the memory.
+
+    Returns:
+        A completion for each; None for a row that does not fit even alone.
+    """
+    found: dict[int, Completion] = {}
+    parts = deque(requests[i : i + max_rows] for i in range(0, len(requests), max_rows))
+    alone: set[int] = set()  # rows that have had their try
+    while parts:
+        part, full = parts.popleft(), False
+        try:
+            with engine.open(temperature, adapter) as session:
+                found |= {r.row: completion for r, completion in zip(part, session.turn(part), strict=True)}
+        except (CacheFull, torch.OutOfMemoryError):
+            full = True  # go on outside: the exception holds on to the session
+        if full and len(part) > 1:
+            parts.extendleft([part[len(part) // 2 :], part[: len(part) // 2]])
+        elif full and part[0].row not in alone:  # an earlier session may have left the cache in another shape
+            alone.add(part[0].row)
+            parts.appendleft(part)
+    return [found.get(r.row) for r in requests]

@@ -15,11 +15,11 @@ from heapq import heappop, heappush
 import torch
 from torch import Tensor
 
-from skillsd.engines.cache import Room
-from skillsd.engines.engine import STRIDE, Completion, Request, Session
-from skillsd.engines.step import HEAD, MOST_FED, WIDTHS, Stepper, bucket
+from skillsd.engines.engine import Adapter, Completion, Request, Session, Version
+from skillsd.engines.step import HEAD, MAX_FED_TOKENS, WIDTHS, Stepper, bucket
 from skillsd.policy import Policy, fuse
 
+STRIDE = 8  # steps before somebody else may speak, if no row's turn is over sooner
 PREFILL, CUDA_PREFILL = 4096, 16384  # most tokens, padding included, of one forward over several rows: they stay in a CPU's cache
 ADMIT = 0.125  # rows wait until they are this share of all that decode: one forward for several
 AHEAD = 1  # steps asked for before the tokens of the last one are known
@@ -40,18 +40,22 @@ class InProcessEngine:
         self.policy = policy
         self.fused = fuse(policy) if kernels else None
         self.static = cuda_graphs and policy.device.type == "cuda" and not policy.sharded
-        self.room: Room | None = None
-        self._kept: tuple[Stepper, weakref.ref[InProcessSession]] | None = None
+        self._kept: tuple[Stepper, weakref.ref[InProcessSession] | None] | None = None
+        self._failed = False
 
-    def open(self, temperature: float, adapter: str | None = "student") -> Session:
+    def open(self, temperature: float, adapter: Adapter = "student") -> Session:
         """The stepper with its graphs goes from one session to the next; one that opens while another lives has its own, without."""
+        assert not isinstance(adapter, Version), "this engine makes none"
+        if self._failed:  # what the error's traceback held is free by now
+            self._failed = False
+            _free()
         stepper, user = self._kept or (None, None)
         busy = user is not None and user() is not None
         if stepper is not None and not stepper.static:
             self.static = False
         if stepper is None or busy or not self.static:
-            stepper = Stepper(self.policy, self.static and not busy, self.fused, self.room)
-        session = InProcessSession(self.policy, stepper, temperature, adapter, self.room.prefill if self.room else None)
+            stepper = Stepper(self.policy, self.static and not busy, self.fused, self.policy.cache_budget)
+        session = InProcessSession(self.policy, stepper, temperature, adapter, self._closed)
         if stepper.static:
             stepper.check()
             self._kept = stepper, weakref.ref(session)
@@ -59,20 +63,25 @@ class InProcessEngine:
             self._kept = None
         return session
 
-    def most_rows(self, tokens: int) -> int:
-        return self.room.most_rows(tokens) if self.room else sys.maxsize
+    def _closed(self, session: InProcessSession, failed: bool) -> None:
+        budget = self.policy.cache_budget
+        if failed or (budget is not None and not budget.keep):
+            self._kept, self._failed = None, failed
+            if not failed:
+                _free()
+        elif self._kept is not None and self._kept[1] is not None and self._kept[1]() is session:
+            self._kept = self._kept[0], None
 
-    def most_tokens(self) -> int:
-        return self.room.most_tokens if self.room else sys.maxsize
-
-    def release(self, everything: bool = False) -> None:
-        if everything or (self.room is not None and not self.room.keep):
-            self._kept = None
-            gc.collect()
-            torch.cuda.empty_cache()
+    def snapshot(self, adapter: str) -> Adapter:
+        return adapter
 
     def close(self) -> None:
         self._kept = None
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @dataclass(eq=False)
@@ -124,9 +133,14 @@ class InProcessSession(Session):
     for nothing, and the GPU never waits.
     """
 
-    def __init__(self, policy: Policy, stepper: Stepper, temperature: float, adapter: str | None, prefill: int | None = None) -> None:
+    def __init__(
+        self, policy: Policy, stepper: Stepper, temperature: float, adapter: str | None,
+        closed: Callable[[InProcessSession, bool], None] = lambda session, failed: None,
+    ) -> None:  # fmt: skip
         self.policy, self.stepper, self.temperature, self.adapter = policy, stepper, temperature, adapter
-        self.prefill = prefill or (CUDA_PREFILL if policy.device.type == "cuda" else PREFILL)
+        self.closed = closed
+        budget = stepper.budget
+        self.prefill = budget.prefill if budget else CUDA_PREFILL if policy.device.type == "cuda" else PREFILL
         self.continuous = stepper.fused is not None
         self.stop_ids = frozenset(policy.stop_ids)
         self.device = policy.device
@@ -175,6 +189,10 @@ class InProcessSession(Session):
             if self.continuous:
                 heappush(self.free, row.slot)
 
+    def close(self, failed: bool = False) -> None:
+        del self.stepper  # and with it the cache, whoever holds on to the session
+        self.closed(self, failed)
+
     def step(self) -> list[tuple[int, Completion]]:
         done: list[tuple[int, Completion]] = []
         with self.policy.acting(self.adapter):
@@ -221,11 +239,11 @@ class InProcessSession(Session):
             if not row.seen and len(row.feed) > 1:
                 alike.setdefault(tuple(row.feed), []).append(row)
         made = []
-        most = len(self.rows) // 2 if self.stepper.room else sys.maxsize  # what `Room.slots` counts on
+        max_prompts = len(self.rows) // 2 if self.stepper.budget else sys.maxsize  # what `CacheBudget.slots` counts on
         for ids, several in alike.items():
             prompt = self.prompts.get(ids)
             if prompt is None:
-                if len(several) < 2 or len(self.prompts) >= most:
+                if len(several) < 2 or len(self.prompts) >= max_prompts:
                     continue
                 prompt = self.prompts[ids] = _Prompt(self._slot(), len(ids) - 1)
                 made.append(_Row(-1, prompt.slot, feed=list(ids[:-1])))
@@ -242,7 +260,7 @@ class InProcessSession(Session):
         width, parts = max(sizes), spans(sizes, self.prefill)
         if self.stepper.static and width <= WIDTHS[-1]:
             fixed = next(w for w in WIDTHS if w >= width)
-            if fixed * bucket(len(rows), 8) <= min(self.prefill, MOST_FED):
+            if fixed * bucket(len(rows), 8) <= min(self.prefill, MAX_FED_TOKENS):
                 width, parts = fixed, [(0, len(rows))]
         longest = max(row.seen + n - row.shared for row, n in zip(rows, sizes, strict=True))
         result = self.stepper.feed(_packed([row.packed() for row in rows], width), parts, longest, self.temperature, self.adapter)

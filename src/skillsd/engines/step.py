@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skillsd.engines.cache import CacheFull, Room, SlotCache
+from skillsd.engines.cache import SlotCache
+from skillsd.engines.engine import CacheFull
 from skillsd.engines.noise import sample, uniforms
-from skillsd.policy import Fused, Policy
+from skillsd.policy import CacheBudget, Fused, Policy
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +27,14 @@ HEAD = 7
 see `policy.kernels.reference.keys_of`), noise key, noise position."""
 START, COUNT, SLOT, KEY, POSITION = 0, 1, 2, 5, 6
 WIDTHS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # new ids of a row; a longer prompt takes the dynamic path
-MOST_FED = 4096  # tokens of a recorded forward, padding included: more keep a GPU busy for longer than launching them takes
-MOST_GRAPHS = 128
+MAX_FED_TOKENS = 4096  # tokens of a recorded forward, padding included: more keep a GPU busy for longer than launching them takes
+MAX_GRAPHS = 128
 SHARE = 4  # the kept cache may take this part of the device's memory, as 1 / SHARE
 
 
-def bucket(n: int, least: int) -> int:
-    """The smallest power of two >= n and >= least."""
-    return max(least, 1 << max(0, n - 1).bit_length())
+def bucket(n: int, minimum: int) -> int:
+    """The smallest power of two >= n and >= minimum."""
+    return max(minimum, 1 << max(0, n - 1).bit_length())
 
 
 class Stepper:
@@ -48,17 +49,17 @@ class Stepper:
         static: Static shapes; without CUDA they are run as they are, without a graph.
         fused: Kernels that stand in for the model's modules. Their attention finds a row in any slot and reads it up to its own length;
             without them the rows of a step lie in consecutive slots.
-        room: What the cache may take. None is no limit; static shapes then end where a kept cache would take more than a share of the
+        budget: What the cache may take. None is no limit; static shapes then end where a kept cache would take more than a share of the
             device's memory.
     """
 
-    def __init__(self, policy: Policy, static: bool, fused: Fused | None = None, room: Room | None = None) -> None:
+    def __init__(self, policy: Policy, static: bool, fused: Fused | None = None, budget: CacheBudget | None = None) -> None:
         self.policy, self.static, self.fused = policy, static, fused
         self.cache = SlotCache(policy.base, fused.write if fused else None)
-        self.room = room
-        self.most = room.bytes(self.cache.token_bytes) if room else 1 << 60
+        self.budget = budget
+        self.max_bytes = budget.bytes(self.cache.token_bytes) if budget else 1 << 60
         total = torch.cuda.get_device_properties(policy.device).total_memory if policy.device.type == "cuda" else 1 << 60
-        self.limit = self.most if room else total // SHARE
+        self.static_max_bytes = self.max_bytes if budget else total // SHARE
         self.state = torch.zeros(1, HEAD + 1, dtype=torch.int64, device=policy.device)  # of each slot; the last row is padding's
         self.graphs: dict[tuple[Any, ...], tuple[Callable[[], None], Tensor, Tensor]] = {}
         self.met: set[tuple[Any, ...]] = set()
@@ -73,9 +74,11 @@ class Stepper:
         Raises:
             CacheFull: there is less memory than that.
         """
-        if not self._reserve(slots, longest, self.limit if self.static else self.most):
-            if not self.static or (self.fused and self.limit == self.most):
-                raise CacheFull(f"{slots} rows of {longest} tokens do not fit into the {self.most / 2**30:.2f} GiB of the rollout's cache.")
+        if not self._reserve(slots, longest, self.static_max_bytes if self.static else self.max_bytes):
+            if not self.static or (self.fused and self.static_max_bytes == self.max_bytes):
+                assert self.budget is not None  # what else has a limit goes on without static shapes
+                text = f"{slots} rows of {longest} tokens do not fit into the {self.max_bytes / 2**30:.2f} GiB of the rollout's cache."
+                raise CacheFull(text, self.budget.rows)
             log.info("the rollout's cache is too large for CUDA graphs: decoding goes on without them.")
             self.disable()
             return self.plan(slots, longest)
@@ -85,27 +88,27 @@ class Stepper:
         # Autocast keeps cast copies of weights, which a graph would go on reading after an optimizer step.
         return self.static and not torch.is_autocast_enabled(self.policy.device.type)
 
-    def _reserve(self, slots: int, longest: int, most: int) -> bool:
+    def _reserve(self, slots: int, longest: int, max_bytes: int) -> bool:
         """With room to grow while there is plenty, else all that the rollout will need, else what is needed now."""
-        wanted = self._room(slots, longest)
-        options = [(*wanted, True, 2 if self.room else 1)]
+        wanted = self._shape(slots, longest)
+        options = [(*wanted, True, 2 if self.budget else 1)]
         if self.fused or not self.static:
-            if self.room and slots <= self.room.slots and longest <= self.room.tokens:
-                options.append((self.room.slots, self.room.tokens, False, 1))
+            if self.budget and slots <= self.budget.slots and longest <= self.budget.tokens:
+                options.append((self.budget.slots, self.budget.tokens, False, 1))
             options.append((slots, longest, False, 1))
         else:  # static shapes are padded to what is wanted
             options.append((*wanted, False, 1))
         for count, length, spare, share in options:
-            if self.cache.bytes_for(count, length, spare) <= most // share:
+            if self.cache.bytes_for(count, length, spare) <= max_bytes // share:
                 self.cache.reserve(count, length, spare)
                 return True
         return False
 
-    def _room(self, slots: int, longest: int) -> tuple[int, int]:
+    def _shape(self, slots: int, longest: int) -> tuple[int, int]:
         """Slots and tokens of a cache that this shape does not outgrow at once."""
         if self.fused:
             rounded = -(-slots // 8) * 8
-            return min(rounded, max(slots, self.room.slots)) if self.room else rounded, longest
+            return min(rounded, max(slots, self.budget.slots)) if self.budget else rounded, longest
         return (bucket(slots, 8), bucket(longest, 256)) if self.static else (slots, longest)
 
     def disable(self) -> None:
@@ -184,7 +187,7 @@ class Stepper:
             packed = self.state[static] if kind == "decode" else static
             return self.draw(packed, self.forward(packed, 0, length), temperature)
 
-        if key in self.met and len(self.graphs) < MOST_GRAPHS and can_record(static):
+        if key in self.met and len(self.graphs) < MAX_GRAPHS and can_record(static):
             before = self.state.clone()
             try:
                 replay, out = self._record(step)

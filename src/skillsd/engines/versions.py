@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,9 @@ from weakref import WeakSet
 
 import torch
 
+from skillsd.engines.engine import Version
 from skillsd.files.durable import new_folder
 from skillsd.policy import Policy
-
-
-@dataclass(eq=False)
-class Version:
-    """An adapter as it was once. Its name is of the run and the content: the same on every rank, and after a resume."""
-
-    name: str
-    folder: Path
 
 
 class Versions:

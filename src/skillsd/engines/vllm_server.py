@@ -21,11 +21,10 @@ from typing import Any
 from weakref import WeakSet
 
 from skillsd import parallel
-from skillsd.engines.cache import Room
-from skillsd.engines.engine import Completion, Request, Session
+from skillsd.engines.engine import Adapter, Completion, Request, Session, Version
 from skillsd.engines.http import HttpCall, ServerError, root
 from skillsd.engines.settings import server_key
-from skillsd.engines.versions import Version, Versions
+from skillsd.engines.versions import Versions
 from skillsd.engines.vllm_api import VllmApi
 from skillsd.errors import ConfigError
 from skillsd.policy import Policy
@@ -92,7 +91,6 @@ class VllmServers:
         self.key = server_key(key_env)
         self.policy, self.seconds = policy, seconds
         self.api = VllmApi(int(policy.base.config.get_text_config().vocab_size), policy.stop_ids)
-        self.room: Room | None = None
         first = parallel.rank() % len(urls)  # or all ranks' first rows would go to one server
         self.servers = [_Server(root(url)) for url in [*urls[first:], *urls[:first]]]
         self.threads, self.control_threads = Threads(rows), Threads(len(urls))
@@ -109,31 +107,21 @@ class VllmServers:
 
     # -- what an engine does ---------------------------------------------------------------------------------------------------
 
-    def open(self, temperature: float, adapter: str | None = "student") -> ServersSession:
-        return self.open_at(temperature, self.version(adapter) if adapter is not None else None)
-
-    def open_at(self, temperature: float, version: Version | None) -> ServersSession:
-        """A session that samples from an adapter as it was, in any thread."""
+    def open(self, temperature: float, adapter: Adapter = "student") -> ServersSession:
+        """In any thread, for an adapter as it was."""
         with self.lock:
+            version = self.snapshot(adapter) if isinstance(adapter, str) else adapter
             self.join(version)
             session = ServersSession(self, temperature, version)
             self._sessions.add(session)
             return session
 
-    def freeze(self, adapter: str) -> Frozen:
-        """The engine with an adapter as it is now, whatever is learned meanwhile."""
-        return Frozen(self, self.version(adapter))
-
-    def most_rows(self, tokens: int) -> int:
-        return 1 << 30  # vLLM makes rows wait
-
-    def most_tokens(self) -> int:
-        return self.policy.context_length
-
-    def release(self, everything: bool = False) -> None:
-        """The servers keep their memory. `everything`: what is unfinished is dropped; a session that goes on asks again."""
-        if everything:
-            self._hang_up(lambda asked: True)
+    def snapshot(self, adapter: str) -> Version:
+        """An adapter as it is now, on the disk. Those before it that no rank uses any more are unloaded."""
+        with self.lock:
+            version, over = self.versions.now(adapter)
+            self._unload(over)
+            return version
 
     def close(self) -> None:
         with self.lock:
@@ -148,13 +136,6 @@ class VllmServers:
         self.versions.cleanup()
 
     # -- adapters --------------------------------------------------------------------------------------------------------------
-
-    def version(self, adapter: str) -> Version:
-        """An adapter as it is now. Those before it that no rank uses any more are unloaded."""
-        with self.lock:
-            version, over = self.versions.now(adapter)
-            self._unload(over)
-            return version
 
     def _unload(self, names: Sequence[str]) -> None:
         def unload(server: _Server, call: HttpCall) -> None:
@@ -171,7 +152,7 @@ class VllmServers:
     # -- servers ---------------------------------------------------------------------------------------------------------------
 
     def join(self, version: Version | None) -> None:
-        """Servers that are back join; all get the adapter. Turns of sessions that are gone are dropped.
+        """Servers that are back join; all get the adapter.
 
         Who is away is asked after AGAIN_S, or if none is left.
 
@@ -179,8 +160,6 @@ class VllmServers:
             ConfigError: there is none.
         """
         with self.lock:
-            users = {id(asked) for session in self._sessions for asked in list(session.going.values())}
-            self._hang_up(lambda asked: id(asked) not in users)
             since = time.monotonic() - (AGAIN_S if any(s.live for s in self.servers) else 0.0)
             away = [s for s in self.servers if not s.live and s.failed <= since]
             self._each([s for s in away if not s.why], self._greet, GREET_S)
@@ -190,6 +169,11 @@ class VllmServers:
                 lacking = [s for s in self.servers if s.live and name not in s.loaded]
                 self._each(lacking, lambda server, call: self._load(server, call, name, folder), LOAD_S)
             self._check_left()
+
+    def left(self, session: ServersSession) -> None:
+        """A session is over."""
+        with self.lock:
+            self._sessions.discard(session)
 
     def _check_left(self) -> None:
         if not any(s.live for s in self.servers):
@@ -280,30 +264,6 @@ class VllmServers:
         return asked
 
 
-class Frozen:
-    """An `Engine` whose sessions, in any thread, take an adapter as it was when this was made."""
-
-    room: Room | None = None
-
-    def __init__(self, engine: VllmServers, version: Version) -> None:
-        self.engine, self.version = engine, version
-
-    def open(self, temperature: float, adapter: str | None = "student") -> ServersSession:
-        return self.engine.open_at(temperature, self.version)
-
-    def most_rows(self, tokens: int) -> int:
-        return self.engine.most_rows(tokens)
-
-    def most_tokens(self) -> int:
-        return self.engine.most_tokens()
-
-    def release(self, everything: bool = False) -> None:
-        """Nothing: others may be using the servers."""
-
-    def close(self) -> None:
-        """Nothing: the engine is closed by who has made it."""
-
-
 class ServersSession(Session):
     """Rows by name; each turn is a request of its own, with all that the row has seen and sampled as its prompt."""
 
@@ -368,6 +328,10 @@ class ServersSession(Session):
             self.ids.pop(row, None)
             if (asked := self.going.pop(row, None)) is not None:
                 asked.call.hang_up()
+
+    def close(self, failed: bool = False) -> None:
+        self.forget(list(self.ids))
+        self.engine.left(self)
 
 
 def _reason(failure: Failure) -> str:

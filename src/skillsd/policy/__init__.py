@@ -5,6 +5,7 @@ import logging
 # On import it reports a CPU kernel that it does without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+from skillsd.policy.budget import CacheBudget  # noqa: E402
 from skillsd.policy.config import LoraSettings, PolicySettings  # noqa: E402
 from skillsd.policy.fused import Fused, fuse  # noqa: E402
 from skillsd.policy.load import model_folder  # noqa: E402
@@ -14,6 +15,7 @@ from skillsd.policy.shard import OUT_OF_MEMORY, of_the_base  # noqa: E402
 
 __all__ = [
     "OUT_OF_MEMORY",
+    "CacheBudget",
     "Demand",
     "Footprint",
     "Fused",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from skillsd import parallel
 from skillsd.errors import ConfigError
 from skillsd.policy.adapter_files import load_adapter, trained, write_base
+from skillsd.policy.budget import CacheBudget
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import adapter_folder, base_digest, check_vocabulary, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
@@ -62,6 +63,7 @@ class Policy(nn.Module):
         teacher_is_student: Whether the two adapters hold equal weights, so that an empty skill needs no teacher forward. Whoever
             steps the optimizer says so with `student_changed`.
         updates: How often each adapter was changed.
+        cache_budget: What the keys and values of rollouts in this process may take of the device's memory; None sets no limit.
 
     Raises:
         ConfigError: the settings do not fit the model.
@@ -92,6 +94,7 @@ class Policy(nn.Module):
         self.model: Any = base
         self.teacher_is_student = True
         self.updates = dict.fromkeys(ADAPTERS, 0)
+        self.cache_budget: CacheBudget | None = None
         self._adapters: dict[str, dict[str, nn.Parameter]] = {}
         self._layers: list[Any] = []  # those that carry adapters
         self._active: str | None = None

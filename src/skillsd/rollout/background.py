@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
-from skillsd.engines.engine import Engine
 from skillsd.rollout.collector import Collector
 from skillsd.timeouts import Threads
 
@@ -23,14 +23,9 @@ class Background:
     def __init__(self, collector: Collector) -> None:
         self.collector, self._threads = collector, Threads(1, name="rollout", failures=False)
 
-    def submit(self, engine: Engine, play: Callable[[Collector], T]) -> Future[T]:
-        """Queue a rollout through this engine; its result, or what it raised."""
-
-        def work() -> T:
-            self.collector.engine = engine
-            return play(self.collector)
-
-        return self._threads.submit(work)
+    def submit(self, play: Callable[[Collector], T]) -> Future[T]:
+        """Queue a rollout; its result, or what it raised."""
+        return self._threads.submit(partial(play, self.collector))
 
     def close(self) -> None:
         """Drop what has not begun, wait for what has (its engine is closed by now, or it takes as long as it takes), and close all."""

@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from skillsd.engines.cache import CacheFull
-from skillsd.engines.engine import Completion, Engine, Request
+from skillsd.engines.engine import Adapter, CacheFull, Completion, Engine, Request, Session
 from skillsd.engines.noise import stream_key
 from skillsd.environment import MAX_REWARD, TextEnv, TimeStep, make_env
 from skillsd.rollout.chat import Chat
@@ -119,14 +118,14 @@ class Collector:
     ) -> None:
         self.make = partial(make_env, env_id, env_kwargs, max_observation_chars=settings.max_observation_chars)
         self.chat, self.engine, self.settings, self.context_length = chat, engine, settings, context_length
-        self.most_rows = settings.max_rows
+        self.max_rows = settings.max_rows
         self.envs: list[TextEnv] = []
         self.threads: Threads | None = None
         self.alarm = Alarm(settings.env_timeout)
         self.unanswered: list[_Episode] = []
 
     def collect(
-        self, rows: Sequence[Row], *, seed: int, iteration: int, temperature: float | None = None, adapter: str | None = "student",
+        self, rows: Sequence[Row], *, seed: int, iteration: int, temperature: float | None = None, adapter: Adapter = "student",
         progress: Callable[[int], object] | None = None,
     ) -> list[Trajectory]:  # fmt: skip
         """Play `rows`; the trajectories come back in their order.
@@ -136,37 +135,33 @@ class Collector:
             seed: Run seed; with `iteration`, the task and the member it fixes the sampling noise.
             iteration: Optimizer step the trajectories belong to.
             temperature: None takes the settings'; 0 is greedy.
-            adapter: Which adapter acts; None is the untouched base.
+            adapter: Who acts.
             progress: Called with the number of finished episodes.
         """
         temperature = self.settings.temperature if temperature is None else temperature
-        longest = min(self.context_length, self.settings.max_prompt_tokens + self.settings.max_trajectory_tokens)
         fresh = False
         while True:
             try:
-                with self.alarm:
-                    return self._collect(rows, seed, iteration, temperature, adapter, progress)
+                with self.alarm, self.engine.open(temperature, adapter) as session:
+                    return self._collect(session, rows, seed, iteration, progress)
             except CacheFull as e:
-                sure, why = min(self.engine.most_rows(longest), self.most_rows), str(e)
-                if fresh and sure == self.most_rows:
+                sure, why = min(e.rows, self.max_rows), str(e)
+                if fresh and sure == self.max_rows:
                     raise  # it is not the shape that an earlier rollout left the cache in
             except torch.OutOfMemoryError:
-                sure, why = min(self.engine.most_rows(longest), self.most_rows, len(rows)) // 2, "out of memory in the rollout."
+                sure, why = min(self.max_rows, len(rows)) // 2, "out of memory in the rollout."
                 if not sure:
                     raise
-            self.most_rows, fresh = sure, True  # go on outside: the exception holds on to the session
-            self.engine.release(everything=True)
+            self.max_rows, fresh = sure, True  # go on outside: the exception holds on to the session
             log.warning("%s It begins again with %d episodes at one time, as those after it.", why, sure)
 
     def _collect(
-        self, rows: Sequence[Row], seed: int, iteration: int, temperature: float, adapter: str | None,
-        progress: Callable[[int], object] | None,
-    ) -> list[Trajectory]:  # fmt: skip
+        self, session: Session, rows: Sequence[Row], seed: int, iteration: int, progress: Callable[[int], object] | None
+    ) -> list[Trajectory]:
         self._settle()
-        session = self.engine.open(temperature, adapter)
         max_turn_tokens = self.settings.turn_tokens(self.context_length)
         waiting = iter(enumerate(rows))
-        n = min(len(rows), self.most_rows)
+        n = min(len(rows), self.max_rows)
         free: list[TextEnv | None] = [*self.envs[:n], *[None] * (n - len(self.envs))]  # None stands for one that is not made yet, or lost
         playing: dict[int, _Episode] = {}
         asked: list[_Episode] = []  # their environments have not answered yet
