@@ -6,7 +6,6 @@ import json
 import math
 import os
 import socket
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from tests.tolerance import ROUNDING
+
+from skillsd.skills import SkillBank
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 150
@@ -112,13 +113,11 @@ def meeting() -> dict[str, str]:
 
 
 def bank_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """All rows of all tables but their checksums: a gap's last bit is in them."""
-    db = sqlite3.connect(folder / "bank.sqlite")
-    db.row_factory = sqlite3.Row
-    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-    rows = {t: [{k: x for k, x in dict(row).items() if "crc" not in k} for row in db.execute(f"SELECT * FROM {t}")] for t in tables}
-    db.close()
-    return rows
+    """All events and skills of a run's bank."""
+    with SkillBank(folder / "bank.sqlite", read_only=True) as bank:
+        events = list(bank.events())
+        skills = [vars(bank.get(event.skill_id)) for event in events if event.kind == "insert"]
+        return {"events": [event._asdict() for event in events], "skills": skills}
 
 
 def near(a: Any, b: Any, tolerance: float = ROUNDING, where: str = "") -> None:

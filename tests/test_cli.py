@@ -149,7 +149,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         r"skills\.summariser.*: base_url is '127",
     ),
     "unknown key of the bank": (["--skills.nosuch=1"], r"--skills\.nosuch"),
-    "unknown way to drop": (["--skills.drop=x"], r"skills\.drop: .*'worst', 'oldest'"),
+    "unknown eviction": (["--skills.eviction=x"], r"skills\.eviction: .*'worst', 'oldest'"),
     "a bank without room": (["--skills.capacity=0"], r"skills: .*capacity"),
     "no budget": (
         ['--trainer.callbacks+={class_path: skillsd.callbacks.EnvStepBudget, init_args: {steps: 0}}'], r"EnvStepBudget\.steps is 0",
@@ -291,7 +291,7 @@ def test_a_bank_of_another_run(ended, tmp_path):
     path = ended.folder / "bank.sqlite"
     path.unlink()
     assert str(path) in ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2") and not path.exists()
-    SkillBank(path, booking="source").close()
+    SkillBank(path, value_estimate="source").close()
     line = ended.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
     assert "does not belong to this checkpoint" in line
 

@@ -469,7 +469,7 @@ def test_a_teacher_prompt_too_long_is_dropped_whole(make_policy, step):
 
 
 def test_the_gap_of_a_group_is_aligned_with_its_outcome(make_policy, step):
-    """What the bank books: sum of A_i * (log tea - log stu) over the group's action tokens."""
+    """What a use is worth to the bank: sum of A_i * (log tea - log stu) over the group's action tokens."""
     policy = make_policy()
     groups = make_groups(policy)
     steps, want = step(policy, groups), []

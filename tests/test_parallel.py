@@ -46,7 +46,7 @@ ENV: dict[str, Any] = {
 LR = 1e-7
 """So small that what rounding does to an update is not seen in the next gradient: AdamW makes a whole step of the smallest gradient."""
 VARIANTS: dict[str, dict[str, Any]] = {
-    "bank": {"bank": {"booking": "gap", "refresh": "iteration", "capacity": 2}, "micro_batch_tokens": 64},
+    "bank": {"bank": {"value_estimate": "gap", "refresh": "iteration", "capacity": 2}, "micro_batch_tokens": 64},
     "base": {"summariser": lambda: BaseSummariser(4, template="{conversation} {question}", system="", form="fields")},
     "shuffled": {"context": ShuffledContext},
     "hindsight": {"context": HindsightContext},
@@ -316,6 +316,6 @@ def test_contexts_and_actors(both, name):
     near(two[0][f"{name} bank"], one[f"{name} bank"])
     assert_equal([x["adapters"] for x in two[1][name]], [x["adapters"] for x in two[0][name]])
     assert any(x["grad"] is not None and x["grad"].any() for x in one[name])
-    assert one[f"{name} bank"]["skill"] or name == "none"
+    assert one[f"{name} bank"]["skills"] or name == "none"
     if name == "one_row":
         assert [x["grad"] is None for x in one[name]] == [True, False]

@@ -192,14 +192,14 @@ def test_the_bank(run):
         run.refresh()
         assert list(zip(run.events["kind"], run.events["iteration"], run.events["task_id"], run.events["skill_id"], strict=True)) == [
             ("insert", 0, "t1", 1), ("insert", 0, "t2", 2), ("use", 1, "t1", 1), ("use", 1, "t2", 2), ("merge", 2, "t1", 1),
-            ("insert", 2, "t1", 3), ("drop", 2, "t1", 1),
+            ("insert", 2, "t1", 3), ("evict", 2, "t1", 1),
         ]  # fmt: skip
         assert run.retrievals.index.tolist() == [3, 4] and run.retrievals["reward"].tolist()[0] == 1.0
         assert run.retrievals["gap"].isna().tolist() == [False, True]
         skills = run.skills
         assert skills.index.tolist() == [1, 2, 3] and skills["golden_workflow"].tolist() == ["a", "b", "c"]
         assert skills["uses"].tolist() == [1, 1, 0] and skills["sources"].tolist() == [2, 1, 1]
-        assert skills["inserted"].tolist() == [0, 0, 2] and skills["dropped"].fillna(-1).tolist() == [2, -1, -1]
+        assert skills["inserted"].tolist() == [0, 0, 2] and skills["evicted"].fillna(-1).tolist() == [2, -1, -1]
         assert run.skill(np.int64(3)) == bank.get(3)
         with pytest.raises(KeyError):
             run.skill(4)

@@ -128,7 +128,7 @@ def test_a_task(shown):
 
 def test_the_skills(shown):
     seen = json.loads(shown("--skills", "--json"))
-    assert [(s["skill_id"], s["uses"], s["dropped"], s["mean_reward"]) for s in seen] == [(1, 0, 0, 0.5), (2, 1, None, 1.0)]
+    assert [(s["skill_id"], s["uses"], s["evicted"], s["mean_reward"]) for s in seen] == [(1, 0, 0, 0.5), (2, 1, None, 1.0)]
     assert seen[0]["golden_workflow"] == "go [bold]red[/bold] left" and seen[1]["inserted"] == 0
     text = " ".join(shown("--skills").split())
     assert "[bold]red[/bold]" in text.replace(" ", "") and "right" in text

@@ -22,7 +22,7 @@ EVIL = "left \x1b[31m [bold]red[/bold]"
 
 @pytest.fixture
 def bank(tmp_path: Path) -> Path:
-    """Two held skills of two tasks, and one that was dropped."""
+    """Two held skills of two tasks, and one that was evicted."""
     path = tmp_path / "donor" / "bank.sqlite"
     with SkillBank(path, capacity=1) as bank:
         bank.insert([Skill("s", "m", "go up", "t1", source_reward=0.5), Skill("s", "m", "go right", "t1", source_reward=1.0)], 2)
@@ -67,7 +67,7 @@ def test_from_one_bank_to_another(told, bank, tmp_path):
         (skill,) = there.skills("t1")
         assert (skill.source_reward, skill.uses, skill.source_iteration) == (1.0, 0, -4)
     said = told("import", new, file)
-    assert "imported 0 new skills" in said and "holds 2\n2 were there already; 0 were dropped, as a task keeps 8" in said
+    assert "imported 0 new skills" in said and "holds 2\n2 were there already; 0 were evicted, as a task keeps 8" in said
     with SkillBank(new / "bank.sqlite") as there:
         assert {s.sources for s in there.skills("t1")} == {1}  # nobody has said it a second time
 
@@ -105,14 +105,14 @@ def test_the_runs_settings_hold(told, bank, tmp_path):
     new, file = tmp_path / "new", tmp_path / "skills.jsonl"
     new.mkdir()
     write_record(new)
-    (new / "config.yaml").write_text("skills: {capacity: 1, drop: oldest, booking: gap, refresh: epoch}\n")
+    (new / "config.yaml").write_text("skills: {capacity: 1, eviction: oldest, value_estimate: gap, refresh: epoch}\n")
     told("export", bank, "--all", "-o", file)
     said = told("import", new, file)
-    assert "holds 2\n0 were there already; 1 were dropped, as a task keeps 1\n" in said and "--ckpt_path last" in said
-    with SkillBank(new / "bank.sqlite", booking="gap") as there:
+    assert "holds 2\n0 were there already; 1 were evicted, as a task keeps 1\n" in said and "--ckpt_path last" in said
+    with SkillBank(new / "bank.sqlite", value_estimate="gap") as there:
         assert [s.mean_reward for s in there.skills("t1")] == [0.0]
-    (new / "config.yaml").write_text("skills: {capacity: null, booking: source}\n")
-    assert "booked as 'gap', not 'source'" in told("import", new, file, code=2)
+    (new / "config.yaml").write_text("skills: {capacity: null, value_estimate: source}\n")
+    assert "is 'gap', not 'source'" in told("import", new, file, code=2)
 
 
 def test_a_bad_line_imports_nothing(told, bank, tmp_path):
@@ -152,10 +152,10 @@ def test_what_is_no_bank_and_no_file(told, bank, tmp_path):
 
 def test_search(told, bank):
     found = json.loads(told("search", bank.parent, "left red", "--json"))
-    assert [(s["skill_id"], s["dropped"]) for s in found] == [(3, None)] and found[0]["mistake_analysis"] == EVIL
+    assert [(s["skill_id"], s["evicted"]) for s in found] == [(3, None)] and found[0]["mistake_analysis"] == EVIL
     assert 0 < found[0]["similarity"] < 1
     lines = told("search", bank, "GO UP", "-n", 2).splitlines()
-    assert re.fullmatch(r"0\.\d{3}  skill 1, task t1: mean reward 0\.500, 0 uses, dropped in iteration 2", lines[0])
+    assert re.fullmatch(r"0\.\d{3}  skill 1, task t1: mean reward 0\.500, 0 uses, evicted in iteration 2", lines[0])
     assert lines[3] == "       golden_workflow: go up" and "skill 2" in lines[4] and "1 use" in lines[4] and len(lines) == 8
     assert r"\x1b" in (text := told("search", bank, "down")) and "..." in text and max(map(len, text.splitlines())) < 240
     assert told("search", bank, "zebra") == "no skill shares a word with it\n" and told("search", bank, "zebra", "--json") == "[]\n"

@@ -14,32 +14,32 @@ from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill, SkillBank, ucb_score
 
 
-def played(folder: Path, booking: str, untried: str, c: float) -> list[dict]:
+def played(folder: Path, value_estimate: str, unused_first: bool, c: float) -> list[dict]:
     """A bank with inserts, merges, uses and drops, and how it stood before each iteration by its own account."""
     write_record(folder)
-    (folder / "config.yaml").write_text(f"skills: {{context: {{init_args: {{c: {c}, untried: {untried}}}}}}}\n")
+    (folder / "config.yaml").write_text(f"skills: {{context: {{init_args: {{c: {c}, unused_first: {str(unused_first).lower()}}}}}}}\n")
     rng, stood = random.Random(0), []
-    with SkillBank(folder / "bank.sqlite", capacity=2, booking=booking) as bank:
+    with SkillBank(folder / "bank.sqlite", capacity=2, value_estimate=value_estimate) as bank:
         for iteration in range(12):
-            stood.append({t: (bank.skills(t), bank.retrieve(t, c, untried)) for t in bank.tasks()})
+            stood.append({t: (bank.skills(t), bank.retrieve(t, c, unused_first)) for t in bank.tasks()})
             if iteration == 5:
                 continue  # nothing happens
             for task_id in ("a", "b"):
-                if rng.random() < 0.7 and (best := bank.retrieve(task_id, c, untried)) is not None:
+                if rng.random() < 0.7 and (best := bank.retrieve(task_id, c, unused_first)) is not None:
                     bank.record_use(best.skill_id, iteration, reward=rng.random(), gap=rng.gauss(0, 1))
             made = [
                 Skill(*[str(rng.randrange(5))] * 3, task_id, source_iteration=iteration, source_reward=rng.random())
                 for task_id in ("a", "b", "a")[: rng.randrange(4)]
             ]
             bank.insert(made, iteration)
-        stood.append({t: (bank.skills(t), bank.retrieve(t, c, untried)) for t in bank.tasks()})
-        assert bank.stats()["merged"] > 0 and bank.stats()["dropped"] > 0
+        stood.append({t: (bank.skills(t), bank.retrieve(t, c, unused_first)) for t in bank.tasks()})
+        assert bank.stats()["merged"] > 0 and bank.stats()["evicted"] > 0
     return stood
 
 
-@pytest.mark.parametrize(("booking", "untried", "c"), [("source", "first", 2.0), ("next_visit", "prior", 0.5), ("gap", "first", 0.5)])
-def test_scores_are_the_bank_s_at_that_moment(tmp_path, booking, untried, c):
-    stood = played(tmp_path, booking, untried, c)
+@pytest.mark.parametrize(("value_estimate", "unused_first", "c"), [("source", True, 2.0), ("next_visit", False, 0.5), ("gap", True, 0.5)])
+def test_scores_are_the_bank_s_at_that_moment(tmp_path, value_estimate, unused_first, c):
+    stood = played(tmp_path, value_estimate, unused_first, c)
     frame = ucb_scores(Run(tmp_path))
     seen = {}
     for iteration, bank in enumerate(stood):
@@ -47,7 +47,7 @@ def test_scores_are_the_bank_s_at_that_moment(tmp_path, booking, untried, c):
             seen[task_id] = rows
         assert seen.keys() == bank.keys()
         for task_id, (skills, best) in bank.items():
-            rows, least = seen[task_id], int(untried == "prior")
+            rows, least = seen[task_id], int(not unused_first)
             total = sum(max(least, s.uses) for s in skills)
             expected = [ucb_score(s.mean_reward, max(least, s.uses), total, c) if max(least, s.uses) else float("inf") for s in skills]
             assert rows["skill_id"].tolist() == [s.skill_id for s in skills] and rows["score"].tolist() == expected
@@ -63,7 +63,7 @@ def test_of_some_tasks_and_by_another_rule(tmp_path):
     assert set(ucb_scores(run, ["b"])["task_id"]) == {"b"} and ucb_scores(run, []).empty
     whole = ucb_scores(run)
     assert ucb_scores(run, ["b"]).to_dict("records") == whole[whole["task_id"] == "b"].to_dict("records")
-    greedy = ucb_scores(run, c=0.0, untried="prior")
+    greedy = ucb_scores(run, c=0.0, unused_first=False)
     assert (greedy["score"] == greedy["mean_reward"]).all()
 
 

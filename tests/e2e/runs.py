@@ -246,7 +246,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """All that a run leaves, but for how long things took."""
         db = sqlite3.connect(self.folder / "bank.sqlite")
-        tables = {t: sorted(db.execute(f"SELECT * FROM {t}")) for t in ("setting", "skill", "event", "state", "task", "tally")}
+        tables = {t: sorted(db.execute(f"SELECT * FROM {t}")) for t in ("head", "event", "skill", "state")}
         journal = db.execute("PRAGMA journal_mode").fetchone()[0]
         db.close()
         checkpoint = self.checkpoint()
@@ -342,7 +342,7 @@ BASE: dict[str, Any] = {"summariser": {"class_path": "skillsd.skills.BaseSummari
 VARIANTS: dict[str, dict[str, Any]] = {
     "rules": {"bank": RULES, "teacher": {"mode": "sync", "every": 1}},
     "ema": {
-        "bank": RULES | {"refresh": "iteration", "capacity": 1, "booking": "gap"},
+        "bank": RULES | {"refresh": "iteration", "capacity": 1, "value_estimate": "gap"},
         "teacher": {"mode": "ema", "rate": 0.3},
         "checkpoint": {"every_n_train_steps": 2},
     },

@@ -134,7 +134,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Pair:
     }  # fmt: skip
     folder = tmp_path_factory.mktemp("ranks")
     file = overlay(
-        folder / "overlay.yaml", bank=RULES | {"booking": "gap"}, teacher={"mode": "sync", "every": 1}, log={"histogram_every": 1},
+        folder / "overlay.yaml", bank=RULES | {"value_estimate": "gap"}, teacher={"mode": "sync", "every": 1}, log={"histogram_every": 1},
         trainer={"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1}, panel={"every": 2},
         data={"env_kwargs": env, "batch_tasks": 16, "group_size": 4, "rollout": {"max_rows": 64}},
         policy={"model": "nano", "lora": {"init": "nano-recover"}}, grad_norm_every=1,

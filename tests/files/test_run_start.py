@@ -14,8 +14,8 @@ from skillsd.skills import Skill, SkillBank, imported
 from skillsd.skills.tables import BEFORE
 
 
-def fill(folder: Path, *iterations: int, booking: str = "gap") -> None:
-    with SkillBank(folder / "bank.sqlite", booking=booking) as bank:
+def fill(folder: Path, *iterations: int, value_estimate: str = "gap") -> None:
+    with SkillBank(folder / "bank.sqlite", value_estimate=value_estimate) as bank:
         for i in iterations:
             bank.insert([Skill(f"{i}", "m", "g", "t")], i)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import pytest
@@ -10,19 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from tests.properties.profile import examples
 
-from skillsd.skills import Skill, SkillBank
+from skillsd.skills import Skill, SkillBank, select
 from skillsd.skills.tables import BEFORE
 
 TASKS = st.sampled_from(["a", "b", "é 漢"])
-REWARDS = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+REWARDS = st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0])
 TEXTS = st.sampled_from(["x", "y", "z", "w"])
 
 
 class Model:
     """What the documentation says: every event by iteration, and the state that follows from them, computed anew."""
 
-    def __init__(self, capacity: int | None, drop: str, booking: str) -> None:
-        self.capacity, self.drop, self.booking = capacity, drop, booking
+    def __init__(self, capacity: int | None, eviction: str, value_estimate: str) -> None:
+        self.capacity, self.eviction, self.value_estimate = capacity, eviction, value_estimate
         self.calls: list[tuple] = []
         """(iteration, "insert", skill) or (iteration, "use", id, reward, gap)"""
 
@@ -33,7 +35,7 @@ class Model:
         for call in self.calls:
             if call[1] == "use":
                 s = all_skills[call[2] - 1]
-                s["uses"].append(call[3] if self.booking == "next_visit" else call[4])
+                s["uses"].append(call[3] if self.value_estimate == "next_visit" else call[4])
                 events += 1
                 continue
             skill: Skill = call[2]
@@ -49,28 +51,28 @@ class Model:
             })  # fmt: skip
             here = [s for s in all_skills if s["live"] and s["task"] == skill.task_id]
             if self.capacity is not None and len(here) > self.capacity:
-                worst = here[0] if self.drop == "oldest" else min(here, key=lambda s: (self.mean(s), s["id"]))
+                worst = here[0] if self.eviction == "oldest" else min(here, key=lambda s: (self.mean(s), s["id"]))
                 worst["live"] = False
                 events += 1
         return all_skills, merged, events
 
     def mean(self, s: dict) -> float:
-        if self.booking == "source" or not (s["uses"] or self.booking == "gap"):
+        if self.value_estimate == "source" or not (s["uses"] or self.value_estimate == "gap"):
             return s["source"]
-        return sum(s["uses"]) / len(s["uses"]) if s["uses"] else 0.0
+        return reduce(add, s["uses"]) / len(s["uses"]) if s["uses"] else 0.0  # `sum` of later Pythons rounds less
 
 
 class Banks(RuleBasedStateMachine):
     """A bank in a file, now and then closed and opened again."""
 
     @initialize(
-        capacity=st.sampled_from([None, 1, 2, 3]), drop=st.sampled_from(["worst", "oldest"]),
-        booking=st.sampled_from(["source", "next_visit", "gap"]),
+        capacity=st.sampled_from([None, 1, 2, 3]), eviction=st.sampled_from(["worst", "oldest"]),
+        value_estimate=st.sampled_from(["source", "next_visit", "gap"]),
     )  # fmt: skip
-    def open(self, capacity, drop, booking):
+    def open(self, capacity, eviction, value_estimate):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "bank.sqlite"
-        self.settings = {"capacity": capacity, "drop": drop, "booking": booking}
+        self.settings = {"capacity": capacity, "eviction": eviction, "value_estimate": value_estimate}
         self.model, self.iteration = Model(**self.settings), BEFORE
         self.bank = SkillBank(self.path, **self.settings)
 
@@ -89,8 +91,15 @@ class Banks(RuleBasedStateMachine):
             named = self.model.state()[0][skill_id - 1]
             assert (named["task"], named["texts"]) == (skill.task_id, skill.texts)
 
+    @rule(data=st.data())
+    def fail(self, data):
+        """In the middle of a call: nothing of it stays."""
+        new = data.draw(st.lists(st.tuples(TASKS, TEXTS), max_size=4))
+        with pytest.raises(UnicodeEncodeError):
+            self.bank.insert([*(Skill(text, "?", "w", task) for task, text in new), Skill("x", "y", "z", "\ud800")], self.iteration)
+
     @precondition(lambda self: self.model.calls)
-    @rule(data=st.data(), reward=REWARDS, gap=st.sampled_from([-1.5, 0.0, 0.5]), later=st.booleans())
+    @rule(data=st.data(), reward=REWARDS, gap=st.sampled_from([-1.1, 0.0, 0.3]), later=st.booleans())
     def use(self, data, reward, gap, later):
         self.iteration += later
         skill_id = data.draw(st.integers(1, len(self.model.state()[0])))
@@ -118,7 +127,11 @@ class Banks(RuleBasedStateMachine):
             self.bank = SkillBank(self.path, **self.settings)
             return
         with SkillBank(self.path, read_only=True) as other:  # while the run goes on
-            assert (other.position, other.booking, other.stats()) == (self.bank.position, self.bank.booking, self.bank.stats())
+            assert (other.position, other.value_estimate, other.stats()) == (
+                self.bank.position,
+                self.bank.value_estimate,
+                self.bank.stats(),
+            )
             with pytest.raises(OSError):
                 other.insert([Skill("x", "y", "z", "new")], self.iteration)
             assert "new" not in other.tasks()
@@ -156,17 +169,15 @@ class Banks(RuleBasedStateMachine):
             assert (got.skill_id, got.task_id, got.texts, got.sources, got.uses) == (
                 s["id"], s["task"], s["texts"], s["sources"], len(s["uses"]),
             )  # fmt: skip
-            assert got.mean_reward == pytest.approx(self.model.mean(s), abs=1e-12)
+            assert got.mean_reward == self.model.mean(s)  # to the bit, also after a cut
         for task in self.bank.tasks():
             here = self.bank.skills(task)
             assert [s.skill_id for s in here] == [s["id"] for s in live if s["task"] == task]
             assert self.settings["capacity"] is None or len(here) <= self.settings["capacity"]
-            assert self.bank.retrieve(task) in here
-            fresh = [s for s in here if not s.uses]
-            assert not fresh or self.bank.retrieve(task) in fresh
+            assert self.bank.retrieve(task) == select(here) and self.bank.retrieve(task, 0.5, False) == select(here, 0.5, False)
         assert self.bank.retrieve("nothing here") is None and self.bank.skills("nothing here") == []
         stats = self.bank.stats()
-        assert (stats["size"], stats["merged"], stats["dropped"]) == (len(live), merged, len(all_skills) - len(live))
+        assert (stats["size"], stats["merged"], stats["evicted"]) == (len(live), merged, len(all_skills) - len(live))
 
 
 def test_a_bank_is_its_events():

@@ -186,7 +186,7 @@ def test_templates_are_checked():
 def test_defaults():
     """What a configuration gets that names none of them."""
     given = {name: p.default for name, p in inspect.signature(SkillBankCallback).parameters.items() if p.default is not None}
-    assert given == {"capacity": 8, "drop": "worst", "booking": "source", "refresh": "epoch"}
+    assert given == {"capacity": 8, "eviction": "worst", "value_estimate": "source", "refresh": "epoch"}
 
 
 def test_the_bank_is_the_run_s(groups, tmp_path):
@@ -206,10 +206,10 @@ def test_the_bank_is_the_run_s(groups, tmp_path):
         assert len(stored) == 8
 
 
-def test_another_booking_is_refused(tmp_path):
+def test_another_value_estimate_is_refused(tmp_path):
     started(tmp_path).teardown(at(0), None, "fit")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"^skills: .*bank\.sqlite: its mean rewards are booked as 'source', not 'gap'"):
-        started(tmp_path, booking="gap")
+    with pytest.raises(ConfigError, match=r"^skills: .*bank\.sqlite: .*value_estimate"):
+        started(tmp_path, value_estimate="gap")
 
 
 @pytest.mark.parametrize("when", ["epoch", "iteration"])
@@ -233,10 +233,10 @@ def test_when_prompts_are_chosen(make_skill, when):
     assert shown(True) == ["b.", "c."]
 
 
-@pytest.mark.parametrize(("booking", "means"), [("source", [1.0, 1.0]), ("next_visit", [0.75, 0.5]), ("gap", [3.0, -1.0])])
-def test_a_use_is_booked(groups, tmp_path, booking, means):
+@pytest.mark.parametrize(("value_estimate", "means"), [("source", [1.0, 1.0]), ("next_visit", [0.75, 0.5]), ("gap", [3.0, -1.0])])
+def test_a_use_is_recorded(groups, tmp_path, value_estimate, means):
     """Once a group, with the mean reward of those that count and the group's own gap."""
-    callback = started(tmp_path, booking=booking)
+    callback = started(tmp_path, value_estimate=value_estimate)
     bank: Any = callback.selection.bank
     end(callback, groups(0), last=True)
     (a, b), (c, d) = groups(1)

@@ -35,16 +35,16 @@ def test_own_and_none(bank):
     assert NoContext()(bank, "t3", TASKS, 0, 0) is None
 
 
-def test_by_default_untried_skills_come_first():
-    assert vars(BankContext()) == vars(ShuffledContext()) == {"c": 2**0.5, "untried": "first"}
+def test_by_default_unused_skills_come_first():
+    assert vars(BankContext()) == vars(ShuffledContext()) == {"c": 2**0.5, "unused_first": True}
 
 
-def test_untried_skills_first_or_as_a_prior(bank):
+def test_unused_skills_come_first_or_count_as_used_once(bank):
     used = bank.retrieve("t3")
     bank.record_use(used.skill_id, 0, reward=1.0, gap=0.0)
     assert BankContext(c=0.0)(bank, "t3", TASKS, 0, 0).source_reward == 0.0  # the one that nobody has tried
-    assert BankContext(c=0.0, untried="prior")(bank, "t3", TASKS, 0, 0).skill_id == used.skill_id
-    assert BankContext(c=9.0, untried="prior")(bank, "t3", TASKS, 0, 0) == bank.retrieve("t3", 9.0, "prior")
+    assert BankContext(c=0.0, unused_first=False)(bank, "t3", TASKS, 0, 0).skill_id == used.skill_id
+    assert BankContext(c=9.0, unused_first=False)(bank, "t3", TASKS, 0, 0) == bank.retrieve("t3", 9.0, False)
 
 
 @pytest.mark.parametrize("epoch", range(5))

@@ -12,13 +12,13 @@ from skillsd.skills.exchange import FORMAT, MAX_LINE, bounded_lines, from_lines,
 from skillsd.skills.skill import MAX_CHARS
 
 
-def lines(bank, dropped=False):
-    return [line.encode() for line in to_lines(bank, dropped)]
+def lines(bank, evicted=False):
+    return [line.encode() for line in to_lines(bank, evicted)]
 
 
 @pytest.fixture
 def bank(make_skill):
-    with SkillBank(capacity=1, drop="oldest") as bank:
+    with SkillBank(capacity=1, eviction="oldest") as bank:
         bank.insert([make_skill("a", reward=0.5, iteration=4, source_member=1), make_skill("é\x1b\n", task_id="t2", reward=0.1)], 4)
         bank.insert([make_skill("b", iteration=5)], 5)
         bank.record_use(2, 6)
@@ -28,7 +28,7 @@ def bank(make_skill):
 def test_there_and_back(bank, make_skill):
     held = [make_skill("é \n", task_id="t2", reward=0.1), make_skill("b", iteration=5)]  # \x1b commands a terminal
     assert from_lines(lines(bank)) == held
-    assert from_lines(lines(bank, dropped=True)) == [make_skill("a", reward=0.5, iteration=4, source_member=1), *held]
+    assert from_lines(lines(bank, evicted=True)) == [make_skill("a", reward=0.5, iteration=4, source_member=1), *held]
     assert from_lines([b"\n", *lines(bank), b"  \n"]) == held and from_lines([]) == []
 
 
@@ -36,7 +36,7 @@ def test_a_line_says_how_a_skill_fares_and_is_ascii(bank):
     used = json.loads(lines(bank)[0])
     stored = asdict(bank.get(2))
     assert used == {"format": FORMAT} | stored and used["uses"] == 1
-    assert "dropped" not in used and [json.loads(line).get("dropped") for line in lines(bank, True)] == [5, None, None]
+    assert "evicted" not in used and [json.loads(line).get("evicted") for line in lines(bank, True)] == [5, None, None]
     assert all(line.isascii() and line.decode().isprintable() for line in lines(bank, True))
 
 

@@ -12,17 +12,17 @@ def held(path):
         return [skill for task in bank.tasks() for skill in bank.skills(task)], bank.position
 
 
-@pytest.mark.parametrize("booking", ["source", "gap"])
-def test_a_fresh_start_finds_what_was_imported(tmp_path, make_skill, booking):
+@pytest.mark.parametrize("value_estimate", ["source", "gap"])
+def test_a_fresh_start_finds_what_was_imported(tmp_path, make_skill, value_estimate):
     path = tmp_path / "bank.sqlite"
     assert counted(path) == (0, 0) and cut_to_imported(path) == 0 and not path.exists()
-    with SkillBank(path, capacity=2, booking=booking) as bank:
+    with SkillBank(path, capacity=2, value_estimate=value_estimate) as bank:
         bank.insert([make_skill("a", reward=0.1), make_skill("a"), make_skill("b", reward=0.2), make_skill("c", reward=0.3)], BEFORE)
         bank.insert([make_skill("d")], BEFORE)  # more may follow
         before, position = [bank.skills("t1"), bank.stats()], bank.position
         assert bank.imported == position == 7  # an insert more than skills, a merge, two drops
     assert counted(path) == (7, 0)
-    with SkillBank(path, capacity=1, booking=booking) as bank:
+    with SkillBank(path, capacity=1, value_estimate=value_estimate) as bank:
         bank.record_use(bank.skills("t1")[0].skill_id, 0, reward=1.0, gap=1.0)
         bank.insert([make_skill("e", reward=0.9), make_skill("x", task_id="t2")], 0)
         assert len(bank.skills("t1")) == 1
@@ -30,7 +30,7 @@ def test_a_fresh_start_finds_what_was_imported(tmp_path, make_skill, booking):
             bank.insert([make_skill("f")], BEFORE)
     assert counted(path)[0] == 7 and counted(path)[1] > 3
     assert cut_to_imported(path) == 7 and counted(path) == (7, 0)
-    with SkillBank(path, capacity=2, booking=booking) as bank:
+    with SkillBank(path, capacity=2, value_estimate=value_estimate) as bank:
         assert [bank.skills("t1"), bank.stats()] == before and bank.cut(0, expect=7) == 0
         with pytest.raises(ValueError, match="iteration -2 lies before"):
             bank.insert([make_skill("f")], BEFORE - 1)

@@ -61,16 +61,16 @@ def test_ties_do_not_depend_on_the_order(make_skill):
     assert {select(order).skill_id for order in itertools.permutations(fresh)} == {2}
 
 
-def test_untried_as_a_prior_is_one_use(make_skill):
+def test_an_unused_skill_may_count_as_used_once(make_skill):
     """N = 4 + 1 + 1: the failed one is not forced on the teacher; with enough exploration it gets its turn."""
     good = make_skill("good", reward=1.0, skill_id=1, uses=4, mean_reward=1.0)
     failed = make_skill("failed", reward=0.0, skill_id=2, uses=0)
     fair = make_skill("fair", reward=0.5, skill_id=3, uses=0, mean_reward=0.5)
     assert select([good, failed, fair]) is fair  # the paper's rule
-    assert select([good, failed, fair], c=0.0, untried="prior") is good
+    assert select([good, failed, fair], c=0.0, unused_first=False) is good
     # ln 6 = 1.792: good 1 + c * 0.669, fair 0.5 + c * 1.339, failed c * 1.339: fair from c = 0.747 on
-    assert select([good, failed, fair], c=0.74, untried="prior") is good
-    assert select([good, failed, fair], c=0.76, untried="prior") is fair
+    assert select([good, failed, fair], c=0.74, unused_first=False) is good
+    assert select([good, failed, fair], c=0.76, unused_first=False) is fair
 
 
 def test_scores_are_what_select_goes_by(make_skill):
@@ -80,5 +80,5 @@ def test_scores_are_what_select_goes_by(make_skill):
         make_skill("never", skill_id=3, mean_reward=0.25),
     ]
     assert scores(skills, 1.0) == [ucb_score(0.5, 3, 4, 1.0), ucb_score(0.0, 1, 4, 1.0), math.inf]
-    assert scores(skills, 1.0, "prior") == [ucb_score(0.5, 3, 5, 1.0), ucb_score(0.0, 1, 5, 1.0), ucb_score(0.25, 1, 5, 1.0)]
+    assert scores(skills, 1.0, False) == [ucb_score(0.5, 3, 5, 1.0), ucb_score(0.0, 1, 5, 1.0), ucb_score(0.25, 1, 5, 1.0)]
     assert scores([]) == []

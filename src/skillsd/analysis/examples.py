@@ -71,7 +71,7 @@ def skills(run: Run) -> list[dict[str, Any]]:
     ranked = run.skills.sort_values("uses", ascending=False, kind="stable")  # by skill_id otherwise
     out = []
     for skill_id, s in ranked.head(SKILLS).iterrows():
-        gone = "" if pd.isna(s["dropped"]) else f", dropped in iteration {s['dropped']}"
+        gone = "" if pd.isna(s["evicted"]) else f", evicted in iteration {s['evicted']}"
         made = f"from iteration {s['source_iteration']}, member {s['source_member']}" if s["inserted"] >= 0 else "imported"
         used = f"used {s['uses']} times, mean reward {s['mean_reward']:.3f}, {made} (its source's reward {s['source_reward']:.3f}){gone}"
         out.append({"title": f"Skill {skill_id} of task {shortened(s['task_id'])}: {used}.", "texts": _texts(run, int(skill_id))})  # type: ignore[call-overload]

@@ -181,8 +181,8 @@ class Run:
     def events(self) -> pd.DataFrame:
         """The bank's log, a row an event, its number from 1 the index `event`.
 
-        Columns: `kind` (insert, merge, use, drop), `iteration` (-1: imported, before the run), `task_id`, `skill_id`, and of a use `reward`
-        (mean of the group) and `gap` (outcome-aligned, nats), NaN if they were not given.
+        Columns: `kind` (insert, merge, use, evict), `iteration` (-1: imported, before the run), `task_id`, `skill_id`, and of a use
+        `reward` (mean of the group) and `gap` (outcome-aligned, nats), NaN if they were not given.
         """
         return self._bank.events
 
@@ -196,8 +196,8 @@ class Run:
         """A row a skill that ever entered the bank, by `skill_id`.
 
         Columns: `task_id`; of the trajectory it was made from `source_iteration`, `source_member`, `source_reward`, `source_completion`;
-        `uses`, `mean_reward` (what that is, the bank's `booking` says), `sources` (how many trajectories gave this text); the texts
-        `success_analysis`, `mistake_analysis`, `golden_workflow`; `inserted` and `dropped`, iterations, missing while it is held.
+        `uses`, `mean_reward` (what that is, the bank's `value_estimate` says), `sources` (how many trajectories gave this text); the texts
+        `success_analysis`, `mistake_analysis`, `golden_workflow`; `inserted` and `evicted`, iterations, missing while it is held.
         """
         return self._bank.frame
 
@@ -210,7 +210,7 @@ class Run:
         """How many skills the bank has `held` (now) and `ever`, and how many `tasks` have one; no skill is read."""
         with opened_bank(self.folder / BANK_FILE) as bank:
             told = bank.stats()
-        return {"held": int(told["size"]), "ever": int(told["size"] + told["dropped"]), "tasks": int(told["tasks"])}
+        return {"held": int(told["size"]), "ever": int(told["size"] + told["evicted"]), "tasks": int(told["tasks"])}
 
     @cached_property
     def _bank(self) -> Bank:
@@ -250,6 +250,6 @@ def read_bank(path: Path) -> Bank:
         [[getattr(skill, name) for name in _SKILL] for skill in skills.values()],
         columns=list(_SKILL), index=pd.Index(skills, name="skill_id", dtype=int),
     )  # fmt: skip
-    at = {kind: pd.Series({e.skill_id: e.iteration for e in log if e.kind == kind}, dtype="Int64") for kind in ("insert", "drop")}
-    frame = frame.assign(inserted=at["insert"].reindex(frame.index), dropped=at["drop"].reindex(frame.index))
+    at = {kind: pd.Series({e.skill_id: e.iteration for e in log if e.kind == kind}, dtype="Int64") for kind in ("insert", "evict")}
+    frame = frame.assign(inserted=at["insert"].reindex(frame.index), evicted=at["evict"].reindex(frame.index))
     return Bank(events.astype({"reward": float, "gap": float}), frame, skills)

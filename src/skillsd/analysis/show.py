@@ -209,11 +209,11 @@ def _print_task(seen: dict[str, Any], out: Console) -> None:
 
 
 def _print_skills(seen: list[dict[str, Any]], out: Console) -> None:
-    table = _table("skills", "id", "task", "from", "uses", "reward", "sources", "dropped", "workflow")
+    table = _table("skills", "id", "task", "from", "uses", "reward", "sources", "evicted", "workflow")
     for s in seen:
-        dropped = "" if s["dropped"] is None else str(s["dropped"])
+        evicted = "" if s["evicted"] is None else str(s["evicted"])
         text = Text(one_line(" ".join(s["golden_workflow"].split())))
         origin = "imported" if s["inserted"] < 0 else str(s["source_iteration"])
-        numbers = (origin, str(s["uses"]), _number(s["mean_reward"]), str(s["sources"]), dropped)
+        numbers = (origin, str(s["uses"]), _number(s["mean_reward"]), str(s["sources"]), evicted)
         table.add_row(str(s["skill_id"]), Text(one_line(s["task_id"])), *numbers, text)
     out.print(table)

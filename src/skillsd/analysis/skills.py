@@ -48,14 +48,14 @@ def skills(args: Sequence[str]) -> None:
     out = command("export", f"print the skills that a bank holds, each a line of JSON (format {FORMAT})", _export)
     out.add_argument("bank", metavar="RUN_OR_BANK", help=_BANK_HELP)
     out.add_argument("-o", metavar="FILE", dest="out", help="write there instead")
-    out.add_argument("--all", action="store_true", help="also those that were dropped")
+    out.add_argument("--all", action="store_true", help="also those that were evicted")
     into = command(
         "import", "let a run that has not begun begin with such skills, under its settings (config.yaml) if there are any", _import
     )
     into.add_argument("run_folder", metavar="RUN", help="its folder, also one that is not there yet")
     into.add_argument("file", metavar="FILE", help="what export has written; - is the standard input. All of it enters, or nothing")
     into.add_argument("--steal-lock", action="store_true", help="take the folder from a process on another host, which is known to be dead")
-    find = command("search", "print the skills that are most like a text, dropped ones included", _search)
+    find = command("search", "print the skills that are most like a text, evicted ones included", _search)
     find.add_argument("bank", metavar="RUN_OR_BANK", help=_BANK_HELP)
     find.add_argument("query", metavar="QUERY", help="words, or moves")
     find.add_argument("-n", type=int, default=10, metavar="N", help="at most so many (10)")
@@ -111,7 +111,7 @@ def _import(given: Any) -> None:
 def _insert(folder: Path, new: list[Skill]) -> None:
     """Put skills into the bank of a run folder that is ours."""
     told = Run(folder).config.get("skills") if (folder / CONFIG_FILE).is_file() else None
-    settings = {k: told[k] for k in ("capacity", "drop", "booking") if k in told} if isinstance(told, dict) else {}
+    settings = {k: told[k] for k in ("capacity", "eviction", "value_estimate") if k in told} if isinstance(told, dict) else {}
     path = folder / BANK_FILE
     try:
         record = read_record(folder)
@@ -127,9 +127,9 @@ def _insert(folder: Path, new: list[Skill]) -> None:
             after, most = bank.stats(), bank.capacity
     except (ValueError, TypeError) as e:
         raise e if isinstance(e, ConfigError) else ConfigError(f"skills: {e}") from e
-    dropped, tasks = int(after["dropped"] - before["dropped"]), len({skill.task_id for skill in unknown})
+    evicted, tasks = int(after["evicted"] - before["evicted"]), len({skill.task_id for skill in unknown})
     print(f"imported {count(len(unknown), 'new skill')} of {count(tasks, 'task')}: {path} holds {int(after['size'])}")
-    print(f"{len(new) - len(unknown)} were there already; {dropped} were dropped, as a task keeps {'all' if most is None else most}")
+    print(f"{len(new) - len(unknown)} were there already; {evicted} were evicted, as a task keeps {'all' if most is None else most}")
     others = any(p.name not in (BANK_FILE, LOCK_FILE) for p in folder.iterdir())
     print(f"begin with them: skillsd fit ... --trainer.default_root_dir={folder}{' --ckpt_path last' if others else ''}")
 
@@ -144,7 +144,7 @@ def _search(given: Any) -> None:
         print(json.dumps(rows, indent=1, allow_nan=False))
         return
     for s in rows:
-        gone = "" if s["dropped"] is None else f", dropped in iteration {s['dropped']}"
+        gone = "" if s["evicted"] is None else f", evicted in iteration {s['evicted']}"
         head = f"skill {s['skill_id']}, task {one_line(s['task_id'])}: mean reward {s['mean_reward']:.3f}, {count(s['uses'], 'use')}{gone}"
         print(f"{s['similarity']:.3f}  {head}")
         for name in FIELDS:

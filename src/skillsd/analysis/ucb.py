@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import closing
 from itertools import groupby
 from typing import Any
 
@@ -11,19 +12,20 @@ import pandas as pd
 from skillsd.analysis.frames import text_frame
 from skillsd.analysis.run import Run, opened_bank
 from skillsd.files.run_folder import BANK_FILE
-from skillsd.skills.bank_file import connect
-from skillsd.skills.retrieval import SQRT2, Untried, scores, select
+from skillsd.skills.bank_file import open_file
+from skillsd.skills.ledger import Ledger
+from skillsd.skills.retrieval import SQRT2, scores, select
 from skillsd.skills.tables import State
 
 
-def ucb_scores(run: Run, tasks: Collection[str] | None = None, c: float | None = None, untried: Untried | None = None) -> pd.DataFrame:
+def ucb_scores(run: Run, tasks: Collection[str] | None = None, c: float | None = None, unused_first: bool | None = None) -> pd.DataFrame:
     """The UCB scores of tasks' skills over time.
 
     Args:
         run: The run.
         tasks: Ids of tasks; None: all of them.
         c: Weight of exploration; None: the run's.
-        untried: What a never-used skill counts for (`retrieval.select`); None: the run's.
+        unused_first: Never-used skills come first (`retrieval.select`); None: as in the run.
 
     Returns:
         A row a skill in the bank at the beginning of an iteration, for each iteration before which something of its task has changed:
@@ -35,32 +37,32 @@ def ucb_scores(run: Run, tasks: Collection[str] | None = None, c: float | None =
     """
     given: dict[str, Any] = ((run.config.get("skills") or {}).get("context") or {}).get("init_args") or {}
     c = float(given.get("c", SQRT2)) if c is None else c
-    untried = given.get("untried", "first") if untried is None else untried
+    unused_first = bool(given.get("unused_first", True)) if unused_first is None else unused_first
     rows: list[tuple[Any, ...]] = []
     with opened_bank(run.folder / BANK_FILE) as bank:
-        booking, events = bank.booking, list(bank.events())
+        value_estimate, events = bank.value_estimate, list(bank.events())
         skills = {e.skill_id: bank.get(e.skill_id) for e in events if e.kind == "insert"}
-    ledger = connect(None, booking, read_only=False)
-    try:
+    with closing(open_file(None, value_estimate, read_only=False)) as file:
+        ledger = Ledger(file)
         with ledger.transaction():
             for iteration, happened in groupby(events, key=lambda event: event.iteration):
                 changed: set[str] = set()
                 for event in happened:
                     skill = skills[event.skill_id]
-                    what = skill if event.kind == "insert" else ledger.state(event.skill_id)
-                    ledger.append(event.kind, event.iteration, what, event.reward, event.gap)
+                    if event.kind == "insert":
+                        ledger.insert(skill, iteration)
+                    else:
+                        ledger.append(event.kind, iteration, skill.task_id, event.skill_id, event.reward, event.gap)
                     changed.add(skill.task_id)
                 for task_id in sorted(changed if tasks is None else changed.intersection(tasks)):
-                    rows += _standing(iteration + 1, ledger.live(task_id), c, untried)
-    finally:
-        ledger.close()
+                    rows += _scored(iteration + 1, task_id, ledger.states(task_id).values(), c, unused_first)
     return text_frame(rows, columns=["iteration", "task_id", "skill_id", "uses", "mean_reward", "score", "best"])
 
 
-def _standing(iteration: int, live: list[State], c: float, untried: Untried) -> list[tuple[Any, ...]]:
+def _scored(iteration: int, task_id: str, live: Iterable[State], c: float, unused_first: bool) -> list[tuple[Any, ...]]:
     states = sorted(live, key=lambda s: s.skill_id)
-    best = select(states, c, untried)
+    best = select(states, c, unused_first)
     return [
-        (iteration, s.task_id, s.skill_id, s.uses, s.mean_reward, score, s is best)
-        for s, score in zip(states, scores(states, c, untried), strict=True)
+        (iteration, task_id, s.skill_id, s.uses, s.mean_reward, score, s is best)
+        for s, score in zip(states, scores(states, c, unused_first), strict=True)
     ]

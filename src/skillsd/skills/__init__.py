@@ -14,15 +14,14 @@ from skillsd.skills.context import (
 from skillsd.skills.retrieval import select, ucb_score
 from skillsd.skills.skill import FIELDS, SKILL_TEMPLATE, Skill
 from skillsd.skills.summarisers import BaseSummariser, Finished, OpenAISummariser, RulesSummariser, Summariser, SynchronousSummariser
-from skillsd.skills.tables import Booking, Drop
+from skillsd.skills.tables import Eviction, ValueEstimate
 
 __all__ = [
     "FIELDS",
     "SKILL_TEMPLATE",
     "BankContext",
     "BaseSummariser",
-    "Booking",
-    "Drop",
+    "Eviction",
     "Finished",
     "GroundTruthContext",
     "GroupContext",
@@ -37,6 +36,7 @@ __all__ = [
     "SkillBank",
     "Summariser",
     "SynchronousSummariser",
+    "ValueEstimate",
     "select",
     "ucb_score",
 ]

@@ -28,8 +28,8 @@ class SkillBankCallback(L.Callback):
         summariser: Makes skills. Default: RulesSummariser.
         context: Chooses what the teacher sees. Default: the task's own skill by UCB.
         capacity: Skills kept a task; null keeps all.
-        drop: Which one goes when the bank of a task is full.
-        booking: What a skill's mean reward is.
+        eviction: Which one goes when the bank of a task is full: that of the lowest mean reward, or the oldest.
+        value_estimate: What a skill's mean reward is: its source's reward, or the mean over its uses of the group's reward or gap.
         min_reward: Trajectories with less reward give no skill to the bank; null lets all in, as in the paper. Contexts that choose
             after the rollout are not bound by it.
         template: Wrapper of a skill in front of the teacher's prompt (str.format over its three fields); null is
@@ -45,15 +45,15 @@ class SkillBankCallback(L.Callback):
         summariser: Summariser | None = None,
         context: PrivilegedContext | None = None,
         capacity: int | None = 8,
-        drop: Literal["worst", "oldest"] = "worst",
-        booking: Literal["source", "next_visit", "gap"] = "source",
+        eviction: Literal["worst", "oldest"] = "worst",
+        value_estimate: Literal["source", "next_visit", "gap"] = "source",
         min_reward: float | None = None,
         template: str | None = None,
         transcript_template: str | None = None,
         refresh: Literal["epoch", "iteration"] = "epoch",
     ) -> None:
         super().__init__()
-        bank = {"capacity": capacity, "drop": drop, "booking": booking}
+        bank = {"capacity": capacity, "eviction": eviction, "value_estimate": value_estimate}
         self.selection = SkillSelection(summariser, context, bank, min_reward, template, transcript_template, refresh)
         self._saved: dict[str, Any] | None = None  # a checkpoint's state, until the bank is open
         self._fits = False  # or does something else, which leaves the summariser open

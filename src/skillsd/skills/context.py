@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from skillsd.hashing import seeded_order
 from skillsd.skills.bank import SkillBank
@@ -40,15 +40,15 @@ class BankContext:
 
     Args:
         c: Weight of exploration.
-        untried: `first`: never-used skills come first, as in the paper; `prior`: they count as used once (`retrieval.select`).
+        unused_first: Never-used skills come first, as in the paper; false: they count as used once (`retrieval.select`).
     """
 
-    def __init__(self, c: float = SQRT2, untried: Literal["first", "prior"] = "first") -> None:
-        self.c, self.untried = c, untried
+    def __init__(self, c: float = SQRT2, unused_first: bool = True) -> None:
+        self.c, self.unused_first = c, unused_first
 
     def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
         """The task's top skill; None while it has none."""
-        return bank.retrieve(task_id, self.c, self.untried)
+        return bank.retrieve(task_id, self.c, self.unused_first)
 
 
 class NoContext:
@@ -64,15 +64,15 @@ class ShuffledContext:
 
     All tasks are laid out on a circle in an order drawn from (seed, epoch), and each takes the top skill of the next one that has any: on
     the tasks with skills that is a derangement, fixed for the epoch but for tasks that get their first skill meanwhile. A task without a
-    skill of its own gets none, as it would from `BankContext`. Uses are booked on the lender's skill.
+    skill of its own gets none, as it would from `BankContext`. Uses count for the lender's skill.
 
     Args:
         c: Weight of exploration in the lending task's choice.
-        untried: As for `BankContext`, in the lending task's choice.
+        unused_first: As for `BankContext`, in the lending task's choice.
     """
 
-    def __init__(self, c: float = SQRT2, untried: Literal["first", "prior"] = "first") -> None:
-        self.c, self.untried = c, untried
+    def __init__(self, c: float = SQRT2, unused_first: bool = True) -> None:
+        self.c, self.unused_first = c, unused_first
 
     def __call__(self, bank: SkillBank, task_id: str, all_task_ids: Sequence[str], seed: int, epoch: int) -> Skill | None:
         """The lender's top skill; None if the task has no skill or is the only one that has.
@@ -88,7 +88,7 @@ class ShuffledContext:
             return None
         others = (circle[at + i - len(circle)] for i in range(1, len(circle)))
         lender = next((other for other in others if other in with_skill), None)
-        return None if lender is None else bank.retrieve(lender, self.c, self.untried)
+        return None if lender is None else bank.retrieve(lender, self.c, self.unused_first)
 
 
 @lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ from skillsd.skills.skill import FIELDS, Skill
 
 FORMAT = "skillsd.skill.v1"
 SOURCE = {"source_iteration": int, "source_member": int, "source_reward": float, "source_completion": float}
-STATISTICS = ("skill_id", "uses", "mean_reward", "sources", "dropped")
+STATISTICS = ("skill_id", "uses", "mean_reward", "sources", "evicted")
 """Written to be read; another bank has its own."""
 MAX_LINE = 2 << 20
 """Bytes of a line: three texts of `skill.MAX_CHARS`, each character escaped in twelve, and more."""
@@ -20,25 +20,25 @@ MAX_TASK_ID = 1000
 """Characters of a task's name."""
 
 
-def to_lines(bank: SkillBank, dropped: bool = False) -> Iterator[str]:
+def to_lines(bank: SkillBank, evicted: bool = False) -> Iterator[str]:
     """The bank's skills by id as lines of ASCII, without line ends.
 
     Args:
         bank: Open as long as lines are asked for.
-        dropped: Also those that it holds no longer, with the iteration in which they were dropped.
+        evicted: Also those that it holds no longer, with the iteration in which they were evicted.
 
     Raises:
         ValueError: The bank is damaged.
     """
     gone: dict[int, int | None] = {}
     for event in bank.events():
-        if event.kind in ("insert", "drop"):
-            gone[event.skill_id] = event.iteration if event.kind == "drop" else None
+        if event.kind in ("insert", "evict"):
+            gone[event.skill_id] = event.iteration if event.kind == "evict" else None
     for skill_id, at in gone.items():
-        if at is None or dropped:
+        if at is None or evicted:
             skill = bank.get(skill_id)
             names = ("task_id", *FIELDS, *SOURCE, *STATISTICS[:-1])
-            yield json.dumps({"format": FORMAT} | {name: getattr(skill, name) for name in names} | ({} if at is None else {"dropped": at}))
+            yield json.dumps({"format": FORMAT} | {name: getattr(skill, name) for name in names} | ({} if at is None else {"evicted": at}))
 
 
 def from_lines(lines: Iterable[bytes]) -> list[Skill]:

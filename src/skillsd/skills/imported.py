@@ -42,8 +42,8 @@ def cut_to_imported(path: Path) -> int:
     imported, of_run = counted(path)
     if imported and of_run:
         with SkillBank(path, read_only=True) as bank:
-            booking = bank.booking
-        with SkillBank(path, booking=booking) as bank:
+            value_estimate = bank.value_estimate
+        with SkillBank(path, value_estimate=value_estimate) as bank:
             bank.cut(BEFORE + 1, expect=imported)
     return imported
 

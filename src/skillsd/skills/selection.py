@@ -2,7 +2,7 @@
 
     before a rollout    choose    the skill of each task's teacher, from the bank
     after it            texts     the same for contexts that are made of the group just played
-    after the update    finish    uses are booked, trajectories are summarised, and what is ready enters the bank
+    after the update    finish    uses are recorded, trajectories are summarised, and what is ready enters the bank
 
 With several ranks, rank 0 alone has the bank: it chooses for all, and each summarises what it has played. The summaries of iteration i
 enter the bank, in (task, member) order, at the first iteration boundary at which they are ready; with `rules` and `base` that is always
@@ -55,7 +55,7 @@ class Voice(Protocol):
 
 
 class SkillSelection:
-    """Chooses, books and summarises. The arguments are those of `SkillBankCallback`.
+    """Chooses, records uses and summarises. The arguments are those of `SkillBankCallback`.
 
     Attributes:
         bank: The bank while it is open; on rank 0 alone.
@@ -122,10 +122,9 @@ class SkillSelection:
         if actor != "student" and isinstance(self.context, GroupContext | NoContext):
             raise ConfigError(ACTOR_NEEDS_SKILL.format(actor))
         refused = {"half_with_skill": ("gap", "next_visit"), "student_with_skill": ("gap",)}.get(actor, ())
-        if self.bank_settings["booking"] in refused:
+        if (estimate := self.bank_settings["value_estimate"]) in refused:
             raise ConfigError(
-                f"skills.booking is {self.bank_settings['booking']}, which means nothing where data.init_args.actor is {actor}: "
-                "set it to source."
+                f"skills.value_estimate is {estimate}, which means nothing where data.init_args.actor is {actor}: set it to source."
             )
 
     def open(self, path: Path, state: dict[str, Any] | None) -> None:

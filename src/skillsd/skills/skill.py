@@ -47,7 +47,7 @@ class Skill:
         source_reward: That trajectory's reward.
         source_completion: That trajectory's completion, 0..1.
         uses: How often it conditioned a teacher (visits of its task).
-        mean_reward: What retrieval exploits; its meaning is the bank's `booking` setting.
+        mean_reward: What retrieval exploits: the bank's `value_estimate` says what it is.
         sources: How many trajectories gave exactly these texts.
 
     Raises:

@@ -236,8 +236,8 @@ def _growth(run: Run) -> Picture | None:
     events = run.events
     if events.empty:
         return None
-    count = {kind: (events["kind"] == kind).groupby(events["iteration"]).sum().cumsum() for kind in ("insert", "drop", "use")}
-    lines = {"ever": count["insert"], "held": count["insert"] - count["drop"], "retrieved": count["use"]}
+    count = {kind: (events["kind"] == kind).groupby(events["iteration"]).sum().cumsum() for kind in ("insert", "evict", "use")}
+    lines = {"ever": count["insert"], "held": count["insert"] - count["evict"], "retrieved": count["use"]}
     title = "skills, and how often they were retrieved"
     return _picture(plots.lines(lines, title), title)
 
