@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import gymnasium
 import numpy as np
@@ -69,9 +69,9 @@ class TextEnvironment(Protocol):
         """Let go of processes and files."""
 
 
-class OptionalTextEnvironment(TextEnvironment, Protocol):
-    """What an environment may offer besides; each alone is of use. `metadata["action_language"]` may name the language of actions that are
-    code, such as "python"."""
+class TextEnvironmentExtras(TextEnvironment, Protocol):
+    """What an environment may offer besides; each member is of use alone. `metadata["action_language"]` may name the language of actions
+    that are code, such as "python"."""
 
     agents: Mapping[str, Callable[[], Any]]
     """Names of scripted agents and what makes one for an episode: an object with `act(observation) -> action`."""
@@ -120,9 +120,9 @@ class TextEnv:
 
     def __init__(self, env: gymnasium.Env[str, str], max_observation_chars: int | None = None) -> None:
         self.env, self.max_observation_chars = env, max_observation_chars
-        self.unwrapped: Any = env.unwrapped
+        self.unwrapped = cast(TextEnvironmentExtras, env.unwrapped)
         self.info: Mapping[str, Any] = {}
-        """The last one."""
+        """The info of the last answer."""
         self._now = TimeStep("")
 
     @property
