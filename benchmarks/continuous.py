@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity
 from skillsd.engines.in_process import CUDA_PREFILL, InProcessEngine, InProcessSession
 from skillsd.engines.step import Stepper
 from skillsd.policy import CacheBudget, LoraSettings, Policy, PolicySettings
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, Episode, RolloutSettings
 from skillsd.trajectory import Task
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     print(f"Qwen3-{a.size}, {a.episodes} episodes of {a.turns[0]} to {a.turns[1]} turns, {a.rows} at a time, {a.delay * 1e3:.0f} ms a step")
     print("| | seconds | sampled tok/s | steps | measured s | busy |\n|---|" + "---:|" * 5, flush=True)
     rng = random.Random(0)
-    rows = [Row(Task(str(i), options={"turns": rng.randint(*a.turns), "prompt": i // a.group})) for i in range(a.episodes)]
+    rows = [Episode(Task(str(i), options={"turns": rng.randint(*a.turns), "prompt": i // a.group})) for i in range(a.episodes)]
     longest = 5 * a.words + a.turns[1] * (a.words + a.turn_tokens + 20)
     for name in a.kinds:
         engine = InProcessEngine(policy)
@@ -140,7 +140,7 @@ def main() -> None:
         if name == "lockstep":
             engine.open = partial(lockstep, engine.open)  # type: ignore[method-assign]
 
-        def collect(some: list[Row], window: int = 0, collector: Collector = collector) -> tuple[float, int, Steps]:
+        def collect(some: list[Episode], window: int = 0, collector: Collector = collector) -> tuple[float, int, Steps]:
             steps, start = Steps(window), time.perf_counter()
             played = collector.collect(some, seed=0, iteration=0)
             seconds = time.perf_counter() - start

@@ -27,7 +27,7 @@ from skillsd.engines.in_process import InProcessEngine
 from skillsd.environment import make_env
 from skillsd.objective import Tokens, TraceGate
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, Episode, RolloutSettings
 from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Task, Trajectory
 from skillsd_sokoban.level import Level
@@ -78,7 +78,7 @@ class View:
         )
         self.env, self.seed = make_env(env, kwargs), seed
         self.tasks = self.env.tasks("train")
-        played = self.collector.collect([Row(t, k) for t in self.tasks for k in range(4)], seed=seed, iteration=0, temperature=1.0)
+        played = self.collector.collect([Episode(t, k) for t in self.tasks for k in range(4)], seed=seed, iteration=0, temperature=1.0)
         self.groups = [played[i : i + 4] for i in range(0, len(played), 4)]
         self.plain = self.greedy(self.collector, [""] * levels)
 
@@ -113,7 +113,7 @@ class View:
 
     def greedy(self, collector: Collector, texts: Sequence[str | None]) -> dict[int, bool]:
         """By level, whether it is solved with the text in front; levels without a text are left out."""
-        rows = {i: Row(self.tasks[i], 0, x) for i, x in enumerate(texts) if x is not None}
+        rows = {i: Episode(self.tasks[i], 0, x) for i, x in enumerate(texts) if x is not None}
         played = collector.collect(list(rows.values()), seed=self.seed, iteration=0, temperature=0.0)
         return {i: t.success for i, t in zip(rows, played, strict=True)}
 

@@ -18,7 +18,7 @@ from skillsd.cli.standard import STANDARD
 from skillsd.config_errors import leaves
 from skillsd.errors import ConfigError
 from skillsd.pretrain import DemonstrationData
-from skillsd.rollout import Row
+from skillsd.rollout import Episode
 from skillsd.skills import SKILL_TEMPLATE, BaseSummariser, NoContext, RulesSummariser
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.skills.selection import TRANSCRIPT_TEMPLATE, SkillSelection
@@ -106,7 +106,7 @@ def play(cli: Any) -> None:
     data = cli.datamodule
     data.setup("fit")
     data.rollout.max_turn_tokens = min(4, data.rollout.max_turn_tokens)
-    rows = [Row(data.train_tasks[0]), Row(data.panel_tasks[0])]
+    rows = [Episode(data.train_tasks[0]), Episode(data.panel_tasks[0])]
     for t in data.collector.collect(rows, seed=0, iteration=0):
         assert t.turns and sum(t.action_mask) > 0 and len(t.token_ids) == len(t.logprobs)
         assert bool(t.instruction) == (data.env_kwargs.get("prompts") is None)

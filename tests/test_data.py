@@ -24,7 +24,7 @@ from skillsd.objective import Objective
 from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import TokenSequence
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, RolloutSettings, Row
+from skillsd.rollout import Chat, Episode, RolloutSettings
 from skillsd.skills import (
     BankContext,
     GroundTruthContext,
@@ -139,7 +139,7 @@ def test_seconds_of_a_rollout(join):
     data = join(batch_tasks=2)
     collect, seconds = data.collector.collect, []
 
-    def slowly(rows: list[Row], **settings: Any) -> list[Trajectory]:
+    def slowly(rows: list[Episode], **settings: Any) -> list[Trajectory]:
         time.sleep(0.1)
         return collect(rows, **settings)
 
@@ -156,7 +156,7 @@ def test_failed_episodes_are_told_once_an_iteration(join, caplog):
     collector = stream.data.collector
     collect, lost = collector.collect, {(0, 1): "out of memory", (0, 4): "killed", (2, 0): "killed"}
 
-    def fail(rows: list[Row], iteration: int, **settings: Any) -> list[Trajectory]:
+    def fail(rows: list[Episode], iteration: int, **settings: Any) -> list[Trajectory]:
         played = collect(rows, iteration=iteration, **settings)
         return [
             replace(t, finish_reason="failed", failure=lost[iteration, i], reward=0.0) if (iteration, i) in lost else t
@@ -180,7 +180,7 @@ def test_prompts_come_from_a_member_that_was_played(join):
     empty: dict[str, Any] = {"instruction": "", "prompt_ids": (), "token_ids": (), "action_mask": (), "logprobs": (), "turns": ()}
 
     def lose(n: int) -> Callable[..., list[Trajectory]]:
-        def play(rows: list[Row], **settings: Any) -> list[Trajectory]:
+        def play(rows: list[Episode], **settings: Any) -> list[Trajectory]:
             played = collect(rows, **settings)
             return [replace(t, **empty, finish_reason="failed", failure="raised: x") if t.member < n else t for t in played]
 
@@ -201,7 +201,7 @@ def test_too_many_failed_episodes(join):
     data.trainer.checkpoint_callback, data.trainer.default_root_dir = None, "/nowhere"
     collect, kinds = data.collector.collect, ["hung: no answer", "raised: OSError: gone", "raised: again"]
 
-    def fail(rows: list[Row], **settings: Any) -> list[Trajectory]:
+    def fail(rows: list[Episode], **settings: Any) -> list[Trajectory]:
         played = collect(rows, **settings)
         return [replace(t, finish_reason="failed", failure=k) for t, k in zip(played, kinds, strict=False)] + played[len(kinds) :]
 
@@ -492,7 +492,7 @@ def test_the_teacher_sees_the_skill_in_front(join, tmp_path, instruction):
         at = 1 if instruction else 0  # behind the mark of the system text
         assert first == plain[:at] + skill + plain[at:] and g.student_prompts == (t.prompt_ids,) * 2
         # The student has not seen it: the same tokens as without a bank.
-        (same,) = data.collector.collect([Row(g.task, 0)], seed=0, iteration=0)
+        (same,) = data.collector.collect([Episode(g.task, 0)], seed=0, iteration=0)
         assert (same.prompt_ids, same.token_ids) == (t.prompt_ids, t.token_ids)
 
 

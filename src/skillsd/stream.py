@@ -16,7 +16,7 @@ from skillsd.engines.engine import Adapter
 from skillsd.errors import ConfigError
 from skillsd.hashing import seeded_order
 from skillsd.policy import Policy
-from skillsd.rollout import Background, Collector, RolloutSettings, Row
+from skillsd.rollout import Background, Collector, Episode, RolloutSettings
 from skillsd.trajectory import Rollout, Task, Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class GroupStream:
         """The tasks' groups, one after another, and the seconds that it took."""
         d, started = self.data, time.perf_counter()
         first = {"student": d.group_size, "half_with_skill": -(-d.group_size // 2)}.get(d.actor, 0)  # member that acts with the skill
-        rows = [Row(t, k, text if k >= first else "") for t, text in zip(tasks, skills, strict=True) for k in range(d.group_size)]
+        rows = [Episode(t, k, text if k >= first else "") for t, text in zip(tasks, skills, strict=True) for k in range(d.group_size)]
         report: Callable[[int], object] | None = None
         if d.progress is not None and collector is d.collector:  # not from the background
             report = partial(_report, d.progress, f"iteration {iteration + 1}", 0, 1.0, len(rows))
@@ -224,7 +224,7 @@ class PanelStream:
 
     def __init__(self, data: Source) -> None:
         self.data = data
-        self.rows = [(seed, Row(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
+        self.rows = [(seed, Episode(task, k)) for seed in data.panel_seeds for task in data.panel_tasks for k in range(data.panel_attempts)]
         self.size = 4 * data.rollout.max_rows * parallel.world()
         self.progress = data.progress
         """Called with `panel`; of several ranks by this one's share."""

@@ -15,7 +15,7 @@ from skillsd.engines.step import Stepper
 from skillsd.environment import make_env
 from skillsd.errors import ConfigError
 from skillsd.policy import CacheBudget, Demand, Footprint
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, Episode, RolloutSettings
 
 MIB = 2**20
 
@@ -161,7 +161,7 @@ def test_what_another_session_left_is_no_reason_to_give_up(make_policy, caplog):
     settings = RolloutSettings(max_rows=2, max_prompt_tokens=150, max_trajectory_tokens=100, max_turn_tokens=6)
     tasks = make_env(SOKOBAN, KWARGS).tasks("test")[:1]
     collector = Collector(SOKOBAN, KWARGS, Chat(policy.tokenizer, ()), engine, settings, policy.context_length)
-    rows = [Row(tasks[0], member) for member in range(2)]
+    rows = [Episode(tasks[0], member) for member in range(2)]
     want = collector.collect(rows, seed=0, iteration=0)
     stepper, opened = Stepper(policy, False, None, policy.cache_budget), []
     stepper.plan(10, 60)  # many short rows
@@ -181,7 +181,7 @@ def test_a_full_cache_begins_the_rollout_again_with_fewer(make_policy, caplog, m
     policy = make_policy()
     settings = RolloutSettings(max_rows=6, max_prompt_tokens=150, max_trajectory_tokens=100, max_turn_tokens=6)
     tasks = make_env(SOKOBAN, KWARGS).tasks("test")[:3]
-    rows = [Row(t, member) for t in tasks for member in range(2)]
+    rows = [Episode(t, member) for t in tasks for member in range(2)]
 
     def collector():
         chat = Chat(policy.tokenizer, policy.stop_ids)

@@ -14,7 +14,7 @@ from tests.rollout.test_collector import Scripted
 
 from skillsd.engines.engine import Completion, Request
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, Episode, RolloutSettings
 from skillsd.trajectory import Task
 
 SAID = st.lists(st.sampled_from(["up", "wall", "<|end|>", "<|assistant|>", "#", "\x00", "é"]) | st.text(max_size=4), max_size=8).map(
@@ -110,7 +110,7 @@ def test_the_record_is_what_the_engine_saw(episodes, answers, limits, context):
     engine = Fed([[*ids, stop] if stopped else ids for ids, stopped in answers], stop)
     heard: list[list[str]] = [[] for _ in episodes]
     rows = [
-        Row(Task(str(i), options={"first": first, "instruction": instruction, "steps": steps, "heard": heard[i]}), i, skill)
+        Episode(Task(str(i), options={"first": first, "instruction": instruction, "steps": steps, "heard": heard[i]}), i, skill)
         for i, (first, instruction, steps, skill) in enumerate(episodes)
     ]
     collector = Collector("test/Whatever-v0", {}, chat, engine, RolloutSettings(**limits), context)

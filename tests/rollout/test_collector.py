@@ -20,7 +20,7 @@ from skillsd.environment import make_env
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, Episode, RolloutSettings
 from skillsd.timeouts import Failure
 from skillsd.trajectory import Task, Trajectory
 
@@ -85,7 +85,7 @@ def ten_turns():
         collector = Collector(
             "test/TenTurns-v0", {}, Chat(t, [t.eos_token_id]), engine, RolloutSettings(**{"max_turn_tokens": 512} | limits), context_length
         )
-        played = collector.collect([Row(Task(str(i))) for i in range(n)], seed=0, iteration=0)
+        played = collector.collect([Episode(Task(str(i))) for i in range(n)], seed=0, iteration=0)
         return played[0] if n == 1 else played
 
     play.engine = engine
@@ -194,9 +194,9 @@ def collect(policy, rows, max_rows=64, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
+def rows() -> list[Episode]:
     tasks = make_env(SOKOBAN, KWARGS).tasks("test")[:5]
-    return [Row(t, member) for t in tasks for member in range(3)]
+    return [Episode(t, member) for t in tasks for member in range(3)]
 
 
 def without_floats(t):
@@ -310,7 +310,7 @@ def waiting():
 
 
 def play(collector: Collector, *names: str) -> list[Trajectory]:
-    return collector.collect([Row(Task(n)) for n in names], seed=0, iteration=0)
+    return collector.collect([Episode(Task(n)) for n in names], seed=0, iteration=0)
 
 
 NAMES = ("up:3", "down:1", "left:4", "right:2", "up:2:gone", "down:5", "left:1", "right:3")

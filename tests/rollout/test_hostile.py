@@ -27,7 +27,7 @@ from skillsd.callbacks import resume
 from skillsd.learner import Learner
 from skillsd.objective import Objective
 from skillsd.policy.nano import build_tokenizer
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, Episode, RolloutSettings
 from skillsd.timeouts import MAX_CHARS
 from skillsd.trajectory import FAILURES, Task, Trajectory
 
@@ -144,7 +144,7 @@ def collector() -> Iterator[Callable[..., Collector]]:
 
 
 def play(collector: Collector, *names: str) -> list[Trajectory]:
-    return collector.collect([Row(Task(n)) for n in names], seed=0, iteration=0)
+    return collector.collect([Episode(Task(n)) for n in names], seed=0, iteration=0)
 
 
 # -- the collector ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from skillsd.demonstration import demonstrate, play
 from skillsd.environment import TextEnv, TimeStep
 from skillsd.errors import ConfigError
 from skillsd.files.run_folder import BANK_FILE
-from skillsd.rollout import Row
+from skillsd.rollout import Episode
 from skillsd.skills import BankContext, RulesSummariser, SkillBank
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.trajectory import Task, Trajectory, Turn
@@ -30,7 +30,7 @@ def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: 
     try:
         task = pick(data, data.panel_tasks, level, task_id)
         source, text = skill_text(trainer, data, task) if skill else ("none", "")
-        (t,) = data.collector.collect([Row(task, 0, text)], seed=data.seed, iteration=0, temperature=0.0)
+        (t,) = data.collector.collect([Episode(task, 0, text)], seed=data.seed, iteration=0, temperature=0.0)
     finally:
         data.teardown("predict")
     print(visible(f"weights: {weights}; skill: {source}"))

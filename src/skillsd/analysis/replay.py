@@ -14,7 +14,7 @@ from skillsd.analysis.score import Scorer
 from skillsd.engines.in_process import InProcessEngine
 from skillsd.engines.noise import stream_key
 from skillsd.errors import ConfigError
-from skillsd.rollout import Collector, RolloutSettings, Row
+from skillsd.rollout import Collector, Episode, RolloutSettings
 from skillsd.skills import Skill
 from skillsd.statistics import bootstrap_mean
 from skillsd.tasks import read_tasks
@@ -65,7 +65,7 @@ def replay(
     plain: list[tuple[str, int | None, str]] = [(task_id, None, "") for task_id in dict.fromkeys(places)]
     with_skill = [(t, s.skill_id, s.render(scorer.template)) for t, s in dict.fromkeys(zip(places, told, strict=True))]
     planned = [(*what, member) for what in [*plain, *with_skill] for member in range(members)]
-    rows = [Row(known.get(task_id) or Task(task_id), member, text) for task_id, _, text, member in planned]
+    rows = [Episode(known.get(task_id) or Task(task_id), member, text) for task_id, _, text, member in planned]
     played = _play(scorer, data, rows, adapter, temperature, stream_key("replay", run.config.get("seed_everything", 0), seed))
     frame = text_frame(
         [
@@ -126,7 +126,7 @@ def _tasks_of(data: dict[str, Any]) -> dict[str, Task]:
 
 
 def _play(
-    scorer: Scorer, data: dict[str, Any], rows: Sequence[Row], adapter: str | None, temperature: float | None, seed: int
+    scorer: Scorer, data: dict[str, Any], rows: Sequence[Episode], adapter: str | None, temperature: float | None, seed: int
 ) -> list[Trajectory]:
     policy, settings = scorer.policy, RolloutSettings(**(data.get("rollout") or {}))
     engine = InProcessEngine(policy, settings.cuda_graphs, settings.kernels)

@@ -18,7 +18,7 @@ from skillsd.files.durable import sealed_folder
 from skillsd.files.run_folder import ADAPTER, ADAPTER_KIND, MODEL, MODEL_KIND
 from skillsd.policy import Policy, PolicySettings
 from skillsd.pretrain.demonstrations import Demonstrations, DemonstrationSettings, collate
-from skillsd.rollout import Chat, Collector, RolloutSettings, Row
+from skillsd.rollout import Chat, Collector, Episode, RolloutSettings
 from skillsd.skills import RulesSummariser
 from skillsd.statistics import wilson_interval
 
@@ -89,7 +89,7 @@ class Cloning(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.gradient_clip_norm)
 
-    def validation_step(self, batch: tuple[str, list[Row]], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[str, list[Episode]], batch_idx: int) -> None:
         """Plays the held-out levels greedily: plain, with their own skill in front, with another level's."""
         name, rows = batch
         data: DemonstrationData = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -162,11 +162,11 @@ class DemonstrationData(L.LightningDataModule):
             prefetch_factor=4 if self.num_workers else None,
         )  # fmt: skip
 
-    def val_dataloader(self) -> DataLoader[tuple[str, list[Row]]]:
+    def val_dataloader(self) -> DataLoader[tuple[str, list[Episode]]]:
         shown = self._set()
         shown.env_kwargs = self.panel_env_kwargs
         tasks = shown.env.tasks(self.panel_split, "panel_split")
         skills = [shown.skill(t, 0.0, random.Random(0)) for t in tasks]
         ways = {"plain": [""] * len(tasks), "own": skills, "shuffled": skills[1:] + skills[:1]}
-        batches = [(name, [Row(t, 0, s) for t, s in zip(tasks, texts, strict=True)]) for name, texts in ways.items()]
+        batches = [(name, [Episode(t, 0, s) for t, s in zip(tasks, texts, strict=True)]) for name, texts in ways.items()]
         return DataLoader(batches, batch_size=None, collate_fn=lambda x: x)  # type: ignore[arg-type]

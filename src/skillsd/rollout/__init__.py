@@ -2,13 +2,13 @@
 
 from skillsd.rollout.background import Background
 from skillsd.rollout.chat import Chat
-from skillsd.rollout.collector import Collector, Row
+from skillsd.rollout.collector import Collector, Episode
 from skillsd.rollout.settings import RolloutSettings
 
 __all__ = [
     "Background",
     "Chat",
     "Collector",
+    "Episode",
     "RolloutSettings",
-    "Row",
 ]

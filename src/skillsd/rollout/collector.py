@@ -29,8 +29,8 @@ NOWHERE = TimeStep("")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One episode to play: a task, the member index in its group, and a skill for the prompt of whoever acts (normally none)."""
+class Episode:
+    """An episode to play: a task, the member index in its group, and a skill for the prompt of whoever acts (normally none)."""
 
     task: Task
     member: int = 0
@@ -38,11 +38,11 @@ class Row:
 
 
 @dataclass(eq=False)
-class _Episode:
-    """A row in progress: what its environment is asked, and what becomes a Trajectory."""
+class _Running:
+    """An episode in progress: what its environment is asked, and what becomes a Trajectory."""
 
     index: int
-    row: Row
+    episode: Episode
     env: TextEnv
     key: int
     call: Literal["reset", "step", "finish"] = "reset"
@@ -66,7 +66,7 @@ class _Episode:
     def ask(self, call: Literal["reset", "step", "finish"]) -> TimeStep:
         """Call the environment."""
         if call == "reset":
-            return self.env.reset(self.row.task)
+            return self.env.reset(self.episode.task)
         if call == "finish":
             return self.env.finish()
         if not math.isfinite(sum(self.completion.logprobs)):  # of logits that are nan
@@ -88,7 +88,7 @@ class _Episode:
         """The finished episode."""
         assert self.finish is not None
         return Trajectory(
-            iteration=iteration, task_id=self.row.task.task_id, member=self.row.member, seed=seed, instruction=self.instruction,
+            iteration=iteration, task_id=self.episode.task.task_id, member=self.episode.member, seed=seed, instruction=self.instruction,
             prompt_ids=tuple(self.prompt_ids), token_ids=tuple(self.token_ids), action_mask=tuple(self.action_mask),
             logprobs=tuple(self.logprobs), turns=tuple(self.turns), reward=self.reward, completion=self.now.completion,
             success=self.now.success, finish_reason=self.finish, failure=self.failure, final_observation=self.final_observation,
@@ -100,7 +100,7 @@ class Collector:
 
     Environments are made when first needed and kept until `close`; one that raised, hung or answered nonsense is thrown away, its episode
     ends as failed, and the run goes on. With `settings.env_workers` they are waited for in threads, each in one at a time.
-    Where the engine takes rows at any time, the others go on decoding meanwhile: which rows share a forward then depends on who is ready
+    Where the engine takes rows at any time, the others go on decoding meanwhile: which of them share a forward then depends on who is ready
     first, and with it the rounding of logits, which now and then decides a draw. Where it does not, everybody waits for everybody, and the
     trajectories are those without threads to the bit.
 
@@ -122,16 +122,16 @@ class Collector:
         self.envs: list[TextEnv] = []
         self.threads: Threads | None = None
         self.alarm = Alarm(settings.env_timeout)
-        self.unanswered: list[_Episode] = []
+        self.unanswered: list[_Running] = []
 
     def collect(
-        self, rows: Sequence[Row], *, seed: int, iteration: int, temperature: float | None = None, adapter: Adapter = "student",
+        self, episodes: Sequence[Episode], *, seed: int, iteration: int, temperature: float | None = None, adapter: Adapter = "student",
         progress: Callable[[int], object] | None = None,
     ) -> list[Trajectory]:  # fmt: skip
-        """Play `rows`; the trajectories come back in their order.
+        """Play episodes; the trajectories come back in their order.
 
         Args:
-            rows: What to play.
+            episodes: What to play.
             seed: Run seed; with `iteration`, the task and the member it fixes the sampling noise.
             iteration: Optimizer step the trajectories belong to.
             temperature: None takes the settings'; 0 is greedy.
@@ -143,38 +143,38 @@ class Collector:
         while True:
             try:
                 with self.alarm, self.engine.open(temperature, adapter) as session:
-                    return self._collect(session, rows, seed, iteration, progress)
+                    return self._collect(session, episodes, seed, iteration, progress)
             except CacheFull as e:
                 sure, why = min(e.rows, self.max_rows), str(e)
                 if fresh and sure == self.max_rows:
                     raise  # it is not the shape that an earlier rollout left the cache in
             except torch.OutOfMemoryError:
-                sure, why = min(self.max_rows, len(rows)) // 2, "out of memory in the rollout."
+                sure, why = min(self.max_rows, len(episodes)) // 2, "out of memory in the rollout."
                 if not sure:
                     raise
             self.max_rows, fresh = sure, True  # go on outside: the exception holds on to the session
             log.warning("%s It begins again with %d episodes at one time, as those after it.", why, sure)
 
     def _collect(
-        self, session: Session, rows: Sequence[Row], seed: int, iteration: int, progress: Callable[[int], object] | None
+        self, session: Session, episodes: Sequence[Episode], seed: int, iteration: int, progress: Callable[[int], object] | None
     ) -> list[Trajectory]:
         self._settle()
         max_turn_tokens = self.settings.turn_tokens(self.context_length)
-        waiting = iter(enumerate(rows))
-        n = min(len(rows), self.max_rows)
+        waiting = iter(enumerate(episodes))
+        n = min(len(episodes), self.max_rows)
         free: list[TextEnv | None] = [*self.envs[:n], *[None] * (n - len(self.envs))]  # None stands for one that is not made yet, or lost
-        playing: dict[int, _Episode] = {}
-        asked: list[_Episode] = []  # their environments have not answered yet
+        playing: dict[int, _Running] = {}
+        asked: list[_Running] = []  # their environments have not answered yet
         finished: dict[int, Trajectory] = {}
         try:
             while True:
-                ready: list[_Episode] = []  # for their next turn
+                ready: list[_Running] = []  # for their next turn
                 while True:
                     while free and (item := next(waiting, None)) is not None:
                         if (env := free.pop()) is None:
                             self.envs.append(env := self.make())
                         key = stream_key(seed, "rollout", iteration, item[1].task.task_id, item[1].member)
-                        asked.append(self._ask(_Episode(*item, env, key), "reset"))
+                        asked.append(self._ask(_Running(*item, env, key), "reset"))
                     arrived = self._arrived(asked, everybody=not session.continuous, wait=not (ready or session.busy))
                     if not arrived:
                         break
@@ -188,8 +188,8 @@ class Collector:
                             session.forget([e.index])
                 if progress is not None:
                     progress(len(finished))
-                if len(finished) == len(rows):
-                    return [finished[i] for i in range(len(rows))]
+                if len(finished) == len(episodes):
+                    return [finished[i] for i in range(len(episodes))]
                 playing |= {e.index: e for e in ready}
                 session.submit([Request(e.index, e.new_ids, e.key, len(e.token_ids), min(max_turn_tokens, e.room)) for e in ready])
                 for index, completion in session.step():
@@ -232,7 +232,7 @@ class Collector:
             self.envs.remove(env)
             threading.Thread(target=attempt, args=(env.close,), name="closing", daemon=True).start()
 
-    def _ask(self, e: _Episode, call: Literal["reset", "step", "finish"]) -> _Episode:
+    def _ask(self, e: _Running, call: Literal["reset", "step", "finish"]) -> _Running:
         """Begin a call of the episode's environment, perhaps in a thread."""
         calls: Alarm | Threads = self.alarm
         if self.settings.env_workers:
@@ -240,8 +240,8 @@ class Collector:
         e.call, e.answer = call, calls.submit(partial(e.ask, call))
         return e
 
-    def _arrived(self, asked: list[_Episode], everybody: bool, wait: bool) -> list[_Episode]:
-        """Take those that are answered out of the list, in the order of the rows. Of several interruptions the first is raised.
+    def _arrived(self, asked: list[_Running], everybody: bool, wait: bool) -> list[_Running]:
+        """Take those that are answered out of the list, in their order. Of several interruptions the first is raised.
 
         Args:
             asked: All.
@@ -257,11 +257,11 @@ class Collector:
             e.answer.result()
         return arrived
 
-    def _take(self, arrived: Sequence[_Episode], asked: list[_Episode]) -> list[_Episode]:
+    def _take(self, arrived: Sequence[_Running], asked: list[_Running]) -> list[_Running]:
         """Go on from what environments have answered. The episodes that are ready for their next turn, or finished; those that are cut are
         asked what they came to."""
-        began: list[_Episode] = []
-        going: list[_Episode] = []
+        began: list[_Running] = []
+        going: list[_Running] = []
         for e in arrived:
             now = e.answer.result()
             failure = now if isinstance(now, Failure) else None
@@ -282,7 +282,7 @@ class Collector:
                 began.append(e)
             elif e.finish is None:
                 going.append(e)
-        prompts = self.chat.prompt_ids_many([(e.now.instruction, e.now.observation, e.row.skill) for e in began])
+        prompts = self.chat.prompt_ids_many([(e.now.instruction, e.now.observation, e.episode.skill) for e in began])
         for e, prompt in zip(began, prompts, strict=True):
             e.instruction, e.prompt_ids, e.new_ids = e.now.instruction, prompt, prompt
             e.room = min(self.settings.max_trajectory_tokens, self.context_length - len(prompt))
