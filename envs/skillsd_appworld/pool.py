@@ -162,7 +162,7 @@ class Pool:
         return None if code is None else str(code)
 
     def pids(self) -> list[int]:
-        """Of the warm processes, for measurements."""
+        """Process ids of the warm processes, for measurements."""
         return [pid for servers in self._started for pid in servers.pids()]
 
     def close(self) -> None:

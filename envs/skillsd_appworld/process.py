@@ -142,7 +142,7 @@ class ForkServer:
             self.live -= 1
 
     def exit_code(self, pid: int) -> int | None:
-        """Of an ended child, negative for a signal; None if unknown."""
+        """Exit code of an ended child, negative for a signal; None if unknown."""
         try:
             with self._lock:
                 status = self._exchange({"status": pid}, [])[0]["status"]
@@ -152,7 +152,7 @@ class ForkServer:
 
     @property
     def warm(self) -> bool:
-        """Whether a fork need not wait."""
+        """Return whether a fork need not wait."""
         return self._ready or _readable(self.control.fileno(), 0)
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ class ForkServers:
                 return self.current.fork(request, folder, *more)
 
     def pids(self) -> list[int]:
-        """Of the warm processes."""
+        """Process ids of the warm processes."""
         return [z.process.pid for z in (self.current, self.next, *self.former) if z is not None]
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from skillsd_sokoban.level import SYMBOLS, WALL, Level
 CELL = 32
 """Pixels of a cell's side."""
 MOST_CELLS = 64 * 64
-"""Of a larger map there is no picture."""
+"""A larger map has no picture."""
 
 Image = NDArray[np.uint8]
 _FINE = 4  # a tile is drawn so many times larger, then averaged: smooth edges

@@ -226,7 +226,7 @@ class SokobanEnv(gym.Env[str, str]):
 
     @property
     def solvable(self) -> bool:
-        """Whether the current state can still be solved. SearchLimit as for `distance`."""
+        """Return whether the current state can still be solved. SearchLimit as for `distance`."""
         return self.distance() is not None
 
     @property

@@ -28,7 +28,7 @@ COMPLETE = {
     "skillsd.skills.Summariser": "skillsd.skills.SynchronousSummariser",
     "skillsd.skills.PrivilegedContext": "skillsd.skills.GroupContext",
 }
-"""Of a Protocol, a class to inherit from that has most of it."""
+"""For each Protocol, a class to inherit from that has most of it."""
 
 
 class Key(NamedTuple):

@@ -132,7 +132,7 @@ def bitsandbytes() -> Finding:
 
 
 def hub_access() -> Finding:
-    """Whether hub names can be loaded; being offline is no error."""
+    """Check that hub names can be loaded; being offline is no error."""
     without = "packaged models, local folders and the hub's cache work"
     if hub.HF_HUB_OFFLINE:
         return "limited", f"offline (HF_HUB_OFFLINE is set): {without}", "unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE"

@@ -106,8 +106,8 @@ def _check_numbers(*names: str) -> None:
 
 def _take_out(names: Sequence[str], said: Sequence[str]) -> None:
     if said:
-        told = ", ".join(f"{name}={os.environ[name]}" for name in said)
-        print(f"the environment has {told}, and no launcher has started this process: this is ignored.", file=sys.stderr, flush=True)
+        listed = ", ".join(f"{name}={os.environ[name]}" for name in said)
+        print(f"the environment has {listed}, and no launcher has started this process: this is ignored.", file=sys.stderr, flush=True)
     for name in names:
         del os.environ[name]
 
@@ -136,50 +136,50 @@ def print_rank_zero(text: str) -> None:
 
 def share(n: int, of: int | None = None) -> range:
     """Which of `n` things, in their order, are rank `of`'s (default: this one's): neighbours, and at most one more than others have."""
-    ranks, mine = world(), _place() if of is None else of
-    return range(n * mine // ranks, n * (mine + 1) // ranks)
+    ranks, own = world(), _place() if of is None else of
+    return range(n * own // ranks, n * (own + 1) // ranks)
 
 
 def balanced(costs: Sequence[float]) -> list[int]:
     """Which things are this rank's, in their order, so that all ranks have about equal sums: the largest first, each to who has least."""
-    sums, mine = [0.0] * world(), []
+    sums, own = [0.0] * world(), []
     me = _place()
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         least = sums.index(min(sums))
         sums[least] += costs[i]
-        mine += [i] * (least == me)
-    return sorted(mine)
+        own += [i] * (least == me)
+    return sorted(own)
 
 
-def gather(mine: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """What every rank has given, by rank, on every rank. All have to call it.
 
     Raises:
         PeerLost: Another rank has ended.
     """
     if world() == 1:
-        return [mine]
+        return [value]
     found: list[Any] = [None] * world()
     with _all_there():
         _meet()
-        dist.all_gather_object(found, mine, group=_waiting())
-    found[rank()] = mine
+        dist.all_gather_object(found, value, group=_waiting())
+    found[rank()] = value
     return found
 
 
-def broadcast(mine: T) -> T:
+def broadcast(value: T) -> T:
     """What rank 0 has given, on every rank. All have to call it.
 
     Raises:
         PeerLost: Another rank has ended.
     """
     if world() == 1:
-        return mine
-    told: list[Any] = [mine]
+        return value
+    carrier: list[Any] = [value]
     with _all_there():
         _meet()
-        dist.broadcast_object_list(told, src=0, group=_waiting(), device=torch.device("cpu"))
-    return mine if is_rank_zero() else told[0]  # type: ignore[no-any-return]
+        dist.broadcast_object_list(carrier, src=0, group=_waiting(), device=torch.device("cpu"))
+    return value if is_rank_zero() else carrier[0]  # type: ignore[no-any-return]
 
 
 def all_reduce_max(n: int) -> int:
@@ -190,10 +190,10 @@ def all_reduce_max(n: int) -> int:
     """
     if world() == 1:
         return n
-    told = torch.tensor(n, device="cpu")  # where a model is made, Lightning sets another default
+    largest = torch.tensor(n, device="cpu")  # where a model is made, Lightning sets another default
     with _all_there():
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=_waiting())
-    return int(told)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=_waiting())
+    return int(largest)
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from appworld.common.utils import get_name_to_apis, import_apis_module, import_m
 
 PUBLIC_APPS = tuple(get_all_apps(skip_admin=True))
 HEADERS = ("authorization", "content-type")
-"""Of a request, those that an API may see."""
+"""The headers of a request that an API may see."""
 
 
 def lay_out(folder: str, data: str, task_id: str) -> str:
@@ -122,14 +122,14 @@ class Calls:
         return response
 
     def digest(self) -> str:
-        """Of all changes since the task's start, in order."""
+        """Digest of all changes since the task's start, in order."""
         if self._digest_at != len(self.made):
             changes = json.dumps([d.tracker.changes for d in self._databases], default=str)
             self._digest, self._digest_at = hashlib.sha256(changes.encode()).hexdigest(), len(self.made)
         return self._digest
 
     def completed(self) -> bool:
-        """Whether the agent has declared the task complete. The engine is asked only after a call that may have done so."""
+        """Return whether the agent has declared the task complete. The engine is asked only after a call that may have done so."""
         if not self._completed and any(call[0] == "POST" and call[1].startswith("/supervisor/") for call in self.made[self._looked :]):
             self._completed = bool(self.world.task_completed())
         self._looked = len(self.made)

@@ -40,9 +40,9 @@ FAMILIES: tuple[type[Family], ...] = (
     tier3.PlaylistToNote,
 )
 SCENARIOS = {"train": 3, "dev": 1, "test": 2}
-"""Of each family."""
+"""Scenarios of each family."""
 TASKS = 3
-"""Of each scenario, as in AppWorld: one phrasing, other people and things."""
+"""Tasks of each scenario, as in AppWorld: one phrasing, other people and things."""
 KIND = "tiny AppWorld-format tasks"
 VERSION = 1
 """Rises with every change of what is generated."""
@@ -86,7 +86,7 @@ def refusal(root: Path) -> str | None:
 
 
 def is_whole(root: Path, seed: int) -> bool:
-    """Whether this version made `root` from `seed`, and all of its tasks are still there."""
+    """Return whether this version made `root` from `seed`, and all of its tasks are still there."""
     if not is_tiny(root):
         return False
     told = json.loads((root / "tiny.json").read_text(encoding="utf-8"))

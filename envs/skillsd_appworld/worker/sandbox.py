@@ -115,7 +115,7 @@ def _landlock(folder: str, readable: Sequence[str]) -> None:
 
 
 def _in_child(action: Callable[[], object]) -> bool:
-    """Whether `action` returns True in a forked child: what it does to the process is gone with the child."""
+    """Return whether `action` returns True in a forked child: what it does to the process is gone with the child."""
     pid = os.fork()
     if pid == 0:
         done = False

@@ -17,16 +17,16 @@ from skillsd.words import count
 
 TRAJECTORIES, SKILLS = 10, 20
 MAX_CHARS, MAX_TURNS = 4000, 40
-"""Of a text, and of a trajectory, that are shown."""
+"""Most characters of a text, and most turns of a trajectory, that are shown."""
 RULE = (
-    "Of the first and of the last iteration the first of each kind (solved or not, its teacher told a skill or not); of a kind that is in "
+    "Of the first and of the last iteration the first of each kind (solved or not, its teacher saw a skill or not); of a kind that is in "
     f"neither, the last one; the rest evenly spaced in the record; {TRAJECTORIES} in all."
 )
 
 
 def choose(played: pd.DataFrame) -> list[int]:
     """Which of `Run.trajectories` are shown, by RULE: their numbers, ascending."""
-    kinds = [played["success"], played["skill_id"].notna().rename("told")]
+    kinds = [played["success"], played["skill_id"].notna().rename("has_skill")]
     found: dict[int, None] = {}
     for iteration in (played["iteration"].min(), played["iteration"].max()):
         found |= dict.fromkeys(played[played["iteration"] == iteration].groupby(kinds).head(1).index)

@@ -106,7 +106,7 @@ class Gif:
 
 
 def _compose(frames: list[tuple[NDArray[np.uint8], str]]) -> list[Image.Image]:
-    """Of one size, with captions, on one palette: nothing flickers."""
+    """Images of one size, with captions, on one palette: nothing flickers."""
     height, width = (max(picture.shape[i] for picture, _ in frames) for i in (0, 1))
     font = ImageFont.load_default(_TEXT)
     strip = _TEXT + 2 * _PAD

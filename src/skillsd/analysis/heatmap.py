@@ -37,5 +37,5 @@ def _token(text: str, value: float, limit: float) -> str:
     if not isfinite(value):
         return escape(visible(text))
     strength = STRENGTH * min(1.0, abs(value) / limit)
-    colour = "0, 114, 178" if value > 0 else "213, 94, 0"  # of Okabe & Ito: told apart with any colour vision
+    colour = "0, 114, 178" if value > 0 else "213, 94, 0"  # of Okabe & Ito: distinct with any colour vision
     return f'<span title="{value:+.3f}" style="background: rgba({colour}, {strength:.2f})">{escape(visible(text))}</span>'

@@ -42,7 +42,7 @@ class Index:
         return self.path.open("rb") if self.path.is_file() else nullcontext()
 
     def _stands(self, f: BinaryIO | None) -> bool:
-        """Whether the file still begins with what was read of it."""
+        """Return whether the file still begins with what was read of it."""
         if f is None:
             return not self.rows
         f.seek(self.starts[-1] - len(self._tail))

@@ -50,18 +50,18 @@ def table(panel: Mapping[str, Any]) -> Table:
 
 def notes(panel: Mapping[str, Any]) -> list[str]:
     """What else was measured, a line each: what a validation played, pass@k, AppWorld's goal completion, and episodes that failed."""
-    told = []
+    lines = []
     for when, part in rounds(panel).items():
         if "settings" in part:
-            told.append(f"{when}: {_validated(part)}")
+            lines.append(f"{when}: {_validated(part)}")
         if len(part.get("pass_at", ())) > 1:
-            told.append(visible(f"{when}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in part["pass_at"].items())))
+            lines.append(visible(f"{when}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in part["pass_at"].items())))
         if goals := [k for k in ("task_goal_completion", "scenario_goal_completion") if k in part]:
             shares = (f"{k.replace('_', ' ')} {_interval(part[k], *part[f'{k}_interval'])}" for k in goals)
-            told.append(f"{when}: {', '.join(shares)}")
+            lines.append(f"{when}: {', '.join(shares)}")
         if part.get("failed"):
-            told.append(f"{when}: {part['failed']} of {count(part['n'], 'episode')} failed; they count as not solved")
-    return told
+            lines.append(f"{when}: {part['failed']} of {count(part['n'], 'episode')} failed; they count as not solved")
+    return lines
 
 
 def shown(panel: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe & Ito (2008) without yellow: told apart with any colour vision."""
+"""Okabe & Ito (2008) without yellow: distinct with any colour vision."""
 PLAYED = {"reward/mean": "reward", "reward/success": "success", "reward/completion": "completion"}
 """Metrics that every task's group measures anew, which gives them an interval."""
 CURVES = {

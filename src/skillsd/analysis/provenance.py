@@ -31,7 +31,7 @@ KEYS = {
     "learning rate": "model.init_args.optimizer.lr", "tasks an iteration": "data.init_args.batch_tasks",
     "trajectories a task": "data.init_args.group_size", "seed": "seed_everything",
 }  # fmt: skip
-"""Of the configuration, in the table at the report's top."""
+"""Keys of the configuration in the table at the report's top."""
 _SENTENCE = ("environment", "model", "seed")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 

@@ -209,8 +209,8 @@ class Run:
     def bank_size(self) -> dict[str, int]:
         """How many skills the bank has `held` (now) and `ever`, and how many `tasks` have one; no skill is read."""
         with opened_bank(self.folder / BANK_FILE) as bank:
-            told = bank.stats()
-        return {"held": int(told["size"]), "ever": int(told["size"] + told["evicted"]), "tasks": int(told["tasks"])}
+            sizes = bank.stats()
+        return {"held": int(sizes["size"]), "ever": int(sizes["size"] + sizes["evicted"]), "tasks": int(sizes["tasks"])}
 
     @cached_property
     def _bank(self) -> Bank:

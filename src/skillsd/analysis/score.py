@@ -69,7 +69,7 @@ class Scorer:
             number: The trajectory.
             adapter: `student`, `teacher`, or None for the untouched base.
             skill: What stands in front of the task: a skill, the bank's one of that id, a text, or nothing (""). None (or a missing value,
-                as `Run.trajectories` has it): the prompt under which it was recorded. What a context other than the bank's told the
+                as `Run.trajectories` has it): the prompt under which it was recorded. What a context other than the bank's showed the
                 teacher is not on record: give it as a text.
 
         Returns:
@@ -96,14 +96,14 @@ class Scorer:
     def texts(self, number: int) -> list[str]:
         """What each token of a trajectory, after the prompt, adds to the text; "" for all but the last of those that share a character."""
         ids, decode = self.run.trajectory(number).token_ids, self.policy.tokenizer.decode
-        out, start, told = [], 0, 0  # of the ids up to `told` the text is out; those from `start` on say how the next one joins it
+        out, start, emitted = [], 0, 0  # of the ids up to `emitted` the text is out; those from `start` on say how the next one joins it
         for end in range(1, len(ids) + 1):
             text = str(decode(ids[start:end]))
             if text.endswith("\ufffd") and end < len(ids):  # the first bytes of a character
                 out.append("")
                 continue
-            out.append(text[len(str(decode(ids[start:told]))) :])
-            start, told = told, end
+            out.append(text[len(str(decode(ids[start:emitted]))) :])
+            start, emitted = emitted, end
         return out
 
     def _prompt(self, t: Trajectory, skill: Skill | str | int | None) -> Sequence[int]:

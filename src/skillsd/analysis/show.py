@@ -22,7 +22,7 @@ from skillsd.files.run_lock import running
 from skillsd.words import count
 
 _SHOWN = ("reward/success", "reward/mean", "loss/total", "teacher/gap_mean", "policy/entropy", "time/rollout_s", "time/update_s")
-"""Of the metrics, in the overview."""
+"""The metrics in the overview."""
 
 
 def show(args: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from skillsd.errors import ConfigError
 from skillsd.skills.skill import FIELDS
 
 _WORD = r"\w+"
-"""Of one letter too: it may be a move."""
+"""A word may be one letter: a move."""
 
 
 class SkillIndex:

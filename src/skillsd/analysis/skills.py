@@ -110,8 +110,8 @@ def _import(given: Any) -> None:
 
 def _insert(folder: Path, new: list[Skill]) -> None:
     """Put skills into the bank of a run folder that is ours."""
-    told = Run(folder).config.get("skills") if (folder / CONFIG_FILE).is_file() else None
-    settings = {k: told[k] for k in ("capacity", "eviction", "value_estimate") if k in told} if isinstance(told, dict) else {}
+    given = Run(folder).config.get("skills") if (folder / CONFIG_FILE).is_file() else None
+    settings = {k: given[k] for k in ("capacity", "eviction", "value_estimate") if k in given} if isinstance(given, dict) else {}
     path = folder / BANK_FILE
     try:
         record = read_record(folder)

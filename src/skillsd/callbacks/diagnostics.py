@@ -26,7 +26,7 @@ PATIENCE = 5
 FEW_ACTIONS, FEW_SUMMARIES = 20, 20
 """So many actions of which none was understood, or summaries of which none became a skill, are enough to say so."""
 SMALL_ADVANTAGE = 0.5
-"""The largest advantage of a group is at least 0.7, but where its rewards are told apart by rounding errors alone."""
+"""The largest advantage of a group is at least 0.7, but where rounding errors alone make its rewards differ."""
 FEW_UNKNOWN, UNKNOWN_SHARE = 3, 0.01
 """Unknown tokens among what the model reads in an iteration: up to so many, or up to this share, are nothing to mention."""
 
@@ -42,7 +42,7 @@ class Seen:
         still: How many in a row had a gradient of exactly 0 although rewards differed or a teacher saw a skill.
         actions, understood: Actions that the environment judged (info["valid"]), and those that it could read.
         unknown, read: Unknown tokens among those of prompts and observations in the last iteration, and all of these.
-        foreign, taught: The same in what teachers read beside their students' prompts: skills.
+        foreign, skill_tokens: The same in what teachers read beside their students' prompts: skills.
         refused, skills: Summaries that failed, and those that became skills.
         why: Why the latest one failed, if that is known.
         merged: The two ends of a group whose rewards differ so little that no advantage comes of it; empty if there was none.
@@ -57,7 +57,7 @@ class Seen:
     unknown: int = 0
     read: int = 0
     foreign: int = 0
-    taught: int = 0
+    skill_tokens: int = 0
     refused: int = 0
     skills: int = 0
     why: str = ""
@@ -92,11 +92,11 @@ class Seen:
             self.unknown += t.prompt_ids.count(unknown_id)
             if unknown_id in t.token_ids:
                 self.unknown += sum(i == unknown_id and not a for i, a in zip(t.token_ids, t.action_mask, strict=True))
-        self.foreign = self.taught = 0
+        self.foreign = self.skill_tokens = 0
         for g in groups if shown and unknown_id is not None else ():
             for own, teacher in zip(g.student_prompts, g.teacher_prompts, strict=True):
                 if own != teacher:
-                    self.taught += max(0, len(teacher) - len(own))
+                    self.skill_tokens += max(0, len(teacher) - len(own))
                     self.foreign += max(0, teacher.count(unknown_id) - own.count(unknown_id))
 
 
@@ -134,7 +134,7 @@ def merged_rewards(seen: Seen, policy_weight: float) -> str:
         return ""
     low, high = seen.merged
     return (
-        f"A group's rewards lie between {low!r} and {high!r}, too close together to be told apart: its advantages are nearly 0. Let the "
+        f"A group's rewards lie between {low!r} and {high!r}, too close together to be distinguished: its advantages are nearly 0. Let the "
         "environment pay rewards that differ by more than 1e-7, and by more than 1e-13 of their size."
     )
 
@@ -161,12 +161,12 @@ def cannot_read(seen: Seen) -> str:
 
 def cannot_read_skills(seen: Seen) -> str:
     """The same of the skills that teachers see."""
-    if not seen.taught or seen.foreign <= max(FEW_UNKNOWN, UNKNOWN_SHARE * seen.taught):
+    if not seen.skill_tokens or seen.foreign <= max(FEW_UNKNOWN, UNKNOWN_SHARE * seen.skill_tokens):
         return ""
     return (
-        f"{100 * seen.foreign / seen.taught:.0f}% of the tokens of the skills that teachers see are the tokenizer's unknown token: what "
-        "they stand for, the model cannot read, and the student follows what a teacher makes of the rest. Write skills.template and the "
-        "texts of skills.summariser in words that this model knows (for nano: those of conf/sokoban.yaml), or take another policy.model."
+        f"{100 * seen.foreign / seen.skill_tokens:.0f}% of the tokens of the skills that teachers see are the tokenizer's unknown token: "
+        "what they stand for, the model cannot read, and the student follows what a teacher makes of the rest. Write skills.template and "
+        "the texts of skills.summariser in words that this model knows (nano: those of conf/sokoban.yaml), or take another policy.model."
     )
 
 
@@ -194,7 +194,7 @@ def no_second_visit(iterations: float, epoch: int, imported: int) -> str:
 class Diagnostics(L.Callback):
     """Warns when a run trains but cannot learn, each reason once, and says what to change. It changes no number.
 
-    The reasons: rewards that differ in no group, or too little to be told apart, a gradient of exactly 0 where there should be one,
+    The reasons: rewards that differ in no group, or too little to be distinguished, a gradient of exactly 0 where there should be one,
     actions that the environment never understands (for those that say so, in info["valid"]), a prompt or skills in unknown tokens, a
     summariser that makes no skill, and a run that ends before any task is played a second time.
     """

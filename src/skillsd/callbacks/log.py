@@ -1,4 +1,4 @@
-"""The record of a run: metrics.csv, trajectories.jsonl, and what its loggers are told beside the numbers."""
+"""The record of a run: metrics.csv, trajectories.jsonl, and what its loggers get beside the numbers."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class RunLog(L.Callback):
             writer.add_text("skills", table, t.iteration)
 
     def _pictures(self, trainer: L.Trainer, t: Trajectory) -> list[NDArray]:
-        """Of the episode's observations, by an environment that has just played; empty where it offers none."""
+        """Pictures of the episode's observations, by an environment that has just played; empty where it offers none."""
         collector = trainer.datamodule.collector  # type: ignore[attr-defined]
         if not self.draws or not collector.envs:
             return []

@@ -41,8 +41,8 @@ def available(device: torch.device) -> int:
     """Bytes that this process may reserve: what is free now and what it has, within torch.cuda.set_per_process_memory_fraction."""
     torch.cuda.empty_cache()  # first: what it frees counts as free
     free, total = torch.cuda.mem_get_info(device)
-    mine = torch.cuda.memory_reserved(device)
-    return min(free + mine, int(total * torch.cuda.get_per_process_memory_fraction(device)))
+    reserved = torch.cuda.memory_reserved(device)
+    return min(free + reserved, int(total * torch.cuda.get_per_process_memory_fraction(device)))
 
 
 def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, CacheBudget]:

@@ -116,7 +116,7 @@ class ProgressLog(L.Callback):
 
 
 def draws_bar(trainer: L.Trainer, console: Callable[[], Console] = Console) -> bool:
-    """Whether a progress bar is seen: Lightning's default one draws nothing into a file."""
+    """Return whether a progress bar is seen: Lightning's default one draws nothing into a file."""
     bar: Any = trainer.progress_bar_callback
     if bar is None or bar.is_disabled:
         return False
@@ -147,7 +147,7 @@ def of(step: int, trainer: Any) -> str:
 
 
 def _who_stopped(trainer: Any) -> str:
-    """Why a run ends before its last iteration, as far as it can be told."""
+    """Why a run ends before its last iteration, as far as that is known."""
     for c in trainer.callbacks:
         if isinstance(c, EnvStepBudget) and c.used >= c.steps:
             return f"{c.used:,} environment steps are played, of EnvStepBudget's {c.steps:,}"

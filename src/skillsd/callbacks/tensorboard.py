@@ -27,7 +27,7 @@ from skillsd.words import count
 FRAMES, ACROSS, GAP = 32, 8, 6
 """Most boards of an episode that are shown, boards in a row, pixels between them."""
 ROWS, CHARS = 20, 300
-"""Of the table of skills: most rows, and most characters in a cell."""
+"""Most rows of the table of skills, and most characters in a cell."""
 READ = 10_000
 """Skills that are looked at for it, at most: half a second."""
 NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "ckpt_path", "overwrite", "steal_lock", "weights_only")
@@ -35,7 +35,7 @@ NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "c
 
 
 def shown(trainer: L.Trainer) -> bool:
-    """Whether the run has a TensorBoard logger."""
+    """Return whether the run has a TensorBoard logger."""
     return bool(loggers(trainer))
 
 
@@ -98,7 +98,7 @@ def _cell(text: str) -> str:
 
 
 def token_histograms(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Of `SkillSD`'s tokens of an update: the teacher's gap where one spoke, and the log of the importance ratio, around 0 as the
+    """Values of the tokens of an update: the teacher's gap where one spoke, and the log of the importance ratio, around 0 as the
     histogram's bins are (they are narrow there: a rounding error is seen). Finite ones alone; what has none is left out."""
     for k, name in enumerate(("tokens/gap", "tokens/log_rho")):
         x = np.concatenate([part[k].double().cpu().numpy() for part in parts]) if parts else np.zeros(0)

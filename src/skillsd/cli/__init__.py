@@ -192,7 +192,7 @@ def _unwritten() -> None:
 
 
 def _unread() -> bool:
-    """Whether stdout was closed at its other end (`| head`); then the interpreter's last flush is kept quiet."""
+    """Return whether stdout was closed at its other end (`| head`); then the interpreter's last flush is kept quiet."""
     poll = select.poll()
     poll.register(1, 0)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))

@@ -165,7 +165,7 @@ def packaged(name: str) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has left anything there but its config.yaml, which may be anybody's."""
+    """Return whether a run has left anything there but its config.yaml, which may be anybody's."""
     return (folder / CHECKPOINTS).exists() or any((folder / name).exists() for name in FILES if name != CONFIG_FILE)
 
 

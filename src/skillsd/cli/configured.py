@@ -248,7 +248,7 @@ class CLI(LightningCLI):
 
 
 def _ours(error: BaseException) -> bool:
-    """Whether an error of the house, which names its key, is at the bottom of this one."""
+    """Return whether a ConfigError, which names its key, is at the bottom of this error."""
     return isinstance(error, ConfigError) or (error.__cause__ is not None and _ours(error.__cause__))
 
 

@@ -33,7 +33,7 @@ WORKS = (
     "max_time", "limit_val_batches", "check_val_every_n_epoch", "log_every_n_steps", "enable_checkpointing", "enable_progress_bar",
     "enable_model_summary", "deterministic", "benchmark", "inference_mode", "profiler", "detect_anomaly", "plugins", "default_root_dir",
 )  # fmt: skip
-"""Of `plugins` cluster environments alone, of `strategy` one device and DDP: both are checked when the Trainer is made."""
+"""`plugins` may be cluster environments alone, `strategy` one device and DDP: both are checked when the Trainer is made."""
 DEFAULTS = {"devices": 1, "log_every_n_steps": 1, "enable_model_summary": False}
 """Where skillsd's default is not Lightning's."""
 LEAST = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "min_epochs": 0, "min_steps": 0}

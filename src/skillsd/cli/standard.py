@@ -81,17 +81,17 @@ def order_callbacks(
     for key, kind in STANDARD.items():
         if any(type(c) is kind for c in own):
             raise ConfigError(f"trainer.callbacks: every run has one {kind.__name__}: give its settings under `{key}:` instead.")
-        if mine := [c for c in own if isinstance(c, kind)]:
-            if len(mine) > 1:
+        if replacing := [c for c in own if isinstance(c, kind)]:
+            if len(replacing) > 1:
                 raise ConfigError(
-                    f"trainer.callbacks: {' and '.join(type(c).__name__ for c in mine)} are both a {kind.__name__}: keep one."
+                    f"trainer.callbacks: {' and '.join(type(c).__name__ for c in replacing)} are both a {kind.__name__}: keep one."
                 )
             if made:
                 parallel.print_rank_zero(
-                    f"{type(mine[0]).__name__} of trainer.callbacks takes the place of `{key}:`, whose settings do not count."
+                    f"{type(replacing[0]).__name__} of trainer.callbacks takes the place of `{key}:`, whose settings do not count."
                 )
-                made[key] = mine[0]
-                own.remove(mine[0])
+                made[key] = replacing[0]
+                own.remove(replacing[0])
     made = {key: c for key, c in made.items() if key not in switched_off}
     timers = [c for c in own if isinstance(c, Timer)]
     if max_time is not None:

@@ -28,8 +28,8 @@ def episodes(env: str, env_kwargs: Mapping[str, Any], tasks: Sequence[Task], tok
         tokenizer: With a chat template; likewise a digest of it and of the vocabulary.
         **numbers: Seed, tasks an iteration, trajectories a task.
     """
-    told = {"env": env, **dict(leaves(dict(env_kwargs), "env_kwargs")), **numbers}
-    kept = {f"data.init_args.{k}": _text(v) for k, v in told.items()}
+    named = {"env": env, **dict(leaves(dict(env_kwargs), "env_kwargs")), **numbers}
+    kept = {f"data.init_args.{k}": _text(v) for k, v in named.items()}
     kept["data.init_args.tasks"] = f"{len(tasks)} with the digest {_digest([[t.task_id, t.options] for t in tasks])}"
     if tokenizer is not None:
         kept["policy.chat_template"] = f"one with the digest {_digest(tokenizer.chat_template)}"
@@ -61,12 +61,12 @@ def check_episodes(saved: Mapping[str, str] | None, now: Mapping[str, str]) -> N
 
 def settings(config: Mapping[str, Any], folder: str) -> dict[str, str]:
     """A resolved configuration as text by key, for a checkpoint; paths in the run folder are kept without it."""
-    told = {}
+    found = {}
     for key, value in leaves(config):
         if key not in PLACES:
             inside = isinstance(value, str) and f"{value}/".startswith(f"{folder.rstrip('/')}/")
-            told[key] = f"(run folder){value[len(folder.rstrip('/')) :]}" if inside else _text(value)
-    return told
+            found[key] = f"(run folder){value[len(folder.rstrip('/')) :]}" if inside else _text(value)
+    return found
 
 
 def say_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -37,7 +37,7 @@ FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, TENSORBOARD)
 RECORD_FILE = "run.json"
 LOCK_FILE = "run.lock"
 FORMAT = 1
-"""Of a run folder as this version writes and reads it. It rises when an older one can no longer be read or continued."""
+"""Version of a run folder as this code writes and reads it. It rises when an older one can no longer be read or continued."""
 
 
 @dataclass(frozen=True)

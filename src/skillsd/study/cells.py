@@ -32,7 +32,7 @@ class Source(NamedTuple):
     """A configuration file as it was when the study began: what is edited later is for another study."""
 
     digest: str
-    """Of what it says; a comment makes no difference."""
+    """Digest of what it says; a comment makes no difference."""
     text: str
 
     def keep(self, folder: Path, name: str) -> Path:
@@ -175,13 +175,13 @@ def provenance() -> dict[str, str]:
     A copy of the source without git may name its commit in $SKILLSD_COMMIT.
     """
     root = Path(__file__).resolve().parents[3]
-    told = {"version": __version__}
+    made = {"version": __version__}
     if os.environ.get("SKILLSD_COMMIT"):
-        told["commit"] = os.environ["SKILLSD_COMMIT"]
+        made["commit"] = os.environ["SKILLSD_COMMIT"]
     elif _git(root, "ls-files", "--error-unmatch", "src/skillsd/__init__.py"):
         dirty = _git(root, "status", "--porcelain", "--", "src", "envs", "conf")
-        told["commit"] = _git(root, "rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")
-    return told
+        made["commit"] = _git(root, "rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")
+    return made
 
 
 def _git(root: Path, *args: str) -> str:

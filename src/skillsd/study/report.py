@@ -30,7 +30,7 @@ def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], fi
     for c in (c for c in cells if c not in finished):
         missing.setdefault(records[c].get("state", "not started"), []).append(f"{c.method} {c.seed}")
     seeds = ", ".join(map(str, study.seeds))
-    told = [
+    lines = [
         f"{count(len(study.methods), 'method')} x {count(len(study.seeds), 'seed')} ({seeds}); how they are made stands at the end.",
         f"The panel: {', '.join(map(str, n))} held-out episodes a run, played before and after training.",
         "Environment steps of a run: " + ("not measured" if steps.isna().all() else f"{steps.min():,.0f} to {steps.max():,.0f}") + ".",
@@ -41,12 +41,12 @@ def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], fi
         "Intervals end where a share does, at 0 and 100%, and a difference at -100 and 100 points: nothing possible is cut off.",
     ]
     if results["panel"].nunique() > 1:
-        told.append("WARNING: not all cells were played on the same panel: differences between methods are not only the methods'.")
+        lines.append("WARNING: not all cells were played on the same panel: differences between methods are not only the methods'.")
     if (results.groupby("seed")[f"before_{study.metric}"].agg(lambda s: s.max() - s.min()) > 0).any():
-        told.append("WARNING: before training, not all methods scored the same: other agents, or rounding on a GPU; base is their mean.")
+        lines.append("WARNING: before training, not all methods scored the same: other agents, or rounding on a GPU; base is their mean.")
     if len(commits) > 1:
-        told.append("WARNING: cells were made by different commits.")
-    return told
+        lines.append("WARNING: cells were made by different commits.")
+    return lines
 
 
 def contents(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def locked(folder: Path) -> Iterator[int]:
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name, one entry a GPU."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(i) for i in range(torch.cuda.device_count())] if told is None else [x.strip() for x in told.split(",") if x.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(torch.cuda.device_count())] if visible is None else [x.strip() for x in visible.split(",") if x.strip()]
 
 
 @dataclass

@@ -120,13 +120,13 @@ def verdict(methods: Sequence[Comparison], controls: Sequence[Comparison]) -> li
         ("could not be tested", "could not be tested", ("none", "one")),
     ]
     counts = [(n, one if n == 1 else several) for one, several, which in kinds for n in [sum(f in which for f in found)]]
-    told = (
+    sentences = (
         [f"Of {count(len(found), 'method')} compared with the baseline: " + ", ".join(f"{n} {what}" for n, what in counts if n) + "."]
         if found
         else []
     )
-    told += [about_method(c) for c in methods]
+    sentences += [about_method(c) for c in methods]
     sizes = sorted({c.n for c in [*methods, *controls] if c.n > 1})
-    told += [f"With {n} seeds the sign-flip test cannot give a p below {2 / 2**n:.3g}, however large the difference." for n in sizes]
+    sentences += [f"With {n} seeds the sign-flip test cannot give a p below {2 / 2**n:.3g}, however large the difference." for n in sizes]
     by_name = {c.method: c for c in methods}
-    return told + [about_control(c, by_name.get(c.method)) for c in controls]
+    return sentences + [about_control(c, by_name.get(c.method)) for c in controls]

@@ -1,6 +1,6 @@
 """The web application: addresses, who may ask, and what a page is made of. The numbers are in pages.py.
 
-Whoever does not know the token in the address is told nothing, and so is a page of another host that guesses the port. Everything that
+Whoever does not know the token in the address gets nothing, and neither does a page of another host that guesses the port. Everything that
 comes from agents and environments is data: escaped by the templates, and no script but our own file would be run (Content-Security-Policy).
 """
 
@@ -99,7 +99,7 @@ def create_app(site: Site, token: str) -> Flask:
 
     @app.get("/<token>/run/<run>/stamp")
     def stamp(run: str) -> str:
-        """Of the run, and of another that the page shows as well."""
+        """The stamps of the run, and of another that the page shows as well."""
         names = [run, *request.args.getlist("with")]
         return " ".join(site.runs[name].update() if name in site.runs else abort(404) for name in names)
 

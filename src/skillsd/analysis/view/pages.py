@@ -32,9 +32,9 @@ from skillsd.words import count
 MOST_CURVES = 100
 """On one page; a run measures half as many things."""
 ROWS = 100
-"""Of a table on one page."""
+"""Rows of a table on one page."""
 NEAR = 20_000
-"""Of so many skills an index is made without being asked for: seconds."""
+"""Up to so many skills an index is made without being asked for: seconds."""
 WORDS = 2000
 """Texts of more are not compared word by word, which takes the square of them."""
 LATEST = 32
@@ -94,13 +94,13 @@ def _costs(run: Run) -> dict[str, str]:
     """Seconds an iteration by part, and the most memory."""
     parts = {"rollout": "time/rollout_s", "teacher": "time/teacher_s", "update": "time/update_s", "summaries": "time/summary_s"}
     times = {part: run.metrics[name].mean() for part, name in parts.items() if name in run.metrics}
-    told = ", ".join(f"{part} {value:.2f}" for part, value in times.items() if not math.isnan(value))
+    seconds = ", ".join(f"{part} {value:.2f}" for part, value in times.items() if not math.isnan(value))
     memory = run.metrics["memory/peak_gib"].max() if "memory/peak_gib" in run.metrics else math.nan
-    return {"seconds an iteration": told} | ({} if math.isnan(memory) else {"peak memory": f"{memory:.2f} GiB"})
+    return {"seconds an iteration": seconds} | ({} if math.isnan(memory) else {"peak memory": f"{memory:.2f} GiB"})
 
 
 def _latest(run: Run) -> list[dict[str, Any]]:
-    """Of the last iteration's trajectories the first ones."""
+    """The first trajectories of the last iteration."""
     rows = run.trajectories
     rows = rows[rows["iteration"] == rows["iteration"].max()].head(LATEST) if len(rows) else rows
     return [{"trajectory": n, **row} for n, row in zip(rows.index, rows.to_dict("records"), strict=True)]
@@ -172,11 +172,11 @@ def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
         skill = run.skill(seen["skill_id"]) if seen["skill_id"] in run.skills.index else None  # a bank may be lost
         group = run.trajectories
         group = group[(group["iteration"] == seen["iteration"]) & (group["task_id"] == seen["task_id"])].index.tolist()
-    told = {"skill": skill, "text": skill and _rendered(opened.run, skill)}
+    shown = {"skill": skill, "text": skill and _rendered(opened.run, skill)}
     found = _scores(opened, n, scored) if scored in HEATS else None
     return {
         "t": seen, "turns": turns(seen, opened.pictures), "language": opened.pictures.language, "last": last, "group": group,
-        "told": told, "heats": HEATS, "scored": found,
+        "shown": shown, "heats": HEATS, "scored": found,
     }  # fmt: skip
 
 
@@ -189,21 +189,21 @@ def _rendered(run: Run, skill: Skill) -> str:
 
 
 def _scores(opened: Opened, n: int, kind: str) -> dict[str, Any]:
-    """Log-prob of the teacher, told what `kind` says, - log-prob of the student, for each sampled token."""
+    """Log-prob of the teacher, which sees what `kind` says, - log-prob of the student, for each sampled token."""
 
     def ask(scorer: Scorer) -> dict[str, Any]:
         run = scorer.run
         own = run.trajectories["skill_id"][n]
         if kind == "skill" and own is pd.NA:
             raise KeyError(f"The teacher of trajectory {n} saw no skill: look at it without one, or with another task's.")
-        told: int | str = "" if kind == "none" else int(own) if kind == "skill" else _other(run, run.trajectories["task_id"][n], n)
-        student, teacher = scorer.logprobs(n), scorer.logprobs(n, "teacher", told)
+        context: int | str = "" if kind == "none" else int(own) if kind == "skill" else _other(run, run.trajectories["task_id"][n], n)
+        student, teacher = scorer.logprobs(n), scorer.logprobs(n, "teacher", context)
         tokens = run.tokens(n).assign(text=scorer.texts(n), gap=(teacher - student).astype(float), student=student, teacher=teacher)
         sampled = tokens[tokens["sampled"]]
         heats = {int(turn): Markup(heat(list(part["text"]), list(part["gap"]))) for turn, part in sampled.groupby("turn")}
         return {
-            "kind": kind, "skill_id": told if isinstance(told, int) else None, "heats": heats, "tokens": len(sampled),
-            "gap": float(sampled["gap"].mean()), "total": float(sampled["gap"].sum()), "prompt": scorer.prompt(n, told),
+            "kind": kind, "skill_id": context if isinstance(context, int) else None, "heats": heats, "tokens": len(sampled),
+            "gap": float(sampled["gap"].mean()), "total": float(sampled["gap"].sum()), "prompt": scorer.prompt(n, context),
             "by_turn": sampled.groupby("turn")["gap"].sum().to_dict(),
         }  # fmt: skip
 
