@@ -141,14 +141,14 @@ def test_attention(workspace, shape, window, softcap):
     q = normal(batch, queries, heads, d, generator=g).to(DTYPE).transpose(1, 2)
     k, v = (normal(batch, kv_heads, capacity + 1, d, generator=g).to(DTYPE)[:, :, :capacity] for _ in range(2))
     start = [capacity - queries, 0, 40][:batch]
-    where = torch.tensor([[p, queries, b, 0, b] for b, p in enumerate(start)], device=DEVICE)
+    table = torch.tensor([[p, queries, b, 0, b] for b, p in enumerate(start)], device=DEVICE)
     for b in range(batch):  # nothing is read beyond a row's last query
         k[b, :, start[b] + queries :] = v[b, :, start[b] + queries :] = torch.nan
     args = dict(window=window, scale=0.3, softcap=softcap)
     for _ in range(2):
-        got = attention.attend(q, k, v, where, workspace, **args)
+        got = attention.attend(q, k, v, table, workspace, **args)
         assert got.shape == (batch, queries, heads, d) and got.is_contiguous()
-        torch.testing.assert_close(got, reference.attend(q, k.nan_to_num(), v.nan_to_num(), where, **args), **CLOSE)
+        torch.testing.assert_close(got, reference.attend(q, k.nan_to_num(), v.nan_to_num(), table, **args), **CLOSE)
 
 
 @pytest.mark.parametrize("window", [None, 90])
@@ -157,18 +157,18 @@ def test_rows_share_their_first_keys(workspace, window):
     g = torch.Generator().manual_seed(1)
     q, new_k, new_v = (normal(3, h, 2, 16, generator=g).to(DTYPE) for h in (4, 2, 2))
     stores = [normal(5, 2, 140, 16, generator=g).to(DTYPE) for _ in range(2)]
-    where = torch.tensor([[200, 2, 4, 70, 3], [71, 1, 0, 70, 3], [100, 2, 1, 0, 1]], device=DEVICE)
+    table = torch.tensor([[200, 2, 4, 70, 3], [71, 1, 0, 70, 3], [100, 2, 1, 0, 1]], device=DEVICE)
     wanted = [t.clone() for t in stores]
-    reference.write(new_k, new_v, *wanted, where)
-    elementwise.write(new_k, new_v, *stores, where)
+    reference.write(new_k, new_v, *wanted, table)
+    elementwise.write(new_k, new_v, *stores, table)
     assert all(torch.equal(a, b) for a, b in zip(stores, wanted, strict=True))
     assert torch.equal(wanted[0][4, :, 130:132], new_k[0]) and torch.equal(wanted[1][0, :, 1], new_v[1, :, 0])
-    got = attention.attend(q, *stores, where, workspace, window)
-    torch.testing.assert_close(got, reference.attend(q, *stores, where, window), **CLOSE)
-    rows = [reference.keys_of(t, where, 202) for t in stores]
+    got = attention.attend(q, *stores, table, workspace, window)
+    torch.testing.assert_close(got, reference.attend(q, *stores, table, window), **CLOSE)
+    rows = [reference.keys_of(t, table, 202) for t in stores]
     assert torch.equal(rows[0][0], torch.cat([stores[0][3, :, :70], stores[0][4, :, :132]], 1))
     alone = torch.tensor([[200, 2, 0, 0, 0], [71, 1, 1, 0, 1], [100, 2, 2, 0, 2]], device=DEVICE)
-    torch.testing.assert_close(reference.attend(q, *rows, alone, window)[:2, 0], reference.attend(q, *stores, where, window)[:2, 0])
+    torch.testing.assert_close(reference.attend(q, *rows, alone, window)[:2, 0], reference.attend(q, *stores, table, window)[:2, 0])
 
 
 def test_nothing_is_read_beyond_a_padded_row(workspace):
@@ -179,20 +179,20 @@ def test_nothing_is_read_beyond_a_padded_row(workspace):
     k, v = (m[:, :80][None] for m in memory)
     for t in (k, v):
         t[:, :, :65] = normal(1, 2, 65, 16, generator=g).to(DTYPE)
-    where = torch.tensor([[60, 5, 0, 0, 0]], device=DEVICE)
-    got = attention.attend(q, k, v, where, workspace)
+    table = torch.tensor([[60, 5, 0, 0, 0]], device=DEVICE)
+    got = attention.attend(q, k, v, table, workspace)
     assert got.isfinite().all()
-    torch.testing.assert_close(got[:, :5], reference.attend(q, k.nan_to_num(), v.nan_to_num(), where)[:, :5], **CLOSE)
+    torch.testing.assert_close(got[:, :5], reference.attend(q, k.nan_to_num(), v.nan_to_num(), table)[:, :5], **CLOSE)
 
 
 def test_reference_attention_is_sdpa():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, t, 8, generator=g) for h, t in ((4, 3), (2, 9), (2, 9)))
-    where = torch.tensor([[2, 3, 0, 0, 0], [6, 3, 1, 0, 1]])
-    seen = where[:, 0, None, None, None] + torch.arange(3)[:, None] >= torch.arange(9)
+    table = torch.tensor([[2, 3, 0, 0, 0], [6, 3, 1, 0, 1]])
+    seen = table[:, 0, None, None, None] + torch.arange(3)[:, None] >= torch.arange(9)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(reference.attend(q, k, v, where), want)
-    only = reference.attend(q, k, v, where, window=1)  # a query that sees itself alone
+    torch.testing.assert_close(reference.attend(q, k, v, table), want)
+    only = reference.attend(q, k, v, table, window=1)  # a query that sees itself alone
     torch.testing.assert_close(only[1, 2, :2], v[1, :1, 8].expand(2, 8))
 
 

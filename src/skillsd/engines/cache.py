@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from skillsd.errors import ConfigError
 from skillsd.policy import cache_bytes
+from skillsd.policy.kernels.reference import COLUMNS, COUNT, START
 
 
 class SlotCache(Cache):
@@ -22,8 +23,8 @@ class SlotCache(Cache):
 
     Args:
         model: The causal language model (without adapters' wrapper); gives layer types, window and attention implementation.
-        write: Puts new keys and values in place (`policy.fused`). Attention is then its own too: it takes rows in any slots, and where
-            they lie, int64 [B, 1, 1, 5], in place of a mask.
+        write: Puts new keys and values in place (`policy.fused`). Attention is then its own too: it takes rows in any slots, and a row
+            table, int64 [B, 1, 1, COLUMNS], in place of a mask.
 
     Attributes:
         version: Changes whenever the storage is another.
@@ -49,32 +50,32 @@ class SlotCache(Cache):
         self.width = 0
         self.slots = 0
         self.first = 0
-        self.positions = self.where = torch.empty(0)
+        self.positions = self.table = torch.empty(0)
         self.version = 0
         self.token_bytes = cache_bytes(model)
 
-    def prepare(self, first: int, where: Tensor, width: int, longest: int) -> dict[str, Any]:
+    def prepare(self, first: int, table: Tensor, width: int, longest: int) -> dict[str, Any]:
         """What a forward of `width` new tokens of each row needs; there is room for them (`reserve`).
 
         Args:
             first: Row b lies in slot first + b, unless `write` is set.
-            where: int64 [B, 5], of which `policy.kernels.reference.keys_of` tells the meaning.
+            table: int64 [B, COLUMNS], a row table (`policy.kernels.reference`).
             width: New ids of a row, padding included.
             longest: Most tokens of a row in its slot.
 
         Returns:
-            the attention mask (or the places instead) and position ids for the model's forward.
+            the attention mask (or the row table instead) and position ids for the model's forward.
         """
-        offsets = torch.arange(width, device=where.device)
-        starts, lengths = where[:, 0], where[:, 1]
+        offsets = torch.arange(width, device=table.device)
+        starts, counts = table[:, START], table[:, COUNT]
         position_ids = starts[:, None] + offsets
         both = "sliding_attention" in self.layer_types and "full_attention" in self.layer_types
         self.first, self.width = first, longest
         if self.write is not None:
-            self.where = where.contiguous()
-            mask: Any = self.where.view(-1, 1, 1, 5)
+            self.table = table.contiguous()
+            mask: Any = self.table.view(-1, 1, 1, COLUMNS)
             return {"attention_mask": {"full_attention": mask, "sliding_attention": mask} if both else mask, "position_ids": position_ids}
-        self.positions = position_ids.masked_fill(offsets >= lengths[:, None], self.capacity)
+        self.positions = position_ids.masked_fill(offsets >= counts[:, None], self.capacity)
         position_ids = position_ids.clamp_max(longest - 1)
         seen = torch.arange(longest, device=starts.device)
         gap = position_ids[:, None, :, None] - seen
@@ -126,14 +127,14 @@ class SlotCache(Cache):
             self.keys.append(key_states.new_zeros(shape))
             self.values.append(value_states.new_zeros(*shape[:3], value_states.shape[-1]))
         if self.write is not None:
-            self.write(key_states, value_states, self.keys[layer_idx], self.values[layer_idx], self.where)
+            self.write(key_states, value_states, self.keys[layer_idx], self.values[layer_idx], self.table)
             return self.keys[layer_idx], self.values[layer_idx]
         index = self.positions[:, None, :, None]
         out = []
         for store, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
-            mine = store[self.first : self.first + batch]
-            mine.scatter_(2, index.expand(-1, heads, -1, states.shape[-1]), states)
-            out.append(mine[:, :, : self.width])
+            rows = store[self.first : self.first + batch]
+            rows.scatter_(2, index.expand(-1, heads, -1, states.shape[-1]), states)
+            out.append(rows[:, :, : self.width])
         return out[0], out[1]
 
     def move(self, into: Sequence[int], source: Sequence[int], length: int) -> None:

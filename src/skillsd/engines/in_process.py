@@ -109,7 +109,7 @@ class _Row:
         return self.prompt.length if self.prompt else 0
 
     def packed(self) -> list[int]:
-        """Its next step; see `step.HEAD`."""
+        """Its next step, in the columns of `step.HEAD`."""
         r, owner = self.request, self.prompt.slot if self.prompt else self.slot
         return [self.seen, len(self.feed), self.slot, self.shared, owner, r.key, r.position, *self.feed]
 

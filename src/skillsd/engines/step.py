@@ -19,13 +19,12 @@ from skillsd.engines.cache import SlotCache
 from skillsd.engines.engine import CacheFull
 from skillsd.engines.noise import sample, uniforms
 from skillsd.policy import CacheBudget, Fused, Policy
+from skillsd.policy.kernels.reference import COLUMNS, COUNT, SLOT, START
 
 log = logging.getLogger(__name__)
 
-HEAD = 7
-"""Columns of a packed step before its ids: start, number of ids, slot, how many keys lie in another slot, that slot (the cache's places:
-see `policy.kernels.reference.keys_of`), noise key, noise position."""
-START, COUNT, SLOT, KEY, POSITION = 0, 1, 2, 5, 6
+KEY, POSITION, HEAD = COLUMNS, COLUMNS + 1, COLUMNS + 2
+"""A packed step is a row of a row table (`policy.kernels.reference`), then the noise's key and position, then its ids."""
 WIDTHS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # new ids of a row; a longer prompt takes the dynamic path
 MAX_FED_TOKENS = 4096  # tokens of a recorded forward, padding included: more keep a GPU busy for longer than launching them takes
 MAX_GRAPHS = 128
@@ -150,7 +149,7 @@ class Stepper:
     def forward(self, packed: Tensor, first: int, longest: int) -> Tensor:
         """Append the ids to the rows, which without `fused` are in slots first, first + 1, ...; logits after each one's last id, [n, V]."""
         ids, counts = packed[:, HEAD:], packed[:, COUNT]
-        kwargs = self.cache.prepare(first, packed[:, :KEY], ids.shape[1], longest)
+        kwargs = self.cache.prepare(first, packed[:, :COLUMNS], ids.shape[1], longest)
         with self.fused.installed() if self.fused else nullcontext():
             hidden = self.policy.backbone(input_ids=ids, past_key_values=self.cache, use_cache=True, **kwargs).last_hidden_state
         return self.policy.head(hidden[torch.arange(len(ids), device=ids.device), (counts - 1).clamp_min(0)])

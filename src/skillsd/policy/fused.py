@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from skillsd.errors import ConfigError
 from skillsd.policy.kernels import why_not
-from skillsd.policy.kernels.reference import Lora, Nf4Weight, Projection
+from skillsd.policy.kernels.reference import COLUMNS, Lora, Nf4Weight, Projection
 from skillsd.policy.kernels.workspace import Workspace
 from skillsd.policy.lora import linear_forward, nf4_weight
 from skillsd.policy.module_patching import ROTARY, Replacement, is_swiglu, linear_of, rms_eps, rotary_modules, rotation
@@ -77,10 +77,10 @@ class Fused(Replacement):
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None,
         sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """`key` and `value` are a cache's whole stores; `mask` is int64 [B, 1, 1, 5]: where rows lie (see rollout.cache)."""
+        """`key` and `value` are a cache's whole stores; `mask` is a row table, int64 [B, 1, 1, COLUMNS] (see kernels.reference)."""
         if odd := [k for k in ("s_aux", "position_bias") if kwargs.get(k) is not None]:
             raise ConfigError(f"data.init_args.rollout.kernels: they know no attention with {odd[0]}: set it to false.")
-        return self._attention.attend(query, key, value, mask.view(-1, 5), self.workspace, sliding_window, scaling, softcap), None
+        return self._attention.attend(query, key, value, mask.view(-1, COLUMNS), self.workspace, sliding_window, scaling, softcap), None
 
 
 class _Group:

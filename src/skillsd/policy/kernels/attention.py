@@ -3,7 +3,7 @@
 No mask, no repeated key-value heads: a program holds the queries of one key-value head, all its query heads beside each other, and walks
 over its keys once (online softmax, FlashAttention, arXiv:2205.14135). Few rows leave multiprocessors idle: then the keys of a row are
 split between programs (flash decoding), by the row's own length, and the last one to arrive puts the parts together in order.
-Rows may have their first keys in common: see `reference.keys_of`.
+Rows may have their first keys in common: see `reference.COLUMNS`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skillsd.policy.kernels import reference
 from skillsd.policy.kernels.workspace import Workspace
 
 KEYS = 64  # keys of one step
-MOST_SPLITS = 16
+MAX_SPLITS = 16
+START, COUNT, SLOT, SHARED, OWNER = (tl.constexpr(i) for i in range(reference.COLUMNS))
+COLUMNS = tl.constexpr(reference.COLUMNS)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def _attend(
-    q, k, v, where, out, parts, counters,
+    q, k, v, table, out, parts, counters,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, HEADS, QUERIES, SPLITS, scale, window, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -33,8 +36,9 @@ def _attend(
     real = query < QUERIES
     d, kk = tl.arange(0, DP), tl.arange(0, KEYS)
     inside = d < D
-    first, count = tl.load(where + 5 * b).to(tl.int32), tl.load(where + 5 * b + 1).to(tl.int32)
-    own, shared, owner = tl.load(where + 5 * b + 2), tl.load(where + 5 * b + 3).to(tl.int32), tl.load(where + 5 * b + 4)
+    entry = table + b * COLUMNS
+    first, count = tl.load(entry + START).to(tl.int32), tl.load(entry + COUNT).to(tl.int32)
+    own, shared, owner = tl.load(entry + SLOT), tl.load(entry + SHARED).to(tl.int32), tl.load(entry + OWNER)
     position = first + query
     here = real[:, None] & inside[None, :]
     queries = tl.load(q + b * q_b + head[:, None] * q_h + query[:, None] * q_t + d[None, :], mask=here, other=0.0)
@@ -99,23 +103,23 @@ def _attend(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, where: Tensor, workspace: Workspace, window: int | None = None, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, workspace: Workspace, window: int | None = None, scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `reference.attend`. `where` and the last dimension of q, k and v are contiguous; the others may have any strides."""
+    """See `reference.attend`. `table` and the last dimension of q, k and v are contiguous; the others may have any strides."""
     batch, heads, queries, d = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     rows = queries * group
     br = min(64, max(16, triton.next_power_of_2(rows)))
     blocks = -(-rows // br)
-    splits = max(1, min(MOST_SPLITS, 3 * workspace.processors // (batch * kv_heads * blocks), -(-k.shape[2] // (2 * KEYS))))
+    splits = max(1, min(MAX_SPLITS, 3 * workspace.processors // (batch * kv_heads * blocks), -(-k.shape[2] // (2 * KEYS))))
     padded = max(16, triton.next_power_of_2(d))
     out = q.new_empty(batch, queries, heads, d)
     parts = workspace.floats(batch * kv_heads * blocks * splits * br * (padded + 2) if splits > 1 else 0)
     counters = workspace.counters(batch * kv_heads * blocks)
     _attend[(batch * kv_heads, blocks, splits)](
-        q, k, v, where, out, parts, counters, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, queries, splits,
+        q, k, v, table, out, parts, counters, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, queries, splits,
         d**-0.5 if scale is None else scale, window or 0, softcap or 1.0, kv_heads, group, d, padded, br, KEYS, window is not None,
         softcap is not None, "ieee" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skillsd.policy.kernels import interpreted
+from skillsd.policy.kernels import interpreted, reference
 
 EXACT = {} if interpreted() else {"enable_fp_fusion": False}
 """Products and sums are each rounded to the tensors' dtype, as the model's own are."""
 ROWS = 1024 if interpreted() else 16  # of D numbers, for one program: the interpreter is slow at starting one
+START, COUNT, SLOT, SHARED = (tl.constexpr(i) for i in (reference.START, reference.COUNT, reference.SLOT, reference.SHARED))
+COLUMNS = tl.constexpr(reference.COLUMNS)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -95,15 +97,16 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["ROWS", "T"])
 def _write(
-    keys, values, key_store, value_store, where, k_b, k_h, k_t, v_b, v_h, v_t, K_b, K_h, K_t, V_b, V_h, V_t, ROWS, HEADS, T,
+    keys, values, key_store, value_store, table, k_b, k_h, k_t, v_b, v_h, v_t, K_b, K_h, K_t, V_b, V_h, V_t, ROWS, HEADS, T,
     D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     row, d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DP)  # a head of a token
     h, t, b = row % HEADS, row // HEADS % T, (row // HEADS // T).to(tl.int64)
     exists = row < ROWS
-    real = exists & (t < tl.load(where + 5 * b + 1, mask=exists, other=0))
-    index = tl.load(where + 5 * b, mask=real, other=0) + t - tl.load(where + 5 * b + 3, mask=real, other=0)
-    slot = tl.load(where + 5 * b + 2, mask=real, other=0)
+    entry = table + b * COLUMNS
+    real = exists & (t < tl.load(entry + COUNT, mask=exists, other=0))
+    index = tl.load(entry + START, mask=real, other=0) + t - tl.load(entry + SHARED, mask=real, other=0)
+    slot = tl.load(entry + SLOT, mask=real, other=0)
     here = real[:, None] & (d < D)[None, :]
     k = tl.load(keys + (b * k_b + h * k_h + t * k_t)[:, None] + d[None, :], mask=here)
     tl.store(key_store + (slot * K_b + h * K_h + index * K_t)[:, None] + d[None, :], k, mask=here)
@@ -111,11 +114,11 @@ def _write(
     tl.store(value_store + (slot * V_b + h * V_h + index * V_t)[:, None] + d[None, :], v, mask=here)
 
 
-def write(keys: Tensor, values: Tensor, key_store: Tensor, value_store: Tensor, where: Tensor) -> None:
-    """See `reference.write`. `where` and the last dimension of the others are contiguous."""
+def write(keys: Tensor, values: Tensor, key_store: Tensor, value_store: Tensor, table: Tensor) -> None:
+    """See `reference.write`. `table` and the last dimension of the others are contiguous."""
     batch, heads, new, d = keys.shape
     strides = [n for t in (keys, values, key_store, value_store) for n in t.stride()[:3]]
     rows = batch * heads * new
     _write[(-(-rows // ROWS),)](
-        keys, values, key_store, value_store, where, *strides, rows, heads, new, d, triton.next_power_of_2(d), ROWS, num_warps=4
+        keys, values, key_store, value_store, table, *strides, rows, heads, new, d, triton.next_power_of_2(d), ROWS, num_warps=4
     )

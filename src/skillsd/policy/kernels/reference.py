@@ -16,6 +16,11 @@ NF4 = (
 """4-bit NormalFloat (QLoRA, arXiv:2305.14314, appendix E)."""
 BLOCK, OUTER = 64, 256
 """Weights that share a scale; scales that share a scale of theirs."""
+START, COUNT, SLOT, SHARED, OWNER = range(5)
+COLUMNS = 5
+"""The columns of a row table, int64 [B, COLUMNS], which says where each row's keys lie in a cache [slots, H_kv, T, D]: the position of its
+first new token; how many new tokens it has; its slot; how many of its first keys lie in another slot, from index 0 on; that other slot. In
+its own slot the key at position j is at index j - SHARED."""
 
 
 class Nf4Weight(NamedTuple):
@@ -82,40 +87,39 @@ def project_all(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     return [project(x, p) for p in projections]
 
 
-def keys_of(store: Tensor, where: Tensor, length: int) -> Tensor:
+def keys_of(store: Tensor, table: Tensor, length: int) -> Tensor:
     """Each row's keys (or values) in the order of their positions.
 
     Args:
         store: [slots, H_kv, T, D].
-        where: int64 [B, 5], a row each: the position of its first new token; how many new ones it has; its slot; how many of its first
-            keys lie in another slot, from index 0 on; that slot. Its key at position j is at index j less the number of those others.
+        table: int64 [B, COLUMNS], a row table.
         length: Positions wanted.
 
     Returns:
         [B, H_kv, length, D].
     """
     j = torch.arange(length, device=store.device)
-    own, shared, owner = (c[:, None] for c in where[:, 2:].unbind(1))
+    own, shared, owner = (table[:, column, None] for column in (SLOT, SHARED, OWNER))
     slot, index = torch.where(j < shared, owner, own), torch.where(j < shared, j, j - shared)
     return store[slot, :, index.clamp_max(store.shape[2] - 1)].transpose(1, 2)  # some rows are shorter
 
 
-def write(keys: Tensor, values: Tensor, key_store: Tensor, value_store: Tensor, where: Tensor) -> None:
-    """New keys and values [B, H_kv, Q, D] to their places; of row b the first where[b, 1]. See `keys_of`."""
+def write(keys: Tensor, values: Tensor, key_store: Tensor, value_store: Tensor, table: Tensor) -> None:
+    """New keys and values [B, H_kv, Q, D] to where the row table says; row b's after the first table[b, COUNT] are padding."""
     for new, store in ((keys, key_store), (values, value_store)):
-        for b, (start, count, slot, shared, _) in enumerate(where.tolist()):
+        for b, (start, count, slot, shared, _) in enumerate(table.tolist()):
             store[slot, :, start - shared : start - shared + count] = new[b, :, :count]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, where: Tensor, window: int | None = None, scale: float | None = None, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: int | None = None, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
     """Attention in which a token's place in the cache follows from its position.
 
     Args:
-        q: Queries [B, H, Q, D] of consecutive positions; row b's after the first where[b, 1] are padding.
+        q: Queries [B, H, Q, D] of consecutive positions; row b's after the first table[b, COUNT] are padding.
         k, v: Stores [slots, H_kv, T, D]; what lies beyond a query's position is not read.
-        where: int64 [B, 5]: see `keys_of`.
+        table: int64 [B, COLUMNS], a row table.
         window: A query at p sees positions j with p - window < j <= p; None: all up to p.
         scale: Of the scores; D^-1/2 by default.
         softcap: Scores become softcap * tanh(score / softcap) (Gemma 2).
@@ -123,15 +127,15 @@ def attend(
     Returns:
         [B, Q, H, D].
     """
-    groups, length = q.shape[1] // k.shape[1], int(where[:, 0].max()) + q.shape[2]
-    k, v = (keys_of(t, where, length).repeat_interleave(groups, 1) for t in (k, v))
+    groups, length = q.shape[1] // k.shape[1], int(table[:, START].max()) + q.shape[2]
+    k, v = (keys_of(t, table, length).repeat_interleave(groups, 1) for t in (k, v))
     scores = q.float() @ k.float().transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    position = where[:, :1] + torch.arange(q.shape[2], device=q.device)
+    position = table[:, START, None] + torch.arange(q.shape[2], device=q.device)
     j = torch.arange(length, device=q.device)
     gap = position[:, None, :, None] - j
-    seen = (gap >= 0) & (j < (where[:, 0] + where[:, 1])[:, None, None, None])
+    seen = (gap >= 0) & (j < (table[:, START] + table[:, COUNT])[:, None, None, None])
     if window is not None:
         seen = seen & (gap < window)
     return (torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ v.float()).to(q.dtype).transpose(1, 2).contiguous()
