@@ -208,3 +208,27 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale:
         x, y, z = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
         out.append(scaled_dot_product_attention(x, y, z, seen, scale=scale, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int, padded: bool = True) -> list[list[int]]:
+    """Split rows into micro-batches of at most `token_budget` tokens (a longer row stands alone).
+
+    Args:
+        lengths: Tokens of each row.
+        token_budget: Most tokens together.
+        padded: Count what rows take when padded to the longest of their micro-batch.
+
+    Returns:
+        lists of row indices; rows of similar length go together, in a fixed order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    size = 0
+    for i in order:
+        size = lengths[i] * (len(batches[-1]) + 1 if batches else 1) if padded else size + lengths[i]
+        if batches and size <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+            size = lengths[i]
+    return batches

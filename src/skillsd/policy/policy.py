@@ -22,7 +22,7 @@ from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import adapter_folder, base_digest, check_vocabulary, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
 from skillsd.policy.module_patching import Again
-from skillsd.policy.packed import TokenSequence, learn, pack
+from skillsd.policy.packed import TokenSequence, learn, micro_batches, pack
 from skillsd.policy.shard import OUT_OF_MEMORY, Shards
 from skillsd.policy.template import closing_mark
 
@@ -252,12 +252,12 @@ class Policy(nn.Module):
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `adapter_state`; every tensor must be there with its shape."""
-        mine = {f"{name}.{k}": p for name in ADAPTERS for k, p in self.adapter(name).items()}
-        for k in mine.keys() | state.keys():
-            if k not in mine or k not in state or mine[k].shape != state[k].shape:
+        own = {f"{name}.{k}": p for name in ADAPTERS for k, p in self.adapter(name).items()}
+        for k in own.keys() | state.keys():
+            if k not in own or k not in state or own[k].shape != state[k].shape:
                 raise ConfigError(f"ckpt_path: the checkpoint's adapters do not fit [{self.base_name}] ({k}): set policy.lora as it was.")
         with torch.no_grad():
-            for k, p in mine.items():
+            for k, p in own.items():
                 p.copy_(state[k])
         self.updates = {name: n + 1 for name, n in self.updates.items()}
         student, teacher = self.adapter("student"), self.adapter("teacher")
@@ -291,7 +291,7 @@ class Policy(nn.Module):
 
     @property
     def sharded(self) -> bool:
-        """Whether every forward and backward is one of all ranks."""
+        """Return whether every forward and backward is one of all ranks."""
         return self.shards is not None
 
     def together(self) -> AbstractContextManager[None]:
@@ -336,7 +336,7 @@ class Policy(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """Whether rows are scored without padding."""
+        """Return whether rows are scored without padding."""
         return self.learner is not None and self.learner.packs
 
     def _score(self, sequences: Sequence[TokenSequence], temperature: float) -> Scores:
@@ -388,28 +388,4 @@ class Policy(nn.Module):
         return self.base_name
 
 
-def micro_batches(lengths: Sequence[int], token_budget: int, padded: bool = True) -> list[list[int]]:
-    """Split rows into micro-batches of at most `token_budget` tokens (a longer row stands alone).
-
-    Args:
-        lengths: Tokens of each row.
-        token_budget: Most tokens together.
-        padded: Count what rows take when padded to the longest of their micro-batch.
-
-    Returns:
-        lists of row indices; rows of similar length go together, in a fixed order.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    batches: list[list[int]] = []
-    size = 0
-    for i in order:
-        size = lengths[i] * (len(batches[-1]) + 1 if batches else 1) if padded else size + lengths[i]
-        if batches and size <= token_budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-            size = lengths[i]
-    return batches
-
-
-__all__ = ["ADAPTERS", "Policy", "Scores", "TokenSequence", "micro_batches"]
+__all__ = ["ADAPTERS", "Policy", "Scores", "TokenSequence"]
