@@ -138,13 +138,13 @@ def test_one_is_killed(policy, two, engine, caplog, monkeypatch):
         played = play(policy, engine=engine, slots=4)
         alike(played, play(policy, engine=InProcessEngine(policy), slots=4))
         assert dying.dead and [f"{dying.url} is lost (" in r.message and "; 1 left" in r.message for r in caplog.records] == [True]
-        monkeypatch.setattr(module, "AGAIN_S", 0.0)
+        monkeypatch.setattr(module, "RETRY_S", 0.0)
         engine.open(1.0)
         again = FakeServer(dying.model, port=dying.port)
-        monkeypatch.setattr(module, "AGAIN_S", 60.0)
+        monkeypatch.setattr(module, "RETRY_S", 60.0)
         engine.open(1.0)
         assert not again.asked, "not so soon"
-        monkeypatch.setattr(module, "AGAIN_S", 0.0)
+        monkeypatch.setattr(module, "RETRY_S", 0.0)
         try:
             alike(played, play(policy, engine=engine, slots=4))
         finally:
@@ -167,7 +167,7 @@ def test_all_are_lost(two, engine):
 def test_none_is_left_for_a_moment(two, engine):
     """Then all are asked again, however short ago."""
     for s in engine.servers:
-        engine.drop(s, s.lives, "test")
+        engine.drop(s, s.joined, "test")
     engine.open(1.0).turn([Request(0, [5, 6], 0, 0, 2)])
     assert all(s.live for s in engine.servers)
 
@@ -268,7 +268,7 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_server(policy, two, caplog, kind, monkeypatch):
     """It is dropped, the log says why in one line, and the other one serves."""
-    monkeypatch.setattr(module, "GREET_S", 0.3)
+    monkeypatch.setattr(module, "HANDSHAKE_S", 0.3)
     answer, why = HOSTILE[kind]
     over = threading.Event()
 
@@ -341,7 +341,7 @@ def test_servers_that_are_started_otherwise(policy, two):
 def test_an_adapter_that_a_server_refuses(policy, two, engine):
     two[0].broken["/v1/load_lora_adapter"] = lambda handler: handler.say(500, {"error": {"message": "LoRA rank 4 is greater than 2"}})
     engine.open(1.0).turn([Request(0, [5, 6], 0, 0, 2)])
-    assert [s.live for s in engine.servers] == [False, True] and "LoRA rank 4 is greater than 2" in engine.servers[0].why
+    assert [s.live for s in engine.servers] == [False, True] and "LoRA rank 4 is greater than 2" in engine.servers[0].reason
 
 
 def test_the_key(policy, monkeypatch):
@@ -372,7 +372,7 @@ def test_what_an_error_leaves(policy, two, engine):
     for s in two:
         s.before = lambda body: None
     alike(play(policy, engine=engine, rows=3), play(policy, engine=InProcessEngine(policy), rows=3))
-    assert not engine._flying and all(s.live for s in engine.servers)
+    assert not engine._turns and all(s.live for s in engine.servers)
     hold.set()
     held = engine.open(1.0)
     engine.close()

@@ -79,28 +79,28 @@ class Session(ABC):
 
     @abstractmethod
     def step(self) -> list[tuple[int, Completion]]:
-        """Go on with what was submitted. Rows whose turn is over, with what was sampled; [] while there are none, or none is left."""
+        """Go on with what was submitted. Returns the rows whose turn has ended, with what was sampled; [] where none has."""
 
     @abstractmethod
     def forget(self, rows: Iterable[int]) -> None:
-        """These rows are finished."""
+        """Drop rows that are finished, or that nobody waits for."""
 
     @property
     @abstractmethod
     def busy(self) -> bool:
-        """Whether a turn is going on."""
+        """True while a turn goes on."""
 
     @abstractmethod
     def close(self, failed: bool = False) -> None:
-        """It is not used again. After a failure the next session begins with nothing of this one's."""
+        """End the session. After a failure the next one begins with nothing of this one's."""
 
     def turn(self, requests: Sequence[Request]) -> list[Completion]:
         """One turn for each request, all of it, in their order."""
         self.submit(requests)
-        done: dict[int, Completion] = {}
+        found: dict[int, Completion] = {}
         while self.busy:
-            done.update(self.step())
-        return [done[r.row] for r in requests]
+            found.update(self.step())
+        return [found[r.row] for r in requests]
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +120,7 @@ class Engine(Protocol):
         their present state, and returns the name: its rollouts end before the next update (`rollout.staleness` is 0)."""
 
     def close(self) -> None:
-        """It is not used again."""
+        """End it for good."""
 
 
 def complete(engine: Engine, requests: Sequence[Request], temperature: float, adapter: Adapter, max_rows: int) -> list[Completion | None]:

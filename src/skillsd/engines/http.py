@@ -29,7 +29,7 @@ class ServerError(Exception):
 
 
 def is_address(url: str) -> bool:
-    """Whether it is http(s)://host, maybe with a port and a path, and nothing else: settings are written to the run folder."""
+    """True for http(s)://host, maybe with a port and a path, and nothing else: settings are written to the run folder."""
     try:
         at = urlsplit(url)
         plain = at.scheme in ("http", "https") and at.hostname and at.port != 0 and not (at.query or at.fragment or "@" in at.netloc)

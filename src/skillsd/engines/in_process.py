@@ -19,7 +19,7 @@ from skillsd.engines.engine import Adapter, Completion, Request, Session, Versio
 from skillsd.engines.step import HEAD, MAX_FED_TOKENS, WIDTHS, Stepper, bucket
 from skillsd.policy import Policy, fuse
 
-STRIDE = 8  # steps before somebody else may speak, if no row's turn is over sooner
+STRIDE = 8  # steps before `step` returns, if no row's turn ends sooner
 PREFILL, CUDA_PREFILL = 4096, 16384  # most tokens, padding included, of one forward over several rows: they stay in a CPU's cache
 ADMIT = 0.125  # rows wait until they are this share of all that decode: one forward for several
 AHEAD = 1  # steps asked for before the tokens of the last one are known
@@ -177,15 +177,15 @@ class InProcessSession(Session):
         gone = [self.rows.pop(n) for n in rows if n in self.rows]
         for row in gone:
             row.turns = -1
-            over = []
+            unused = []
             if row.prompt is not None:
                 row.prompt.users -= 1
                 if not row.prompt.users:
-                    over = [row.prompt.slot]
+                    unused = [row.prompt.slot]
                     heappush(self.free, row.prompt.slot)
                     self.prompts = {k: p for k, p in self.prompts.items() if p.users}
             if not math.isfinite(sum(row.logprobs)):  # nan would reach the slot's next row: a weight of 0 times nan is nan
-                self.stepper.cache.wipe([row.slot, *over])
+                self.stepper.cache.wipe([row.slot, *unused])
             if self.continuous:
                 heappush(self.free, row.slot)
 
@@ -194,16 +194,16 @@ class InProcessSession(Session):
         self.closed(self, failed)
 
     def step(self) -> list[tuple[int, Completion]]:
-        done: list[tuple[int, Completion]] = []
+        finished: list[tuple[int, Completion]] = []
         with self.policy.acting(self.adapter):
             for _ in range(STRIDE if self.continuous else sys.maxsize):
                 self._launch()
                 if not self.launches:
                     break
-                done += self._collect()
-                if done and self.continuous:
+                finished += self._collect()
+                if finished and self.continuous:
                     break
-        return done
+        return finished
 
     def _launch(self) -> None:
         """Ask for steps: the one that is looked at next, and some after it."""
@@ -281,7 +281,7 @@ class InProcessSession(Session):
 
     def _collect(self) -> list[tuple[int, Completion]]:
         launched, wait = self.launches.popleft()
-        done = []
+        finished = []
         for (row, turn), token, logp in zip(launched, *wait(), strict=True):
             if row.turns != turn or len(row.ids) >= row.request.limit or (row.ids and row.ids[-1] in self.stop_ids):
                 continue  # it had stopped already
@@ -291,11 +291,11 @@ class InProcessSession(Session):
             row.logprobs.append(logp)
             stopped = token in self.stop_ids
             if stopped or len(row.ids) >= row.request.limit:
-                done.append((row.name, Completion(row.ids, row.logprobs, stopped)))
-        if done:
-            over = {name for name, _ in done}
-            self.active = [row for row in self.active if row.name not in over]
-        return done
+                finished.append((row.name, Completion(row.ids, row.logprobs, stopped)))
+        if finished:
+            names = {name for name, _ in finished}
+            self.active = [row for row in self.active if row.name not in names]
+        return finished
 
     def _front(self, rows: list[_Row]) -> list[_Row]:
         """Without kernels: put these rows in the first slots, with as few moves as there are; they come back in the order of slots."""

@@ -66,7 +66,7 @@ class Stepper:
         self.shared: Any = None  # memory and stream of the captures
 
     def plan(self, slots: int, longest: int) -> bool:
-        """Room for a step in slots 0 to slots - 1 with rows of up to `longest` tokens. Whether it can be static.
+        """Make room for a step in slots 0 to slots - 1 with rows of up to `longest` tokens. Returns True if it can be static.
 
         A cache too large to be kept between rollouts ends static shapes for good.
 
@@ -222,7 +222,7 @@ class Stepper:
 
 
 def can_record(given: Tensor) -> bool:
-    """Whether steps on this tensor's device can be recorded."""
+    """True if steps on this tensor's device can be recorded."""
     return given.is_cuda
 
 

@@ -1,4 +1,4 @@
-"""What is said to a vLLM server (0.24) and what it may answer: the completions API, and vLLM's own calls for adapters."""
+"""Requests to a vLLM server, and the answers that are accepted: the completions API, and vLLM's own calls for adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skillsd.engines.http import HttpCall, ServerError, in_one_line
 from skillsd.engines.vllm_noise import MIN_LOGPROB
 
 MAX_BYTES = 1 << 20
-"""Of an answer that has no tokens."""
+"""Bytes of an answer without tokens."""
 
 
 class VllmApi:
@@ -23,8 +23,12 @@ class VllmApi:
     def __init__(self, vocabulary: int, stop_ids: Collection[int]) -> None:
         self.vocabulary, self.stop_ids = vocabulary, frozenset(stop_ids)
 
-    def greet(self, call: HttpCall, context: int) -> tuple[str, set[str]]:
-        """What it calls the base model, and the adapters it has. Raises ServerError if it cannot serve us rows of `context` tokens."""
+    def handshake(self, call: HttpCall, context: int) -> tuple[str, set[str]]:
+        """The server's name for the base model, and the names of its adapters.
+
+        Raises:
+            ServerError: it is not healthy, its rows are shorter than `context` tokens, or it does not draw with our noise.
+        """
         call.ask("/health", MAX_BYTES)
         base, length, loaded = self._models(call)
         if length < context:

@@ -1,4 +1,4 @@
-"""vLLM in processes of its own, on other GPUs or machines: an engine that asks running servers over HTTP (vLLM 0.24's completions API).
+"""vLLM in processes of its own, on other GPUs or machines: an engine that asks running servers over HTTP (vLLM's completions API).
 
 `skillsd serve` (`engines.serve`) starts a server with the noise of the engine in this process as its logits processor, so that a token is
 the same function of (key, position) there, whichever server is asked, and again after one is lost.
@@ -32,8 +32,8 @@ from skillsd.timeouts import Failure, Threads
 
 log = logging.getLogger(__name__)
 
-GREET_S, AGAIN_GREET_S, LOAD_S = 30.0, 5.0, 300.0
-AGAIN_S = 60.0  # a server that takes connections and says nothing costs everybody AGAIN_GREET_S
+HANDSHAKE_S, RETRY_HANDSHAKE_S, LOAD_S = 30.0, 5.0, 300.0
+RETRY_S = 60.0  # a server that takes connections and says nothing costs everybody RETRY_HANDSHAKE_S
 POLL_S = 0.02  # environments may have answered meanwhile
 
 
@@ -41,25 +41,32 @@ POLL_S = 0.02  # environments may have answered meanwhile
 class _Server:
     url: str
     base: str = ""
-    """What it calls the base model."""
+    """Its name for the base model."""
     loaded: set[str] = field(default_factory=set)
+    """The names of its adapters."""
     live: bool = False
-    lives: int = 0
-    """How often it has joined."""
-    why: str = ""
+    joined: int = 0
+    """How often it has become live."""
+    reason: str = ""
     """Why it is not live."""
-    failed: float = -math.inf
-    """When it last was of no use, in monotonic seconds."""
+    lost_at: float = -math.inf
+    """Monotonic seconds."""
 
 
 @dataclass(eq=False)
-class _Asked:
-    """A turn on its way."""
+class _Turn:
+    """A turn that a server was asked for."""
 
     request: Request
     server: _Server
-    life: int
+    joined: int
+    """The server's count when it was asked."""
     call: HttpCall
+
+    @property
+    def is_cut_by_us(self) -> bool:
+        """True after a hang-up for another reason than that it took too long."""
+        return self.call.cut and not self.call.overdue
 
 
 class VllmServers:
@@ -96,9 +103,9 @@ class VllmServers:
         self.threads, self.control_threads = Threads(rows), Threads(len(urls))
         self.versions = Versions(policy, folder, run, staleness)
         self.lock = threading.RLock()  # a rollout may go on in the background while the main thread plays a panel
-        self.closed, self._door = False, threading.Lock()  # what comes in before `close` is ended by it; held for no time
+        self.closed, self._closing = False, threading.Lock()  # a turn that begins before `close` is ended by it; held for no time
         self._sessions: WeakSet[ServersSession] = WeakSet()
-        self._flying: set[_Asked] = set()
+        self._turns: set[_Turn] = set()
         try:
             self.join(None)
         except ConfigError:
@@ -119,17 +126,17 @@ class VllmServers:
     def snapshot(self, adapter: str) -> Version:
         """An adapter as it is now, on the disk. Those before it that no rank uses any more are unloaded."""
         with self.lock:
-            version, over = self.versions.now(adapter)
-            self._unload(over)
+            version, unused = self.versions.now(adapter)
+            self._unload(unused)
             return version
 
     def close(self) -> None:
         with self.lock:
             if self.closed:
                 return
-            with self._door:
+            with self._closing:
                 self.closed = True
-            self._hang_up(lambda asked: True)
+            self._hang_up(lambda turn: True)
             self._unload(self.versions.close())
         self.threads.close()
         self.control_threads.close()
@@ -146,7 +153,7 @@ class VllmServers:
                         self.api.unload(call, name)
 
         if names:
-            self._each([s for s in self.servers if s.live], unload, GREET_S)
+            self._each([s for s in self.servers if s.live], unload, HANDSHAKE_S)
         self.versions.remove(names)
 
     # -- servers ---------------------------------------------------------------------------------------------------------------
@@ -154,16 +161,16 @@ class VllmServers:
     def join(self, version: Version | None) -> None:
         """Servers that are back join; all get the adapter.
 
-        Who is away is asked after AGAIN_S, or if none is left.
+        A server that is away is tried again after RETRY_S, or at once if none is left.
 
         Raises:
             ConfigError: there is none.
         """
         with self.lock:
-            since = time.monotonic() - (AGAIN_S if any(s.live for s in self.servers) else 0.0)
-            away = [s for s in self.servers if not s.live and s.failed <= since]
-            self._each([s for s in away if not s.why], self._greet, GREET_S)
-            self._each([s for s in away if s.why], self._greet, AGAIN_GREET_S)
+            since = time.monotonic() - (RETRY_S if any(s.live for s in self.servers) else 0.0)
+            away = [s for s in self.servers if not s.live and s.lost_at <= since]
+            self._each([s for s in away if not s.reason], self._handshake, HANDSHAKE_S)
+            self._each([s for s in away if s.reason], self._handshake, RETRY_HANDSHAKE_S)
             if version is not None:
                 name, folder = version.name, version.folder  # an idle thread holds on to its last call, which is not to hold the version
                 lacking = [s for s in self.servers if s.live and name not in s.loaded]
@@ -171,23 +178,23 @@ class VllmServers:
             self._check_left()
 
     def left(self, session: ServersSession) -> None:
-        """A session is over."""
+        """A session has ended."""
         with self.lock:
             self._sessions.discard(session)
 
     def _check_left(self) -> None:
         if not any(s.live for s in self.servers):
-            told = "; ".join(f"{s.url}: {s.why}" for s in self.servers)
+            reasons = "; ".join(f"{s.url}: {s.reason}" for s in self.servers)
             raise ConfigError(
-                f"rollout.servers: no server is left ({told}): start one (skillsd serve) and go on; the run's last checkpoint stands."
+                f"rollout.servers: no server is left ({reasons}): start one (skillsd serve) and go on; the run's last checkpoint stands."
             )
 
-    def _greet(self, server: _Server, call: HttpCall) -> None:
-        base, loaded = self.api.greet(call, self.policy.context_length)
-        server.base, server.loaded, server.live, server.lives = base, loaded, True, server.lives + 1
-        if server.why:
+    def _handshake(self, server: _Server, call: HttpCall) -> None:
+        base, loaded = self.api.handshake(call, self.policy.context_length)
+        server.base, server.loaded, server.live, server.joined = base, loaded, True, server.joined + 1
+        if server.reason:
             log.warning("rollout.servers: %s is back.", server.url)
-        server.why = ""
+        server.reason = ""
 
     def _load(self, server: _Server, call: HttpCall, name: str, folder: Path) -> None:
         self.api.load(call, name, folder)
@@ -203,23 +210,23 @@ class VllmServers:
                 call.hang_up()
         for s, answer in zip(servers, answers, strict=True):
             if isinstance(failed := answer.result(), Failure):
-                self.drop(s, s.lives, f"no answer in {seconds:g} s" if answer in late else _reason(failed))
+                self.drop(s, s.joined, f"no answer in {seconds:g} s" if answer in late else _reason(failed))
 
-    def drop(self, server: _Server, life: int, why: str) -> None:
+    def drop(self, server: _Server, joined: int, reason: str) -> None:
         """A server is lost, unless it has come back since. What it was asked for ends."""
         with self.lock:
-            if server.lives != life:
+            if server.joined != joined:
                 return
-            if server.live or not server.why:
+            if server.live or not server.reason:
                 left = sum(s.live for s in self.servers) - server.live
-                log.warning("rollout.servers: %s is lost (%s); %d left.", server.url, why, left)
-            server.live, server.loaded, server.why, server.failed = False, set(), why, time.monotonic()
-            self._hang_up(lambda asked: asked.server is server)
+                log.warning("rollout.servers: %s is lost (%s); %d left.", server.url, reason, left)
+            server.live, server.loaded, server.reason, server.lost_at = False, set(), reason, time.monotonic()
+            self._hang_up(lambda turn: turn.server is server)
 
-    def _hang_up(self, which: Callable[[_Asked], bool]) -> None:
-        for asked in list(self._flying):
-            if which(asked):
-                asked.call.hang_up()
+    def _hang_up(self, which: Callable[[_Turn], bool]) -> None:
+        for turn in list(self._turns):
+            if which(turn):
+                turn.call.hang_up()
 
     # -- turns -----------------------------------------------------------------------------------------------------------------
 
@@ -231,12 +238,12 @@ class VllmServers:
         """
         with self.lock:
             self._check_left()
-            rows = [home for session in self._sessions for home in list(session.homes.values())]
+            rows = [server for session in self._sessions for server in list(session.server_of.values())]
             return min((s for s in self.servers if s.live), key=rows.count)
 
-    def ask(self, session: ServersSession, server: _Server, ids: list[int], request: Request) -> _Asked:
+    def ask(self, session: ServersSession, server: _Server, ids: list[int], request: Request) -> _Turn:
         """Begin a turn. What comes of it goes to `session.arrived`. Raises RuntimeError if the engine is closed."""
-        asked = _Asked(request, server, server.lives, HttpCall(server.url, self.key, self.seconds))
+        turn = _Turn(request, server, server.joined, HttpCall(server.url, self.key, self.seconds))
         arrived, version = session.arrived, session.version
         name, folder = (version.name, version.folder) if version is not None else (server.base, None)
         body = self.api.body(name, ids, request, session.temperature)
@@ -244,24 +251,24 @@ class VllmServers:
 
         def work() -> Completion:
             try:
-                answer = asked.call.ask("/v1/completions", max_bytes, body)
+                answer = turn.call.ask("/v1/completions", max_bytes, body)
             except ServerError as e:
                 if e.status != 404 or folder is None:
                     raise
-                self._load(server, asked.call, name, folder)  # it was started anew, or somebody has unloaded it
-                answer = asked.call.ask("/v1/completions", max_bytes, body)
+                self._load(server, turn.call, name, folder)  # it was started anew, or somebody has unloaded it
+                answer = turn.call.ask("/v1/completions", max_bytes, body)
             return self.api.completion(answer, request)
 
-        def over(call: Any) -> None:
-            self._flying.discard(asked)
-            arrived.put((asked, Failure("raised", "the engine is closed") if call.cancelled() else call.result()))
+        def answered(future: Any) -> None:
+            self._turns.discard(turn)
+            arrived.put((turn, Failure("raised", "the engine is closed") if future.cancelled() else future.result()))
 
-        with self._door:
+        with self._closing:
             if self.closed:
                 raise RuntimeError("the engine is closed")
-            self._flying.add(asked)
-            self.threads.submit(work).add_done_callback(over)
-        return asked
+            self._turns.add(turn)
+            self.threads.submit(work).add_done_callback(answered)
+        return turn
 
 
 class ServersSession(Session):
@@ -272,13 +279,13 @@ class ServersSession(Session):
     def __init__(self, engine: VllmServers, temperature: float, version: Version | None) -> None:
         self.engine, self.temperature, self.version = engine, temperature, version
         self.ids: dict[int, list[int]] = {}
-        self.homes: dict[int, _Server] = {}
-        self.going: dict[int, _Asked] = {}
-        self.arrived: SimpleQueue[tuple[_Asked, Any]] = SimpleQueue()
+        self.server_of: dict[int, _Server] = {}
+        self.turns: dict[int, _Turn] = {}
+        self.arrived: SimpleQueue[tuple[_Turn, Any]] = SimpleQueue()
 
     @property
     def busy(self) -> bool:
-        return bool(self.going)
+        return bool(self.turns)
 
     def submit(self, requests: Sequence[Request]) -> None:
         for r in requests:
@@ -286,48 +293,43 @@ class ServersSession(Session):
             self._ask(r)
 
     def _ask(self, r: Request) -> None:
-        home = self.homes.get(r.row)
-        if home is None or not home.live:
-            home = self.homes[r.row] = self.engine.least_busy()
-        self.going[r.row] = self.engine.ask(self, home, list(self.ids[r.row]), r)
+        server = self.server_of.get(r.row)
+        if server is None or not server.live:
+            server = self.server_of[r.row] = self.engine.least_busy()
+        self.turns[r.row] = self.engine.ask(self, server, list(self.ids[r.row]), r)
 
     def step(self) -> list[tuple[int, Completion]]:
-        """Waits a little. Of the turns that are over, the first row comes first."""
+        """Waits a little. Turns that have ended come back in the order of their rows."""
         arrived = []
         with suppress(Empty):
-            if self.going:
+            if self.turns:
                 arrived.append(self.arrived.get(timeout=POLL_S))
             while True:
                 arrived.append(self.arrived.get_nowait())
-        for asked in self.going.values():
-            if asked.call.overdue:
-                asked.call.hang_up()
-        done = []
-        for asked, said in sorted(arrived, key=lambda x: x[0].request.row):
-            row = asked.request.row
-            if self.going.get(row) is not asked:
+        for turn in self.turns.values():
+            if turn.call.overdue:
+                turn.call.hang_up()
+        finished = []
+        for turn, answer in sorted(arrived, key=lambda x: x[0].request.row):
+            row = turn.request.row
+            if self.turns.get(row) is not turn:
                 continue  # forgotten
-            if isinstance(said, Failure):
-                if asked.server.live and asked.server.lives == asked.life and not self._cut(asked):
-                    self.engine.drop(asked.server, asked.life, _reason(said))
-                self._ask(asked.request)  # the same noise, so the same tokens
+            if isinstance(answer, Failure):
+                if turn.server.live and turn.server.joined == turn.joined and not turn.is_cut_by_us:
+                    self.engine.drop(turn.server, turn.joined, _reason(answer))
+                self._ask(turn.request)  # the same noise, so the same tokens
             else:
-                del self.going[row]
-                self.ids[row] += said.token_ids
-                done.append((row, said))
-        return done
-
-    @staticmethod
-    def _cut(asked: _Asked) -> bool:
-        """Whether we have hung up, and not because it took too long."""
-        return asked.call.cut and not asked.call.overdue
+                del self.turns[row]
+                self.ids[row] += answer.token_ids
+                finished.append((row, answer))
+        return finished
 
     def forget(self, rows: Iterable[int]) -> None:
         for row in rows:
-            self.homes.pop(row, None)
+            self.server_of.pop(row, None)
             self.ids.pop(row, None)
-            if (asked := self.going.pop(row, None)) is not None:
-                asked.call.hang_up()
+            if (turn := self.turns.pop(row, None)) is not None:
+                turn.call.hang_up()
 
     def close(self, failed: bool = False) -> None:
         self.forget(list(self.ids))
