@@ -113,18 +113,14 @@ def main() -> None:
     overlay = {
         "teacher": {"mode": "ema", "rate": 0.05},
         "model": {
-            "init_args": {
-                "policy": {"model": str(model), "context_length": max(4096, a.prompt + a.new + 512)},
-                "micro_batch_tokens": a.micro_batch * (a.prompt + a.new),
-            }
+            "policy": {"model": str(model), "context_length": max(4096, a.prompt + a.new + 512)},
+            "micro_batch_tokens": a.micro_batch * (a.prompt + a.new),
         },
         "data": {
-            "init_args": {
-                "env_kwargs": {"max_turns": 1, "prompts": {"instruction": "up " * max(1, a.prompt - 24)}},
-                "batch_tasks": a.tasks,
-                "group_size": a.group,
-                "rollout": {"max_turn_tokens": a.new, "max_trajectory_tokens": a.new, "max_rows": a.tasks * a.group},
-            }
+            "env_kwargs": {"max_turns": 1, "prompts": {"instruction": "up " * max(1, a.prompt - 24)}},
+            "batch_tasks": a.tasks,
+            "group_size": a.group,
+            "rollout": {"max_turn_tokens": a.new, "max_trajectory_tokens": a.new, "max_rows": a.tasks * a.group},
         },
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Where the seconds of a fit go, on whatever device there is; several at once show how far they share it.
 
     python -m benchmarks.nano_fit                     # conf/sokoban.yaml, 30 iterations
-    python -m benchmarks.nano_fit --fits 4 --steps 60 -- --data.init_args.rollout.cuda_graphs false
+    python -m benchmarks.nano_fit --fits 4 --steps 60 -- --data.rollout.cuda_graphs false
     python -m benchmarks.nano_fit --study conf/study/sokoban-nano.yaml --method skillsd    # a run of the study, with its panels
 
 
@@ -44,7 +44,7 @@ def measure(folder: Path, wall: float, seen: dict[str, float]) -> dict[str, floa
     """Seconds and rates of one fit; `seen` says when a file first appeared, in seconds after the start."""
     with (folder / "metrics.csv").open(encoding="utf-8") as f:
         rows = [{k: float(v or 0) for k, v in row.items()} for row in csv.DictReader(f)]
-    data = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
+    data = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]
     episodes = data["batch_tasks"] * data["group_size"] * len(rows)
     total = {k: sum(r[f"time/{k}_s"] for r in rows) for k in ("rollout", "teacher", "update")}
     before = seen["panel.json"] - seen["metrics.csv"]

@@ -48,19 +48,19 @@ def overlay(a: argparse.Namespace, model: str, ranks: int) -> dict[str, Any]:
     return {
         "teacher": {"mode": "ema", "rate": 0.05},
         "skills": {"summariser": {"class_path": "skillsd.skills.RulesSummariser", "init_args": {"action_pattern": None}}},
-        "model": {"init_args": {
+        "model": {
             "policy": {
                 "model": model, "context_length": a.prompt + episode + turn, "quantise": "none" if model == "nano" else "nf4",
                 "gradient_checkpointing": True,
             },
             "micro_batch_tokens": a.micro_batch,
-        }},
-        "data": {"init_args": {
+        },
+        "data": {
             "env": "benchmarks.episodes:bench/Episodes-v0",
             "env_kwargs": {"n_tasks": tasks * a.iterations, "prompt": a.prompt, "words": a.turn_tokens, "turns": list(a.turns)},
             "batch_tasks": tasks, "group_size": a.group,
             "rollout": {"max_turn_tokens": a.turn_tokens, "max_trajectory_tokens": episode, "max_rows": a.rows},
-        }},
+        },
     }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ class View:
 
     def __init__(self, levels: int, seed: int, teacher: str | None = None, skills: str | None = None) -> None:
         conf = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sokoban.yaml").read_text(encoding="utf-8"))
-        env, kwargs = conf["data"]["init_args"]["env"], conf["data"]["init_args"]["env_kwargs"]
+        env, kwargs = conf["data"]["env"], conf["data"]["env_kwargs"]
         kwargs |= {"splits": {"train": {"short": levels}}, "level_seed": 1}
         self.moves, self.template = RulesSummariser(**conf["skills"]["summariser"]["init_args"]), conf["skills"]["template"]
         self.transcript, self.rules = conf["skills"]["transcript_template"], self.moves

@@ -12,6 +12,7 @@ from skillsd import conf_dir
 from skillsd.cli.arguments import arguments, find, resolve
 from skillsd.config_file import parse_config
 from skillsd.errors import ConfigError
+from skillsd.methods import merge
 
 
 def configs(*args: str) -> list[dict[str, Any]]:
@@ -38,9 +39,9 @@ def test_packaged_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_configuration_in_parts(tmp_path: Path) -> None:
-    (tmp_path / "model.yaml").write_text("init_args: {lr: 1e-4}")
-    (tmp_path / "mine.yaml").write_text("model: model.yaml\ndata: x.Y")
-    assert find(str(tmp_path / "mine.yaml")).config == {"model": {"init_args": {"lr": 1e-4}}, "data": "x.Y"}
+    (tmp_path / "model.yaml").write_text("optimizer: {lr: 1e-4}")
+    (tmp_path / "mine.yaml").write_text("model: model.yaml\ndata: {env: x:Y-v0}")
+    assert find(str(tmp_path / "mine.yaml")).config == {"model": {"optimizer": {"lr": 1e-4}}, "data": {"env": "x:Y-v0"}}
     assert find("{a: 1}").config == {"a": 1}
 
 
@@ -54,8 +55,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             "logger": {"class_path": "x.L", "init_args": {"save_dir": "runs/old", "name": "runs/old"}},
             "callbacks": [{"class_path": "x.C", "init_args": {"dirpath": "runs/old/checkpoints", "save_dir": "runs/older"}}],
         },
-        "model": {"class_path": "x.M"},
-        "data": {"class_path": "x.D"},
+        "model": {"policy": {"model": "m"}},
+        "data": {"env": "x:D-v0"},
         "checkpoint": {"dirpath": "runs/old/checkpoints"},
         "ckpt_path": "last", "weights_only": None, "overwrite": True, "optimizer": None,
     }  # fmt: skip
@@ -70,7 +71,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_run_by_its_folder_and_by_its_file(run: str, as_given: list[str]) -> None:
     request = resolve(["play", *(a.format(run) for a in as_given)])
     assert request.run == Path(run)
-    (config,) = configs("play", *(a.format(run) for a in as_given))
+    *_, config = configs("play", *(a.format(run) for a in as_given))
     # What a command was given is no part of the run: `overwrite` would discard it.
     assert set(config) == {"trainer", "model", "data", "checkpoint"}
     trainer, root = config["trainer"], "trainer.default_root_dir}"
@@ -96,10 +97,10 @@ def test_what_is_no_name(run: str, tmp_path: Path) -> None:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in {
-        "experiment": "{trainer: {max_epochs: 4}, model: {class_path: x.M}, data: x.D}",
-        "overlay": "model: {init_args: {lr: 1}}",
+        "experiment": "{trainer: {max_epochs: 4}, data: {env: x:D-v0}}",
+        "overlay": "model: {lr: 1}",
         "trainer": "trainer: {max_epochs: 2, devices: 1}",
-        "half": "{model: x.M}",
+        "old": "{model: {class_path: x.M}, data: {env: x:D-v0}}",
     }.items():
         (tmp_path / f"{name}.yaml").write_text(text)
 
@@ -107,15 +108,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ("-c overlay.yaml", r"model\.class_path is missing: -c overlay\.yaml .*-c sokoban -c overlay\.yaml"),
-        ("-c overlay.yaml -c experiment.yaml", r"give it after: -c experiment\.yaml -c overlay\.yaml"),
-        ("-c trainer.yaml", r"model\.class_path is missing"),
-        ("-c half.yaml", r"data\.class_path is missing"),
-        ("--trainer.max_epochs=1", r"^model is missing: name an experiment"),
+        ("-c overlay.yaml", r"data\.env is missing: -c overlay\.yaml .*-c sokoban -c overlay\.yaml"),
+        ("-c trainer.yaml", r"data\.env is missing"),
+        ("--trainer.max_epochs=1", r"^data\.env is missing: name an experiment"),
+        ("-c old.yaml", r"old\.yaml: model\.class_path and model"),
         ("-c experiment.yaml --skills={a:\n1,a:\n2}", r"--skills: the key a"),
     ],
 )
-def test_an_overlay_alone_or_first_is_refused(files: None, args: str, said: str) -> None:
+def test_an_overlay_alone_is_refused(files: None, args: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve(["fit", *args.split(" ")])
 
@@ -127,12 +127,66 @@ def test_an_overlay_alone_or_first_is_refused(files: None, args: str, said: str)
         ("-c trainer.yaml -c experiment.yaml", "trainer.max_epochs"),
         ("--trainer.max_epochs 2 -c experiment.yaml", "trainer.max_epochs"),
         ("--trainer.devices 2 experiment.yaml -c trainer.yaml", "trainer.devices"),
-        ("-c half.yaml --data=x.D", None),
+        ("-c overlay.yaml -c experiment.yaml", None),
         ("-c overlay.yaml --help", None),
-        ("--model=x.M --data=x.D -c overlay.yaml", None),
+        ("--data.env=x:D-v0 -c overlay.yaml", None),
     ],
 )
 def test_what_a_later_file_sets_again_is_said(files: None, capsys: pytest.CaptureFixture[str], args: str, said: str | None) -> None:
     resolve(["fit", *args.split()])
     err = capsys.readouterr().err
     assert err.count("\n") == (said is not None) and (said or "") in err, err
+
+
+METHODS = {
+    "one": "method: {teacher: {mode: ema}, skills: {context: x.C}, objective: {clip_low: 0.1, gate: x.G}}",
+    "two": "{method: {objective: {clip_high: 0.5}}, model: {optimizer: {lr: 1}}}",
+    "own": "{model: {objective: {clip_low: 0.3}}, skills: {capacity: 2, min_reward: 1.0}}",
+}
+
+
+def settings(*args: str) -> dict[str, Any]:
+    """What the parser is given, put together: later files on earlier ones."""
+    merged: dict[str, Any] = {}
+    for arg in resolve(["fit", *args]).args:
+        if arg.startswith("--config="):
+            merge(merged, parse_config(arg.removeprefix("--config="), "x"))
+    return merged
+
+
+def test_a_method_is_replaced_whole(files: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in METHODS.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    one = settings("-c", "experiment.yaml", "-c", "one.yaml")
+    assert one["teacher"] == {"mode": "ema"} and one["model"]["objective"] == {"clip_low": 0.1, "gate": "x.G"}
+    two = settings("-c", "experiment.yaml", "-c", "one.yaml", "-c", "two.yaml")
+    assert "teacher" not in two and "context" not in two.get("skills", {}) and two["model"]["objective"] == {"clip_high": 0.5}
+    assert two["model"]["optimizer"] == {"lr": 1} and two["method"] == {"objective": {"clip_high": 0.5}}
+    flag = settings("-c", "experiment.yaml", "-c", "one.yaml", "--method=two.yaml")
+    assert "teacher" not in flag and flag["model"]["objective"] == {"clip_high": 0.5} and flag["method"] == "two.yaml"
+    assert capsys.readouterr().err == ""
+
+
+def test_settings_after_a_method_change_it_and_those_before_do_not_count(
+    files: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in METHODS.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    after = settings("-c", "experiment.yaml", "-c", "one.yaml", "-c", "own.yaml")
+    assert after["model"]["objective"] == {"clip_low": 0.3, "gate": "x.G"} and after["skills"]["min_reward"] == 1.0
+    before = settings("-c", "experiment.yaml", "-c", "own.yaml", "-c", "one.yaml")
+    assert before["model"]["objective"] == {"clip_low": 0.1, "gate": "x.G"} and before["skills"] == {"capacity": 2, "context": "x.C"}
+    assert "replaces skills.min_reward, model.objective of -c own.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("grpoo", "no method .*grpo"),
+        ("{teacher: {}, loss: x}", r"method\.loss: a method has teacher"),
+        ("trainer.yaml", "give a name, or a mapping"),
+    ],
+)
+def test_what_is_no_method(files: None, method: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(["fit", "-c", "experiment.yaml", f"--method={method}"])

@@ -45,8 +45,8 @@ class Run:
         self.folder, self.overlay, self.capsys, self.err = base / "run", base / "tiny.yaml", capsys, ""
         tiny = {
             "trainer": {"max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"},
-            "model": {"init_args": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4, "init": None}}}},
-            "data": {"init_args": {"env_kwargs": ENV, "batch_tasks": 2, "group_size": 2, "rollout": {"max_rows": 8}}},
+            "model": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4, "init": None}}},
+            "data": {"env_kwargs": ENV, "batch_tasks": 2, "group_size": 2, "rollout": {"max_rows": 8}},
         }
         self.overlay.write_text(yaml.safe_dump(tiny))
 
@@ -91,45 +91,45 @@ def ended(run: Run, finished: Path) -> Run:
     return run
 
 
-SPLITS = "--data.init_args.env_kwargs.splits="
+SPLITS = "--data.env_kwargs.splits="
 BAD: dict[str, tuple[list[str], str]] = {
-    "unknown key": (["--data.init_args.nosuch=1"], "'nosuch' is not accepted"),
+    "unknown key": (["--data.nosuch=1"], r"--data\.nosuch=1: there is no such key"),
     "unknown trainer key": (["--trainer.nosuch=1"], "--trainer.nosuch"),
-    "unknown nested key": (["--model.init_args.policy.nosuch=1"], r"model: .*--policy\.nosuch"),
-    "unknown key of the environment": (["--data.init_args.env_kwargs.nosuch=1"], "'nosuch'"),
-    "unknown class": (["--model.class_path=skillsd.module.NoSuch"], "model: .*NoSuch"),
+    "unknown nested key": (["--model.policy.nosuch=1"], r"--model\.policy\.nosuch=1: there is no such key"),
+    "unknown key of the environment": (["--data.env_kwargs.nosuch=1"], "'nosuch'"),
+    "unknown class": (["--model.objective.gate=skillsd.objective.NoSuch"], r"model\.objective\.gate: .*NoSuch"),
     "unknown callback": (["--trainer.callbacks+=skillsd.callbacks.NoSuch"], "trainer.callbacks: .*NoSuch"),
     "unknown subcommand flag": (["--nosuch"], "--nosuch"),
-    "G = 1": (["--data.init_args.group_size=1"], r"data\.init_args\.group_size is 1: .*at least 2"),
+    "G = 1": (["--data.group_size=1"], r"data\.group_size is 1: .*at least 2"),
     "negative lambda": (
-        ["--model.init_args.objective.distillation_weight=-0.1"],
-        r"model\.init_args\.objective\.distillation_weight is -0\.1: give 0 or more",
+        ["--model.objective.distillation_weight=-0.1"],
+        r"model\.objective\.distillation_weight is -0\.1: give 0 or more",
     ),
-    "negative learning rate": (["--model.init_args.optimizer.lr=-1"], r"model\.init_args\.optimizer: lr"),
-    "a learning rate beyond float32": (["--model.init_args.optimizer.lr=1e39"], r"model\.init_args\.optimizer: lr .*at most 1e\+30"),
-    "a learning rate that is no number": (["--model.init_args.optimizer.lr=.nan"], r"model\.init_args\.optimizer: lr.*0 or more"),
+    "negative learning rate": (["--model.optimizer.lr=-1"], r"model\.optimizer: lr"),
+    "a learning rate beyond float32": (["--model.optimizer.lr=1e39"], r"model\.optimizer: lr .*at most 1e\+30"),
+    "a learning rate that is no number": (["--model.optimizer.lr=.nan"], r"model\.optimizer: lr.*0 or more"),
     "two signals": (
-        ["-c", "method/opid", "-c", "method/rlsd"],
-        r"model\.init_args\.objective: advantage and multiplier are both set\. One signal in two places counts the same evidence twice, "
+        ["-c", "method/opid", "--model.objective.multiplier=skillsd.objective.RLSD"],
+        r"model\.objective: advantage and multiplier are both set\. One signal in two places counts the same evidence twice, "
         r"and no weight says which of them worked: set all but one to null",
     ),
     "two signals, by a flag": (
-        ["-c", "method/sdar", "--model.init_args.objective.advantage=skillsd.objective.OPID"], "objective: loss and advantage are both set",
+        ["-c", "method/sdar", "--model.objective.advantage=skillsd.objective.OPID"], "objective: loss and advantage are both set",
     ),
     "a signal in the wrong place": (
-        ["--model.init_args.objective.loss=skillsd.objective.RLSD"],
-        r"model\.init_args\.objective\.loss: RLSD is no loss: give it as multiplier",
+        ["--model.objective.loss=skillsd.objective.RLSD"],
+        r"model\.objective\.loss: RLSD is no loss: give it as multiplier",
     ),
     "a distribution as an advantage": (
-        ["--model.init_args.objective.loss=null", "--model.init_args.objective.advantage=skillsd.objective.SDPO"],
-        r"model\.init_args\.objective\.advantage is SDPO.* expected gradient is zero: give it as model\.init_args\.objective\.loss",
+        ["--model.objective.loss=null", "--model.objective.advantage=skillsd.objective.SDPO"],
+        r"model\.objective\.advantage is SDPO.* expected gradient is zero: give it as model\.objective\.loss",
     ),
-    "unknown signal": (["--model.init_args.objective.loss=skillsd.objective.NoSuch"], r"model.*NoSuch"),
-    "unknown filter": (["--model.init_args.objective.group_filter=x"], r"model\.init_args\.objective\.group_filter: .*zero_variance"),
-    "unknown actor": (["--data.init_args.actor=x"], r"data\.init_args\.actor: .*half_with_skill"),
+    "unknown signal": (["--model.objective.loss=skillsd.objective.NoSuch"], r"model.*NoSuch"),
+    "unknown filter": (["--model.objective.group_filter=x"], r"model\.objective\.group_filter: .*zero_variance"),
+    "unknown actor": (["--data.actor=x"], r"data\.actor: .*half_with_skill"),
     "an actor whose skill comes too late": (
-        ["-c", "method/hindsight", "-c", "method/off_policy_frozen"],
-        r"data\.init_args\.actor is teacher, which needs a skill before the rollout: set skills\.context to skillsd\.skills\.BankContext",
+        ["-c", "method/hindsight", "--data.actor=teacher"],
+        r"data\.actor is teacher, which needs a skill before the rollout: set skills\.context to skillsd\.skills\.BankContext",
     ),
     "unknown teacher": (["--teacher.mode=x"], r"teacher\.mode: .*'frozen'"),
     "unknown key of the teacher": (["--teacher.nosuch=1"], r"--teacher\.nosuch"),
@@ -155,47 +155,47 @@ BAD: dict[str, tuple[list[str], str]] = {
         ['--trainer.callbacks+={class_path: skillsd.callbacks.EnvStepBudget, init_args: {steps: 0}}'], r"EnvStepBudget\.steps is 0",
     ),
     "nothing to train": (
-        ["--model.init_args.objective.policy_weight=0", "--model.init_args.objective.distillation_weight=0"], "policy_weight",
+        ["--model.objective.policy_weight=0", "--model.objective.distillation_weight=0"], "policy_weight",
     ),
     "empty split": ([SPLITS + '{"train": {"short": 0}, "test": {"short": 2}}'], r"splits\['train'\]"),
-    "unknown split": (["--data.init_args.train_split=nosuch"], r"data\.init_args\.train_split: .*nosuch.*'test', 'train'"),
-    "overlapping splits": (["--data.init_args.panel_split=train"], r"data\.init_args: train_split and panel_split share 2 tasks"),
-    "no tasks file": (["--data.init_args.tasks_file=nosuch.jsonl"], r"data\.init_args\.tasks_file: no file nosuch\.jsonl"),
-    "unknown environment": (["--data.init_args.env=nosuch:X-v0"], "data.init_args.env, env_kwargs: nosuch:X-v0"),
-    "unknown model folder": (["--model.init_args.policy.model=/no/such/folder"], r"policy\.model: there is no folder /no/such/folder"),
-    "folder without weights": (["--model.init_args.policy.model=empty"], r"policy\.model: the folder empty holds no model"),
-    "unknown hub model": (["--model.init_args.policy.model=nobody/nothing"], r"policy\.model: nobody/nothing is no local folder"),
-    "no adapter": (["--model.init_args.policy.lora.init=empty"], r"policy\.lora\.init: empty is not a PEFT"),
-    "chat template that rewrites": (["--model.init_args.policy.chat_template=rewriting.jinja"], r"policy\.chat_template: .*not prefix"),
-    "unknown chat template": (["--model.init_args.policy.chat_template=nosuch"], r"policy\.chat_template: nosuch is neither .*qwen3"),
+    "unknown split": (["--data.train_split=nosuch"], r"data\.train_split: .*nosuch.*'test', 'train'"),
+    "overlapping splits": (["--data.panel_split=train"], r"data: train_split and panel_split share 2 tasks"),
+    "no tasks file": (["--data.tasks_file=nosuch.jsonl"], r"data\.tasks_file: no file nosuch\.jsonl"),
+    "unknown environment": (["--data.env=nosuch:X-v0"], "data.env, env_kwargs: nosuch:X-v0"),
+    "unknown model folder": (["--model.policy.model=/no/such/folder"], r"policy\.model: there is no folder /no/such/folder"),
+    "folder without weights": (["--model.policy.model=empty"], r"policy\.model: the folder empty holds no model"),
+    "unknown hub model": (["--model.policy.model=nobody/nothing"], r"policy\.model: nobody/nothing is no local folder"),
+    "no adapter": (["--model.policy.lora.init=empty"], r"policy\.lora\.init: empty is not a PEFT"),
+    "chat template that rewrites": (["--model.policy.chat_template=rewriting.jinja"], r"policy\.chat_template: .*not prefix"),
+    "unknown chat template": (["--model.policy.chat_template=nosuch"], r"policy\.chat_template: nosuch is neither .*qwen3"),
     "no such file": (["-c", "nosuch.yaml"], r"nosuch\.yaml"),
     "no YAML": (["-c", "broken.yaml"], r"broken\.yaml, line 2"),
-    "no number": (["--data.init_args.group_size=many"], r"data\.init_args\.group_size: Expected: int"),
+    "no number": (["--data.group_size=many"], r"data\.group_size: Expected: int"),
     "null for a number": (
-        ["--model.init_args.optimizer.warmup_steps", "null"],
-        r"model\.init_args\.optimizer\.warmup_steps is null and takes none: give its value, of type int",
+        ["--model.optimizer.warmup_steps", "null"],
+        r"model\.optimizer\.warmup_steps is null and takes none: give its value, of type int",
     ),
-    "no arguments of a class": (["-c", "odd.yaml"], r"data\.init_args\.env_kwargs\.size\.class_path\.init_args is no mapping"),
+    "no arguments of a class": (["-c", "odd.yaml"], r"data\.env_kwargs\.size\.class_path\.init_args is no mapping"),
     "a list for arguments": (["-c", "list.yaml"], r"teacher is no mapping"),
-    "null for a dataclass": (["--model.init_args.policy.lora=null"], r"model\.init_args\.policy\.lora: null is no value"),
-    "null for a choice": (["--model.init_args.optimizer.schedule=null"], r"optimizer\.schedule is null .*one of constant, cosine"),
+    "null for a dataclass": (["--model.policy.lora=null"], r"model\.policy\.lora: null is no value"),
+    "null for a choice": (["--model.optimizer.schedule=null"], r"optimizer\.schedule is null .*one of constant, cosine"),
     "a class that cannot be built": (
         ["--trainer.callbacks+={class_path: skillsd.callbacks.RunCheckpoint, init_args: {every_n_train_steps: -2}}"],
         r"trainer\.callbacks: .*-2",
     ),
     "no text under a class": (["--skills.summariser.init_args.joiner=[]"], r"skills\.summariser\.init_args\.joiner: Expected: str"),
-    "no class path": (["-c", "class.yaml"], r"model\.init_args\.objective\.gate: its class_path is no text"),
+    "no class path": (["-c", "class.yaml"], r"model\.objective\.gate: its class_path is no text"),
     "null byte": (["-c", "null.yaml"], "trainer: its value cannot be read: embedded null byte"),
     "no devices": (["--trainer.devices=[]"], r"trainer: .*devices=\[\]"),
-    "no number in a file": (["-c", "wrong.yaml"], r"data\.init_args\.rollout\.max_rows: Expected: int"),
-    "no such choice": (["--model.init_args.optimizer.schedule=linear"], r"model\.init_args\.optimizer\.schedule: .*'cosine'"),
+    "no number in a file": (["-c", "wrong.yaml"], r"data\.rollout\.max_rows: Expected: int"),
+    "no such choice": (["--model.optimizer.schedule=linear"], r"model\.optimizer\.schedule: .*'cosine'"),
     "a text that YAML takes for false": (["-c", "no.yaml"], r"skills\.refresh: .*quotes"),
     "nothing under a key": (["-c", "bare.yaml"], r"trainer is null"),
-    "a flag that names a key twice": (["--model.init_args.policy.lora={r: 2, r: 4}"], r"--model\.init_args\.policy\.lora: the key r"),
+    "a flag that names a key twice": (["--model.policy.lora={r: 2, r: 4}"], r"--model\.policy\.lora: the key r"),
     "an address as the run folder": (["--trainer.default_root_dir=s3://bucket/run"], r"trainer\.default_root_dir: s3://bucket/run "),
-    "no such class": (["--model.init_args.objective.gate=NoGate"], r"model\.init_args\.objective\.gate: NoGate .*skillsd config"),
+    "no such class": (["--model.objective.gate=NoGate"], r"model\.objective\.gate: NoGate .*skillsd config"),
     "no number of epochs": (["--trainer.max_epochs=x"], r"trainer\.max_epochs: Expected"),
-    "no temperature": (["--data.init_args.rollout.temperature=0"], r"rollout\.temperature"),
+    "no temperature": (["--data.rollout.temperature=0"], r"rollout\.temperature"),
     "no checkpoint": (["--ckpt_path=nosuch.ckpt"], r"ckpt_path: no checkpoint at nosuch\.ckpt"),
     "no accelerator": (["--trainer.accelerator=nosuch"], "accelerator='nosuch'"),
     "a second bank": (
@@ -213,13 +213,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "rewriting.jinja").write_text(REWRITING)
     (tmp_path / "broken.yaml").write_text("data: [\n")
-    (tmp_path / "odd.yaml").write_text("data: {init_args: {env_kwargs: {size: {class_path: {class_path: x.Y, init_args: 3}}}}}\n")
+    (tmp_path / "odd.yaml").write_text("data: {env_kwargs: {size: {class_path: {class_path: x.Y, init_args: 3}}}}\n")
     (tmp_path / "list.yaml").write_text("teacher: [{class_path: x.Y, init_args: 3}]\n")
-    (tmp_path / "class.yaml").write_text("model: {init_args: {objective: {gate: {class_path: {a: 1}}}}}\n")
+    (tmp_path / "class.yaml").write_text("model: {objective: {gate: {class_path: {a: 1}}}}\n")
     (tmp_path / "null.yaml").write_text('trainer: "\\0"\n')
     (tmp_path / "no.yaml").write_text("skills: {refresh: no}\n")
     (tmp_path / "bare.yaml").write_text("trainer:\n")
-    (tmp_path / "wrong.yaml").write_text("data: {init_args: {rollout: {max_rows: x}}}\n")
+    (tmp_path / "wrong.yaml").write_text("data: {rollout: {max_rows: x}}\n")
     before = sorted(tmp_path.rglob("*"))
     line = run.refuses(*flags)
     assert re.search(told, line), line
@@ -228,7 +228,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
 
 def test_bad_commands(capsys):
     for args, told in (
-        (["nosuch"], "nosuch"), (["fit"], "model"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
+        (["nosuch"], "nosuch"), (["fit"], "data.env"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
         (["shwo", "runs/a"], "show"), (["-c", "sokoban", "fit"], "skillsd fit -c sokoban"),
         (["study", "-c", "sokoban"], "sokoban is no study"),
     ):  # fmt: skip
@@ -300,9 +300,9 @@ def test_a_checkpoint_of_another_base(ended, tiny_model):
     before = ended.files()
     for command in ("fit", "validate", "export", "play"):
         flags = ["--ckpt_path", "last"] + (["--out", str(ended.folder.parent / "out")] if command == "export" else [])
-        line = ended.refuses(*flags, f"--model.init_args.policy.model={tiny_model('llama')}", command=command)
+        line = ended.refuses(*flags, f"--model.policy.model={tiny_model('llama')}", command=command)
         assert "ckpt_path" in line and "policy.model" in line and tiny_model("qwen3") in line, command
-    assert "--ckpt_path=null" in ended.refuses(f"--model.init_args.policy.model={tiny_model('llama')}", command="play")
+    assert "--ckpt_path=null" in ended.refuses(f"--model.policy.model={tiny_model('llama')}", command="play")
     assert ended.files() == before and not (ended.folder.parent / "out").exists()
 
 
@@ -350,7 +350,7 @@ def test_a_full_disk_keeps_the_checkpoint(ended, monkeypatch):
 def test_debugging_shows_the_traceback(run, monkeypatch):
     monkeypatch.setenv("SKILLSD_DEBUG", "1")
     with pytest.raises(ConfigError, match="group_size"):
-        run("--data.init_args.group_size=1")
+        run("--data.group_size=1")
     monkeypatch.delenv("SKILLSD_DEBUG")
     monkeypatch.setattr("skillsd.callbacks.log.RunLog._append", None)
     with pytest.raises(TypeError):  # nobody's bad input
@@ -385,31 +385,31 @@ def test_messages_of_the_parser():
         "                Parser key \"max_rows\":\n                  Expected a <class 'int'>. Got value: x\n"
         "            - Expected a <class 'NoneType'>\n  Given value: 3"
     )
-    assert errors.one_line(nested).startswith("data.init_args.rollout.max_rows: Expected: int. Got value: x")
+    assert errors.one_line(nested).startswith("data.rollout.max_rows: Expected: int. Got value: x")
     assert errors.one_line('Parser key "a.b": must be larger') == '"a.b": must be larger'
     assert errors.one_line("key: do this\n") == "key: do this"
     twice = 'Parser key "teacher":\n  Parser key "teacher":\n    Unable to load'
     assert errors.one_line(twice).startswith("teacher: Unable to load")
     group = "Parser key \"model\":\n  Errors:\n    - Group 'policy' does not accept option 'lora.x'"
-    assert errors.one_line(group).startswith("model: no key model.init_args.policy.lora.x is known")
+    assert errors.one_line(group).startswith("model: no key policy.lora.x is known")
 
 
-ENV_KEY = "data.init_args.env_kwargs"
+ENV_KEY = "data.env_kwargs"
 VALUES = {
-    "null in a mapping": ("--model.init_args.policy.lora={r: 4, init: null}", "model.init_args.policy.lora.init", None),
-    "null": ("--model.init_args.policy.lora.init=null", "model.init_args.policy.lora.init", None),
+    "null in a mapping": ("--model.policy.lora={r: 4, init: null}", "model.policy.lora.init", None),
+    "null": ("--model.policy.lora.init=null", "model.policy.lora.init", None),
     "null in the environment": (
-        "--data.init_args.env_kwargs.prompts.instruction=null",
+        "--data.env_kwargs.prompts.instruction=null",
         f"{ENV_KEY}.prompts.instruction",
         None,
     ),
-    "a line break": ('--data.init_args.env_kwargs.prompts={x: "a\\nb"}', f"{ENV_KEY}.prompts.x", "a\nb"),
-    "a text like a number": ('--data.init_args.env_kwargs.prompts={x: "1e-4"}', f"{ENV_KEY}.prompts.x", "1e-4"),
-    "a text like false": ('-c={data: {init_args: {env_kwargs: {x: "no"}}}}', f"{ENV_KEY}.x", "no"),
-    "a text like a mapping": ('-c={data: {init_args: {env_kwargs: {x: {y: "a: b"}}}}}', f"{ENV_KEY}.x.y", "a: b"),
-    "a number": ("--data.init_args.env_kwargs.size=7", f"{ENV_KEY}.size", 7),
-    "what stands beside": ("--data.init_args.env_kwargs.splits.train={short: 1}", f"{ENV_KEY}.splits.test", {"short": 2}),
-    "no dot": ("--model.init_args.optimizer.lr=1e-4", "model.init_args.optimizer.lr", 1e-4),
+    "a line break": ('--data.env_kwargs.prompts={x: "a\\nb"}', f"{ENV_KEY}.prompts.x", "a\nb"),
+    "a text like a number": ('--data.env_kwargs.prompts={x: "1e-4"}', f"{ENV_KEY}.prompts.x", "1e-4"),
+    "a text like false": ('-c={data: {env_kwargs: {x: "no"}}}', f"{ENV_KEY}.x", "no"),
+    "a text like a mapping": ('-c={data: {env_kwargs: {x: {y: "a: b"}}}}', f"{ENV_KEY}.x.y", "a: b"),
+    "a number": ("--data.env_kwargs.size=7", f"{ENV_KEY}.size", 7),
+    "what stands beside": ("--data.env_kwargs.splits.train={short: 1}", f"{ENV_KEY}.splits.test", {"short": 2}),
+    "no dot": ("--model.optimizer.lr=1e-4", "model.optimizer.lr", 1e-4),
 }
 
 
@@ -425,12 +425,12 @@ def test_values_arrive_as_they_were_given(run, name):
 
 
 def test_an_experiment_of_ones_own_has_its_defaults_on_record(tmp_path, capsys):
-    own = {"model": {"class_path": "skillsd.module.SkillSD", "init_args": {"policy": {"model": "nano"}, "optimizer": {"warmup_steps": 3}}}}
-    own["data"] = {"class_path": "skillsd.data.RolloutData", "init_args": {"env": "skillsd_sokoban:skillsd/Sokoban-v0", "rollout": None}}
+    own = {"model": {"policy": {"model": "nano"}, "optimizer": {"warmup_steps": 3}}}
+    own["data"] = {"env": "skillsd_sokoban:skillsd/Sokoban-v0"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     with pytest.raises(SystemExit):
         cli.main(["fit", "-c", str(tmp_path / "own.yaml"), "--print_config"])
     found = parse_config(capsys.readouterr().out, "printed")
-    model, data = found["model"]["init_args"], found["data"]["init_args"]
+    model, data = found["model"], found["data"]
     assert model["optimizer"] == asdict(OptimizerSettings(warmup_steps=3)) and model["objective"]["distillation_weight"] == 0.001
     assert data["rollout"]["temperature"] == 1.0

@@ -47,7 +47,7 @@ def read(name: str) -> dict[str, Any]:
 
 def named_model(files: list[str]) -> str:
     """The model of the last file that names one."""
-    names = [read(f).get("model", {}).get("init_args", {}).get("policy", {}).get("model") for f in files]
+    names = [read(f).get("model", {}).get("policy", {}).get("model") for f in files]
     return next(n for n in reversed(names) if n)
 
 
@@ -63,12 +63,13 @@ def fit(monkeypatch, tmp_path, tiny_model) -> Callable[..., Any]:
     monkeypatch.setattr(skillsd.cli, "CLI", Stopped)
 
     def make(files: list[str], *flags: str) -> Any:
-        key = "--model.init_args.policy"
+        key = "--model.policy"
         stand_in = [f"{key}.model={tiny_model(a)}" for n, a in TINY.items() if named_model(files).startswith(n)]
         if stand_in:  # with the template of its own tokenizer, which knows no other's closing mark
             stand_in.append(f"{key}.chat_template=null")
         configs = [x for f in files for x in ("-c", str(CONF / f))]
-        assert skillsd.cli.main(["fit", *configs, f"--trainer.default_root_dir={tmp_path}", *stand_in, *flags]) == 0
+        command = "pretrain" if files[0].startswith("pretrain/") else "fit"
+        assert skillsd.cli.main([command, *configs, f"--trainer.default_root_dir={tmp_path}", *stand_in, *flags]) == 0
         return made.pop()
 
     return make
@@ -244,6 +245,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "trace_gate": {"signal": "SDPG", "weight": 1.0, "gate": "TraceGate", "teacher": "frozen", "least": 1.0},
     "ground_truth": {"signal": "SDPG", "weight": 1.0, "teacher": "frozen", "context": "GroundTruthContext"},
 }
+METHODS |= {
+    "no_skill_trace_gate": METHODS["trace_gate"] | METHODS["no_skill"],
+    "shuffled_trace_gate": METHODS["trace_gate"] | METHODS["shuffled_skill"],
+}
 """Overlay -> in what it differs from Skill-SD as in the paper."""
 SKILL_SD: dict[str, Any] = {
     "signal": "SkillSD", "placement": "loss", "policy": 1.0, "weight": 0.001, "weight_steps": 0, "gate": "NoneType", "filter": "none",
@@ -262,8 +267,8 @@ def method(cli: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-METHOD_KEYS = ("teacher", "skills.context", "skills.min_reward", "data.init_args.actor", "model.init_args.objective")
-"""What a method may set, with all below it. Model and hardware overlays set none of it, so the order of overlays does not matter."""
+METHOD_KEYS = ("method", "teacher", "skills.context", "skills.min_reward", "data.actor", "model.objective")
+"""What is a method's, with all below it. Model and hardware overlays set none of it, so the order of overlays does not matter."""
 
 
 def sets(name: str) -> dict[str, Any]:
@@ -290,7 +295,7 @@ def test_what_experiments_are(fit, experiment):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method(fit, name):
     """It is what it is for, after the experiment that differs most from the paper, and it sets nothing else anywhere."""
-    assert all(map(of_a_method, sets(f"method/{name}.yaml")))
+    assert all(key.startswith("method.") for key in sets(f"method/{name}.yaml"))
     cli = fit(["sokoban.yaml", f"method/{name}.yaml"])
     assert method(cli) == SKILL_SD | METHODS[name]
     assert (cli.model.objective.clip_low, cli.model.objective.clip_high) == (0.2, 0.28)
@@ -325,9 +330,7 @@ def test_a_study_s_cells(fit, name, monkeypatch):
     of_each = {kind(cell.method): cell for cell in reversed(cells)}  # methods alone are another test's
     for cell in of_each.values():
         cli = fit(list(cell.configs), *cell.flags)
-        controls = {"no_skill_trace_gate": "no_skill", "shuffled_trace_gate": "shuffled_skill"}
-        control = METHODS[controls[cell.method]] if cell.method in controls else {}
-        assert method(cli) == SKILL_SD | METHODS["trace_gate" if control else cell.method] | control
+        assert method(cli) == SKILL_SD | METHODS[cell.method]
         assert [k for k in kinds(cli) if k in STANDARD.values()] == [TeacherSync, SkillBankCallback, RunLog, Panel, RunCheckpoint]
         (log, saver) = (next(c for c in cli.trainer.callbacks if type(c) is k) for k in (RunLog, RunCheckpoint))
         assert not log.trajectories and saver._every_n_train_steps > 1 and EnvStepBudget in kinds(cli)
@@ -338,11 +341,11 @@ def test_a_study_s_cells(fit, name, monkeypatch):
 
 def test_null_in_a_flag(fit):
     """Of settings within settings and of classes too; a later flag counts."""
-    flags = ["--model.init_args.policy.lora.init=null", "--model.init_args.objective.gate", "null"]
-    cli = fit(["sokoban.yaml"], *flags, "--model.init_args.optimizer.lr=1e-3")
+    flags = ["--model.policy.lora.init=null", "--model.objective.gate", "null"]
+    cli = fit(["sokoban.yaml"], *flags, "--model.optimizer.lr=1e-3")
     assert cli.model.settings.lora.init is None and cli.model.objective.gate is None and cli.model.optim.lr == 1e-3
     assert type(cli.model.objective.signal).__name__ == "SDPG" and cli.model.settings.lora.r == 16  # the rest stays
-    last = fit(["sokoban.yaml"], *flags, "--model.init_args.policy.lora.init=nano-recover")
+    last = fit(["sokoban.yaml"], *flags, "--model.policy.lora.init=nano-recover")
     assert last.model.settings.lora.init == "nano-recover"
 
 
@@ -356,9 +359,7 @@ def test_where_cells_start(fit):
 
 
 def test_a_later_flag_overrides_the_file(fit, tmp_path):
-    cli = fit(
-        ["sokoban-paper.yaml"], "--model.init_args.optimizer.lr=1e-6", "--data.init_args.env_kwargs.max_turns=7", "--seed_everything=3"
-    )
+    cli = fit(["sokoban-paper.yaml"], "--model.optimizer.lr=1e-6", "--data.env_kwargs.max_turns=7", "--seed_everything=3")
     assert cli.model.optim.lr == 1e-6 and cli.datamodule.seed == 3
     assert cli.datamodule.env_kwargs["max_turns"] == 7 and cli.datamodule.env_kwargs["boxes"] == 2
     assert Path(cli.trainer.logger.save_dir) == tmp_path
@@ -375,7 +376,7 @@ def test_the_paper_s_setting(fit):
     assert (data.rollout.max_prompt_tokens, data.rollout.max_trajectory_tokens) == (8192, 20480)
     assert (model.objective.clip_low, model.objective.clip_high, model.objective.distillation_weight) == (0.2, 0.28, 0.001)
     assert (model.optim.weight_decay, model.settings.quantise, model.settings.lora.r, model.settings.lora.alpha) == (0.0, "nf4", 16, 32)
-    assert read("sokoban-paper.yaml")["model"]["init_args"]["policy"]["model"] == "Qwen/Qwen3-4B-Instruct-2507"
+    assert read("sokoban-paper.yaml")["model"]["policy"]["model"] == "Qwen/Qwen3-4B-Instruct-2507"
     callback = bank(cli)
     assert callback.context.c == 2**0.5 and callback.refresh_when == "iteration" and callback.template == SKILL_TEMPLATE
     assert isinstance(callback.summariser, RulesSummariser) and callback.summariser._solved == RulesSummariser()._solved
@@ -396,7 +397,7 @@ PAIRS = [
 @pytest.mark.parametrize(("experiment", "pretraining"), PAIRS)
 def test_an_agent_is_trained_on_the_texts_it_was_taught(experiment, pretraining):
     """Skills, prompts, answers and the horizon: in pre-training as in reinforcement learning."""
-    taught, trained = read(pretraining)["data"]["init_args"], read(experiment)["data"]["init_args"]
+    taught, trained = read(pretraining)["data"], read(experiment)["data"]
     assert (taught["rules"], taught["template"]) == skill_texts(experiment)
     shown = {**taught["env_kwargs"], **taught.get("panel_env_kwargs", {})}
     assert [shown.get(k) for k in ("action_format", "separator", "prompts", "max_turns")] == [
@@ -414,7 +415,7 @@ def test_a_sibling_s_attempt_is_told_in_the_texts_it_was_taught(fit):
 
 
 def test_the_nano_agent_s_two_panels_are_the_same_levels():
-    kwargs = [read(name)["data"]["init_args"]["env_kwargs"] for name in PAIRS[0]]
+    kwargs = [read(name)["data"]["env_kwargs"] for name in PAIRS[0]]
     envs: list[Any] = [gymnasium.make("skillsd_sokoban:skillsd/Sokoban-v0", disable_env_checker=True, **k) for k in kwargs]
     tasks = [e.unwrapped.tasks("test") for e in envs]
     assert tasks[0] == tasks[1] and len(tasks[0]) >= 256
@@ -426,7 +427,7 @@ def test_the_nano_agent_s_two_panels_are_the_same_levels():
 @pytest.mark.parametrize("name", GENERIC)
 def test_a_model_overlay_keeps_the_experiment_s_tasks(name):
     """It goes through env_overrides, which leave what makes the levels alone, and says nothing of the size of an iteration."""
-    given = read(name)["data"]["init_args"]
+    given = read(name)["data"]
     assert set(given) == {"env_overrides", "rollout"} and set(given["env_overrides"]) == {SOKOBAN}
     assert set(given["env_overrides"][SOKOBAN]) == {"max_turns", "action_format", "separator", "prompts"}
 
@@ -435,7 +436,7 @@ def test_a_model_overlay_keeps_the_experiment_s_tasks(name):
 def test_a_model_overlay_s_entry_is_for_its_environment_alone(fit, name):
     """After another experiment the Sokoban entry is ignored: an unknown keyword would end the run."""
     base, here = fit(["sokoban.yaml"]).datamodule, fit(["sokoban.yaml", name]).datamodule
-    elsewhere = fit(["sokoban.yaml", name], f"--data.init_args.env={APPWORLD}").datamodule
+    elsewhere = fit(["sokoban.yaml", name], f"--data.env={APPWORLD}").datamodule
     assert here.env_kwargs == {**base.env_kwargs, "max_turns": 14, "action_format": "fenced", "separator": " ", "prompts": None}
     assert elsewhere.env_kwargs == base.env_kwargs and here.batch_tasks == elsewhere.batch_tasks == base.batch_tasks
 

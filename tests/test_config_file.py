@@ -19,7 +19,7 @@ REFUSED: dict[str, tuple[bytes, list[str]]] = {
     "a deeper line": (b"trainer:\n  max_epochs: 1\n    max_steps: 2\n", ["line 3", "indent"]),
     "a line between two depths": (b"trainer:\n    max_epochs: 1\n  max_steps: 2\n", ["line 3", "indent"]),
     "a key twice": (b"trainer: {}\nskills: {}\ntrainer: {}\n", ["trainer", "line 1", "line 3"]),
-    "a key twice, deep": (b"model:\n  init_args: {lr: 1,\n    lr: 2}\n", ["model.init_args.lr", "line 2", "line 3"]),
+    "a key twice, deep": (b"model:\n  optimizer: {lr: 1,\n    lr: 2}\n", ["model.optimizer.lr", "line 2", "line 3"]),
     "no space after a colon": (b"trainer: {max_epochs:3}\n", ["line 1", "trainer.max_epochs:3", "colon"]),
     "a key that YAML takes for true": (b"a: 1\non: 1\n", ["line 2", "on", "quotes"]),
     "a number for a key": (b"3: {}\n", ["3", "quotes"]),

@@ -127,7 +127,7 @@ def test_a_stream_goes_on_where_it_stood(join):
     data.load_state_dict(other.state_dict() | {"position": 4})
     assert list(data.train_dataloader()) == whole[4:]
     assert data.state_dict()["position"] == 6
-    with pytest.raises(ConfigError, match=r"data\.init_args\.seed was 0 and is 1"):
+    with pytest.raises(ConfigError, match=r"data\.seed was 0 and is 1"):
         join(seed=1).load_state_dict(other.state_dict())
     with pytest.raises(ConfigError, match="ckpt_path"):
         join().load_state_dict({"position": 4})
@@ -297,20 +297,20 @@ GOOD = [{"task_id": "a", "split": "train"}, {"task_id": "b", "split": "test"}]
 )
 def test_a_bad_line_is_named(join, tmp_path, line, why):
     path = write(tmp_path / "tasks.jsonl", *GOOD, line)
-    with pytest.raises(ConfigError, match=rf"data\.init_args\.tasks_file: .*tasks\.jsonl:3 .*{why}"):
+    with pytest.raises(ConfigError, match=rf"data\.tasks_file: .*tasks\.jsonl:3 .*{why}"):
         join(tasks_file=path)
 
 
 def test_bad_files(join, tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.init_args\.tasks_file: no file"):
+    with pytest.raises(ConfigError, match=r"data\.tasks_file: no file"):
         join(tasks_file=str(tmp_path / "none.jsonl"))
-    with pytest.raises(ConfigError, match=r"data\.init_args\.panel_split: .* no task of split test"):
+    with pytest.raises(ConfigError, match=r"data\.panel_split: .* no task of split test"):
         join(tasks_file=write(tmp_path / "a.jsonl", GOOD[0]))
     both = write(tmp_path / "b.jsonl", *GOOD, {"task_id": "a", "split": "test"})
     with pytest.raises(ConfigError, match=r"train_split and panel_split share 1 tasks \(a"):
         join(tasks_file=both)
     (tmp_path / "c.jsonl").write_bytes(b'{"task_id": "\xff", "split": "test"}\n')
-    with pytest.raises(ConfigError, match=r"data\.init_args\.tasks_file: .*c\.jsonl"):
+    with pytest.raises(ConfigError, match=r"data\.tasks_file: .*c\.jsonl"):
         join(tasks_file=str(tmp_path / "c.jsonl"))
 
 
@@ -319,7 +319,7 @@ def test_bad_files(join, tmp_path):
 
 @pytest.mark.parametrize("actor", ["student_with_skill", "half_with_skill", "teacher"])
 def test_an_actor_with_a_skill_needs_one_before_the_rollout(join, actor):
-    told = rf"data\.init_args\.actor is {actor}, which needs a skill before the rollout: .*BankContext"
+    told = rf"data\.actor is {actor}, which needs a skill before the rollout: .*BankContext"
     with pytest.raises(ConfigError, match=told):
         join(actor=actor).train_dataloader()
     for context in (NoContext(), HindsightContext(), SiblingContext(), GroundTruthContext()):
@@ -344,16 +344,16 @@ class NoTasks:
 
 
 def test_splits_are_checked(join, monkeypatch):
-    with pytest.raises(ConfigError, match=r"data\.init_args\.train_split: .*nosuch"):
+    with pytest.raises(ConfigError, match=r"data\.train_split: .*nosuch"):
         join(train_split="nosuch")
-    with pytest.raises(ConfigError, match=r"data\.init_args\.panel_split: .*nosuch"):
+    with pytest.raises(ConfigError, match=r"data\.panel_split: .*nosuch"):
         join(panel_split="nosuch")
     with pytest.raises(ConfigError, match="train_split and panel_split share 5 tasks"):
         join(panel_split="train")
     with pytest.raises(ConfigError, match="nosuch"):
         join(env_kwargs={"nosuch": 1})
     monkeypatch.setattr("skillsd.data.make_env", lambda *_: TextEnv(NoTasks()))
-    with pytest.raises(ConfigError, match=r"data\.init_args\.panel_split: the split test has no tasks"):
+    with pytest.raises(ConfigError, match=r"data\.panel_split: the split test has no tasks"):
         join()
 
 
@@ -361,22 +361,22 @@ def test_overrides_are_by_environment(join):
     assert join(env_overrides={ENV: {"max_turns": 7}}).env_kwargs == KWARGS | {"max_turns": 7}
     others = {"another:x/Y-v0": {"nosuch": 1}, "skillsd_sokoban:skillsd/Sokoban-v1": {"max_turns": 9}}
     assert join(env_overrides=others).env_kwargs == make_data(env_overrides=others | {ENV: {}}).env_kwargs == KWARGS
-    with pytest.raises(ConfigError, match=rf"data\.init_args\.env_overrides\.max_turns: .* {{{ENV}: {{max_turns: \.\.\.}}}}"):
+    with pytest.raises(ConfigError, match=rf"data\.env_overrides\.max_turns: .* {{{ENV}: {{max_turns: \.\.\.}}}}"):
         make_data(env_overrides={ENV: {"boxes": 2}, "max_turns": 14})  # as it was written before
-    with pytest.raises(ConfigError, match=r"data\.init_args\.env_overrides\.skillsd_sokoban:.* is 14: give a dictionary"):
+    with pytest.raises(ConfigError, match=r"data\.env_overrides\.skillsd_sokoban:.* is 14: give a dictionary"):
         make_data(env_overrides={ENV: 14})
 
 
 def test_group_size(join):
-    with pytest.raises(ConfigError, match=r"data\.init_args\.group_size is 1: GRPO needs at least 2"):
+    with pytest.raises(ConfigError, match=r"data\.group_size is 1: GRPO needs at least 2"):
         join(group_size=1)
     data = join(group_size=1, objective=Objective(policy_weight=0.0, distillation_weight=1.0))
     assert [len(g.trajectories) for g in next(iter(data.train_dataloader()))] == [1, 1]
     assert join(group_size=1, stage="validate").panel_tasks
     for key in ("group_size", "batch_tasks", "panel_attempts"):
-        with pytest.raises(ConfigError, match=rf"data\.init_args\.{key} is 0"):
+        with pytest.raises(ConfigError, match=rf"data\.{key} is 0"):
             make_data(**{key: 0})
-    with pytest.raises(ConfigError, match=r"data\.init_args\.panel_temperature"):
+    with pytest.raises(ConfigError, match=r"data\.panel_temperature"):
         make_data(panel_temperature=-1.0)
 
 

@@ -77,10 +77,10 @@ def test_play_says_so_in_one_line(name, tmp_path, monkeypatch, capsys):
     call, does, told = RUBBISH[name]
     monkeypatch.setattr(Rude, "says", {call: does})
     monkeypatch.chdir(tmp_path)
-    env = [f"--data.init_args.env={ENV}", "--data.init_args.env_kwargs={}"]
+    env = [f"--data.env={ENV}", "--data.env_kwargs={}"]
     assert cli.main(["play", "-c", "sokoban", *env, "--policy=oracle"]) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(rf"error: data\.init_args\.env: {ENV}: {call}\(.*\n", said), said
+    assert re.fullmatch(rf"error: data\.env: {ENV}: {call}\(.*\n", said), said
     assert told in said
 
 
@@ -88,7 +88,7 @@ def test_play_says_so_in_one_line(name, tmp_path, monkeypatch, capsys):
 def test_a_demonstration_says_so(name, monkeypatch):
     call, does, told = RUBBISH[name]
     monkeypatch.setattr(Rude, "says", {call: does})
-    with pytest.raises(ConfigError, match=rf"data\.init_args\.env: {ENV}: {call}\(") as error:
+    with pytest.raises(ConfigError, match=rf"data\.env: {ENV}: {call}\(") as error:
         demonstrate(make_env(ENV, {}), Task("a"))
     assert told in str(error.value) and error.value.__cause__ is not None
 
@@ -129,7 +129,7 @@ def test_what_breaks_the_contract_is_found_before_a_run(name, monkeypatch, caplo
     with pytest.raises(ConfigError) as error:
         check_before_run(make_env(ENV, {}), [Task("a")], 9.0)
     line = str(error.value)
-    assert line.startswith(f"data.init_args.env: {ENV}: {call}(") and told in line and "\n" not in line
+    assert line.startswith(f"data.env: {ENV}: {call}(") and told in line and "\n" not in line
     check_before_run(make_env(ENV, {}), [Task("a")], 9.0, may_fail=True)
     assert told in caplog.text
 
@@ -158,10 +158,10 @@ def test_what_is_no_breach(monkeypatch):
 def test_a_run_asks_before_it_begins(stage, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Rude, "says", {"reset": lambda: ("start", {"instruction": None})})
     monkeypatch.chdir(tmp_path)
-    env = [f"--data.init_args.env={ENV}", "--data.init_args.env_kwargs={}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    env = [f"--data.env={ENV}", "--data.env_kwargs={}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     assert cli.main([stage, "-c", "sokoban", *env]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "data.init_args.env: test/Rude-v0: reset() to task " in said
+    assert said.count("\n") == 1 and "data.env: test/Rude-v0: reset() to task " in said
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
@@ -169,7 +169,7 @@ def test_a_run_asks_before_it_begins(stage, tmp_path, monkeypatch, capsys):
 def test_a_task_id_of_two_tasks(twice, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Rude, "says", {"tasks": lambda split: [{"task_id": name} for name in twice]})
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["play", "-c", "sokoban", f"--data.init_args.env={ENV}", "--data.init_args.env_kwargs={}", "--policy=oracle"]) == 2
+    assert cli.main(["play", "-c", "sokoban", f"--data.env={ENV}", "--data.env_kwargs={}", "--policy=oracle"]) == 2
     assert "lists the task_id 'a' twice" in capsys.readouterr().err
 
 

@@ -87,7 +87,8 @@ def test_help_and_print_config_show_what_works(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "--help"])
     shown = capsys.readouterr().out
-    assert "RolloutData" in shown and "os.getcwd" not in shown and "hpc" not in shown and "0x" not in shown
+    assert "--model.policy.model" in shown and "--method" in shown
+    assert "os.getcwd" not in shown and "hpc" not in shown and "0x" not in shown
     assert "--optimizer" not in shown and "--lr_scheduler" not in shown and all(f"--{key}." in shown for key in STANDARD)
 
 
@@ -201,7 +202,7 @@ def test_other_commands_than_fit(tmp_path, capsys):
 def test_plugins_are_cluster_environments():
     module = SkillSD(PolicySettings("nano"))
     complete(trainer_config(plugins=[LightningEnvironment()]), standard(), module, "fit")
-    with pytest.raises(ConfigError, match=r"model\.init_args\.policy\.dtype"):
+    with pytest.raises(ConfigError, match=r"model\.policy\.dtype"):
         complete(trainer_config(plugins=HalfPrecision("bf16-true")), standard(), module, "fit")
 
 
@@ -231,11 +232,8 @@ ENV = {
 }  # fmt: skip
 EXPERIMENT = {
     "trainer": {"default_root_dir": "run", "max_epochs": 1},
-    "model": {"class_path": "skillsd.module.SkillSD", "init_args": {"policy": {"model": "nano"}}},
-    "data": {
-        "class_path": "skillsd.data.RolloutData",
-        "init_args": {"env": "skillsd_sokoban:skillsd/Sokoban-v0", "env_kwargs": ENV, "batch_tasks": 2, "group_size": 2},
-    },
+    "model": {"policy": {"model": "nano"}},
+    "data": {"env": "skillsd_sokoban:skillsd/Sokoban-v0", "env_kwargs": ENV, "batch_tasks": 2, "group_size": 2},
 }
 """All that an experiment has to say."""
 
@@ -316,12 +314,12 @@ def test_a_run_that_records_nothing_says_so(fit):
 @pytest.mark.parametrize(
     ("flags", "key"),
     [
-        (["--trainer.precision=bf16-mixed"], "model.init_args.policy.dtype"),
-        (["--optimizer.lr=1"], "model.init_args.optimizer"),
+        (["--trainer.precision=bf16-mixed"], "model.policy.dtype"),
+        (["--optimizer.lr=1"], "model.optimizer"),
         (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch"),
         (["--trainer.accelerator=tpu"], "trainer"),
         (["--trainer.profiler=xla"], "trainer.profiler"),
-        (["--trainer.max_epochs=-1", "--model.init_args.optimizer.schedule=cosine"], "model.init_args.optimizer.schedule_steps"),
+        (["--trainer.max_epochs=-1", "--model.optimizer.schedule=cosine"], "model.optimizer.schedule_steps"),
         (["--ckpt_path=last", "--trainer.enable_checkpointing=false"], "trainer.enable_checkpointing"),
         (["--ckpt_path=best"], "ckpt_path"),
         (["--log.trajectories=null"], "log.trajectories"),

@@ -916,7 +916,7 @@ def test_how_often_norms_are_measured(make_policy, step):
 
 def test_settings_are_checked():
     for settings in ({"lr": -1.0}, {"warmup_steps": -1}, {"weight_decay": -0.1}, {"gradient_clip_norm": -1.0}):
-        with pytest.raises(ConfigError, match=r"model\.init_args\.optimizer"):
+        with pytest.raises(ConfigError, match=r"model\.optimizer"):
             OptimizerSettings(**settings)
 
 

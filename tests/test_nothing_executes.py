@@ -19,11 +19,12 @@ import pytest
 import torch
 import yaml
 
-from skillsd import class_paths, cli
+from skillsd import cli
 from skillsd.class_paths import KEYS, selected
 from skillsd.cli.standard import STANDARD
 from skillsd.errors import ConfigError
 from skillsd.files.run_folder import write_record
+from skillsd.methods import merge
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.load import load_base, load_tokenizer
 from skillsd.skills.callback import SkillBankCallback
@@ -111,8 +112,8 @@ class Run:
         self.base, self.folder, self.capsys = base, base / "run", capsys
         tiny = {
             "trainer": {"max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"},
-            "model": {"init_args": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4, "init": None}}}},
-            "data": {"init_args": {"env_kwargs": ENV, "batch_tasks": 2, "group_size": 2, "rollout": {"max_rows": 8}}},
+            "model": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4, "init": None}}},
+            "data": {"env_kwargs": ENV, "batch_tasks": 2, "group_size": 2, "rollout": {"max_rows": 8}},
         }
         (base / "tiny.yaml").write_text(yaml.safe_dump(tiny))
 
@@ -223,7 +224,7 @@ class Thing:
     def __init__(self, *args, **kwargs):
         open("called", "w")
 """
-SIGNALS = [f"model.init_args.objective.{key}" for key in ("loss", "advantage", "multiplier", "gate")]
+SIGNALS = [f"model.objective.{key}" for key in ("loss", "advantage", "multiplier", "gate")]
 TAKES = ["model", "data", *SIGNALS, "skills.summariser", "skills.context", "trainer.logger", "trainer.strategy", "trainer.profiler"]
 TAKES += ["trainer.plugins", "trainer.accelerator", "trainer.callbacks"]
 
@@ -252,7 +253,7 @@ def test_a_denied_module_is_not_imported(run, monkeypatch):
 def test_a_class_path_in_an_argument_is_data(run, tmp_path, monkeypatch):
     (tmp_path / "evil_nested.py").write_text(EVIL)
     monkeypatch.syspath_prepend(str(tmp_path))
-    run.refuses("--data.init_args.env_kwargs.x={class_path: evil_nested.Thing}")
+    run.refuses("--data.env_kwargs.x={class_path: evil_nested.Thing}")
     assert not (tmp_path / "called").exists()
 
 
@@ -317,7 +318,7 @@ def test_the_bases_are_those_of_the_parser():
         hints = {
             "trainer": trainer,
             "skills": typing.get_type_hints(SkillBankCallback.__init__),
-            "model.init_args.objective": typing.get_type_hints(resolve("skillsd.objective.Objective")),
+            "model.objective": typing.get_type_hints(resolve("skillsd.objective.Objective")),
         }.get(owner)
         if hints is not None:
             text = str(hints[name])
@@ -334,14 +335,14 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     mine = {
         "skills": {"context": "evil_shown.Context", "summariser": {"class_path": "skillsd.skills.BaseSummariser"}},
         "trainer": {"callbacks": [{"class_path": "evil_shown.Call", "init_args": {"inner": {"class_path": "evil_shown.Inner"}}}]},
-        "data": {"init_args": {"env": "evil_shown:X-v0"}},
+        "data": {"env": "evil_shown:X-v0"},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
     assert cli.main(["config", "-c", "sokoban", "-c", "mine.yaml"]) == 0
     rows = capsys.readouterr().out.splitlines()
     for name, path in (("skills.context", "Context"), ("trainer.callbacks", "Call"), ("trainer.callbacks[0].init_args.inner", "Inner")):
         assert any(r.startswith(f"{name} ") and f"evil_shown.{path}  <- neither" in r for r in rows), name
-    assert any("data.init_args.env " in r and "evil_shown:X-v0  <- neither" in r for r in rows)
+    assert any("data.env " in r and "evil_shown:X-v0  <- neither" in r for r in rows)
     assert any(r.startswith("skills.summariser ") and r.endswith("skillsd.skills.BaseSummariser") for r in rows)
     assert not any("RulesSummariser" in r or "callbacks.Panel" in r for r in rows)  # overlaid
     assert not (tmp_path / "called").exists() and "evil_shown" not in sys.modules
@@ -351,8 +352,9 @@ def test_the_command(capsys, tmp_path, monkeypatch):
 
 
 def test_an_overlay_with_another_class_starts_anew():
-    below: dict[str, Any] = {"model": {"class_path": "a.A", "init_args": {"objective": {"loss": "a.L"}}}}
-    class_paths._overlay(below, {"model": {"class_path": "b.B"}})
-    assert dict(selected(below)) == {"model": ["b.B"]}
-    class_paths._overlay(below, {"model": {"init_args": {"objective": {"loss": {"class_path": "a.L"}}}}})
-    assert dict(selected(below)) == {"model": ["b.B"], "model.init_args.objective.loss": ["a.L"]}
+    below: dict[str, Any] = {"model": {"objective": {"loss": "a.L"}}}
+    merge(below, {"model": {"objective": {"loss": {"class_path": "b.L"}}, "class_path": "b.B"}})
+    assert dict(selected(below)) == {"model": ["b.B"], "model.objective.loss": ["b.L"]}
+    merge(below, {"model": {"objective": {"loss": {"class_path": "b.L", "init_args": {"a": 1}}}}})
+    merge(below, {"model": {"objective": {"loss": {"class_path": "a.L"}}}})
+    assert below["model"]["objective"]["loss"] == {"class_path": "a.L"}

@@ -52,8 +52,8 @@ REFUSED = {
     "skills.summariser=mine.function": ["skills.summariser", "mine.function"],
     "skills.summariser=absent.X": ["skills.summariser", "absent", "PYTHONPATH"],
     "skills.context=mine.Apart": ["skills.context", "lacks __call__", "skillsd.skills.GroupContext"],
-    "model.init_args.objective.loss=mine.Apart": ["model.init_args.objective.loss", "skillsd.objective.Signal"],
-    "model.init_args.objective.gate=mine.Apart": ["model.init_args.objective.gate", "skillsd.objective.Gate"],
+    "model.objective.loss=mine.Apart": ["model.objective.loss", "skillsd.objective.Signal"],
+    "model.objective.gate=mine.Apart": ["model.objective.gate", "skillsd.objective.Gate"],
     "trainer.callbacks+=mine.Apart": ["trainer.callbacks", "lightning.pytorch.Callback"],
     "trainer.logger=mine.Apart": ["trainer.logger", "lightning.pytorch.loggers.Logger"],
 }  # fmt: skip

@@ -77,8 +77,8 @@ def test_checkpoints_that_are_gone_are_missed(ended: Run, tmp_path: Path) -> Non
 
 def test_a_run_that_cannot_start_discards_nothing(ended: Run) -> None:
     before = everything(ended.folder)
-    ended.refuses("--overwrite=true", "--model.init_args.policy.model=/no/such")
-    ended.refuses("--overwrite=true", "--model.init_args.policy.lora.init=/no/such")
+    ended.refuses("--overwrite=true", "--model.policy.model=/no/such")
+    ended.refuses("--overwrite=true", "--model.policy.lora.init=/no/such")
     assert everything(ended.folder) == before
 
 
@@ -97,15 +97,15 @@ def test_a_folder_of_an_older_format_is_named(ended: Run, tmp_path: Path, capsys
 def test_a_path_is_read_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
-    shutil.copytree(yaml.safe_load(run.overlay.read_text())["model"]["init_args"]["policy"]["model"], home / "m1")
+    shutil.copytree(yaml.safe_load(run.overlay.read_text())["model"]["policy"]["model"], home / "m1")
     (tmp_path / "home.yaml").write_text(yaml.safe_dump({"trainer": {"default_root_dir": "~/a [red]run"}}))
-    args = ["fit", "-c", "sokoban", "-c", str(run.overlay), "--config=~/../home.yaml", "--model.init_args.policy.model=~/m1"]
+    args = ["fit", "-c", "sokoban", "-c", str(run.overlay), "--config=~/../home.yaml", "--model.policy.model=~/m1"]
     assert cli.main(args) == 0
     folder = home / "a [red]run"
     assert f"log: {folder}/metrics.csv" in capsys.readouterr().out
     before = everything(tmp_path)
     assert cli.main(args) == 2 and "earlier run" in capsys.readouterr().err
-    assert cli.main([*args[:-1], "--model.init_args.policy.lora.init=~/no"]) == 2
+    assert cli.main([*args[:-1], "--model.policy.lora.init=~/no"]) == 2
     assert everything(tmp_path) == before and not (tmp_path / "~").exists()
     assert {p.name for p in home.iterdir()} == {"m1", folder.name} and (folder / "tensorboard").is_dir()
     export = ["export", *args[1:], "--out=~/exported"]

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from skillsd.config_errors import lacks
 from skillsd.errors import Parser, no_module
+from skillsd.methods import merge
 
-_OBJECTIVE = "model.init_args.objective"
+_OBJECTIVE = "model.objective"
 _SIGNALS = tuple(f"skillsd.objective.{name}" for name in ("NaiveK3", "OPID", "RLSD", "SDAR", "SDPG", "SDPO", "SkillSD", "UCOB"))
 _SUMMARISERS = ("RulesSummariser", "BaseSummariser", "OpenAISummariser")
 _CONTEXTS = ("BankContext", "NoContext", "ShuffledContext", "HindsightContext", "SiblingContext", "GroundTruthContext")
@@ -40,7 +41,6 @@ class Key(NamedTuple):
 
 
 KEYS = (
-    Key("model", ("lightning.pytorch.LightningModule",), ("skillsd.module.SkillSD", "skillsd.pretrain.Cloning")),
     Key(f"{_OBJECTIVE}.loss", ("skillsd.objective.Signal",), _SIGNALS),
     Key(f"{_OBJECTIVE}.advantage", ("skillsd.objective.Signal",), _SIGNALS),
     Key(f"{_OBJECTIVE}.multiplier", ("skillsd.objective.Signal",), _SIGNALS),
@@ -49,7 +49,6 @@ KEYS = (
         ("skillsd.objective.Gate",),
         tuple(f"skillsd.objective.{name}" for name in ("OutcomeGate", "PositiveGate", "SigmoidGate", "TraceGate")),
     ),
-    Key("data", ("lightning.pytorch.LightningDataModule",), ("skillsd.data.RolloutData", "skillsd.pretrain.DemonstrationData")),
     Key("skills.summariser", ("skillsd.skills.Summariser",), tuple(f"skillsd.skills.{name}" for name in _SUMMARISERS)),
     Key("skills.context", ("skillsd.skills.PrivilegedContext",), tuple(f"skillsd.skills.{name}" for name in _CONTEXTS)),
     Key("trainer.callbacks", ("lightning.pytorch.Callback",), tuple(f"skillsd.callbacks.{name}" for name in _CALLBACKS)),
@@ -59,7 +58,7 @@ KEYS = (
     Key("trainer.profiler", ("lightning.pytorch.profilers.Profiler",)),
     Key("trainer.plugins", ("lightning.fabric.plugins.ClusterEnvironment",)),
 )
-ENVIRONMENT = "data.init_args.env"
+ENVIRONMENT = "data.env"
 """Names no class, but a module too: `module:Id-v0`."""
 KNOWN = ("skillsd", "lightning")
 """What comes from elsewhere is marked."""
@@ -127,7 +126,7 @@ def config(args: Sequence[str], read: Callable[[str], Mapping[str, Any]]) -> Non
     files = [*given.named, *given.config]
     chosen: dict[str, Any] = {}
     for name in files:
-        _overlay(chosen, read(name))
+        merge(chosen, read(name))
     found = dict(selected(chosen))
     keys = {key.name: key for key in KEYS}
     rows = [("KEY", "BASE CLASS: IT OR A SUBCLASS; OF A PROTOCOL, ITS METHODS", "IN THESE FILES" if files else "COMES WITH SKILLSD")]
@@ -160,14 +159,3 @@ def selected(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         for at, item in enumerate(items):
             if isinstance(item, Mapping):
                 yield from selected(item, f"{name}[{at}]." if isinstance(value, list) else f"{name}.")
-
-
-def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> None:
-    for key, value in above.items():
-        other = below.get(key)
-        if isinstance(value, Mapping) and isinstance(other, dict):
-            if value.get("class_path", other.get("class_path")) != other.get("class_path"):
-                other = below[key] = {}  # another class has other arguments
-            _overlay(other, value)
-        else:
-            below[key] = dict(value) if isinstance(value, Mapping) else value

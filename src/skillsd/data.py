@@ -78,9 +78,9 @@ class RolloutData(L.LightningDataModule):
         super().__init__()
         for key, value in {"batch_tasks": batch_tasks, "group_size": group_size, "panel_attempts": panel_attempts}.items():
             if value < 1:
-                raise ConfigError(f"data.init_args.{key} is {value}: give at least 1.")
+                raise ConfigError(f"data.{key} is {value}: give at least 1.")
         if panel_temperature < 0:
-            raise ConfigError(f"data.init_args.panel_temperature is {panel_temperature}: 0 is greedy, more samples.")
+            raise ConfigError(f"data.panel_temperature is {panel_temperature}: 0 is greedy, more samples.")
         self.env_id, self.env_kwargs = env, {**(env_kwargs or {}), **_overrides(env, env_overrides or {})}
         self.train_split, self.panel_split, self.tasks_file = train_split, panel_split, tasks_file
         self.batch_tasks, self.group_size, self.rollout = batch_tasks, group_size, rollout or RolloutSettings()
@@ -111,13 +111,11 @@ class RolloutData(L.LightningDataModule):
         self.train_tasks = self.tasks(self.train_split, "train_split")
         both = {t.task_id for t in self.train_tasks} & {t.task_id for t in self.panel_tasks}
         if both:
-            raise ConfigError(
-                f"data.init_args: train_split and panel_split share {len(both)} tasks ({min(both)}, ...): name two that are disjoint."
-            )
+            raise ConfigError(f"data: train_split and panel_split share {len(both)} tasks ({min(both)}, ...): name two that are disjoint.")
         if self.group_size < 2 and module.objective.policy_weight > 0:
             raise ConfigError(
-                f"data.init_args.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
-                "or set model.init_args.objective.policy_weight to 0."
+                f"data.group_size is {self.group_size}: GRPO needs at least 2 trajectories a task, "
+                "or set model.objective.policy_weight to 0."
             )
         self._check_playable([*self.train_tasks, *self.panel_tasks])
         numbers = {"seed": self.seed, "batch_tasks": self.batch_tasks, "group_size": self.group_size}
@@ -292,8 +290,8 @@ def _overrides(env: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in overrides.items():
         if ":" not in key:
             raise ConfigError(
-                f"data.init_args.env_overrides.{key}: entries are named after environments: write env_overrides: {{{env}: {{{key}: ...}}}}."
+                f"data.env_overrides.{key}: entries are named after environments: write env_overrides: {{{env}: {{{key}: ...}}}}."
             )
         if not isinstance(value, Mapping):
-            raise ConfigError(f"data.init_args.env_overrides.{key} is {value!r}: give a dictionary of that environment's env_kwargs.")
+            raise ConfigError(f"data.env_overrides.{key} is {value!r}: give a dictionary of that environment's env_kwargs.")
     return dict(overrides.get(env, {}))

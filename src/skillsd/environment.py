@@ -154,11 +154,11 @@ class TextEnv:
                     raise TypeError(f"tasks() lists the task_id {name!r:.80} twice: its episodes would be copies")
                 tasks[name] = Task(name, split, label(raw, "difficulty"), scenario=label(raw, "scenario"))
         except (ValueError, KeyError, FileNotFoundError) as e:  # what it raises for a split that it does not know
-            raise ConfigError(f"data.init_args.{key}: {e}") from e
+            raise ConfigError(f"data.{key}: {e}") from e
         except Exception as e:
             raise self.failure(f"tasks({split!r})", e) from e
         if not tasks:
-            raise ConfigError(f"data.init_args.{key}: the split {split} has no tasks: name another or enlarge it in env_kwargs.")
+            raise ConfigError(f"data.{key}: the split {split} has no tasks: name another or enlarge it in env_kwargs.")
         return list(tasks.values())
 
     def reset(self, task: Task) -> TimeStep:
@@ -264,7 +264,7 @@ class TextEnv:
         cure = ": mend the environment" if not isinstance(error, OSError | MemoryError) else ""  # those may be the machine's
         if found.kind not in ("raised", "environment"):
             cure += "; skillsd.testing.check_text_env finds the rest"
-        return Failure(found.kind, found.what, f"data.init_args.env: {self.name}: {call} failed ({found.text()}){cure}.")
+        return Failure(found.kind, found.what, f"data.env: {self.name}: {call} failed ({found.text()}){cure}.")
 
     def _text(self, what: str, text: Any) -> str:
         if not isinstance(text, str):
@@ -294,7 +294,7 @@ def make_env(env_id: str, kwargs: Mapping[str, Any], max_observation_chars: int 
         why = str(e).partition(" was raised from the environment creator")[0]
         if isinstance(e, ModuleNotFoundError) and isinstance(e.__cause__, ModuleNotFoundError) and e.__cause__.name:
             why = no_module(e.__cause__.name)
-        raise ConfigError(f"data.init_args.env, env_kwargs: {env_id}: {' '.join(why.split())}") from e
+        raise ConfigError(f"data.env, env_kwargs: {env_id}: {' '.join(why.split())}") from e
     return TextEnv(env, max_observation_chars)
 
 

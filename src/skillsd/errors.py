@@ -12,8 +12,9 @@ _SECRET_NAME = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.
 _PIECE = 8  # characters of a secret in a row that are one too many
 SURE = 12
 """Characters from which on the value of a secret is no word of a text."""
-_CLASSES = ("data", "model", "logger", "strategy", "profiler", "summariser", "context", "loss", "advantage", "multiplier", "gate")
+_CLASSES = ("logger", "strategy", "profiler", "summariser", "context", "loss", "advantage", "multiplier", "gate")
 """Keys that take a class path: the parser's errors leave out the `init_args` under them."""
+SHOWN = "`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted"
 _held: dict[str, str] = {}
 
 
@@ -83,13 +84,11 @@ def one_line(message: str, under: str = "") -> str:
     said = [line for line in said if not line.startswith("Expected a path but ")] or said  # a class may also be given as a file
     said = [_plain(line) for line in said]
     head = f"{key}: " if key else ""
+    if message.startswith("unrecognized arguments: "):
+        return f"{message.removeprefix('unrecognized arguments: ')}: there is no such key ({SHOWN})"
     if not said:  # a short error stands on the key's own line
         return (message.strip() or "it gave no message").splitlines()[0].removeprefix("Parser key ")
-    fix = (
-        ""
-        if (": " in said[0] and not key) or said[0].endswith("lists them)")
-        else " (`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted)"
-    )
+    fix = "" if (": " in said[0] and not key) or said[0].endswith("lists them)") else f" ({SHOWN})"
     return head + "; ".join(said) + fix
 
 

@@ -110,7 +110,7 @@ class Learner:
 
     def __init__(self, module: Any, settings: OptimizerSettings, micro_batch_tokens: int) -> None:
         if micro_batch_tokens < 1:
-            raise ConfigError(f"model.init_args.micro_batch_tokens is {micro_batch_tokens}: give at least 1.")
+            raise ConfigError(f"model.micro_batch_tokens is {micro_batch_tokens}: give at least 1.")
         self.module, self.settings, self.micro_batch_tokens = module, settings, micro_batch_tokens
         self.skipped = self.skipped_in_a_row = 0
         self.keep_tokens = False
@@ -185,8 +185,8 @@ class Learner:
             longest = max(len(batch.student[i]) for i in rows)
             if self.micro_batch_tokens <= longest:
                 raise ConfigError(
-                    f"model.init_args.micro_batch_tokens: a trajectory of {longest} tokens alone does not fit into the memory: set "
-                    "policy.gradient_checkpointing, a smaller policy.head_chunk or data.init_args.rollout.max_trajectory_tokens."
+                    f"model.micro_batch_tokens: a trajectory of {longest} tokens alone does not fit into the memory: set "
+                    "policy.gradient_checkpointing, a smaller policy.head_chunk or data.rollout.max_trajectory_tokens."
                 )
             self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
             gc.collect()
@@ -255,7 +255,7 @@ class Learner:
         # A wait for the device, once an iteration: the checkpoint that follows copies the weights to the host anyway.
         if not nn.utils.get_total_norm([p.detach() for p in params], math.inf).isfinite():
             raise ConfigError(
-                f"model.init_args.optimizer: the weights are not finite after an update of loss {update.loss:g}, gradient norm {norm:g}, "
+                f"model.optimizer: the weights are not finite after an update of loss {update.loss:g}, gradient norm {norm:g}, "
                 f"lr {update.lr:g}; it is not saved. {how_to_resume(self.module.trainer)}: set a smaller lr."
             )
         self.policy.student_changed()
@@ -270,7 +270,7 @@ class Learner:
         what = f"loss {update.loss:g}, gradient norm {update.grad_norm:g}"
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise ConfigError(
-                f"model.init_args.optimizer: {MAX_SKIPPED} updates in a row were not finite (the last: {what}) and left the policy as it "
+                f"model.optimizer: {MAX_SKIPPED} updates in a row were not finite (the last: {what}) and left the policy as it "
                 f"was. {how_to_resume(self.module.trainer)}: set a smaller lr or gradient_clip_norm, or policy.dtype to float32."
             )
         log.warning("iteration %d: the update is skipped, it is not finite: %s", self.module.global_step, what)

@@ -32,11 +32,11 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         if not all(x >= 0 for x in (self.lr, self.weight_decay, self.warmup_steps, self.gradient_clip_norm)):  # nan is neither
-            raise ConfigError("model.init_args.optimizer: lr, weight_decay, warmup_steps and gradient_clip_norm must be 0 or more.")
+            raise ConfigError("model.optimizer: lr, weight_decay, warmup_steps and gradient_clip_norm must be 0 or more.")
         if max(self.lr, self.weight_decay) > MAX_RATE:
-            raise ConfigError(f"model.init_args.optimizer: lr and weight_decay must be at most {MAX_RATE:g}: AdamW computes in float32.")
+            raise ConfigError(f"model.optimizer: lr and weight_decay must be at most {MAX_RATE:g}: AdamW computes in float32.")
         if self.schedule_steps is not None and self.schedule_steps < 1:
-            raise ConfigError(f"model.init_args.optimizer.schedule_steps is {self.schedule_steps}: give at least 1 iteration, or null.")
+            raise ConfigError(f"model.optimizer.schedule_steps is {self.schedule_steps}: give at least 1 iteration, or null.")
 
     def factor(self, run_steps: float) -> Callable[[int], float]:
         """What the learning rate is multiplied with at an iteration (0-based), in a run of `run_steps` iterations."""

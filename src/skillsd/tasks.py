@@ -27,7 +27,7 @@ def read_tasks(path: str | Path, split: str, key: str) -> list[Task]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"data.init_args.tasks_file: no file {path}: check the path.")
+        raise ConfigError(f"data.tasks_file: no file {path}: check the path.")
     tasks: dict[str, Task] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):  # of bytes: text has further line ends, which JSON strings may hold
         if not line.strip():
@@ -38,14 +38,14 @@ def read_tasks(path: str | Path, split: str, key: str) -> list[Task]:
             if not name or not within:
                 raise KeyError("task_id" if within else "split")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-            raise ConfigError(f"data.init_args.tasks_file: {path}:{number} needs a JSON object with task_id and split ({e}).") from e
+            raise ConfigError(f"data.tasks_file: {path}:{number} needs a JSON object with task_id and split ({e}).") from e
         if within != split:
             continue
         if name in tasks:
-            raise ConfigError(f"data.init_args.tasks_file: {path}:{number} repeats the task_id {name} of split {split}.")
+            raise ConfigError(f"data.tasks_file: {path}:{number} repeats the task_id {name} of split {split}.")
         tasks[name] = Task(name, split, difficulty, {k: v for k, v in raw.items() if k not in KEYS}, scenario)
     if not tasks:
-        raise ConfigError(f"data.init_args.{key}: {path} has no task of split {split}.")
+        raise ConfigError(f"data.{key}: {path} has no task of split {split}.")
     return list(tasks.values())
 
 

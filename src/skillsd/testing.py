@@ -42,7 +42,7 @@ def check_text_env(env: gym.Env, *, split: str = "train", actions: Sequence[str]
     try:
         _check(TextEnv(env), split, actions, max_turns)
     except Failure as e:
-        raise AssertionError(str(e).removeprefix("data.init_args.env: ")) from e
+        raise AssertionError(str(e).removeprefix("data.env: ")) from e
 
 
 def check_before_run(env: TextEnv, tasks: Sequence[Task], seconds: float, may_fail: bool = False, tasks_file: str | None = None) -> None:
@@ -66,7 +66,7 @@ def check_before_run(env: TextEnv, tasks: Sequence[Task], seconds: float, may_fa
             if isinstance(e.__cause__, Failure):  # its answer: the first task's is looked at below
                 continue
             if isinstance(e.__cause__, ValueError | KeyError | TypeError):
-                raise ConfigError(f"data.init_args.tasks_file: {tasks_file}, task {task.task_id}: {e.__cause__}") from e
+                raise ConfigError(f"data.tasks_file: {tasks_file}, task {task.task_id}: {e.__cause__}") from e
             raise
     calls: dict[str, Callable[[], TimeStep]] = {f"reset() to task {tasks[0].task_id}": partial(env.reset, tasks[0])}
     calls |= {f"step({action!r})": partial(env.step, action) for action in UNREADABLE}

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with `export`, `play` and `serve`."""
+"""Lightning's Trainer with `pretrain`, `export`, `play` and `serve`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,18 @@ class Trainer(L.Trainer):
             print(f"adapter: {export_adapter(model.policy, folder, steps, 'out')}")
         except OSError as e:
             raise ConfigError(f"out: {folder} cannot be written ({e.strerror or e}): name another folder.") from e
+
+    def pretrain(self, model: L.LightningModule, datamodule: L.LightningDataModule, ckpt_path: str | None = None) -> None:
+        """Clone demonstrations of the environment's solver.
+
+        Args:
+            model: The module.
+            datamodule: The demonstrations.
+            ckpt_path: Must be null: pre-training writes its model when it ends, and no checkpoints.
+        """
+        if ckpt_path is not None:
+            raise ConfigError("ckpt_path: pre-training has no checkpoints to go on from: leave it out.")
+        self.fit(model, datamodule=datamodule)
 
     def play(
         self,

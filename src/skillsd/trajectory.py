@@ -69,7 +69,7 @@ class Trajectory:
         member: Index within its group, 0..G-1.
         seed: The run seed.
         instruction: The task's instruction (system text), possibly empty.
-        prompt_ids: Token ids of the first prompt, as whoever acted saw it: plain, unless `data.init_args.actor` gave it a skill.
+        prompt_ids: Token ids of the first prompt, as whoever acted saw it: plain, unless `data.actor` gave it a skill.
         token_ids: Token ids after the prompt: actions and environment text, append-only.
         action_mask: For each of `token_ids`, whether the policy sampled it.
         logprobs: For each of `token_ids`, log-prob under the sampling policy at the sampling temperature (nats); 0.0 where not sampled.

@@ -24,7 +24,7 @@ SOKOBAN = "skillsd_sokoban:skillsd/Sokoban-v0"
 def pictures(tmp_path):
     def pictures(env: Any, **data: Any) -> Any:
         write_record(tmp_path)
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"env": env, **data}}}))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"env": env, **data}}))
         return closing(Pictures(Run(tmp_path)))
 
     return pictures

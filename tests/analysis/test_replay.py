@@ -26,10 +26,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that has not trained: the nano agent, and a bank that holds each task's solution (skills 1 to N), then an unhelpful one."""
     folder = tmp_path_factory.mktemp("run")
     config = yaml.safe_load((conf_dir() / "sokoban.yaml").read_text())
-    config["data"]["init_args"]["env_kwargs"] |= ENV
+    config["data"]["env_kwargs"] |= ENV
     write_record(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    init = config["data"]["init_args"]
+    init = config["data"]
     env = make_env(init["env"], init["env_kwargs"])
     skills = []
     for task in env.tasks("train"):
@@ -87,8 +87,8 @@ def test_tasks_of_a_file_bring_their_boards(run, scorer, monkeypatch, tmp_path):
     path = tmp_path / "tasks.jsonl"
     lines = [{"task_id": name, "split": split, "board": board} for name, split in (("a", "train"), ("b", "test"))]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = run.config["data"]["init_args"]
-    monkeypatch.setitem(run.config["data"], "init_args", data | {"tasks_file": str(path)})
+    data = run.config["data"]
+    monkeypatch.setitem(run.config, "data", data | {"tasks_file": str(path)})
     frame = replay(scorer, [1, 2], tasks=["a", "b"], members=1)
     assert set(frame["task_id"]) == {"a", "b"} and set(frame["finish_reason"]) <= {"done", "horizon"}
 

@@ -35,11 +35,11 @@ BOARDS = ("#####\n#P_O#\n#_X_#\n#####", "#####\n#_PO#\n#_X_#\n#####")
 CHECKS = [{"check": "GPU", "state": "ok", "detail": f"{Path.home()}/x <b>", "fix": ""}]
 CONFIG = {
     "seed_everything": 7, "teacher": {"mode": "frozen"}, "trainer": {"name": "</pre><script>alert(3)</script> ````"},
-    "model": {"init_args": {"policy": {"model": "nano"}, "objective": {"loss": {"class_path": "a.L", "init_args": {}}}}},
-    "data": {"class_path": "d", "init_args": {
+    "model": {"policy": {"model": "nano"}, "objective": {"loss": {"class_path": "a.L", "init_args": {}}}},
+    "data": {
         "env": "skillsd_sokoban:skillsd/Sokoban-v0",
         "env_kwargs": {"size": 5, "boxes": 1, "difficulties": {"short": {"lengths": [2, 4]}}, "splits": {"train": {"short": 2}}},
-    }},
+    },
 }  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def test_what_is_long_is_cut(folder):
         assert [n for n in range(100) if f"\nact{n}\n" in out or f"\nact{n}<" in out] == [*range(20), *range(80, 100)]
 
 
-@pytest.mark.parametrize("config", ["", "data:\n", "data: {init_args: {env: nosuch_module:X-v0}}\nmodel: [1]\n"])
+@pytest.mark.parametrize("config", ["", "data:\n", "data: {env: nosuch_module:X-v0}\nmodel: [1]\n"])
 def test_a_run_that_has_just_begun(tmp_path, config):
     write_record(tmp_path)
     (tmp_path / "config.yaml").write_text(config)
@@ -256,7 +256,7 @@ def test_a_run_that_has_just_begun(tmp_path, config):
 
 
 def test_the_code_of_an_environment_that_cannot_be_made(tmp_path):
-    data = {"init_args": {"env": "skillsd_appworld:skillsd/AppWorld-v0", "env_kwargs": {"python": str(tmp_path / "nosuch")}}}
+    data = {"env": "skillsd_appworld:skillsd/AppWorld-v0", "env_kwargs": {"python": str(tmp_path / "nosuch")}}
     write_record(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     append(tmp_path / "trajectories.jsonl", [replace(SHORT, turns=(Turn("done", "for x in y:\n    print('<b>')", 0.0),))])

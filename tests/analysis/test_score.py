@@ -32,7 +32,7 @@ SKILL = Skill("it worked", "mind the wall", "go left")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], str]) -> Run:
     """Three iterations; the student is the base in the first one, and moves far."""
     fit = Fit(tmp_path_factory.mktemp("fit"), tiny_model("qwen3"), None)
-    assert fit("--model.init_args.optimizer.lr=0.05", "--data.init_args.rollout.temperature=0.7", "--trainer.max_epochs=3") == 0
+    assert fit("--model.optimizer.lr=0.05", "--data.rollout.temperature=0.7", "--trainer.max_epochs=3") == 0
     return Run(fit.folder)
 
 

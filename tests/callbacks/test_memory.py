@@ -91,13 +91,13 @@ def test_too_little_memory_names_what_would_fit(make_policy):
     assert size.update(eased) < size.update(wants)
     with pytest.raises(ConfigError) as e:
         plan(module(policy), settings, size.static + size.update(eased) + MIB // 2)
-    assert "It would fit with: model.init_args.policy.gradient_checkpointing=true." in str(e.value)
+    assert "It would fit with: model.policy.gradient_checkpointing=true." in str(e.value)
     assert f"an update of 1000 tokens {size.update(wants) / 2**30:.2f}" in str(e.value)
-    with pytest.raises(ConfigError, match=r"policy\.context_length=512, model\.init_args\.micro_batch_tokens=512\.$"):
+    with pytest.raises(ConfigError, match=r"policy\.context_length=512, model\.micro_batch_tokens=512\.$"):
         plan(module(policy), settings, size.static + size.update(Demand(512, 512, 256, True)) + MIB // 8)
     small = Demand(1100, 64, 256, True)  # an update fits, an episode's cache does not
     (keys,) = size.easier(small, lambda e: e.longest <= 600)
-    assert keys == {"model.init_args.policy.context_length": 512, "model.init_args.micro_batch_tokens": 512}
+    assert keys == {"model.policy.context_length": 512, "model.micro_batch_tokens": 512}
     with pytest.raises(ConfigError, match=r"No setting makes it fit: choose a smaller policy\.model"):
         plan(module(policy), settings, size.static)
 

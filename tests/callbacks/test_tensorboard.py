@@ -85,17 +85,16 @@ def test_histograms_of_finite_numbers():
 def test_hyperparameters_are_columns():
     loss = {"class_path": "S", "init_args": {"form": "k3"}}
     trainer = {"default_root_dir": "/x", "logger": {"class_path": "T", "init_args": {"name": "/x"}}, "callbacks": [{"class_path": "A"}]}
-    model = {"class_path": "M", "init_args": {"loss": loss, "gate": None, "lr": 0.5}}
+    model = {"loss": loss, "gate": None, "lr": 0.5}
     data = {"lengths": [3, 6], "on": True, "empty": []}
     config = {"seed_everything": 1, "ckpt_path": "last", "config": ["x"], "trainer": trainer, "model": model, "data": data}
     assert tensorboard.hyperparameters(config) == {
         "seed_everything": 1,
         "trainer.callbacks.0": "A",
-        "model": "M",
-        "model.init_args.loss": "S",
-        "model.init_args.loss.init_args.form": "k3",
-        "model.init_args.gate": "null",
-        "model.init_args.lr": 0.5,
+        "model.loss": "S",
+        "model.loss.init_args.form": "k3",
+        "model.gate": "null",
+        "model.lr": 0.5,
         "data.lengths": "[3, 6]",
         "data.on": "true",
         "data.empty": "[]",

@@ -317,12 +317,8 @@ def overlay(
         "log": log or {},
         "panel": panel or {},
         "checkpoint": checkpoint or {},
-        "model": {"init_args": model},
-        "data": {
-            "init_args": {
-                "env_kwargs": env, "batch_tasks": 3, "group_size": 2, "actor": actor, "rollout": {"max_rows": 4}, **(data or {}),
-            }
-        },
+        "model": model,
+        "data": {"env_kwargs": env, "batch_tasks": 3, "group_size": 2, "actor": actor, "rollout": {"max_rows": 4}, **(data or {})},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path

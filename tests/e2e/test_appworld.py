@@ -42,20 +42,16 @@ def finished(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
             {
                 "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu", "default_root_dir": str(folder / "run")},
                 "model": {
-                    "init_args": {
                         "policy": {"model": tiny_model("llama"), "quantise": "none", "lora": {"r": 4, "alpha": 8}, "context_length": 8192}
-                    }
-                },
+                    },
                 "data": {
-                    "init_args": {
                         "env_overrides": {
                             "skillsd_appworld:skillsd/AppWorld-v0": {
                                 "limit": 3, "max_turns": 2, "turn_seconds": 20, "prompts": {"instruction": "Use the APIs."},
                             }
                         },
                         "batch_tasks": 3, "group_size": 2, "rollout": {"max_turn_tokens": 8, "max_rows": 6, "env_workers": 3},
-                    }
-                },
+                    },
             }
         )
     )  # fmt: skip
@@ -90,7 +86,7 @@ def test_validate(finished, capsys):
 @pytest.mark.parametrize(("policy", "success"), [("oracle", "True"), ("explorer", "False")])
 def test_play_without_a_model(policy, success, capsys):
     """The whole path through commands, data and environment; the model that the file names need not be there."""
-    flags = ["--model.init_args.policy.model=/no/such/model", "--policy", policy, "--level", "50"]
+    flags = ["--model.policy.model=/no/such/model", "--policy", policy, "--level", "50"]
     assert cli.main(["play", "-c", "appworld", *flags]) == 0
     told = capsys.readouterr().out
     assert f"--- done: success {success}" in told and "complete_task" in told
@@ -99,17 +95,17 @@ def test_play_without_a_model(policy, success, capsys):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--data.init_args.env_kwargs.source=official"], "official AppWorld data is not there: get it with `appworld download data`"),
-        (["--data.init_args.panel_split=test_normal"], "data.init_args.panel_split: split = 'test_normal': unknown"),
-        (["--data.init_args.env_kwargs.max_turns=0"], "max_turns = 0"),
-        (["--data.init_args.env_kwargs.python=/bin/true"], "AppWorld"),
+        (["--data.env_kwargs.source=official"], "official AppWorld data is not there: get it with `appworld download data`"),
+        (["--data.panel_split=test_normal"], "data.panel_split: split = 'test_normal': unknown"),
+        (["--data.env_kwargs.max_turns=0"], "max_turns = 0"),
+        (["--data.env_kwargs.python=/bin/true"], "AppWorld"),
     ],
 )
 def test_bad_input_is_one_line(flags, told, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("APPWORLD_ROOT", raising=False)
     model = [
-        "--model.init_args.policy.model=nano",
-        "--model.init_args.policy.quantise=none",
+        "--model.policy.model=nano",
+        "--model.policy.quantise=none",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     ]
     assert cli.main(["fit", "-c", "appworld", *model, *flags]) == 2

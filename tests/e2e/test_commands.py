@@ -51,23 +51,19 @@ skill_id failure final_observation crc32""".split()
 TINY: dict[str, Any] = {
     "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
     "model": {
-        "init_args": {
             "policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "init": None}},
             "optimizer": {"lr": 5e-3, "warmup_steps": 0},
             "objective": {"distillation_weight": 0.01},
             "grad_norm_every": 2,
-        }
-    },
+        },
     "data": {
-        "init_args": {
             "env_kwargs": {
                 "size": 6, "boxes": 1, "difficulties": {"short": {"lengths": [3, 6]}},
                 "splits": {"train": {"short": 5}, "test": {"short": 4}},
                 "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
             },
             "batch_tasks": 3, "group_size": 3, "rollout": {"max_rows": 16},
-        }
-    },
+        },
 }  # fmt: skip
 
 
@@ -129,7 +125,7 @@ def test_the_run_folder(finished):
     ]  # fmt: skip
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["trainer"]["default_root_dir"] == str(finished) and config["seed_everything"] == 0
-    assert config["data"]["init_args"]["env_kwargs"]["splits"]["train"] == {"short": 5}
+    assert config["data"]["env_kwargs"]["splits"]["train"] == {"short": 5}
 
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
     assert list(rows[0]) == ["iteration", "epoch", *METRICS]
@@ -234,7 +230,7 @@ def test_tensorboard(finished):
     }
     assert texts["episode"] == [(t.iteration, tensorboard.episode(t)) for t in first]
     assert first[1].turns[-1].observation.replace("\n", "\n    ") in texts["episode"][1][1]
-    env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
+    env = SokobanEnv(**TINY["data"]["env_kwargs"])
     images = events.Images("episode")
     assert [e.step for e in images] == [0, 2]
     for e, t in zip(images, first, strict=True):
@@ -276,12 +272,10 @@ def test_tensorboard_compares_runs(finished, tell, tmp_path):
     runs.Reload()
     hparams, ctx = hparams_context.Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(tmp_path)))), RequestContext()
     experiment = hparams.experiment_from_metadata(ctx, "", True, hparams.hparams_metadata(ctx, ""), None)
-    where = "model.init_args.objective"
+    where = "model.objective"
     differ = {h.name for h in experiment.hparam_infos if h.differs}
     assert {f"{where}.gate", f"{where}.loss", f"{where}.distillation_weight", "teacher.mode", "trainer.max_steps"} <= differ
-    assert "model.init_args.optimizer.lr" not in differ and not any(
-        "root_dir" in h.name or "save_dir" in h.name for h in experiment.hparam_infos
-    )
+    assert "model.optimizer.lr" not in differ and not any("root_dir" in h.name or "save_dir" in h.name for h in experiment.hparam_infos)
     request = api_pb2.ListSessionGroupsRequest(
         start_index=0, slice_size=9, allowed_statuses=[api_pb2.STATUS_SUCCESS],
         col_params=[api_pb2.ColParams(metric=m.name) for m in experiment.metric_infos],
@@ -314,7 +308,7 @@ def budget(steps: int) -> str:
     return f"--trainer.callbacks+={{class_path: skillsd.callbacks.EnvStepBudget, init_args: {{steps: {steps}}}}}"
 
 
-OWN_LENGTH = ["--trainer.max_epochs=40", "--model.init_args.optimizer.schedule_steps=8"]  # a cosine that no limit changes
+OWN_LENGTH = ["--trainer.max_epochs=40", "--model.optimizer.schedule_steps=8"]  # a cosine that no limit changes
 
 
 def env_steps(folder: Path) -> list[float]:
@@ -414,7 +408,7 @@ def test_an_environment_that_has_no_solver(tmp_path, capsys, hosted, monkeypatch
     monkeypatch.setattr(SokobanEnv, "solution", property(lambda env: getattr(env, "no solution")))
     monkeypatch.delattr(Hosted, "solution")
     monkeypatch.delattr(SokobanEnv, "picture")
-    assert command("play", tmp_path / "none", hosted, "--model.init_args.policy.model=/no/such", f"--gif={tmp_path / 'a.gif'}") == 2
+    assert command("play", tmp_path / "none", hosted, "--model.policy.model=/no/such", f"--gif={tmp_path / 'a.gif'}") == 2
     told = "gif: skillsd_test/Hosted-v0 offers no picture(observation) to draw: leave out --gif.\n"
     assert capsys.readouterr() == ("", f"error: {told}") and Hosted.alive == 0 and not (tmp_path / "a.gif").exists()
     context = "--skills.context=skillsd.skills.GroundTruthContext"
@@ -438,15 +432,15 @@ def test_validate(run, tell, tmp_path):
     tell("validate", fresh)
     assert read_validations(fresh)[-1]["levels"] == panel(run)["before"]["levels"]
     assert sorted(p.name for p in fresh.iterdir()) == ["run.json", "validations.jsonl"]  # no run: a fit may begin here
-    tell("validate", fresh, "--data.init_args.panel_adapter=null")
+    tell("validate", fresh, "--data.panel_adapter=null")
     assert read_validations(fresh)[-1]["levels"] == panel(run)["before"]["levels"]  # adapters begin at nothing
-    start = f"--model.init_args.policy.lora.init={run / 'adapter' / 'student'}"
+    start = f"--model.policy.lora.init={run / 'adapter' / 'student'}"
     tell("validate", fresh, start)
     assert read_validations(fresh)[-1]["levels"] == panel(run)["after"]["levels"] and len(read_validations(fresh)) == 3
 
 
 def test_sampled_attempts_and_seeds(tell, tmp_path):
-    flags = ["--data.init_args.panel_attempts=4", "--data.init_args.panel_temperature=1.0"]
+    flags = ["--data.panel_attempts=4", "--data.panel_temperature=1.0"]
     out = tell("validate", tmp_path / "a", *flags)
     (result,) = read_validations(tmp_path / "a")
     assert result["n"] == 16 and set(result["pass_at"]) == {"1", "2", "4"}
@@ -454,7 +448,7 @@ def test_sampled_attempts_and_seeds(tell, tmp_path):
     assert one == pytest.approx(result["success"]) and one <= two <= four
     assert f"validate 1: pass@1 {one:.3f}, pass@2 {two:.3f}, pass@4 {four:.3f}" in out
 
-    tell("validate", tmp_path / "b", "--data.init_args.panel_seeds=[0, 1, 2]", "--data.init_args.panel_temperature=1.0")
+    tell("validate", tmp_path / "b", "--data.panel_seeds=[0, 1, 2]", "--data.panel_temperature=1.0")
     levels = read_validations(tmp_path / "b")[-1]["levels"]
     assert [x["seed"] for x in levels] == [s for s in range(3) for _ in range(4)]
     first = [x for x in result["levels"] if x["member"] == 0]
@@ -552,16 +546,16 @@ def hosted(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The flag that chooses it."""
     gymnasium.register("skillsd_test/Hosted-v0", Hosted)
     monkeypatch.setattr(Hosted, "alive", 0)
-    yield "--data.init_args.env=skillsd_test/Hosted-v0"
+    yield "--data.env=skillsd_test/Hosted-v0"
     del gymnasium.registry["skillsd_test/Hosted-v0"]
 
 
-NO_MODEL = "--model.init_args.policy.model=/no/such/model"
+NO_MODEL = "--model.policy.model=/no/such/model"
 
 
 def test_play_the_oracle(tell, tmp_path, hosted):
     """It needs no model, not even a tokenizer."""
-    env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
+    env = SokobanEnv(**TINY["data"]["env_kwargs"])
     for flags, task_id in ((["--level", "3"], "test-0003"), ([], "test-0000"), (["--task", "train-0004"], "train-0004")):
         observation, info = env.reset(options={"task_id": task_id})
         plan = env.solution()
@@ -584,7 +578,7 @@ def test_play_as_a_gif(tell, tmp_path, hosted, policy):
     plain = tell("play", tmp_path / "none", *flags)
     told = tell("play", tmp_path / "none", *flags, f"--gif={tmp_path / 'films' / 'a.gif'}")
     assert told == f"{plain}gif: {tmp_path / 'films' / 'a.gif'}\n" and Hosted.alive == 0 and not (tmp_path / "none").exists()
-    env = SokobanEnv(**TINY["data"]["init_args"]["env_kwargs"])
+    env = SokobanEnv(**TINY["data"]["env_kwargs"])
     boards = [env.reset(options={"task_id": "test-0002"})[0]]
     boards += [env.step(line[2:])[0] for line in plain.splitlines() if line.startswith("> ")]
     with Image.open(tmp_path / "films" / "a.gif") as gif:
@@ -607,13 +601,13 @@ def test_play_an_agent_of_the_environment(tell, tmp_path, hosted):
 
 @pytest.mark.parametrize("flags", [["--policy", "model"], ["--policy", "pusher"], ["--skill"]])
 def test_play_an_episode_that_fails(tell, tmp_path, hosted, flags):
-    told = tell("play", tmp_path / "none", hosted, "--data.init_args.env_kwargs.lost_at=2", *flags)
+    told = tell("play", tmp_path / "none", hosted, "--data.env_kwargs.lost_at=2", *flags)
     assert told.splitlines()[-1] == "--- failed (environment: the host is gone): success False, completion 0.00, reward 0.00, 2 turns"
     assert Hosted.alive == 0
 
 
 def test_play_where_no_solution_is_known(tell, tmp_path, hosted):
-    told = tell("play", tmp_path / "none", NO_MODEL, hosted, "--data.init_args.env_kwargs.solvable=false", "--policy", "oracle")
+    told = tell("play", tmp_path / "none", NO_MODEL, hosted, "--data.env_kwargs.solvable=false", "--policy", "oracle")
     assert told.splitlines()[-1] == "--- no solution from here: success False, completion 0.00, reward 0.00, 0 turns"
 
 
@@ -646,7 +640,7 @@ def test_play_an_environment_without_extras(tmp_path, capsys, hosted, monkeypatc
     monkeypatch.setattr(SokobanEnv, "solution", property(lambda env: getattr(env, "no solution")))
     monkeypatch.delattr(Hosted, "solution")
     monkeypatch.delattr(SokobanEnv, "picture")
-    assert command("play", tmp_path / "none", hosted, "--model.init_args.policy.model=/no/such", f"--gif={tmp_path / 'a.gif'}") == 2
+    assert command("play", tmp_path / "none", hosted, "--model.policy.model=/no/such", f"--gif={tmp_path / 'a.gif'}") == 2
     told = "gif: skillsd_test/Hosted-v0 offers no picture(observation) to draw: leave out --gif.\n"
     assert capsys.readouterr() == ("", f"error: {told}") and Hosted.alive == 0 and not (tmp_path / "a.gif").exists()
     for policy, told in (
@@ -664,7 +658,7 @@ def test_a_solution_that_fails(tmp_path, capsys, hosted, monkeypatch):
     monkeypatch.setattr(Hosted, "solution", fails)
     assert command("play", tmp_path / "none", hosted, "--policy", "oracle") == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: data.init_args.env: ") and told.count("\n") == 1 and Hosted.alive == 0
+    assert told.startswith("error: data.env: ") and told.count("\n") == 1 and Hosted.alive == 0
     assert told.endswith(": solution() failed (raised: RuntimeError: too large): mend the environment.\n")
 
 
@@ -698,10 +692,10 @@ def test_export(run, tell, tmp_path):
 
 
 def test_several_actions_a_turn_and_a_shaped_reward(tell, tmp_path):
-    env = "--data.init_args.env_kwargs"
+    env = "--data.env_kwargs"
     tell(
         "fit", tmp_path / "run", "--trainer.max_epochs=1", f"{env}.actions_per_turn=3", f"{env}.distance_reward=0.1",
-        f"{env}.invalid_penalty=0.25", "--data.init_args.rollout.max_turn_tokens=4", "--data.init_args.rollout.temperature=4",
+        f"{env}.invalid_penalty=0.25", "--data.rollout.max_turn_tokens=4", "--data.rollout.temperature=4",
     )  # fmt: skip
     played = trajectories(tmp_path / "run")
     assert len(played) == 15 and any(len(turn.action.split()) > 1 for t in played for turn in t.turns)
@@ -741,11 +735,11 @@ def test_a_panel_in_between(tell, tmp_path):
 def test_pretraining_without_teacher_and_bank(capsys, tmp_path):
     """What made the nano agent, in small: its callbacks are not those of Skill-SD, and its model can be trained on."""
     folder, lengths = tmp_path / "base", '{"wide": {"lengths": [3, 6]}, "short": {"lengths": [3, 6]}}'
-    env = [f"--data.init_args.env_kwargs.difficulties={lengths}", "--data.init_args.env_kwargs.boxes=1"]
-    env += ['--data.init_args.env_kwargs.splits={"pretrain": {"wide": 1}, "test": {"short": 2}}', "--data.init_args.num_workers=0"]
-    size = ["--data.init_args.demonstrations.episodes=8", "--data.init_args.batch_size=4", "--trainer.enable_progress_bar=false"]
+    env = [f"--data.env_kwargs.difficulties={lengths}", "--data.env_kwargs.boxes=1"]
+    env += ['--data.env_kwargs.splits={"pretrain": {"wide": 1}, "test": {"short": 2}}', "--data.num_workers=0"]
+    size = ["--data.demonstrations.episodes=8", "--data.batch_size=4", "--trainer.enable_progress_bar=false"]
     flags = [f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu", *env, *size]
     assert cli.main(["fit", "-c", "pretrain/nano-sokoban", *flags]) == 0
     said = capsys.readouterr().out
     assert all(f"panel {name}" in said for name in ("plain", "own", "shuffled")) and not (folder / "bank.sqlite").exists()
-    assert command("fit", tmp_path / "run", f"--model.init_args.policy.model={folder / 'model'}", "--trainer.max_steps=1") == 0
+    assert command("fit", tmp_path / "run", f"--model.policy.model={folder / 'model'}", "--trainer.max_steps=1") == 0

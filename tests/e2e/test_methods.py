@@ -50,21 +50,17 @@ TINY: dict[str, Any] = {
     "panel": {"enabled": False},
     "adapter": {"enabled": False},
     "model": {
-        "init_args": {
             "policy": {"lora": {"init": None}}, "grad_norm_every": 1,
             "optimizer": {"lr": 5e-4, "warmup_steps": 0, "schedule": "constant"},
-        }
-    },
+        },
     "data": {
-        "init_args": {
             "env_kwargs": {
                 "size": 6, "boxes": 3, "difficulties": {"short": {"lengths": [2, 5]}},
                 "splits": {"train": {"short": 12}, "test": {"short": 2}},
                 "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
             },
             "batch_tasks": 4, "group_size": 4,
-        }
-    },
+        },
 }  # fmt: skip
 slow = pytest.mark.slow
 pytestmark = [

@@ -167,7 +167,7 @@ def test_recorded_episodes_give_the_same_gradient_and_bank(one: tuple[Pair, dict
     flags = (
         "--trainer.num_nodes=2",
         "--trainer.strategy=ddp",
-        "--model.init_args.micro_batch_tokens=300",
+        "--model.micro_batch_tokens=300",
         "--trainer.enable_progress_bar=true",
     )
     pair = run.go(*flags, recorded=str(alone.folder.with_name("recorded")), ranks=[{**meet, "NODE_RANK": str(i)} for i in range(2)])

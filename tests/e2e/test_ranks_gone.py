@@ -119,7 +119,7 @@ def test_a_rank_that_is_slow_is_waited_for(servers: list[Server], whole: Run, tm
     """Slower than the watch has patience for silence, and than the ranks' own collectives would wait. Then two ranks have done as one."""
     run = Pair(tmp_path / "run", servers, whole.overlay)
     strategy = "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy"
-    run.begin("--data.init_args.env=tests.e2e.slow_env:tests/Slow-v0", strategy, "--trainer.strategy.init_args.timeout=0:00:15")
+    run.begin("--data.env=tests.e2e.slow_env:tests/Slow-v0", strategy, "--trainer.strategy.init_args.timeout=0:00:15")
     assert run.end() == [0, 0], run.said()
     assert_as_one(run, whole)
     assert "rank 1" not in run.said() and run.logs[1].read_text() == ""

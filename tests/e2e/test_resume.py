@@ -101,7 +101,7 @@ def test_one_kill(servers: tuple[Server, Server], tmp_path: Path) -> None:
     assert "after - before" in text and "panel after:" not in text
     assert_equal(killed.record(), record)
     assert "--overwrite=true" in killed.fit(code=2)
-    assert "other episodes" in killed.resume("--data.init_args.panel_attempts=2", code=2)
+    assert "other episodes" in killed.resume("--data.panel_attempts=2", code=2)
     assert_equal(killed.record(), record)
 
 
@@ -156,7 +156,7 @@ def test_a_new_learning_rate_holds(servers: tuple[Server, Server], tmp_path: Pat
     run.kill("skillsd.callbacks.log:RunLog.on_train_batch_end", 4, True)
     shutil.copytree(run.folder, other.folder)
     run.resume()
-    other.resume("--model.init_args.optimizer.lr=1e-3", "--model.init_args.optimizer.weight_decay=0.1")
+    other.resume("--model.optimizer.lr=1e-3", "--model.optimizer.weight_decay=0.1")
     before, after = ([float(row["optimizer/lr"]) for row in r.rows()] for r in (run, other))
     kept = next(i for i, (x, y) in enumerate(zip(before, after, strict=True)) if x != y)
     assert kept in (3, 4) and after[kept:] == [x / 2 for x in before[kept:]]

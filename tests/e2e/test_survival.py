@@ -142,7 +142,7 @@ def test_a_damaged_adapter(whole: Run, finished: Run) -> None:
     folder = finished.folder / "adapter" / "student"
     check_folder(folder)
     flip(folder / "adapter_model.safetensors", 3000)
-    given = f"--model.init_args.policy.lora.init={folder}"
+    given = f"--model.policy.lora.init={folder}"
     other = Run(finished.folder.with_name("other"), finished.server, finished.overlay)
     assert "adapter_model.safetensors is damaged" in other.fit(given, code=2)
 

@@ -98,9 +98,7 @@ def test_a_server_until_sigterm(fake, tmp_path):
     command = [sys.executable, "-m", "skillsd", "serve", "-c", "sokoban", f"--python={fake.python}", f"--port={fake.port}"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         lines = [process.stdout.readline() for _ in range(2)]
-        assert lines[1].strip() == (
-            f"--data.init_args.rollout.engine=servers --data.init_args.rollout.servers=[http://127.0.0.1:{fake.port}]"
-        )
+        assert lines[1].strip() == (f"--data.rollout.engine=servers --data.rollout.servers=[http://127.0.0.1:{fake.port}]")
         assert fake.is_running()
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 128 + signal.SIGTERM

@@ -64,8 +64,8 @@ def test_a_moved_run_has_the_same_settings() -> None:
     moved = {"trainer": {"default_root_dir": "b", "callbacks": [{"x": 1}]}, "dir": "b/log", "near": "/a/running", "lr": 0.1}
     assert settings(config, "/a/run") == settings(moved | {"steal_lock": True}, "b/")  # the same run by another start
     assert say_changes(settings(config, "/a/run"), settings(moved | {"lr": 0.2}, "b")).endswith("lr was 0.1 and is 0.2")
-    began = {"model.init_args.policy.lora.init": "nano-recover", "lr": "1"}
-    assert say_changes(began, began | {"model.init_args.policy.lora.init": "null"}) == ""  # it had its effect when the run began
+    began = {"model.policy.lora.init": "nano-recover", "lr": "1"}
+    assert say_changes(began, began | {"model.policy.lora.init": "null"}) == ""  # it had its effect when the run began
 
 
 class Keeps(L.Callback):
@@ -102,11 +102,11 @@ def run(finished: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyP
     ("flag", "said"),
     [
         ("--seed_everything=1", "seed was 0 and is 1"),
-        ("--data.init_args.group_size=3", "group_size was 2 and is 3"),
-        ("--data.init_args.batch_tasks=1", "batch_tasks was 2 and is 1"),
-        ("--data.init_args.env_kwargs.max_turns=3", r"env_kwargs\.max_turns was 2 and is 3"),
-        ("--model.init_args.policy.chat_template=other.jinja", r"policy\.chat_template"),
-        ("--data.init_args.env_kwargs.splits={train: {short: 4}, test: {short: 2}}", "tasks was 2 with .* and is 4 with"),
+        ("--data.group_size=3", "group_size was 2 and is 3"),
+        ("--data.batch_tasks=1", "batch_tasks was 2 and is 1"),
+        ("--data.env_kwargs.max_turns=3", r"env_kwargs\.max_turns was 2 and is 3"),
+        ("--model.policy.chat_template=other.jinja", r"policy\.chat_template"),
+        ("--data.env_kwargs.splits={train: {short: 4}, test: {short: 2}}", "tasks was 2 with .* and is 4 with"),
     ],
 )
 def test_a_run_goes_on_with_its_episodes(run: Run, flag: str, said: str) -> None:
@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_its_episodes(run: Run, flag: str, said: str) -> None
 def test_what_may_change_is_said(run: Run, tmp_path: Path) -> None:
     """And a base that was moved is the same base; only what changed is said."""
     shutil.move(tmp_path / "m1", tmp_path / "elsewhere")
-    flags = ["--trainer.max_epochs=2", "--model.init_args.optimizer.lr=0.1", "--model.init_args.policy.model=./elsewhere"]
+    flags = ["--trainer.max_epochs=2", "--model.optimizer.lr=0.1", "--model.policy.model=./elsewhere"]
     assert run("--ckpt_path", "last", *flags) == 0
     (said,) = [x for x in run.out.splitlines() if "going on with other settings" in x]
     for change in ("trainer.max_epochs was 1 and is 2", "optimizer.lr was 0.0004 and is 0.1", 'policy.model was "m1" and is "./elsewhere"'):

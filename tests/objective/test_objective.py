@@ -34,7 +34,7 @@ from skillsd.objective import (
     group_advantages,
 )
 
-KEY = r"^model\.init_args\.objective"
+KEY = r"^model\.objective"
 
 # -- GRPO ---------------------------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ def test_which_rewards_are_measured_from_the_smallest():
 
 
 def test_a_group_of_one_is_refused():
-    with pytest.raises(ValueError, match=r"data\.init_args\.group_size"):
+    with pytest.raises(ValueError, match=r"data\.group_size"):
         group_advantages(torch.ones(3, 1))
 
 

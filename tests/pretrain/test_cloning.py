@@ -115,7 +115,7 @@ def test_lora_writes_an_adapter_to_start_from(tiny_model, tmp_path):
 
 
 def test_bad_settings():
-    with pytest.raises(ConfigError, match=r"model\.init_args\.train is half"):
+    with pytest.raises(ConfigError, match=r"model\.train is half"):
         Cloning(PolicySettings(), train="half")
     with pytest.raises(ConfigError, match=r"policy\.quantise"):
         Cloning(PolicySettings(quantise="nf4"), train="full")

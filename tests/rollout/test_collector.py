@@ -509,7 +509,7 @@ def test_an_environment_that_is_not_installed_says_so_in_one_line(error):
             make_env("test/Missing-v0", {})
     finally:
         del gymnasium.registry["test/Missing-v0"]
-    want = "data.init_args.env, env_kwargs: test/Missing-v0: python: no interpreter at /x: install it, or set THE_PYTHON"
+    want = "data.env, env_kwargs: test/Missing-v0: python: no interpreter at /x: install it, or set THE_PYTHON"
     assert str(caught.value) == want
 
 

@@ -301,15 +301,11 @@ def fit(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
         config = {
             "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
             "adapter": {"enabled": False},
-            "model": {
-                "init_args": {"policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "init": None}}, "optimizer": {"lr": 5e-3}, **model}
-            },
+            "model": {"policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "init": None}}, "optimizer": {"lr": 5e-3}, **model},
             "data": {
-                "init_args": {
                     "env": "test/Hostile-v0", "env_kwargs": {}, "batch_tasks": 2, "group_size": 3,
                     "rollout": {"max_turn_tokens": 2, "env_timeout": 1.0},
-                }
-            },
+                },
         }  # fmt: skip
         overlay = tmp_path / "overlay.yaml"
         overlay.write_text(yaml.safe_dump(config))
@@ -350,7 +346,7 @@ def test_a_run_goes_on_and_counts(fit, tmp_path):
 
 def test_a_run_whose_episodes_all_fail_ends_where_it_would(fit, tmp_path):
     """With max_failed 1: no update moves anything, and the loop and the stream stay in step."""
-    code, _ = fit(["raises:0", "nan:1", "bytes:2"], "--data.init_args.rollout.max_failed=1")
+    code, _ = fit(["raises:0", "nan:1", "bytes:2"], "--data.rollout.max_failed=1")
     rows, state = table(tmp_path / "run"), checkpoint(tmp_path / "run")
     assert code == 0 and len(rows) == 4 and state["global_step"] == 4
     assert [float(r["rollout/failed"]) for r in rows] == [1.0] * 4 and {r["grad_norm/total"] for r in rows} == {"0.0"}
@@ -369,7 +365,7 @@ def test_too_many_failures_stop_the_run(fit, tmp_path):
     assert "task raises:0: raised: OSError: the host is gone)" in line
     assert done == 3 and f"The last good checkpoint is {folder / 'checkpoints' / 'last.ckpt'}" in line
     assert checkpoint(folder)["global_step"] == 3
-    code, _ = fit(["fine", "good", "raises:0"], "--data.init_args.rollout.max_failed=1", "--ckpt_path=last")
+    code, _ = fit(["fine", "good", "raises:0"], "--data.rollout.max_failed=1", "--ckpt_path=last")
     assert code == 0 and len(table(folder)) == 4 and checkpoint(folder)["global_step"] == 4
 
 
@@ -437,7 +433,7 @@ def test_weights_that_overflow_are_not_saved(fit, tmp_path, monkeypatch, when):
     code, said = fit(["fine", "good", "well", "nice"])
     folder = tmp_path / "run"
     line = said.strip().splitlines()[-1]
-    assert code == 2 and line.startswith("error: model.init_args.optimizer: the weights are not finite after") and "lr 1e+20" in line
+    assert code == 2 and line.startswith("error: model.optimizer: the weights are not finite after") and "lr 1e+20" in line
     if when == 0:
         assert "There is no checkpoint yet" in line and not list(folder.rglob("*.ckpt"))
         return

@@ -108,8 +108,8 @@ def settings(model: str, port: int, folder: Path) -> dict[str, Any]:
     return {
         "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu", "default_root_dir": str(folder)},
         "skills": {"min_reward": None, "summariser": {"class_path": "skillsd.skills.OpenAISummariser", "init_args": init}},
-        "model": {"init_args": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4, "init": None}}}},
-        "data": {"init_args": {"env_kwargs": ENV, "batch_tasks": 2, "group_size": 2, "rollout": {"max_rows": 8}}},
+        "model": {"policy": {"model": model, "lora": {"r": 2, "alpha": 4, "init": None}}},
+        "data": {"env_kwargs": ENV, "batch_tasks": 2, "group_size": 2, "rollout": {"max_rows": 8}},
     }
 
 
@@ -196,12 +196,12 @@ def test_what_only_has_the_name_of_a_secret_is_data(clean, caplog, monkeypatch):
     config = {"trainer.default_root_dir": "/home/me/cache/run", "skills.summariser.init_args.base_url": "http://ollama:11434/v1"}
     refuse_secrets(config)
     assert not caplog.records
-    refuse_secrets({**config, "data.init_args.env_kwargs.password": "password1234"})
+    refuse_secrets({**config, "data.env_kwargs.password": "password1234"})
     assert "env_kwargs.password holds the value of the environment variable POSTGRES_PASSWORD" in caplog.text
     said = "log in with the password1234 to ollama, files are in /home/me/cache"
     assert without_keys(said) == said and redacted(said) != said
     monkeypatch.setenv(NAME, KEY)
-    for name in ("skills.summariser.init_args.api_key_env", "data.init_args.rollout.servers_key_env"):
+    for name in ("skills.summariser.init_args.api_key_env", "data.rollout.servers_key_env"):
         with pytest.raises(ConfigError, match=f"^model.x holds the value of the environment variable {NAME}"):
             refuse_secrets({name: NAME, "model.x": ["a", f"Bearer {KEY}"]})
     assert without_keys(f"{KEY} {KEY[:-1]} {KEY}") == f"[{NAME}] {KEY[:-1]} [{NAME}]"

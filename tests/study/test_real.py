@@ -21,9 +21,9 @@ STUDY = {
         "trainer.max_epochs": 1,
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": False,
-        "data.init_args.env_kwargs.splits": {"train": {"short": 8}, "test": {"short": 16}},
-        "data.init_args.batch_tasks": 4,
-        "data.init_args.group_size": 2,
+        "data.env_kwargs.splits": {"train": {"short": 8}, "test": {"short": 16}},
+        "data.batch_tasks": 4,
+        "data.group_size": 2,
     },
 }
 
@@ -40,8 +40,8 @@ def test_two_methods_and_two_seeds(tmp_path, monkeypatch, capsys):
         folder = Path("study/cells") / r["method"] / f"seed-{r['seed']}"
         panel, config = json.loads((folder / "panel.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
         assert float(r["after_success"]) == panel["after"]["success"] and panel["after"]["n"] == 16
-        assert config["seed_everything"] == int(r["seed"]) and config["data"]["init_args"]["group_size"] == 2
-        assert (config["model"]["init_args"]["objective"]["distillation_weight"] == 0) == (r["method"] == "grpo")
+        assert config["seed_everything"] == int(r["seed"]) and config["data"]["group_size"] == 2
+        assert (config["model"]["objective"]["distillation_weight"] == 0) == (r["method"] == "grpo")
         assert r["iterations"] == "2" and float(r["entropy"]) > 0
     assert len({r["panel"] for r in rows}) == 1 and len({r["before_success"] for r in rows}) == 1
     assert "skillsd" in Path("study/report.md").read_text(encoding="utf-8")

@@ -22,14 +22,14 @@ from skillsd.files.run_folder import ADAPTER, CONFIG_FILE
 from skillsd.words import count
 
 KEYS = {
-    "environment": "data.init_args.env", "model": "model.init_args.policy.model", "quantised": "model.init_args.policy.quantise",
-    "LoRA rank": "model.init_args.policy.lora.r", "LoRA starts from": "model.init_args.policy.lora.init", "module": "model",
-    "loss": "model.init_args.objective.loss", "distillation weight": "model.init_args.objective.distillation_weight",
-    "policy weight": "model.init_args.objective.policy_weight", "advantage": "model.init_args.objective.advantage",
-    "multiplier": "model.init_args.objective.multiplier", "gate": "model.init_args.objective.gate", "teacher": "teacher.mode",
-    "who acts": "data.init_args.actor", "summariser": "skills.summariser", "what the teacher sees": "skills.context",
-    "learning rate": "model.init_args.optimizer.lr", "tasks an iteration": "data.init_args.batch_tasks",
-    "trajectories a task": "data.init_args.group_size", "seed": "seed_everything",
+    "environment": "data.env", "model": "model.policy.model", "quantised": "model.policy.quantise",
+    "LoRA rank": "model.policy.lora.r", "LoRA starts from": "model.policy.lora.init", "module": "model",
+    "loss": "model.objective.loss", "distillation weight": "model.objective.distillation_weight",
+    "policy weight": "model.objective.policy_weight", "advantage": "model.objective.advantage",
+    "multiplier": "model.objective.multiplier", "gate": "model.objective.gate", "teacher": "teacher.mode",
+    "who acts": "data.actor", "summariser": "skills.summariser", "what the teacher sees": "skills.context",
+    "learning rate": "model.optimizer.lr", "tasks an iteration": "data.batch_tasks",
+    "trajectories a task": "data.group_size", "seed": "seed_everything",
 }  # fmt: skip
 """Keys of the configuration in the table at the report's top."""
 _SENTENCE = ("environment", "model", "seed")

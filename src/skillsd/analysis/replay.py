@@ -54,7 +54,7 @@ def replay(
         ConfigError: there are not as many tasks as skills, fewer than one member, or the environment cannot be made.
         KeyError: there is no such skill.
     """
-    run, data = scorer.run, scorer.run.config["data"]["init_args"]
+    run, data = scorer.run, scorer.run.config["data"]
     if members < 1:
         raise ConfigError(f"members: {members} episodes a task cannot be compared: give 1 or more.")
     shown: list[Skill] = [run.skill(i) for i in skills]

@@ -98,7 +98,7 @@ class Run:
     @property
     def environment(self) -> tuple[str, dict[str, Any]]:
         """Gymnasium id and keyword arguments. Raises KeyError, TypeError or AttributeError if the configuration does not say them."""
-        data = self.config["data"]["init_args"]
+        data = self.config["data"]
         return data["env"], {**(data.get("env_kwargs") or {}), **(data.get("env_overrides") or {}).get(data["env"], {})}
 
     @cached_property

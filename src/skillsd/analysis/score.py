@@ -40,7 +40,7 @@ class Scorer:
     def __init__(self, run: Run, adapters: str | Path | None = None, device: str | torch.device = "cpu") -> None:
         self.run = run
         try:
-            given: dict[str, Any] = run.config["model"]["init_args"]["policy"]
+            given: dict[str, Any] = run.config["model"]["policy"]
             lora = LoraSettings(**given["lora"])
         except (KeyError, TypeError) as e:
             raise ConfigError(f"{run.folder}: its configuration names no policy ({e!r}): it is not from `skillsd fit`.") from e
@@ -60,7 +60,7 @@ class Scorer:
             self.policy.load_checkpoint_state(checkpoint["state_dict"])
         self.chat = Chat(self.policy.tokenizer, self.policy.stop_ids)
         self.template = run.skill_template
-        self.temperature = float(run.config["data"]["init_args"].get("rollout", {}).get("temperature", 1.0))
+        self.temperature = float(run.config["data"].get("rollout", {}).get("temperature", 1.0))
 
     def logprobs(self, number: int, adapter: str | None = "student", skill: Skill | str | int | None = None) -> npt.NDArray[np.float32]:
         """Log-probs of a trajectory's tokens, a column for `Run.tokens(number)`.

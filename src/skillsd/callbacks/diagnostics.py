@@ -113,7 +113,7 @@ def flat_rewards(seen: Seen, policy_weight: float, over: bool = False) -> str:
     cure = "harder" if low == high and low > 0 else "easier"
     return (
         f"{when} no group of episodes had two different rewards{what}, so the reward teaches nothing: give {cure} tasks "
-        "(data.init_args.env_kwargs), a larger data.init_args.group_size or a higher rollout.temperature."
+        "(data.env_kwargs), a larger data.group_size or a higher rollout.temperature."
     )
 
 
@@ -124,7 +124,7 @@ def no_gradient(seen: Seen, over: bool = False) -> str:
     when = "in this iteration" if seen.still == 1 else f"for {count(seen.still, 'iteration')}"
     return (
         f"The gradient was exactly 0 {when}, although rewards differed or a teacher saw a skill, so the student does not change: look at "
-        "model.init_args.objective (weights, gate) and at the size of the rewards, which may be too large or too close for float32."
+        "model.objective (weights, gate) and at the size of the rewards, which may be too large or too close for float32."
     )
 
 

@@ -26,7 +26,7 @@ LoRA adapter (rank {r}, alpha {alpha}, {targets}) on `{base}`, trained by skills
 
 where the base model is the one whose weights have the digest {digest} (base.json), under whatever name.
 
-Give it the plain task prompt, without a skill, unless its run let it act with one (`data.init_args.actor`). The base model's licence
+Give it the plain task prompt, without a skill, unless its run let it act with one (`data.actor`). The base model's licence
 applies to what is built on it.
 """
 

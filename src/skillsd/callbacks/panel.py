@@ -53,7 +53,7 @@ class Panel(L.Callback):
         stored = _stored(trainer)
         if "before" in stored and self.after and not self._same(trainer, stored["before"]):
             raise ConfigError(
-                f"data.init_args: the panel of {trainer.default_root_dir} was played on other episodes: set the environment, the split, "
+                f"data: the panel of {trainer.default_root_dir} was played on other episodes: set the environment, the split, "
                 "panel_attempts and panel_seeds as they were, or start a new run folder."
             )
         if self.before and "before" not in stored:

@@ -110,7 +110,7 @@ def token_histograms(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[s
 
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """A resolved configuration, flat: `a.init_args.b` as on the command line; the class of `a` under `a`; null, true and lists as text,
+    """A resolved configuration, flat: dotted keys as on the command line; the class of `a` under `a`; null, true and lists as text,
     so that a key which one run sets and another leaves null is a column with two values."""
     out: dict[str, int | float | str] = {}
     for key, value in leaves(config):

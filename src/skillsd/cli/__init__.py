@@ -1,4 +1,4 @@
-"""The command line: fit, validate, export, play, serve, show, view, report, skills, study, config, doctor."""
+"""The command line: fit, pretrain, validate, export, play, serve, show, view, report, skills, study, config, doctor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sys
 import warnings
 from io import TextIOWrapper
 
-import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType
 from transformers.utils import logging as transformers_logging
@@ -21,12 +20,13 @@ from skillsd.bounded import visible
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.class_paths import config
 from skillsd.cli.arguments import CONFIG, arguments, find, packaged, resolve
-from skillsd.cli.configured import CLI
+from skillsd.cli.configured import CLI, EXPERIMENT, PRETRAINING
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.values import correct_jsonargparse
 from skillsd.diagnosis import explain, report, where
 from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, redacted
+from skillsd.methods import expanded
 from skillsd.signals import guarded
 from skillsd.trainer import Trainer
 
@@ -38,7 +38,7 @@ TITLE = (
     "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. vLLM on another GPU for rollouts: skillsd serve. "
     "Classes by key: skillsd config"
 )
-COMMANDS = ("fit", "validate", "export", "play", "serve", "show", "view", "report", "skills", "study", "config", "doctor")
+COMMANDS = ("fit", "pretrain", "validate", "export", "play", "serve", "show", "view", "report", "skills", "study", "config", "doctor")
 CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
 """Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
 any function a file names."""
@@ -112,7 +112,7 @@ def _run(argv: list[str]) -> int:
         return 0
     match argv[0]:  # commands without a configuration; what they import is slow (pandas, matplotlib), so late
         case "config":  # it imports nothing that a file names
-            config(argv[1:], lambda name: find(name).config)
+            config(argv[1:], lambda name: expanded(find(name).config))
         case "doctor":
             doctor(argv[1:])
         case "show":
@@ -141,7 +141,7 @@ def _run(argv: list[str]) -> int:
 
 
 def configured(argv: list[str]) -> None:
-    """fit, validate, export, play, serve: what a configuration describes."""
+    """fit, pretrain, validate, export, play, serve: what a configuration describes."""
     if argv[0] == "play" and not any(a.flag in ("", "-c", "--config") for a in arguments(argv[1:])):
         argv = ["play", "-c", "sokoban", *argv[1:]]
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -151,14 +151,13 @@ def configured(argv: list[str]) -> None:
     if argv[0] in CONFIG and (command := next((x for x in argv if x in COMMANDS), "")):
         raise ConfigError(f"{argv[0]} stands before the command: skillsd {command} {' '.join(argv[:2])} ...")
     request = resolve(argv)
+    model, data = PRETRAINING if argv[0] == "pretrain" else EXPERIMENT
     with RunOwner() as owner:
         CLI(
             request=request,
             owner=owner,
-            model_class=L.LightningModule,
-            datamodule_class=L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
+            model_class=model,
+            datamodule_class=data,
             trainer_class=Trainer,
             auto_configure_optimizers=False,
             save_config_callback=SaveRunConfig,

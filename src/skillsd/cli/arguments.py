@@ -16,16 +16,17 @@ from skillsd.config_file import as_yaml, check_value, parse_config, read_config,
 from skillsd.errors import ConfigError
 from skillsd.files.paths import PATH_KEYS, read_path
 from skillsd.files.run_folder import CHECKPOINTS, COMMAND_KEYS, CONFIG_FILE, FILES
+from skillsd.methods import read_method, settings_of, without_method
 
 SWITCHES = ("--skill", "--overwrite", "--only_report", "--steal_lock")
 """Flags that mean true where no value follows."""
 ALONE = ("-h", "--help", "--print_config", "--version")
 """Flags that take no value."""
 CONFIG = ("-c", "--config")
-OURS = {"model": "skillsd.module.SkillSD", "data": "skillsd.data.RolloutData"}
-"""The classes of an experiment."""
-GROUPS = {"model": ("objective", "optimizer"), "data": ("rollout",)}
-"""Their groups of settings that may be left out."""
+CONFIGURED = ("fit", "pretrain", "validate", "export", "play", "serve")
+"""Commands that a configuration describes."""
+SPELLED_OUT: dict[str, Any] = {"model": {"objective": {}, "optimizer": {}}, "data": {"rollout": {}}}
+"""Groups of settings that an experiment may leave out: named, so that --print_config and config.yaml hold their defaults."""
 
 
 class Argument(NamedTuple):
@@ -58,6 +59,16 @@ class Request:
     run: Path | None = None
     """The run folder that is named."""
     flags: dict[str, str | None] = field(default_factory=dict)
+    configs: list[dict[str, Any]] = field(default_factory=list)
+    """What the files say, in their order."""
+
+    def key_of(self, class_path: str) -> str:
+        """The key that takes a class path in one of the files or flags; "" if none does."""
+        for config in self.configs:
+            for key, value in leaves(config):
+                if value == class_path:
+                    return key.removesuffix(".class_path")
+        return next((f.removeprefix("--").removesuffix(".class_path") for f, value in self.flags.items() if value == class_path), "")
 
 
 def arguments(args: Sequence[str]) -> list[Argument]:
@@ -109,24 +120,30 @@ def resolve(args: Sequence[str]) -> Request:
         if flag in CONFIG and value is not None and "://" not in value:
             found = find(value)
             named.append(found)
-            _spell_out(found.config)
-            out.append(f"--config={as_yaml(found.config)}")
         else:
             if value is not None and value[:1] in ("{", "["):
                 check_value(value, flag)
             named.append(Argument(flag, value))
-            out.append(flag if value is None else f"{flag}={value}")
+    if command in CONFIGURED:
+        named = put_method(named)
+        if command != "pretrain":
+            out.append(f"--config={as_yaml(SPELLED_OUT)}")
+    for x in named:
+        if isinstance(x, Named):
+            out.append(f"--config={as_yaml(x.config)}")
+        else:
+            out.append(x.flag if x.value is None else f"{x.flag}={x.value}")
     runs = {x.run for x in named if isinstance(x, Named) and x.run is not None}
     if len(runs) > 1:
         raise ConfigError(f"{' and '.join(map(str, sorted(runs)))} are two runs: name one.")
     flags = {x.flag: x.value for x in named if isinstance(x, Argument)}
-    if command in ("fit", "validate", "export", "play", "serve") and not any(f in ALONE or f.endswith(".help") for f in flags):
+    if command in CONFIGURED and not any(f in ALONE or f.endswith(".help") for f in flags):
         check_order(command, named)
-    if command == "study" and (other := next((x for x in named if isinstance(x, Named) and x.config.keys() & OURS.keys()), None)):
+    if command == "study" and (other := next((x for x in named if isinstance(x, Named) and x.config.keys() & SPELLED_OUT.keys()), None)):
         raise ConfigError(
             f"{other.name} is no study: it says {', '.join(other.config)}. Name it among the study's `configs` (conf/study/)."
         )
-    return Request(out, next(iter(runs), None), flags)
+    return Request(out, next(iter(runs), None), flags, [x.config for x in named if isinstance(x, Named)])
 
 
 def find(name: str) -> Named:
@@ -179,18 +196,71 @@ def of_run(folder: Path) -> Named:
     trainer = config.get("trainer") or {}
     was = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
     if isinstance(was, str):
-        config = {k: v if k in ("model", "data") else _following(v, was.rstrip("/"), 1) for k, v in config.items()}
+        config = {k: v if k in SPELLED_OUT else _following(v, was.rstrip("/"), 1) for k, v in config.items()}
     if isinstance(trainer, dict):
         config["trainer"] = {**(config.get("trainer") or {}), "default_root_dir": str(folder)}
     return Named(str(folder), config, folder)
 
 
-def _spell_out(config: dict[str, Any]) -> None:
-    """Name the groups of settings that an experiment leaves out, so that config.yaml holds their defaults."""
-    for key, groups in GROUPS.items():
-        node = config.get(key)
-        if isinstance(node, dict) and node.get("class_path") == OURS[key] and isinstance(node.setdefault("init_args", {}), dict):
-            node["init_args"] = {**node["init_args"], **{name: {} for name in groups if node["init_args"].get(name) is None}}
+def put_method(named: Sequence[Named | Argument]) -> list[Named | Argument]:
+    """Put the settings of the last method that is named in front of who names it, and take those of earlier ones out of earlier files.
+
+    Raises:
+        ConfigError: it is no method, or a file has settings of an older version.
+    """
+    out = list(named)
+    for x in out:
+        if isinstance(x, Named):
+            _refuse_init_args(x)
+    found = [(i, _method(x)) for i, x in enumerate(out) if _method(x) is not None]
+    if not found:
+        return out
+    at, given = found[-1]
+    source = out[at]
+    if isinstance(source, Named) and source.run is not None:
+        return out  # what a run was is written out in its configuration
+    method = read_method(given)
+    for i, x in enumerate(out):
+        if isinstance(x, Named) and (i < at or x is source):
+            config = {key: value for key, value in x.config.items() if key != "method"}
+            if i < at:
+                config, gone = without_method(config, method)
+                if gone and x.run is None:
+                    print(f"method {_label(given)} replaces {', '.join(gone)} of -c {x.name}.", file=sys.stderr)
+            out[i] = x._replace(config=config)
+    out = [x for i, x in enumerate(out) if i == at or not (isinstance(x, Argument) and x.flag == "--method")]
+    at = next(i for i, x in enumerate(out) if x is source or (isinstance(x, Named) and isinstance(source, Named) and x.name == source.name))
+    settings = Named(f"method {_label(given)}", {"method": given, **settings_of(method)})
+    out[at : at + isinstance(source, Argument)] = [settings]
+    return out
+
+
+def _method(x: Named | Argument) -> Any:
+    if isinstance(x, Named):
+        return x.config.get("method")
+    if x.flag != "--method" or x.value is None:
+        return None
+    return parse_config(x.value, "--method") if x.value.startswith("{") else x.value
+
+
+def _label(method: Any) -> str:
+    return method if isinstance(method, str) else "of your own"
+
+
+def _refuse_init_args(x: Named) -> None:
+    for key, groups in SPELLED_OUT.items():
+        node = x.config.get(key)
+        if isinstance(node, str) or (isinstance(node, Mapping) and node.keys() & {"class_path", "init_args"}):
+            raise ConfigError(
+                f"{x.name}: {key}.class_path and {key}.init_args are no keys of this version: write the settings directly under `{key}:`, "
+                f"{key}.{next(iter(groups))} say."
+            )
+
+
+def _names_environment(config: Mapping[str, Any]) -> bool:
+    """It is an experiment: others change one."""
+    data = config.get("data")
+    return isinstance(data, Mapping) and "env" in data
 
 
 def _following(node: Any, was: str, depth: int, key: str = "") -> Any:
@@ -206,43 +276,26 @@ def _following(node: Any, was: str, depth: int, key: str = "") -> Any:
 
 
 def check_order(command: str, named: Sequence[Named | Argument]) -> None:
-    """Refuse an overlay that stands alone, or before the experiment it changes; say which settings a later file sets again.
+    """Refuse an overlay that stands alone; say which settings a later file sets again.
 
     Raises:
-        ConfigError: nothing says which classes `model` and `data` are, or not soon enough.
+        ConfigError: nothing says which environment is played.
     """
-    files = [x for x in named if isinstance(x, Named)]
-    for key in ("model", "data"):
-        first = next((x for x in named if _says_class(x, key)), None)
-        if first is None:
-            if files:
-                names = " ".join(f"-c {x.name}" for x in files)
-                raise ConfigError(
-                    f"{key}.class_path is missing: {names} changes an experiment, and says nowhere what `{key}` is: name the "
-                    f"experiment first, -c sokoban {names} say, or give the class ({OURS[key]})."
-                )
-            raise ConfigError(f"{key} is missing: name an experiment (skillsd {command} -c sokoban) or a run folder.")
-        for x in named[: named.index(first)]:
-            if isinstance(x, Named) and isinstance(x.config.get(key), Mapping):
-                after = first.name if isinstance(first, Named) else f"{first.flag}={first.value}"
-                raise ConfigError(
-                    f"-c {x.name} changes `{key}` of an experiment, and stands before -c {after}, which says what `{key}` is: "
-                    f"give it after: -c {after} -c {x.name}."
-                )
+    if not any(x.flag == "--data.env" if isinstance(x, Argument) else _names_environment(x.config) for x in named):
+        names = " ".join(f"-c {x.name}" for x in named if isinstance(x, Named) and not x.name.startswith("method "))
+        if names:
+            raise ConfigError(
+                f"data.env is missing: {names} changes an experiment, and says nowhere which environment is played: name the "
+                f"experiment first, -c sokoban {names} say."
+            )
+        raise ConfigError(f"data.env is missing: name an experiment (skillsd {command} -c sokoban) or a run folder.")
     for i, x in enumerate(named):
-        if isinstance(x, Named) and _says_class(x, "model"):
+        if isinstance(x, Named) and _names_environment(x.config):
             continue  # an experiment is there to be changed
-        files = [y for y in named[i + 1 :] if isinstance(y, Named) and (isinstance(x, Argument) or _says_class(y, "model"))]
-        if lost := next(((key, y.name) for y in files for key in _set_again(x, y)), None):
-            what = f"-c {x.name}" if isinstance(x, Named) else x.flag
+        later = [y for y in named[i + 1 :] if isinstance(y, Named) and (isinstance(x, Argument) or _names_environment(y.config))]
+        if lost := next(((key, y.name) for y in later for key in _set_again(x, y)), None):
+            what = x.flag if isinstance(x, Argument) else x.name if x.name.startswith("method ") else f"-c {x.name}"
             print(f"{what} stands before -c {lost[1]}, which sets {lost[0]} again: what comes last counts.", file=sys.stderr)
-
-
-def _says_class(x: Named | Argument, key: str) -> bool:
-    if isinstance(x, Argument):
-        return x.flag in (f"--{key}", f"--{key}.class_path")
-    value = x.config.get(key)
-    return isinstance(value, str) or (isinstance(value, Mapping) and "class_path" in value)
 
 
 def _set_again(x: Named | Argument, later: Named) -> Iterator[str]:

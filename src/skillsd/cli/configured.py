@@ -1,10 +1,11 @@
-"""fit, validate, export, play, serve: from configuration files and flags to a Trainer that runs."""
+"""fit, pretrain, validate, export, play, serve: from configuration files and flags to a Trainer that runs."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import os
+import re
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,28 @@ from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_val
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete
 from skillsd.config_errors import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
-from skillsd.data import RolloutData  # noqa: F401  # --help lists the classes that are there
+from skillsd.data import RolloutData
 from skillsd.diagnosis import blame
 from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, one_line, secrets, without_keys
 from skillsd.files.checkpoint import read_checkpoint
 from skillsd.files.paths import read_paths
 from skillsd.files.run_folder import checkpoint_folder, read_record
 from skillsd.files.run_start import starts_anew
+from skillsd.methods import method_names
+from skillsd.module import SkillSD
+from skillsd.pretrain import Cloning, DemonstrationData
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.strategy import check_strategy
 from skillsd.trainer import last_checkpoint, named_checkpoint, weights
 
 log = logging.getLogger(__name__)
 
+METHOD_HELP = "The method, replaced whole: a mapping of teacher, skills, objective and actor, a file with one, or one of"
 KEY_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 """Environment variables from which the libraries of a run take keys, whatever its configuration names."""
-TYPES = {"trainer": L.Trainer, "model": L.LightningModule, "data": L.LightningDataModule, **STANDARD}
-"""The classes behind the keys at the top of a configuration."""
+EXPERIMENT: tuple[type, type] = SkillSD, RolloutData
+PRETRAINING: tuple[type, type] = Cloning, DemonstrationData
+"""The classes whose parameters stand under `model` and `data`."""
 
 
 class CLI(LightningCLI):
@@ -56,6 +62,9 @@ class CLI(LightningCLI):
 
     def __init__(self, request: Request, owner: RunOwner, **kwargs: Any) -> None:
         self.request, self.owner = request, owner
+        self.pretrains = request.command == "pretrain"
+        self.classes = PRETRAINING if self.pretrains else EXPERIMENT
+        self.standard = {} if self.pretrains else STANDARD
         self.chosen = False  # the checkpoint, by us
         super().__init__(args=request.args, **kwargs)
 
@@ -71,6 +80,7 @@ class CLI(LightningCLI):
         skip = {"model", "datamodule"}
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "pretrain": skip,
             "validate": {"model", "dataloaders", "datamodule"},
             "export": skip,
             "play": skip,
@@ -82,12 +92,15 @@ class CLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_trainer_arguments(parser)
-        parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
-        parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+        model, data = self.classes
+        parser.add_lightning_class_args(model, "model", subclass_mode=False)
+        parser.add_lightning_class_args(data, "data", subclass_mode=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for key, kind in STANDARD.items():
+        for key, kind in self.standard.items():
             parser.add_lightning_class_args(kind, key)
+        if not self.pretrains:
+            parser.add_argument("--method", type=str | dict | None, default=None, help=f"{METHOD_HELP} {', '.join(method_names())}")
         parser.add_argument(
             "--overwrite",
             type=bool,
@@ -100,7 +113,7 @@ class CLI(LightningCLI):
             default=False,
             help="fit, validate: take the run folder from a process on another host, which is known to be dead",
         )
-        parser.link_arguments("seed_everything", "data.init_args.seed", apply_on="parse")
+        parser.link_arguments("seed_everything", "data.seed", apply_on="parse")
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a damaged checkpoint at once. Lightning would also take the class paths and settings that it holds."""
@@ -120,6 +133,8 @@ class CLI(LightningCLI):
             raise
         except ArgumentError as e:
             line = one_line(str(e), specifying(e))
+            if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
+                raise ConfigError(f"{self.request.key_of(denied[1]) or 'config'}: {denied[1]} is not allowed: name another class.") from e
             if line.startswith('"config": '):  # jsonargparse names the flag, not the key
                 line = f"{reading(e) or 'config'}: its value cannot be read: {line[10:]}"
             said = blame(e) or refused_class(str(e))
@@ -135,8 +150,9 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         nested = config.as_dict()
         refuse_secrets(dict(leaves(nested)))
-        refuse_shapes(nested, TYPES)
-        refuse_nulls(nested, TYPES)
+        types = {"trainer": L.Trainer, "model": self.classes[0], "data": self.classes[1], **self.standard}
+        refuse_shapes(nested, types)
+        refuse_nulls(nested, types)
         check_values(nested["trainer"])
         if config.get("weights_only") is False:
             raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")
@@ -157,6 +173,8 @@ class CLI(LightningCLI):
     def _default_checkpoint(self, config: Any) -> str | None:
         """A run that is named is continued; other commands take the run folder's newest checkpoint, wherever there is one."""
         folder = Path(config.trainer.default_root_dir or ".")
+        if self.pretrains:
+            return None
         if self.subcommand == "fit":  # with another folder it is a new run, of the same settings
             return "last" if folder == self.request.run and not config.overwrite else None
         if config.get("policy", "model") != "model":
@@ -200,13 +218,15 @@ class CLI(LightningCLI):
         for callback in trainer.callbacks:
             if isinstance(callback, SkillBankCallback):
                 callback.selection.check_summariser()
-        trainer.skillsd_config = self.config["fit"].as_dict()
+        trainer.skillsd_config = self.config[self.subcommand].as_dict()
         gc.collect()
         gc.freeze()  # modules and configuration stay: garbage collections in the rollout's loops need not walk over them
         self._remember()
 
+    before_pretrain = before_fit
+
     def _begin_fit(self) -> None:
-        config, folder = self.config["fit"], Path(self.trainer.default_root_dir)
+        config, folder = self.config[self.subcommand], Path(self.trainer.default_root_dir)
         ckpt_path, overwrite = config.get("ckpt_path"), bool(config.get("overwrite"))
         if config.trainer.default_root_dir is None:
             parallel.print_rank_zero(f"trainer.default_root_dir is not set: the run folder is {folder}")
@@ -214,7 +234,7 @@ class CLI(LightningCLI):
         if parallel.is_rank_zero():
             self.owner.begin_fit(self.trainer, ckpt_path, overwrite, bool(config.get("steal_lock")), saver)
         if starts_anew(folder, ckpt_path, overwrite):
-            self.config_init["fit"].ckpt_path = None  # what is there is removed later: Lightning would take it
+            self.config_init[self.subcommand].ckpt_path = None  # what is there is removed later: Lightning would take it
             if ckpt_path == "last":
                 parallel.print_rank_zero(f"{folder} has no checkpoint yet: this run begins with its first iteration")
         elif saver is not None and saver.dirpath is None:

@@ -41,24 +41,23 @@ LEAST = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "min_epochs": 0, 
 ALWAYS = {"num_sanity_val_steps": 0}
 """What the Trainer is given although it is in `REFUSED`, since Lightning's own default is another."""
 
-_FEWER = "train on fewer tasks with data.init_args.tasks_file or the environment's splits, or end the run with trainer.max_steps"
-_CLIP = "set model.init_args.optimizer.gradient_clip_norm (in pre-training model.init_args.gradient_clip_norm)"
+_FEWER = "train on fewer tasks with data.tasks_file or the environment's splits, or end the run with trainer.max_steps"
+_CLIP = "set model.optimizer.gradient_clip_norm (in pre-training model.gradient_clip_norm)"
 REFUSED = {
     "precision": Refusal(
         (None, "32-true", "32", 32),
-        "the base computes in model.init_args.policy.dtype, adapters and loss in float32 (in pre-training see model.init_args.bf16)",
+        "the base computes in model.policy.dtype, adapters and loss in float32 (in pre-training see model.bf16)",
     ),
     "fast_dev_run": Refusal((False, 0), "for a short try set trainer.max_steps and panel.enabled=false, in a run folder of its own"),
     "limit_train_batches": Refusal((None, 1.0), f"an epoch visits every task once: {_FEWER}"),
     "overfit_batches": Refusal((0, 0.0), _FEWER),
-    "limit_test_batches": Refusal((None, 1.0), "no command tests: held-out tasks are the panel, data.init_args.panel_split"),
+    "limit_test_batches": Refusal((None, 1.0), "no command tests: held-out tasks are the panel, data.panel_split"),
     "limit_predict_batches": Refusal((None, 1.0), "no command predicts: skillsd play shows an episode"),
     "val_check_interval": Refusal((None, 1.0), "set panel.every, in iterations"),
     "num_sanity_val_steps": Refusal((None, 0), "panel.before plays the panel before training"),
     "accumulate_grad_batches": Refusal(
         (1,),
-        "an update takes all of data.init_args.batch_tasks x group_size, model.init_args.micro_batch_tokens at a time "
-        "(in pre-training set data.init_args.batch_size)",
+        "an update takes all of data.batch_tasks x group_size, model.micro_batch_tokens at a time (in pre-training set data.batch_size)",
     ),
     "gradient_clip_val": Refusal((None,), _CLIP),
     "gradient_clip_algorithm": Refusal((None,), f"gradients are clipped by their norm: {_CLIP}"),
@@ -69,8 +68,8 @@ REFUSED = {
     "enable_autolog_hparams": Refusal((True,), "loggers get the settings from the record: set trainer.logger or log.enabled"),
     "model_registry": Refusal((None,), "nothing is uploaded: `skillsd export` writes the adapter"),
 }
-_OPTIMIZER = Refusal((None,), "the optimizer is AdamW, under model.init_args.optimizer (in pre-training model.init_args.lr and the like)")
-NO_TRAINER = {"optimizer": _OPTIMIZER, "lr_scheduler": _OPTIMIZER._replace(cure="set model.init_args.optimizer.schedule and warmup_steps")}
+_OPTIMIZER = Refusal((None,), "the optimizer is AdamW, under model.optimizer (in pre-training model.lr and the like)")
+NO_TRAINER = {"optimizer": _OPTIMIZER, "lr_scheduler": _OPTIMIZER._replace(cure="set model.optimizer.schedule and warmup_steps")}
 """Arguments that LightningCLI adds for modules which leave their optimizer to it."""
 _NEW = "it is new in this Lightning, and not known to work with skillsd: leave it out"
 

@@ -44,10 +44,10 @@ STANDARD: dict[str, type[L.Callback]] = {
 }
 """Key -> the callback that it sets."""
 UNFIT: dict[type[L.Callback], str] = {
-    BatchSizeFinder: "set data.init_args.batch_tasks",
-    GradientAccumulationScheduler: "an update takes all of data.init_args.batch_tasks x group_size",
-    LearningRateFinder: "set model.init_args.optimizer.lr",
-    ModelPruning: "the base is frozen: set a smaller model.init_args.policy.lora.r",
+    BatchSizeFinder: "set data.batch_tasks",
+    GradientAccumulationScheduler: "an update takes all of data.batch_tasks x group_size",
+    LearningRateFinder: "set model.optimizer.lr",
+    ModelPruning: "the base is frozen: set a smaller model.policy.lora.r",
     SpikeDetection: "updates that are not finite are skipped without it",
     StochasticWeightAveraging: "teacher.mode=ema averages the teacher, and the student stays as it is",
     WeightAveraging: "teacher.mode=ema averages the teacher, and the student stays as it is",
@@ -173,7 +173,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule) -> None:
         )
     if endless and isinstance(model, SkillSD) and model.optim.schedule == "cosine" and model.optim.schedule_steps is None:
         raise ConfigError(
-            "model.init_args.optimizer.schedule_steps: a cosine falls to 0 at the run's last step, and this run has no end: set it, "
+            "model.optimizer.schedule_steps: a cosine falls to 0 at the run's last step, and this run has no end: set it, "
             "or trainer.max_epochs or max_steps, or take the schedule constant."
         )
 
@@ -184,7 +184,7 @@ def _check_plugins(plugins: Any) -> None:
             name = plugin if isinstance(plugin, str) else type(plugin).__name__
             raise ConfigError(
                 f"trainer.plugins: {name} is no cluster environment, and a run takes no other plugin: precision is "
-                "model.init_args.policy.dtype, checkpoints are written by `checkpoint:`."
+                "model.policy.dtype, checkpoints are written by `checkpoint:`."
             )
 
 

@@ -25,9 +25,9 @@ _original_call, _original_check = _typehints.ActionTypeHint.__call__, _typehints
 def correct_jsonargparse() -> None:
     """Make these corrections, once.
 
-    - The value of `--model.init_args.policy.lora='{r: 4, init: null}'` reached the parser of the class as Python prints it: null became the
+    - The value of `--model.policy.lora='{r: 4, init: null}'` reached the parser of the class as Python prints it: null became the
       text "None", a line break two characters.
-    - `--data.init_args.env_kwargs.splits.train=...` dropped the other splits.
+    - `--data.env_kwargs.splits.train=...` dropped the other splits.
     - Where a key takes anything, a text in quotes was read as YAML once more: "no" became false, "Task: go" a mapping.
     - The text "1e-4" was written to config.yaml as what is read back as a number.
     - A class of the user's was refused for an annotation that differs from its Protocol's. What its methods are called and take counts.

@@ -63,7 +63,7 @@ def serve(policy: PolicySettings, engine: EngineSettings, device: torch.device, 
         if process.poll() is None:
             print(f"vLLM {version} serves {policy.model} after {time.monotonic() - start:.0f} s. Ctrl-C ends it. For skillsd fit:")
             shown = url if host != ANY_HOST else f"http://{socket.gethostname()}:{port}"
-            print(f"--data.init_args.rollout.engine=servers --data.init_args.rollout.servers=[{shown}]", flush=True)
+            print(f"--data.rollout.engine=servers --data.rollout.servers=[{shown}]", flush=True)
         status = process.wait()
     for line in log.read_bytes()[-LAST_BYTES:].decode(errors="replace").splitlines()[-LAST_LINES:]:
         print(visible(redacted(line)), file=sys.stderr)

@@ -29,8 +29,8 @@ def episodes(env: str, env_kwargs: Mapping[str, Any], tasks: Sequence[Task], tok
         **numbers: Seed, tasks an iteration, trajectories a task.
     """
     named = {"env": env, **dict(leaves(dict(env_kwargs), "env_kwargs")), **numbers}
-    kept = {f"data.init_args.{k}": _text(v) for k, v in named.items()}
-    kept["data.init_args.tasks"] = f"{len(tasks)} with the digest {_digest([[t.task_id, t.options] for t in tasks])}"
+    kept = {f"data.{k}": _text(v) for k, v in named.items()}
+    kept["data.tasks"] = f"{len(tasks)} with the digest {_digest([[t.task_id, t.options] for t in tasks])}"
     if tokenizer is not None:
         kept["policy.chat_template"] = f"one with the digest {_digest(tokenizer.chat_template)}"
         kept["policy.model (its tokenizer)"] = f"one with the digest {_digest(sorted(tokenizer.get_vocab().items()))}"

@@ -27,7 +27,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-8) -> Tensor:
         ValueError: G < 2, for which no group baseline exists.
     """
     if rewards.shape[-1] < 2:
-        raise ValueError(f"a group of {rewards.shape[-1]} has no group advantage: data.init_args.group_size must be at least 2.")
+        raise ValueError(f"a group of {rewards.shape[-1]} has no group advantage: data.group_size must be at least 2.")
     centred = rewards - rewards.mean(-1, keepdim=True)
     equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)
     # The mean of equal floats can differ from them in the last bit; divided by eps that would be a large advantage.

@@ -61,7 +61,7 @@ class Objective:
     """`zero_variance` leaves out groups whose members all got the same reward (RAGEN-2), from both terms and from N."""
 
     def __post_init__(self) -> None:
-        where = "model.init_args.objective"
+        where = "model.objective"
         for key in ("policy_weight", "clip_low", "clip_high", "distillation_weight", "weight_steps", "weight_end"):
             if not getattr(self, key) >= 0:  # also catches nan
                 raise ValueError(f"{where}.{key} is {getattr(self, key)}: give 0 or more.")

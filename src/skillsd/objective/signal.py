@@ -5,7 +5,7 @@
     multiplier    A_t = A ((1 - lambda w g) + lambda w g s) s = signal.multiplier
 
 g is the gate, w is 1 where the teacher has a context or other weights, and 0 elsewhere. Write one of the three methods; name the
-class in `model.init_args.objective` under the key of that place. Nothing else has to be touched.
+class in `model.objective` under the key of that place. Nothing else has to be touched.
 """
 
 from __future__ import annotations

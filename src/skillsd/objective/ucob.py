@@ -4,7 +4,7 @@
     w = min(gap / 0.2, 2) where gap = mean return of the other view - own view > 0.05, else 0;  d = log pi_other - log pi_own
 
 Source: arXiv:2606.29502. Credit: distillation only where this group's own returns say that the other view is worth following, in either
-direction: a harmful skill is unlearnt by the half that sees it. Roll out with `data.init_args.actor: half_with_skill`; the sigmoid is a
+direction: a harmful skill is unlearnt by the half that sees it. Roll out with `data.actor: half_with_skill`; the sigmoid is a
 gate. Two differences from the authors' code: the student is taught on the tokens it sampled itself, not on the winner's, and returns are
 compared between the halves of a group, not between the visits of an anchor state.
 """

@@ -79,7 +79,7 @@ class Fused(Replacement):
     ) -> tuple[Tensor, None]:  # fmt: skip
         """`key` and `value` are a cache's whole stores; `mask` is a row table, int64 [B, 1, 1, COLUMNS] (see kernels.reference)."""
         if odd := [k for k in ("s_aux", "position_bias") if kwargs.get(k) is not None]:
-            raise ConfigError(f"data.init_args.rollout.kernels: they know no attention with {odd[0]}: set it to false.")
+            raise ConfigError(f"data.rollout.kernels: they know no attention with {odd[0]}: set it to false.")
         return self._attention.attend(query, key, value, mask.view(-1, COLUMNS), self.workspace, sliding_window, scaling, softcap), None
 
 

@@ -98,14 +98,14 @@ class Footprint:
 
     def easier(self, d: Demand, fits: Callable[[Demand], bool]) -> Iterator[dict[str, Any]]:
         """Changes of settings after which a demand `fits`: one alone if that does, else several."""
-        policy = "model.init_args.policy"
+        policy = "model.policy"
         steps: list[tuple[dict[str, Any], dict[str, Any]]] = []
         if not d.checkpointing:
             steps.append(({f"{policy}.gradient_checkpointing": True}, {"checkpointing": True}))
         if d.chunk > 256:
             steps.append(({f"{policy}.head_chunk": 256}, {"chunk": 256}))
         if d.micro_batch > d.longest:
-            steps.append(({"model.init_args.micro_batch_tokens": d.longest}, {"micro_batch": d.longest}))
+            steps.append(({"model.micro_batch_tokens": d.longest}, {"micro_batch": d.longest}))
         alone = [(keys, replace(d, **change)) for keys, change in steps]
         fitting = [keys for keys, e in alone if fits(e)]
         if fitting:
@@ -119,7 +119,7 @@ class Footprint:
             return
         for longest in range((d.longest - 1) // 512 * 512, 0, -512):
             if fits(replace(d, longest=longest, micro_batch=longest)):
-                yield keys | {f"{policy}.context_length": longest, "model.init_args.micro_batch_tokens": longest}
+                yield keys | {f"{policy}.context_length": longest, "model.micro_batch_tokens": longest}
                 return
 
 

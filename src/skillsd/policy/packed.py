@@ -176,7 +176,7 @@ class Learner(Replacement):
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Causal attention. query [B, H, W, D], key and value [B, H_kv, W, D]; `mask` is None or holds the rows' bounds."""
         if odd := [k for k in ("s_aux", "position_bias", "softcap") if kwargs.get(k) is not None]:
-            raise ConfigError(f"model.init_args.policy.kernels: they know no attention with {odd[0]}: set it to false.")
+            raise ConfigError(f"model.policy.kernels: they know no attention with {odd[0]}: set it to false.")
         bounds = None if mask is None else mask.flatten()
         window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
         if bounds is None and window is None:

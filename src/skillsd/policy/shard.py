@@ -23,7 +23,7 @@ from skillsd.errors import ConfigError
 
 OUT_OF_MEMORY = (
     "policy.shard: out of memory in a forward that other ranks take part in, so that it cannot be repeated: set "
-    "policy.gradient_checkpointing, or smaller model.init_args.micro_batch_tokens, policy.head_chunk or data.init_args.rollout.max_rows."
+    "policy.gradient_checkpointing, or smaller model.micro_batch_tokens, policy.head_chunk or data.rollout.max_rows."
 )
 
 

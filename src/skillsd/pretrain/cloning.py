@@ -43,11 +43,11 @@ class Cloning(L.LightningModule):
     ) -> None:  # fmt: skip
         super().__init__()
         if train not in ("full", "lora"):
-            raise ConfigError(f"model.init_args.train is {train}: full or lora.")
+            raise ConfigError(f"model.train is {train}: full or lora.")
         if policy.shard:
-            raise ConfigError("model.init_args.policy.shard: cloning takes the base whole: set it to false.")
+            raise ConfigError("model.policy.shard: cloning takes the base whole: set it to false.")
         if train == "full" and policy.quantise != "none":
-            raise ConfigError("model.init_args.train: full needs policy.quantise: none; train a quantised base with lora.")
+            raise ConfigError("model.train: full needs policy.quantise: none; train a quantised base with lora.")
         self.settings, self.train_what, self.lr, self.warmup_steps, self.weight_decay = policy, train, lr, warmup_steps, weight_decay
         self.gradient_clip_norm, self.bf16, self.rollout = gradient_clip_norm, bf16, rollout or RolloutSettings()
         self.policy: Policy = None  # type: ignore[assignment]

@@ -114,7 +114,7 @@ class SkillSelection:
             self.context.bind(partial(voice.solution, summariser=self.checked))
 
     def check_actor(self, actor: str) -> None:
-        """Refuse an actor with a skill (`data.init_args.actor`) where none is chosen before the rollout, or its use means nothing.
+        """Refuse an actor with a skill (`data.actor`) where none is chosen before the rollout, or its use means nothing.
 
         Raises:
             ConfigError: That.
@@ -123,9 +123,7 @@ class SkillSelection:
             raise ConfigError(ACTOR_NEEDS_SKILL.format(actor))
         refused = {"half_with_skill": ("gap", "next_visit"), "student_with_skill": ("gap",)}.get(actor, ())
         if (estimate := self.bank_settings["value_estimate"]) in refused:
-            raise ConfigError(
-                f"skills.value_estimate is {estimate}, which means nothing where data.init_args.actor is {actor}: set it to source."
-            )
+            raise ConfigError(f"skills.value_estimate is {estimate}, which means nothing where data.actor is {actor}: set it to source.")
 
     def open(self, path: Path, state: dict[str, Any] | None) -> None:
         """Open the bank on rank 0, and rewind it to a checkpoint's `state`: what was written after it did not happen.
@@ -278,4 +276,4 @@ class SkillSelection:
         return size
 
 
-ACTOR_NEEDS_SKILL = "data.init_args.actor is {}, which needs a skill before the rollout: set skills.context to skillsd.skills.BankContext."
+ACTOR_NEEDS_SKILL = "data.actor is {}, which needs a skill before the rollout: set skills.context to skillsd.skills.BankContext."

@@ -7,18 +7,16 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import yaml
 
 from skillsd import __version__
 from skillsd.config_file import dump_config, read_whole
 from skillsd.errors import ConfigError
 from skillsd.files.durable import write
 from skillsd.files.run_folder import read_panel
+from skillsd.methods import read_method
 from skillsd.study.settings import StudySettings
 
 RECORD, LOG = "cell.json", "cell.log"
@@ -49,8 +47,11 @@ def read_source(path: Path, name: str) -> Source:
     Raises:
         ConfigError: It is none.
     """
-    text = dump_config(read_whole(path, name))
-    return Source(_digest(path), text)
+    config = read_whole(path, name)
+    if isinstance(config.get("method"), str):
+        config["method"] = read_method(config["method"])  # as it is now: the file that it names may change, too
+    text = dump_config(config)
+    return Source(hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12], text)
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,6 @@ def make_cells(study: StudySettings, find: FindConfig) -> list[Cell]:
         for seed in study.seeds
         for method, overlays in study.methods.items()
     ]
-
-
-def _digest(path: Path) -> str:
-    content = path.read_text(encoding="utf-8")
-    with suppress(yaml.YAMLError):  # `skillsd fit` says what is wrong with it
-        content = json.dumps(yaml.safe_load(content), sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def provenance() -> dict[str, str]:

@@ -27,9 +27,7 @@ def hostile(folder: Path) -> Path:
     """Every text that comes from outside is EVIL: tasks, observations, actions, failures, skills, the panel's levels."""
     folder.mkdir()
     write_record(folder)
-    (folder / "config.yaml").write_text(
-        json.dumps({"seed_everything": 7, "data": {"init_args": {"env": EVIL.encode(errors="replace").decode()}}})
-    )
+    (folder / "config.yaml").write_text(json.dumps({"seed_everything": 7, "data": {"env": EVIL.encode(errors="replace").decode()}}))
     rows = [
         replace(SHORT, iteration=i, member=m, task_id=EVIL, instruction=EVIL, skill_id=1 if i else None, reward=float(m), success=bool(m),
                 turns=(Turn(EVIL, EVIL, 0.0), Turn('{"a": "<script>window.pwned=1</script>"}', f"```python\n{EVIL}\n```", 1.0)),

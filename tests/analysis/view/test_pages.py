@@ -282,7 +282,7 @@ def test_a_run_without_its_bank(another):
 
 def test_odd_configurations(another):
     folder, get = another
-    for text in ("skills: null\ndata: null\nmodel: null\n", "data: 5\nmodel: {init_args: {policy: x}}\nskills: [1]\n", ""):
+    for text in ("skills: null\ndata: null\nmodel: null\n", "data: 5\nmodel: {policy: x}\nskills: [1]\n", ""):
         write_record(folder)
         (folder / "config.yaml").write_text(text)
         for path in ("", "trajectory/0", "compare"):

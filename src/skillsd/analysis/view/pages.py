@@ -71,8 +71,8 @@ def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
     figures = [opened.once(("curve", name, names[name]), partial(_curve, {"": run}, name, names[name])) for name in measured]
     seen = show.overview(run)
     facts = {
-        "model": lookup(run.config, "model.init_args.policy.model"),
-        "environment": lookup(run.config, "data.init_args.env"),
+        "model": lookup(run.config, "model.policy.model"),
+        "environment": lookup(run.config, "data.env"),
         "seed": seen["seed"],
         "iterations": seen["iterations"],
         "trajectories": seen["trajectories"],
