@@ -36,7 +36,7 @@ ADAPTER_KIND, MODEL_KIND = "adapter_config.json", "config.json"
 FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, TENSORBOARD)
 RECORD_FILE = "run.json"
 LOCK_FILE = "run.lock"
-FORMAT = 1
+FORMAT = 2
 """Version of a run folder as this code writes and reads it. It rises when an older one can no longer be read or continued."""
 
 
