@@ -109,19 +109,19 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a learning rate beyond float32": (["--model.optimizer.lr=1e39"], r"model\.optimizer: lr .*at most 1e\+30"),
     "a learning rate that is no number": (["--model.optimizer.lr=.nan"], r"model\.optimizer: lr.*0 or more"),
     "two signals": (
-        ["-c", "method/opid", "--model.objective.multiplier=skillsd.objective.RLSD"],
+        ["-c", "method/opid", "--model.objective.multiplier=skillsd.objective.GapMultiplier"],
         r"model\.objective: advantage and multiplier are both set\. One signal in two places counts the same evidence twice, "
         r"and no weight says which of them worked: set all but one to null",
     ),
     "two signals, by a flag": (
-        ["-c", "method/sdar", "--model.objective.advantage=skillsd.objective.OPID"], "objective: loss and advantage are both set",
+        ["-c", "method/sdar", "--model.objective.advantage=skillsd.objective.GapAdvantage"], "objective: loss and advantage are both set",
     ),
     "a signal in the wrong place": (
-        ["--model.objective.loss=skillsd.objective.RLSD"],
+        ["--model.objective.loss=skillsd.objective.GapMultiplier"],
         r"model\.objective\.loss: RLSD is no loss: give it as multiplier",
     ),
     "a distribution as an advantage": (
-        ["--model.objective.loss=null", "--model.objective.advantage=skillsd.objective.SDPO"],
+        ["--model.objective.loss=null", "--model.objective.advantage=skillsd.objective.TopKJSD"],
         r"model\.objective\.advantage is SDPO.* expected gradient is zero: give it as model\.objective\.loss",
     ),
     "unknown signal": (["--model.objective.loss=skillsd.objective.NoSuch"], r"model.*NoSuch"),

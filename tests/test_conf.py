@@ -236,14 +236,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "shuffled_skill": {"context": "ShuffledContext"},
     "hindsight": {"context": "HindsightContext"},
     "sibling": {"context": "SiblingContext"},
-    "sdar": {"signal": "SDAR", "weight": 0.01},
-    "opid": {"signal": "OPID", "placement": "advantage", "context": "HindsightContext"},
-    "rlsd": {"signal": "RLSD", "placement": "multiplier", "weight": 0.5, "weight_steps": 50, "every": 10},
-    "sdpg_gate": {"signal": "SDPG", "gate": "PositiveGate", "filter": "zero_variance"},
-    "topk_jsd": {"signal": "SDPO", "teacher": "ema", "rate": 0.05},
-    "ucob_pairs": {"signal": "UCOB", "weight": 0.1, "gate": "SigmoidGate", "actor": "half_with_skill"},
-    "trace_gate": {"signal": "SDPG", "weight": 1.0, "gate": "TraceGate", "teacher": "frozen", "least": 1.0},
-    "ground_truth": {"signal": "SDPG", "weight": 1.0, "teacher": "frozen", "context": "GroundTruthContext"},
+    "sdar": {"signal": "GatedLogRatio", "weight": 0.01},
+    "opid": {"signal": "GapAdvantage", "placement": "advantage", "context": "HindsightContext"},
+    "rlsd": {"signal": "GapMultiplier", "placement": "multiplier", "weight": 0.5, "weight_steps": 50, "every": 10},
+    "sdpg_gate": {"signal": "FullReverseKL", "gate": "PositiveGate", "filter": "zero_variance"},
+    "topk_jsd": {"signal": "TopKJSD", "teacher": "ema", "rate": 0.05},
+    "ucob_pairs": {"signal": "TwoViewKL", "weight": 0.1, "gate": "SigmoidGate", "actor": "half_with_skill"},
+    "trace_gate": {"signal": "FullReverseKL", "weight": 1.0, "gate": "TraceGate", "teacher": "frozen", "least": 1.0},
+    "ground_truth": {"signal": "FullReverseKL", "weight": 1.0, "teacher": "frozen", "context": "GroundTruthContext"},
 }
 METHODS |= {
     "no_skill_trace_gate": METHODS["trace_gate"] | METHODS["no_skill"],
@@ -251,7 +251,8 @@ METHODS |= {
 }
 """Overlay -> in what it differs from Skill-SD as in the paper."""
 SKILL_SD: dict[str, Any] = {
-    "signal": "SkillSD", "placement": "loss", "policy": 1.0, "weight": 0.001, "weight_steps": 0, "gate": "NoneType", "filter": "none",
+    "signal": "SampledReverseKL", "placement": "loss", "policy": 1.0, "weight": 0.001, "weight_steps": 0, "gate": "NoneType",
+    "filter": "none",
     "teacher": "sync", "every": 1, "rate": 0.05, "context": "BankContext", "actor": "student",
     "least": -math.inf,
 }  # fmt: skip
@@ -344,7 +345,7 @@ def test_null_in_a_flag(fit):
     flags = ["--model.policy.lora.init=null", "--model.objective.gate", "null"]
     cli = fit(["sokoban.yaml"], *flags, "--model.optimizer.lr=1e-3")
     assert cli.model.settings.lora.init is None and cli.model.objective.gate is None and cli.model.optim.lr == 1e-3
-    assert type(cli.model.objective.signal).__name__ == "SDPG" and cli.model.settings.lora.r == 16  # the rest stays
+    assert type(cli.model.objective.signal).__name__ == "FullReverseKL" and cli.model.settings.lora.r == 16  # the rest stays
     last = fit(["sokoban.yaml"], *flags, "--model.policy.lora.init=nano-recover")
     assert last.model.settings.lora.init == "nano-recover"
 

@@ -21,7 +21,17 @@ from skillsd.callbacks import TeacherSync
 from skillsd.errors import ConfigError
 from skillsd.metrics import METRICS
 from skillsd.module import SkillSD
-from skillsd.objective import OPID, RLSD, SDPG, SDPO, UCOB, Objective, OutcomeGate, PositiveGate, SigmoidGate
+from skillsd.objective import (
+    FullReverseKL,
+    GapAdvantage,
+    GapMultiplier,
+    Objective,
+    OutcomeGate,
+    PositiveGate,
+    SigmoidGate,
+    TopKJSD,
+    TwoViewKL,
+)
 from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import Policy, Scores, TokenSequence
 from skillsd.trajectory import Task, Trajectory, TrajectoryGroup, Turn
@@ -555,8 +565,8 @@ def top_jsd(row: Row, k: int, alpha: float) -> Tensor:
 
 
 SIGNALS: dict[str, tuple[Any, Callable[[Row], Tensor]]] = {
-    "sdpg": (SDPG(), lambda r: kl(r.student.double().exp(), r.teacher.double().exp())),
-    "sdpo": (SDPO(k=4, alpha=0.3), lambda r: r.rho.detach().clamp_max(2.0) * top_jsd(r, 4, 0.3)),
+    "sdpg": (FullReverseKL(), lambda r: kl(r.student.double().exp(), r.teacher.double().exp())),
+    "sdpo": (TopKJSD(k=4, alpha=0.3), lambda r: r.rho.detach().clamp_max(2.0) * top_jsd(r, 4, 0.3)),
 }
 
 
@@ -626,7 +636,7 @@ def test_the_view_that_fared_better_teaches_the_other(make_policy, step):
         gate = torch.sigmoid(-5 * r.ell.detach())
         added = added + (weights.get((r.group.task.task_id, r.member), 0.0) * gate * kl(q / q.sum(-1, True), p / p.sum(-1, True))).sum()
     want = gradient(policy, (grpo + 0.1 * added) / n)
-    objective = Objective(distillation_weight=0.1, loss=UCOB(k=6), gate=SigmoidGate(5.0))
+    objective = Objective(distillation_weight=0.1, loss=TwoViewKL(k=6), gate=SigmoidGate(5.0))
     for tokens in (1, 100, 4096):
         steps = step(policy, groups, objective=objective, micro_batch_tokens=tokens)
         same_gradient(steps.grads[0], want)
@@ -647,7 +657,7 @@ def test_a_gate_that_knows_the_outcome(make_policy, step):
         grpo, added = grpo + r.grpo().sum(), added + sign * kl(r.student.double().exp(), r.teacher.double().exp()).sum()
     assert len(signs) > 2  # for and against, of solved ones and others
     want = gradient(policy, ((grpo + 0.5 * added) / n).float())
-    objective = Objective(distillation_weight=0.5, loss=SDPG(), gate=OutcomeGate())
+    objective = Objective(distillation_weight=0.5, loss=FullReverseKL(), gate=OutcomeGate())
     for tokens in (1, 60, 4096):
         same_gradient(step(policy, groups, objective=objective, micro_batch_tokens=tokens).grads[0], want)
 
@@ -668,7 +678,7 @@ def test_a_signal_in_the_advantage(make_policy, step, placement):
     shifts = [shift(r).detach() if taught(r) else torch.zeros(len(r.picked)) for r in rows]
     loss = sum(r.grpo(x).sum() for r, x in zip(rows, shifts, strict=True)) / n
     plain = sum(r.grpo().sum() for r in rows) / n
-    signal = {"advantage": OPID(), "multiplier": RLSD(clip=0.2)}[placement]
+    signal = {"advantage": GapAdvantage(), "multiplier": GapMultiplier(clip=0.2)}[placement]
     objective, want = Objective(distillation_weight=0.5, **{placement: signal}), gradient(policy, loss)
     for tokens in (1, 4096):
         # As if the adapters were one: then a row that is told nothing needs no teacher.

@@ -19,7 +19,19 @@ from skillsd.errors import Parser, no_module
 from skillsd.methods import merge
 
 _OBJECTIVE = "model.objective"
-_SIGNALS = tuple(f"skillsd.objective.{name}" for name in ("NaiveK3", "OPID", "RLSD", "SDAR", "SDPG", "SDPO", "SkillSD", "UCOB"))
+_SIGNALS = tuple(
+    f"skillsd.objective.{name}"
+    for name in (
+        "UnweightedK3",
+        "GapAdvantage",
+        "GapMultiplier",
+        "GatedLogRatio",
+        "FullReverseKL",
+        "TopKJSD",
+        "SampledReverseKL",
+        "TwoViewKL",
+    )
+)
 _SUMMARISERS = ("RulesSummariser", "BaseSummariser", "OpenAISummariser")
 _CONTEXTS = ("BankContext", "NoContext", "ShuffledContext", "HindsightContext", "SiblingContext", "GroundTruthContext")
 _CALLBACKS = ("EnvStepBudget", "PeerWatch", "ProgressLog")

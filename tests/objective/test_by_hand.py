@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from skillsd.objective import (
-    OPID,
-    RLSD,
-    SDAR,
-    SDPG,
-    SDPO,
-    UCOB,
-    NaiveK3,
+    FullReverseKL,
+    GapAdvantage,
+    GapMultiplier,
+    GatedLogRatio,
     Objective,
     OutcomeGate,
     PositiveGate,
+    SampledReverseKL,
     SigmoidGate,
-    SkillSD,
+    TopKJSD,
     TraceGate,
+    TwoViewKL,
+    UnweightedK3,
 )
 
 V = 6
@@ -156,19 +156,22 @@ def rlsd(clip: float) -> Callable[[Token], float]:
 
 
 LOSSES: dict[str, tuple[Any, Callable[[Token], Loss]]] = {
-    "SkillSD k3": (SkillSD(), skill_sd),
-    "SkillSD score": (SkillSD("score"), score),
-    "NaiveK3": (NaiveK3(), naive_k3),
-    "SDAR": (SDAR(), sdar(5.0)),
-    "SDAR beta 0": (SDAR(beta=0.0), sdar(0.0)),
-    "SDPG": (SDPG(), sdpg),
-    **{f"SDPO k {k} alpha {a}": (SDPO(k, a), sdpo(k, a)) for k in (1, 3, 5, 6, 100) for a in (0.0, 0.3, 0.5, 1.0)},
-    "SDPO ratio clip": (SDPO(3, 0.5, ratio_clip=1.1), sdpo(3, 0.5, 1.1)),
-    "UCOB": (UCOB(), ucob(32)),
-    "UCOB k 3": (UCOB(k=3), ucob(3)),
+    "SkillSD k3": (SampledReverseKL(), skill_sd),
+    "SkillSD score": (SampledReverseKL("score"), score),
+    "UnweightedK3": (UnweightedK3(), naive_k3),
+    "GatedLogRatio": (GatedLogRatio(), sdar(5.0)),
+    "SDAR beta 0": (GatedLogRatio(beta=0.0), sdar(0.0)),
+    "FullReverseKL": (FullReverseKL(), sdpg),
+    **{f"SDPO k {k} alpha {a}": (TopKJSD(k, a), sdpo(k, a)) for k in (1, 3, 5, 6, 100) for a in (0.0, 0.3, 0.5, 1.0)},
+    "SDPO ratio clip": (TopKJSD(3, 0.5, ratio_clip=1.1), sdpo(3, 0.5, 1.1)),
+    "TwoViewKL": (TwoViewKL(), ucob(32)),
+    "UCOB k 3": (TwoViewKL(k=3), ucob(3)),
 }
-ADVANTAGES: dict[str, tuple[Any, Callable[[Token], float]]] = {"OPID": (OPID(), opid)}
-MULTIPLIERS: dict[str, tuple[Any, Callable[[Token], float]]] = {"RLSD": (RLSD(), rlsd(0.2)), "RLSD clip 0.5": (RLSD(clip=0.5), rlsd(0.5))}
+ADVANTAGES: dict[str, tuple[Any, Callable[[Token], float]]] = {"GapAdvantage": (GapAdvantage(), opid)}
+MULTIPLIERS: dict[str, tuple[Any, Callable[[Token], float]]] = {
+    "GapMultiplier": (GapMultiplier(), rlsd(0.2)),
+    "RLSD clip 0.5": (GapMultiplier(clip=0.5), rlsd(0.5)),
+}
 PLACED = {
     name: (placement, *signal)
     for placement, signals in {"loss": LOSSES, "advantage": ADVANTAGES, "multiplier": MULTIPLIERS}.items()

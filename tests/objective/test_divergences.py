@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skillsd.objective import SDPG, SDPO, UCOB, Objective
-from skillsd.objective.sdpo import top_k_with_tail
+from skillsd.objective import FullReverseKL, Objective, TopKJSD, TwoViewKL
+from skillsd.objective.top_k_jsd import top_k_with_tail
 
 ALPHAS = (0.0, 0.3, 0.5, 1.0)
 
@@ -33,25 +33,25 @@ def test_with_the_whole_vocabulary_sdpo_is_exact(pairs, k, alpha):
     p, q = pairs
     m = ((1 - alpha) * p.exp() + alpha * q.exp()).log()
     want = {0.0: kl(q, p), 1.0: kl(p, q)}.get(alpha, (1 - alpha) * kl(p, m) + alpha * kl(q, m))
-    torch.testing.assert_close(SDPO(k=k, alpha=alpha).divergence(p, q), want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(TopKJSD(k=k, alpha=alpha).divergence(p, q), want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_buckets_never_raise_a_divergence(pairs, k, alpha):
     """Data processing: what is told apart no longer cannot differ any more. And none is negative."""
-    fewer, more = (SDPO(k=n, alpha=alpha).divergence(*pairs) for n in (k, k + 1))
+    fewer, more = (TopKJSD(k=n, alpha=alpha).divergence(*pairs) for n in (k, k + 1))
     assert (fewer <= more + 1e-12).all() and (fewer >= -1e-12).all() and (fewer < more - 1e-3).any()
 
 
 def test_jsd_is_at_most_ln_2(pairs):
     """At alpha 0.5, and symmetric there; in general at most the entropy of (alpha, 1 - alpha)."""
     p, q = pairs
-    half = SDPO(k=7, alpha=0.5)
+    half = TopKJSD(k=7, alpha=0.5)
     jsd = half.divergence(p, q)
     assert jsd.max() <= math.log(2) and jsd.max() > 0.9 * math.log(2)
     torch.testing.assert_close(jsd, half.divergence(q, p))
-    assert SDPO(k=7, alpha=0.3).divergence(p, q).max() <= -0.3 * math.log(0.3) - 0.7 * math.log(0.7)
+    assert TopKJSD(k=7, alpha=0.3).divergence(p, q).max() <= -0.3 * math.log(0.3) - 0.7 * math.log(0.7)
     assert kl(p, q).max() > 10 * math.log(2)  # what the bound is for
 
 
@@ -65,7 +65,7 @@ def test_the_tail_keeps_its_digits():
     torch.testing.assert_close(q, torch.tensor([[0.2, 0.2, 0.6]]).log())
     logits = z.requires_grad_()
     for alpha in ALPHAS:
-        value = SDPO(k=2, alpha=alpha).divergence(logits.log_softmax(-1), torch.zeros(1, 5).log_softmax(-1))
+        value = TopKJSD(k=2, alpha=alpha).divergence(logits.log_softmax(-1), torch.zeros(1, 5).log_softmax(-1))
         (grad,) = torch.autograd.grad(value.sum(), logits)
         assert value.isfinite().all() and grad.isfinite().all()
 
@@ -76,12 +76,16 @@ def test_the_kept_tokens_are_whose():
     p, q = top_k_with_tail(student, teacher, 1)
     torch.testing.assert_close(p, torch.tensor([[0.6, 0.4]]).log())
     torch.testing.assert_close(q, torch.tensor([[0.1, 0.9]]).log())
-    assert UCOB(k=1).divergence(student, teacher).item() == 0  # of one token nothing is left to compare
+    assert TwoViewKL(k=1).divergence(student, teacher).item() == 0  # of one token nothing is left to compare
     want = 2 / 3 * math.log(2 / 3 / (1 / 4)) + 1 / 3 * math.log(1 / 3 / (3 / 4))
-    assert UCOB(k=2).divergence(student, teacher).item() == pytest.approx(want, rel=1e-5)
+    assert TwoViewKL(k=2).divergence(student, teacher).item() == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("signal", [SDPG(), SDPO(k=3), SDPO(k=3, alpha=0.0), UCOB(k=3)], ids=["SDPG", "SDPO", "SDPO forward", "UCOB"])
+@pytest.mark.parametrize(
+    "signal",
+    [FullReverseKL(), TopKJSD(k=3), TopKJSD(k=3, alpha=0.0), TwoViewKL(k=3)],
+    ids=["FullReverseKL", "TopKJSD", "SDPO forward", "TwoViewKL"],
+)
 def test_a_piece_at_a_time(pairs, signal):
     """States do not know of each other: the vocabulary's log-probs are made in chunks. And the teacher gets no gradient here."""
     p, q = pairs
@@ -96,7 +100,7 @@ def test_a_piece_at_a_time(pairs, signal):
 
 def test_sdpo_importance_weight_is_capped_and_detached(batch):
     """Its gradient does not pass through rho: that of the divergence alone, times a constant."""
-    o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=SDPO(k=3))
+    o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=TopKJSD(k=3))
     x = batch.inputs(o)
     seen = set()
     for log_rho in (-3.0, 0.0, 0.5, math.log(2.0), 0.9, 50.0):
@@ -115,7 +119,7 @@ def test_sdpo_importance_weight_is_capped_and_detached(batch):
 )
 def test_ucob_weighs_by_the_return_gap(batch, gap, weight):
     """Nothing up to 0.05, then gap / 0.2, at most 2; nothing where nobody acted under the other view, not even a nan."""
-    o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=UCOB())
+    o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=TwoViewKL())
     x = batch.inputs(o)
     terms = o.terms(**x | {"return_gap": torch.full((7,), gap, dtype=torch.float64)})
     torch.testing.assert_close(terms.distillation, weight * x["divergence"][batch.mask].sum())
@@ -126,7 +130,7 @@ def test_ucob_weighs_by_the_return_gap(batch, gap, weight):
 
 
 def test_ucob_without_a_pair_teaches_nothing(batch):
-    o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=UCOB())
+    o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=TwoViewKL())
     terms = o.terms(**batch.inputs(o) | {"return_gap": None})
     assert terms.distillation == 0 and torch.autograd.grad(terms.distillation, batch.logits)[0].eq(0).all()
 
@@ -136,10 +140,10 @@ def test_ucob_without_a_pair_teaches_nothing(batch):
 )
 def test_bad_sdpo(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} "):
-        SDPO(**bad)
+        TopKJSD(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"k": 0}, {"least_gap": -0.1}, {"full_gap": 0.0}, {"max_weight": 0.0}, {"full_gap": math.nan}])
 def test_bad_ucob(bad):
     with pytest.raises(ValueError, match="full_gap > 0"):
-        UCOB(**bad)
+        TwoViewKL(**bad)

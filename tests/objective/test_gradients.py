@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from skillsd.objective import OPID, RLSD, SDAR, SDPG, SDPO, NaiveK3, Objective, Signal, SkillSD, Tokens, k3
+from skillsd.objective import (
+    FullReverseKL,
+    GapAdvantage,
+    GapMultiplier,
+    GatedLogRatio,
+    Objective,
+    SampledReverseKL,
+    Signal,
+    Tokens,
+    TopKJSD,
+    UnweightedK3,
+    k3,
+)
 
 V = 7
 Dists = tuple[Tensor, Tensor, Tensor]
@@ -65,7 +77,7 @@ def test_expected_gradient_is_reverse_kl(dists, form, behaviour):
     z, tea, old = dists
     b = {"student": z.detach().log_softmax(-1), "old student": old, "old teacher": tea}[behaviour]
     for grpo_old in (None, old):  # the policy's own ratio is centred elsewhere in Eq. 13, which is nothing to this term
-        torch.testing.assert_close(expected(alone(SkillSD(form)), z, tea, b, grpo_old), reverse_kl(z, tea), atol=1e-6, rtol=0)
+        torch.testing.assert_close(expected(alone(SampledReverseKL(form)), z, tea, b, grpo_old), reverse_kl(z, tea), atol=1e-6, rtol=0)
 
 
 class Detached(Signal):
@@ -87,10 +99,10 @@ def test_detached_ratio_trains_forward_kl(dists):
 def test_naive_k3_trains_forward_kl(dists):
     """On the student's own tokens; on an older student's it trains neither."""
     z, tea, old = dists
-    own = expected(alone(NaiveK3()), z, tea, z.detach().log_softmax(-1))
+    own = expected(alone(UnweightedK3()), z, tea, z.detach().log_softmax(-1))
     torch.testing.assert_close(own, forward_kl(z, tea), atol=1e-6, rtol=0)
     assert (own - reverse_kl(z, tea)).abs().max() > 1e-2
-    assert all((expected(alone(NaiveK3()), z, tea, old) - kl(z, tea)).abs().max() > 1e-2 for kl in (forward_kl, reverse_kl))
+    assert all((expected(alone(UnweightedK3()), z, tea, old) - kl(z, tea)).abs().max() > 1e-2 for kl in (forward_kl, reverse_kl))
 
 
 def test_score_does_not_overflow():
@@ -98,12 +110,14 @@ def test_score_does_not_overflow():
     rest = dict(
         logp_old=torch.tensor([[-200.0]]), logp_teacher=torch.tensor([[0.0]]), mask=torch.tensor([[True]]), advantage=torch.zeros(1)
     )
-    both = [gradient(o.total(o.terms(logp, **rest), 1), logp) for o in (alone(SkillSD()), alone(SkillSD("score")))]
+    both = [gradient(o.total(o.terms(logp, **rest), 1), logp) for o in (alone(SampledReverseKL()), alone(SampledReverseKL("score")))]
     assert not both[0].isfinite().all()  # exp(200) is not a float32
     torch.testing.assert_close(both[1], torch.tensor([[-200.0]]))
 
 
-@pytest.mark.parametrize("signal", [SkillSD(), SkillSD("score"), NaiveK3(), SDPG(), SDPO(k=3)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "signal", [SampledReverseKL(), SampledReverseKL("score"), UnweightedK3(), FullReverseKL(), TopKJSD(k=3)], ids=lambda s: type(s).__name__
+)
 def test_no_gradient_where_teacher_is_student(dists, signal):
     z, _, old = dists
     assert expected(alone(signal), z, z.detach().log_softmax(-1), old).abs().max() < 1e-15
@@ -121,7 +135,10 @@ def test_first_step_equals_a_token_advantage(form):
     ratio = (logp - logp.detach()).exp()
     token_advantage = advantage[:, None] + lam * (tea - logp.detach())
     want = gradient(-(ratio * token_advantage * mask).sum() / n, logp)
-    for o in (Objective(distillation_weight=lam, loss=SkillSD(form)), Objective(distillation_weight=lam, advantage=OPID())):
+    for o in (
+        Objective(distillation_weight=lam, loss=SampledReverseKL(form)),
+        Objective(distillation_weight=lam, advantage=GapAdvantage()),
+    ):
         got = gradient(o.total(o.terms(logp, logp.detach(), tea, mask, advantage), n), logp)
         torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
@@ -132,14 +149,14 @@ def test_first_step_equals_a_token_advantage(form):
 def test_opid_pulls_along_reverse_kl(dists):
     """At ratio 1 its expected gradient is grad KL(pi_stu || pi_tea), beside GRPO's own, whose advantage sums to nothing here."""
     z, tea, _ = dists
-    o = Objective(distillation_weight=1.0, advantage=OPID())
+    o = Objective(distillation_weight=1.0, advantage=GapAdvantage())
     torch.testing.assert_close(expected(o, z, tea, z.detach().log_softmax(-1), advantage=3.0), reverse_kl(z, tea), atol=1e-12, rtol=0)
 
 
 def test_opid_goes_through_the_bounds_of_the_ratio(dists):
     """Its opinion counts with the reward's, then the ratio is clipped: added as a loss of its own it would not be."""
     z, tea, old = dists
-    o = Objective(distillation_weight=1.0, advantage=OPID())
+    o = Objective(distillation_weight=1.0, advantage=GapAdvantage())
     for a in (-2.0, 0.3, 2.0):
         want = torch.zeros_like(z)
         for token in range(V):
@@ -165,9 +182,9 @@ def test_in_sdar_the_gate_is_the_signal(dists):
     for beta in (0.0, 1.0, 5.0):
         gate = 1 / (1 + (-beta * (tea - stu)).exp())
         want = -gradient((stu.exp() * gate * z.log_softmax(-1)).sum(), z)
-        torch.testing.assert_close(expected(alone(SDAR(beta)), z, tea, stu), want, atol=1e-12, rtol=0)
+        torch.testing.assert_close(expected(alone(GatedLogRatio(beta)), z, tea, stu), want, atol=1e-12, rtol=0)
         assert (want.abs().max() > 1e-2) == (beta > 0)  # a gate that is 1/2 everywhere is none
-    downhill = (expected(alone(SDAR()), z, tea, stu) * reverse_kl(z, tea)).sum()
+    downhill = (expected(alone(GatedLogRatio()), z, tea, stu) * reverse_kl(z, tea)).sum()
     assert downhill > 0  # a step against it lowers KL(pi_stu || pi_tea)
 
 
@@ -177,8 +194,8 @@ def test_sdpg_is_reverse_kl_whoever_sampled(dists, sampled_by):
     z, tea, old = dists
     b = {"student": z.detach().log_softmax(-1), "old student": old, "teacher": tea}[sampled_by]
     kl = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=z), torch.distributions.Categorical(logits=tea))
-    torch.testing.assert_close(SDPG().divergence(z.log_softmax(-1)[None], tea[None])[0], kl)
-    torch.testing.assert_close(expected(alone(SDPG()), z, tea, b), gradient(kl, z), atol=1e-12, rtol=0)
+    torch.testing.assert_close(FullReverseKL().divergence(z.log_softmax(-1)[None], tea[None])[0], kl)
+    torch.testing.assert_close(expected(alone(FullReverseKL()), z, tea, b), gradient(kl, z), atol=1e-12, rtol=0)
 
 
 class StateKL(Signal):
@@ -199,7 +216,7 @@ def test_a_divergence_as_an_advantage_has_expected_gradient_zero(dists):
     signal = StateKL(z, tea)
     assert signal.kl > 0.1
     assert expected(Objective(distillation_weight=1.0, advantage=signal), z, tea, stu).abs().max() < 1e-15
-    for useful in (Objective(distillation_weight=1.0, advantage=OPID()), alone(SDPG())):
+    for useful in (Objective(distillation_weight=1.0, advantage=GapAdvantage()), alone(FullReverseKL())):
         assert expected(useful, z, tea, stu).abs().max() > 1e-2
 
 
@@ -216,7 +233,7 @@ def test_rlsd_keeps_the_direction_of_the_reward(dists):
         sizes = []
         for token in range(V):
             plain = step(Objective(distillation_weight=0.0), token, a)
-            scaled = step(Objective(distillation_weight=1.0, multiplier=RLSD()), token, a)
+            scaled = step(Objective(distillation_weight=1.0, multiplier=GapMultiplier()), token, a)
             sizes.append(float(scaled.norm() / plain.norm()))
             torch.testing.assert_close(scaled, sizes[-1] * plain, atol=1e-12, rtol=0)  # same direction, same sign
         in_order = [s for _, s in sorted(zip((tea - stu).tolist(), sizes, strict=True))]

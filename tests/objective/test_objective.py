@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from skillsd.objective import (
-    OPID,
-    RLSD,
-    SDAR,
-    SDPG,
-    SDPO,
-    UCOB,
+    FullReverseKL,
+    GapAdvantage,
+    GapMultiplier,
     Gate,
-    NaiveK3,
+    GatedLogRatio,
     Objective,
     OutcomeGate,
     PositiveGate,
+    SampledReverseKL,
     SigmoidGate,
     Signal,
-    SkillSD,
     Tokens,
+    TopKJSD,
     TraceGate,
+    TwoViewKL,
+    UnweightedK3,
     clipped_policy_loss,
     float32_rewards,
     group_advantages,
@@ -135,7 +135,7 @@ def test_a_bad_group_filter_is_refused():
         Objective(group_filter="rubbish")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("cls", [SDAR, SigmoidGate])
+@pytest.mark.parametrize("cls", [GatedLogRatio, SigmoidGate])
 @pytest.mark.parametrize("beta", [-1.0, math.nan])
 def test_bad_steepness(cls, beta):
     with pytest.raises(ValueError, match=rf"^{cls.__name__}\.beta is {beta}"):
@@ -151,16 +151,16 @@ def test_bad_indifference(value):
 @pytest.mark.parametrize("clip", [-0.1, 1.0, math.nan])
 def test_a_multiplier_that_could_change_signs_is_refused(clip):
     with pytest.raises(ValueError, match=r"^RLSD\.clip is .*no sign changes"):
-        RLSD(clip)
+        GapMultiplier(clip)
 
 
 @pytest.mark.parametrize(
     "two",
     [
-        {"loss": SkillSD(), "advantage": OPID()},
-        {"loss": SkillSD(), "multiplier": RLSD()},
-        {"advantage": OPID(), "multiplier": RLSD()},
-        {"loss": SDPG(), "advantage": OPID(), "multiplier": RLSD()},
+        {"loss": SampledReverseKL(), "advantage": GapAdvantage()},
+        {"loss": SampledReverseKL(), "multiplier": GapMultiplier()},
+        {"advantage": GapAdvantage(), "multiplier": GapMultiplier()},
+        {"loss": FullReverseKL(), "advantage": GapAdvantage(), "multiplier": GapMultiplier()},
     ],
     ids="+".join,
 )
@@ -170,7 +170,7 @@ def test_two_places_at_once_are_refused(two):
 
 
 @pytest.mark.parametrize("placement", ["advantage", "multiplier"])
-@pytest.mark.parametrize("signal", [SDPG(), SDPO(), UCOB()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("signal", [FullReverseKL(), TopKJSD(), TwoViewKL()], ids=lambda s: type(s).__name__)
 def test_divergences_are_losses_only(placement, signal):
     with pytest.raises(ValueError, match=rf"{KEY}\.{placement} is {type(signal).__name__}, .*expected gradient is zero.*objective\.loss"):
         Objective(**{placement: signal})
@@ -179,14 +179,14 @@ def test_divergences_are_losses_only(placement, signal):
 @pytest.mark.parametrize(
     ("placement", "signal", "instead"),
     [
-        ("advantage", SkillSD(), "loss"),
-        ("advantage", NaiveK3(), "loss"),
-        ("advantage", SDAR(), "loss"),
-        ("advantage", RLSD(), "multiplier"),
-        ("multiplier", SDAR(), "loss"),
-        ("multiplier", OPID(), "advantage"),
-        ("loss", OPID(), "advantage"),
-        ("loss", RLSD(), "multiplier"),
+        ("advantage", SampledReverseKL(), "loss"),
+        ("advantage", UnweightedK3(), "loss"),
+        ("advantage", GatedLogRatio(), "loss"),
+        ("advantage", GapMultiplier(), "multiplier"),
+        ("multiplier", GatedLogRatio(), "loss"),
+        ("multiplier", GapAdvantage(), "advantage"),
+        ("loss", GapAdvantage(), "advantage"),
+        ("loss", GapMultiplier(), "multiplier"),
         ("loss", Signal(), "no method"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_place_that_the_class_does_not_write_is_refused(placement, signal, ins
         Objective(**{placement: signal})
 
 
-@pytest.mark.parametrize("settings", [{"advantage": OPID()}, {"multiplier": RLSD()}])
+@pytest.mark.parametrize("settings", [{"advantage": GapAdvantage()}, {"multiplier": GapMultiplier()}])
 def test_shaping_an_advantage_that_is_not_used_is_refused(settings):
     with pytest.raises(ValueError, match=rf"{KEY}: policy_weight is 0, .*nothing to act on: raise it or use loss"):
         Objective(policy_weight=0.0, **settings)
@@ -204,7 +204,7 @@ def test_shaping_an_advantage_that_is_not_used_is_refused(settings):
 def test_the_default_is_the_papers():
     o = Objective()
     assert (o.policy_weight, o.distillation_weight, o.clip_low, o.clip_high, o.gate, o.group_filter) == (1, 0.001, 0.2, 0.28, None, "none")
-    assert o.placement == "loss" and isinstance(o.signal, SkillSD) and o.signal.form == "k3"
+    assert o.placement == "loss" and isinstance(o.signal, SampledReverseKL) and o.signal.form == "k3"
     assert [o.weight(i) for i in (0, 7, 10**6)] == [0.001] * 3
 
 
@@ -260,26 +260,26 @@ class OwnGate(Gate):
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "GRPO": {"distillation_weight": 0.0},
-    "SkillSD k3": {"loss": SkillSD()},
-    "SkillSD score": {"loss": SkillSD("score")},
-    "NaiveK3": {"loss": NaiveK3()},
-    "SDAR": {"loss": SDAR()},
-    "SDPG": {"loss": SDPG()},
-    "SDPO": {"loss": SDPO(k=3)},
-    "UCOB": {"loss": UCOB(k=3)},
-    "OPID": {"advantage": OPID()},
-    "RLSD": {"multiplier": RLSD()},
+    "SkillSD k3": {"loss": SampledReverseKL()},
+    "SkillSD score": {"loss": SampledReverseKL("score")},
+    "UnweightedK3": {"loss": UnweightedK3()},
+    "GatedLogRatio": {"loss": GatedLogRatio()},
+    "FullReverseKL": {"loss": FullReverseKL()},
+    "TopKJSD": {"loss": TopKJSD(k=3)},
+    "TwoViewKL": {"loss": TwoViewKL(k=3)},
+    "GapAdvantage": {"advantage": GapAdvantage()},
+    "GapMultiplier": {"multiplier": GapMultiplier()},
     "own loss": {"loss": Own()},
     "own advantage": {"advantage": Own()},
     "own multiplier": {"multiplier": Own()},
     "own divergence": {"loss": OwnDistributional()},
-    "SkillSD, sigmoid": {"loss": SkillSD(), "gate": SigmoidGate()},
-    "SDPG, positive": {"loss": SDPG(), "gate": PositiveGate()},
-    "SDPO, outcome": {"loss": SDPO(k=3), "gate": OutcomeGate()},
-    "SkillSD, trace": {"loss": SkillSD(), "gate": TraceGate()},
-    "OPID, sigmoid": {"advantage": OPID(), "gate": SigmoidGate()},
-    "RLSD, outcome": {"multiplier": RLSD(), "gate": OutcomeGate()},
-    "UCOB, sigmoid": {"loss": UCOB(k=3), "gate": SigmoidGate()},
+    "SkillSD, sigmoid": {"loss": SampledReverseKL(), "gate": SigmoidGate()},
+    "SDPG, positive": {"loss": FullReverseKL(), "gate": PositiveGate()},
+    "SDPO, outcome": {"loss": TopKJSD(k=3), "gate": OutcomeGate()},
+    "SkillSD, trace": {"loss": SampledReverseKL(), "gate": TraceGate()},
+    "OPID, sigmoid": {"advantage": GapAdvantage(), "gate": SigmoidGate()},
+    "RLSD, outcome": {"multiplier": GapMultiplier(), "gate": OutcomeGate()},
+    "UCOB, sigmoid": {"loss": TwoViewKL(k=3), "gate": SigmoidGate()},
 }
 
 
@@ -368,7 +368,7 @@ def test_at_weight_0_every_algorithm_is_grpo(batch, objective):
 
 
 def test_the_weight_is_that_of_iteration_0_unless_told(batch):
-    o = Objective(distillation_weight=0.5, weight_steps=10, loss=NaiveK3())
+    o = Objective(distillation_weight=0.5, weight_steps=10, loss=UnweightedK3())
     x = batch.inputs(o)
     by_weight = {w: o.terms(**x, weight=w).distillation for w in (None, 0.5, 0.25)}
     assert by_weight[None] == by_weight[0.5] and by_weight[0.25].item() == pytest.approx(by_weight[0.5].item() / 2, rel=1e-12)
@@ -383,7 +383,7 @@ def test_optional_inputs(batch):
     }  # fmt: skip
     seen = []
 
-    class Seen(SkillSD):
+    class Seen(SampledReverseKL):
         def loss(self, t: Tokens) -> Tensor:
             seen.append(t)
             return super().loss(t)
@@ -450,7 +450,7 @@ def test_an_own_gate(batch):
 
 
 def test_a_signal_inherits_its_places():
-    class Mine(OPID):
+    class Mine(GapAdvantage):
         def loss(self, t: Tokens) -> Tensor:
             return -t.logp
 
@@ -510,7 +510,7 @@ def test_rlsd_never_overflows_nor_flips(batch):
         for gap in (-5000.0, -0.1, 0.0, 0.1, 5000.0):
             one, row = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
             t = Tokens(one, one, one, one + gap, one + a, one > 1, one, row)
-            m = float(RLSD().multiplier(t))
+            m = float(GapMultiplier().multiplier(t))
             want = min(max(math.exp(min(gap * ((a > 0) - (a < 0)), 700.0)), 0.8), 1.2)
             assert m == pytest.approx(want)
 

@@ -27,7 +27,7 @@ def _paths(node: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 PATHS = _paths(CONF) + [("data", "rollout", key) for key in RolloutSettings.__dataclass_fields__]
 ODD = ["", "nosuch", "init_args", "class_path", "0", "é"]
-CLASSES = ["os.system", "nosuch.X", "skillsd.objective.SDPG", "skillsd.objective.Gate", "skillsd.skills.NoContext", 1, None, ""]
+CLASSES = ["os.system", "nosuch.X", "skillsd.objective.FullReverseKL", "skillsd.objective.Gate", "skillsd.skills.NoContext", 1, None, ""]
 SCALARS = [None, True, 0, 1, -1, 1.5, float("nan"), float("inf"), 10**30, "x", "", "null", "1e400", "é\x00", "-", "${x}", "${..}", "a.b"]
 OBJECTS = st.fixed_dictionaries({"class_path": st.sampled_from(CLASSES), "init_args": st.sampled_from([{}, {"a": 1}, 3])})
 KEYS = st.sampled_from([*ODD, "lengths", "min_reward"])
@@ -99,7 +99,7 @@ def test_any_value_under_any_key(run, entries):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("class_path", ["os.system", "skillsd.objective.SDPG"])
+@pytest.mark.parametrize("class_path", ["os.system", "skillsd.objective.FullReverseKL"])
 @pytest.mark.parametrize("key", ["model.policy.lora", "model.policy", "model.objective", "data.rollout"])
 def test_another_class_for_a_dataclass(run, key, class_path):
     code, said = run(yaml.safe_dump(overlay([(tuple(key.split(".")), "class_path", class_path)])))

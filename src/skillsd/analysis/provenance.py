@@ -48,7 +48,7 @@ def summary(run: Run) -> str:
     """The run in a sentence."""
     env, model, seed = ("unknown" if (v := lookup(run.config, KEYS[k])) is None else _plain(v) for k in _SENTENCE)
     loss = next((_plain(v) for k in ("loss", "advantage", "multiplier") if (v := lookup(run.config, KEYS[k])) is not None), "")
-    loss = loss or ("skillsd.objective.SkillSD" if lookup(run.config, "model") == "skillsd.module.SkillSD" else "unknown")
+    loss = loss or ("skillsd.objective.SampledReverseKL" if lookup(run.config, KEYS["model"]) is not None else "unknown")
     when, made = _begun(run.folder), recorded(run).get("skillsd")
     ends = (f", begun {when}" if when else "") + (f", skillsd {_plain(made)}" if made else ", skillsd's version not recorded")
     return f"A run of {model} on {env}, loss {loss}, seed {seed}; {count(len(run.metrics), 'iteration')}{ends}."

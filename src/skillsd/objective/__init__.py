@@ -1,36 +1,36 @@
 """The mathematics: pure functions on tensors, composed by `Objective`. One algorithm is one file; `signal` says how to write another."""
 
+from skillsd.objective.full_reverse_kl import FullReverseKL
+from skillsd.objective.gap_advantage import GapAdvantage
+from skillsd.objective.gap_multiplier import GapMultiplier
+from skillsd.objective.gated_log_ratio import GatedLogRatio
 from skillsd.objective.gates import OutcomeGate, PositiveGate, SigmoidGate, TraceGate
 from skillsd.objective.grpo import clipped_policy_loss, float32_rewards, group_advantages
-from skillsd.objective.naive_k3 import NaiveK3
 from skillsd.objective.objective import Objective, Terms
-from skillsd.objective.opid import OPID
-from skillsd.objective.rlsd import RLSD
-from skillsd.objective.sdar import SDAR
-from skillsd.objective.sdpg import SDPG
-from skillsd.objective.sdpo import SDPO
+from skillsd.objective.sampled_reverse_kl import SampledReverseKL
 from skillsd.objective.signal import Gate, Signal, Tokens, k3
-from skillsd.objective.skill_sd import SkillSD
-from skillsd.objective.ucob import UCOB
+from skillsd.objective.top_k_jsd import TopKJSD
+from skillsd.objective.two_view_kl import TwoViewKL
+from skillsd.objective.unweighted_k3 import UnweightedK3
 
 __all__ = [
-    "OPID",
-    "RLSD",
-    "SDAR",
-    "SDPG",
-    "SDPO",
-    "UCOB",
+    "FullReverseKL",
+    "GapAdvantage",
+    "GapMultiplier",
     "Gate",
-    "NaiveK3",
+    "GatedLogRatio",
     "Objective",
     "OutcomeGate",
     "PositiveGate",
+    "SampledReverseKL",
     "SigmoidGate",
     "Signal",
-    "SkillSD",
     "Terms",
     "Tokens",
+    "TopKJSD",
     "TraceGate",
+    "TwoViewKL",
+    "UnweightedK3",
     "clipped_policy_loss",
     "float32_rewards",
     "group_advantages",

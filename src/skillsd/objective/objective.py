@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from skillsd.objective.grpo import clipped_policy_loss
+from skillsd.objective.sampled_reverse_kl import SampledReverseKL
 from skillsd.objective.signal import Gate, Signal, Tokens, k3
-from skillsd.objective.skill_sd import SkillSD
 
 PLACEMENTS = ("loss", "advantage", "multiplier")
 
@@ -50,7 +50,7 @@ class Objective:
     weight_end: float = 0.0
     """lambda after weight_steps iterations."""
     loss: Signal | None = None
-    """Signal that adds a loss; null, with the next two null as well, is SkillSD."""
+    """Signal that adds a loss; null, with the next two null as well, is SampledReverseKL."""
     advantage: Signal | None = None
     """Signal that is added to the advantage."""
     multiplier: Signal | None = None
@@ -76,7 +76,7 @@ class Objective:
                 "weight says which of them worked: set all but one to null."
             )
         self.placement = given[0] if given else "loss"
-        self.signal: Signal = getattr(self, self.placement) or SkillSD()
+        self.signal: Signal = getattr(self, self.placement) or SampledReverseKL()
         name = type(self.signal).__name__
         if self.signal.distributional and self.placement != "loss":
             raise ValueError(

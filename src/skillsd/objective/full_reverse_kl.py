@@ -15,7 +15,7 @@ from torch import Tensor
 from skillsd.objective.signal import Signal, Tokens
 
 
-class SDPG(Signal):
+class FullReverseKL(Signal):
     """Full-vocabulary reverse KL."""
 
     distributional = True

@@ -16,7 +16,7 @@ from torch import Tensor
 from skillsd.objective.signal import Signal, Tokens
 
 
-class UCOB(Signal):
+class TwoViewKL(Signal):
     """Top-K forward KL towards the view with the higher return.
 
     Args:
@@ -30,7 +30,7 @@ class UCOB(Signal):
 
     def __init__(self, k: int = 32, least_gap: float = 0.05, full_gap: float = 0.2, max_weight: float = 2.0) -> None:
         if k < 1 or least_gap < 0 or not full_gap > 0 or not max_weight > 0:
-            raise ValueError("UCOB: give k >= 1, least_gap >= 0, full_gap > 0 and max_weight > 0.")
+            raise ValueError("TwoViewKL: give k >= 1, least_gap >= 0, full_gap > 0 and max_weight > 0.")
         self.k, self.least_gap, self.full_gap, self.max_weight = k, least_gap, full_gap, max_weight
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from skillsd.objective.signal import Signal, Tokens, k3
 
 
-class NaiveK3(Signal):
+class UnweightedK3(Signal):
     """k3 without importance weight."""
 
     def loss(self, t: Tokens) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from skillsd.objective.signal import Signal, Tokens
 
 
-class SDAR(Signal):
+class GatedLogRatio(Signal):
     """Sigmoid-gated log-prob gap.
 
     Args:
@@ -24,7 +24,7 @@ class SDAR(Signal):
 
     def __init__(self, beta: float = 5.0) -> None:
         if not beta >= 0:
-            raise ValueError(f"SDAR.beta is {beta}: give 0 or more.")
+            raise ValueError(f"GatedLogRatio.beta is {beta}: give 0 or more.")
         self.beta = beta
 
     def loss(self, t: Tokens) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from skillsd.objective.signal import Signal, Tokens
 
 
-class SDPO(Signal):
+class TopKJSD(Signal):
     """Top-K Jensen-Shannon divergence with a tail bucket.
 
     Args:
@@ -31,7 +31,7 @@ class SDPO(Signal):
 
     def __init__(self, k: int = 100, alpha: float = 0.5, ratio_clip: float = 2.0) -> None:
         if k < 1 or not 0 <= alpha <= 1 or not ratio_clip > 0:
-            raise ValueError(f"SDPO: k is {k}, alpha {alpha}, ratio_clip {ratio_clip}: give k >= 1, alpha in [0, 1] and ratio_clip > 0.")
+            raise ValueError(f"TopKJSD: k is {k}, alpha {alpha}, ratio_clip {ratio_clip}: give k >= 1, alpha in [0, 1] and ratio_clip > 0.")
         self.k, self.alpha, self.ratio_clip = k, alpha, ratio_clip
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from skillsd.objective.signal import Signal, Tokens, k3
 
 
-class SkillSD(Signal):
+class SampledReverseKL(Signal):
     """Importance-weighted reverse KL on the sampled tokens.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 from skillsd.objective.signal import Signal, Tokens
 
 
-class RLSD(Signal):
+class GapMultiplier(Signal):
     """Bounded sign-preserving multiplier of the advantage.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 from skillsd.objective.signal import Signal, Tokens
 
 
-class OPID(Signal):
+class GapAdvantage(Signal):
     """Log-prob gap as a token advantage."""
 
     def advantage(self, t: Tokens) -> Tensor:
