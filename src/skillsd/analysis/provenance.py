@@ -23,7 +23,7 @@ from skillsd.words import count
 
 KEYS = {
     "environment": "data.env", "model": "model.policy.model", "quantised": "model.policy.quantise",
-    "LoRA rank": "model.policy.lora.r", "LoRA starts from": "model.policy.lora.init", "module": "model",
+    "LoRA rank": "model.policy.lora.r", "LoRA starts from": "model.policy.lora.init", "method": "method",
     "loss": "model.objective.loss", "distillation weight": "model.objective.distillation_weight",
     "policy weight": "model.objective.policy_weight", "advantage": "model.objective.advantage",
     "multiplier": "model.objective.multiplier", "gate": "model.objective.gate", "teacher": "teacher.mode",
