@@ -74,23 +74,23 @@ RUBBISH: dict[str, tuple[str, Callable[..., Any], str]] = {
 
 @pytest.mark.parametrize("name", RUBBISH)
 def test_play_says_so_in_one_line(name, tmp_path, monkeypatch, capsys):
-    call, does, told = RUBBISH[name]
+    call, does, finding = RUBBISH[name]
     monkeypatch.setattr(Rude, "says", {call: does})
     monkeypatch.chdir(tmp_path)
     env = [f"--data.env={ENV}", "--data.env_kwargs={}"]
     assert cli.main(["play", "-c", "sokoban", *env, "--policy=oracle"]) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(rf"error: data\.env: {ENV}: {call}\(.*\n", said), said
-    assert told in said
+    assert finding in said
 
 
 @pytest.mark.parametrize("name", [name for name in RUBBISH if not name.startswith(("tasks", "a task"))])
 def test_a_demonstration_says_so(name, monkeypatch):
-    call, does, told = RUBBISH[name]
+    call, does, finding = RUBBISH[name]
     monkeypatch.setattr(Rude, "says", {call: does})
     with pytest.raises(ConfigError, match=rf"data\.env: {ENV}: {call}\(") as error:
         demonstrate(make_env(ENV, {}), Task("a"))
-    assert told in str(error.value) and error.value.__cause__ is not None
+    assert finding in str(error.value) and error.value.__cause__ is not None
 
 
 # -- before a run ----------------------------------------------------------------------------------------------------------------------
@@ -122,16 +122,16 @@ BREACHES: dict[str, tuple[str, Callable[..., Any], str]] = {
 
 @pytest.mark.parametrize("name", BREACHES)
 def test_what_breaks_the_contract_is_found_before_a_run(name, monkeypatch, caplog):
-    call, does, told = BREACHES[name]
+    call, does, finding = BREACHES[name]
     goes_on = {"step": lambda: ("go on", 0.0, False, False, {})}
     monkeypatch.setattr(Rude, "says", {**goes_on, call: does})
     monkeypatch.setattr(Rude, "finish", lambda self: self.says["finish"](), raising=False)
     with pytest.raises(ConfigError) as error:
         check_before_run(make_env(ENV, {}), [Task("a")], 9.0)
     line = str(error.value)
-    assert line.startswith(f"data.env: {ENV}: {call}(") and told in line and "\n" not in line
+    assert line.startswith(f"data.env: {ENV}: {call}(") and finding in line and "\n" not in line
     check_before_run(make_env(ENV, {}), [Task("a")], 9.0, may_fail=True)
-    assert told in caplog.text
+    assert finding in caplog.text
 
 
 def test_what_hangs_is_found_before_a_run(monkeypatch):

@@ -40,8 +40,8 @@ class Guess(gym.Env):
 
     def step(self, action):
         self.turn += 1
-        done = action == self.word
-        return self.answer, float(done), done, not done and self.turn == 3, {"success": done, "completion": float(done)}
+        over = action == self.word
+        return self.answer, float(over), over, not over and self.turn == 3, {"success": over, "completion": float(over)}
 
 
 def test_sound_environment_passes():
@@ -50,16 +50,16 @@ def test_sound_environment_passes():
 
 
 @pytest.mark.parametrize(
-    ("final", "told"),
+    ("final", "finding"),
     [({"success": False, "completion": 0.5}, None), ({"success": True, "completion": 0.5}, "completes everything"),
      (None, r"finish\(\) .*info is a NoneType"), ({"success": False}, "float from 0 to 1")],
 )  # fmt: skip
-def test_finish_returns_the_final_info(final, told):
+def test_finish_returns_the_final_info(final, finding):
     env = type("Finishing", (Guess,), {"finish": lambda self: final})()
-    if told is None:
+    if finding is None:
         check_text_env(env)
     else:
-        with pytest.raises(AssertionError, match=told):
+        with pytest.raises(AssertionError, match=finding):
             check_text_env(env)
 
 
@@ -67,9 +67,9 @@ def failing(change=lambda info: info):
     """Guess, but an answer that it cannot read ends the episode as failed."""
 
     def step(self, action):
-        obs, reward, done, truncated, info = Guess.step(self, action)
+        obs, reward, over, truncated, info = Guess.step(self, action)
         if action in ("a", "b"):
-            return obs, reward, done, truncated, info
+            return obs, reward, over, truncated, info
         return obs, 0.0, True, False, change({"failed": f"crashed on {action!r}"})
 
     return type("Failing", (Guess,), {"step": step})
@@ -81,11 +81,11 @@ def test_an_episode_may_fail_on_what_cannot_be_read():
     check_text_env(failing(lambda info: {"failed": None, "success": False, "completion": 0.0})())  # it did not
 
 
-def test_it_asks_without_asserts_too():
+def test_it_checks_under_python_O():
     """`python -O` leaves assert statements out."""
     code = "import tests.test_testing as t; t.check_text_env(type('B', (t.Guess,), {'answer': None})())"
-    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 1 and "the observation is a NoneType, not a str" in done.stderr
+    result = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 1 and "the observation is a NoneType, not a str" in result.stderr
 
 
 @pytest.mark.parametrize(

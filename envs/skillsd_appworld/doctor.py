@@ -33,10 +33,10 @@ def _row(check: str, state: str, detail: str, fix: str = "") -> dict[str, str]:
 
 def _version(python: Path) -> str:
     code = "import importlib.metadata as m; print('appworld', m.version('appworld'))"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, timeout=60, encoding="utf-8", errors="replace")
-    if done.returncode:
+    result = subprocess.run([str(python), "-c", code], capture_output=True, timeout=60, encoding="utf-8", errors="replace")
+    if result.returncode:
         raise OSError(f"python: {python} has no appworld package")
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def _tasks(check: str, source: str, fix: str) -> dict[str, str]:
@@ -54,10 +54,10 @@ def _tasks(check: str, source: str, fix: str) -> dict[str, str]:
 
 def _sandbox(python: Path) -> dict[str, str]:
     check, fix = "isolation of agents' code", "a Linux kernel with seccomp and Landlock (5.13 or newer)"
-    done = subprocess.run([str(python), str(SANDBOX)], capture_output=True, timeout=60, encoding="utf-8", errors="replace")
-    if done.returncode:
-        return _row(check, "missing", (done.stderr.strip().splitlines() or ["it could not be probed"])[-1], fix)
-    found = json.loads(done.stdout)
+    result = subprocess.run([str(python), str(SANDBOX)], capture_output=True, timeout=60, encoding="utf-8", errors="replace")
+    if result.returncode:
+        return _row(check, "missing", (result.stderr.strip().splitlines() or ["it could not be probed"])[-1], fix)
+    found = json.loads(result.stdout)
     detail = ", ".join(f"{what}: {how}" for what, how in found.items())
     if found["syscalls"] == "none":
         return _row(check, "missing", detail + "; worlds do not start", fix)

@@ -33,15 +33,15 @@ class NoIndex(Exception):
 
 
 def install(folder: Path, pip_args: str = "") -> None:
-    """Make what is missing in `folder`. CalledProcessError if a step fails, NoIndex if that is why, NotOurs before anything is done."""
+    """Make what is missing in `folder`. CalledProcessError if a step fails, NoIndex if that is why, NotOurs before anything is changed."""
     folder = folder.expanduser().absolute()
     python, pins = folder / "venv" / "bin" / "python", WORKER / "constraints.txt"
     environ = {**os.environ, "APPWORLD_CACHE": str(folder / "cache"), "APPWORLD_ROOT": str(folder), "PYTHONHASHSEED": "0"}
-    done, mark = folder / "venv" / ".installed", folder / "venv" / MARK
-    if (folder / "venv").exists() and not (done.is_file() or mark.is_file()):
+    installed, mark = folder / "venv" / ".installed", folder / "venv" / MARK
+    if (folder / "venv").exists() and not (installed.is_file() or mark.is_file()):
         raise NotOurs(f"{folder / 'venv'} is there, and was not made by this command: move it away, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if not done.is_file() or done.read_text(encoding="utf-8") != pins.read_text(encoding="utf-8"):
+    if not installed.is_file() or installed.read_text(encoding="utf-8") != pins.read_text(encoding="utf-8"):
         print(f"AppWorld's interpreter: {folder / 'venv'}", flush=True)
         mark.parent.mkdir(exist_ok=True)
         mark.touch()  # one that is killed half way may be made again, by this
@@ -60,7 +60,7 @@ def install(folder: Path, pip_args: str = "") -> None:
                     raise NoIndex from None
             raise
         subprocess.run([str(folder / "venv" / "bin" / "appworld"), "install"], check=True, env=environ, stdout=subprocess.DEVNULL)
-        done.write_text(pins.read_text(encoding="utf-8"), encoding="utf-8")
+        installed.write_text(pins.read_text(encoding="utf-8"), encoding="utf-8")
     subprocess.run([str(python), str(WORKER / "make_tiny.py"), str(folder / "tiny"), "--keep"], check=True, env=environ)
     print(f"AppWorld: {python}\ntiny AppWorld-format tasks: {folder / 'tiny'}")
 

@@ -124,9 +124,9 @@ class ForkServer:
         try:
             with self._lock:
                 self._wait()
-                told, fds = self._exchange(request, [end.fileno() for end in (theirs, *more)])
-                if "error" in told:
-                    raise Refused(told["error"])
+                answer, fds = self._exchange(request, [end.fileno() for end in (theirs, *more)])
+                if "error" in answer:
+                    raise Refused(answer["error"])
                 self.forks += 1
                 self.live += 1
         except BaseException:
@@ -134,7 +134,7 @@ class ForkServer:
             raise
         finally:
             theirs.close()
-        return Child(ours, told["pid"], fds[0], self, folder)
+        return Child(ours, answer["pid"], fds[0], self, folder)
 
     def release(self) -> None:
         """One child less."""
@@ -167,10 +167,10 @@ class ForkServer:
         try:
             socket.send_fds(self.control, [json.dumps(request).encode()], fds)
             data, got, _, _ = socket.recv_fds(self.control, 1 << 16, 1)
-            told = dict(json.loads(data))
-            if "pid" in told and not got:
+            answer = dict(json.loads(data))
+            if "pid" in answer and not got:
                 raise OSError("this process has no file descriptor left")
-            return told, got
+            return answer, got
         except BaseException:
             self.control.close()
             raise
@@ -178,9 +178,9 @@ class ForkServer:
     def _wait(self) -> None:
         if self._ready:
             return
-        told = json.loads(self.control.recv(1 << 16) or b"{}")
-        if "pid" not in told:
-            raise ValueError(told.get("error", "it ended while it started"))
+        answer = json.loads(self.control.recv(1 << 16) or b"{}")
+        if "pid" not in answer:
+            raise ValueError(answer.get("error", "it ended while it started"))
         self._ready = True
 
 

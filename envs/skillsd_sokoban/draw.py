@@ -12,7 +12,7 @@ from skillsd_sokoban.level import SYMBOLS, WALL, Level
 
 CELL = 32
 """Pixels of a cell's side."""
-MOST_CELLS = 64 * 64
+MAX_CELLS = 64 * 64
 """A larger map has no picture."""
 
 Image = NDArray[np.uint8]
@@ -49,7 +49,7 @@ def find(text: str, separator: str = "") -> Level | None:
             rows.insert(0, wall)
         if last < len(lines) and lines[last].startswith(wall):
             rows.append(wall)
-        if width * len(rows) <= MOST_CELLS:
+        if width * len(rows) <= MAX_CELLS:
             try:
                 return Level.from_text("\n".join([line[::step] for line in rows]))
             except ValueError:

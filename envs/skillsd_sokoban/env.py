@@ -178,16 +178,16 @@ class SokobanEnv(gym.Env[str, str]):
             raise TypeError(f"the action must be a str, not {type(action).__name__}")
         moves = self._actions.read(action)
         self._turn += 1
-        done = False
+        solved = False
         for move in moves or ():
             self._move(self._steps[move])
             if self._boxes == self._targets:
-                done = True
+                solved = True
                 break
-        truncated = not done and self._turn >= self._max_turns
-        info = self._info(moves is not None, done)
+        truncated = not solved and self._turn >= self._max_turns
+        info = self._info(moves is not None, solved)
         reward = 0.0
-        if done or truncated:
+        if solved or truncated:
             self._running = False
             reward = info["completion"]
         if moves is None:
@@ -196,13 +196,13 @@ class SokobanEnv(gym.Env[str, str]):
             reward += self._distance_reward * self._progress()
         board = "".join(self._cells)
         if moves is not None and self._plain:
-            return board, reward, done, truncated, info
+            return board, reward, solved, truncated, info
         fields = {"board": board, "format": self._actions.accepted, "turn": self._turn, "turns_left": self._max_turns - self._turn}
         if moves is None:
             text = self._prompts["invalid"].format(message=f"Your answer could not be read: {self._actions.accepted}.", **fields)
         else:
             text = self._prompts["observation"].format(message="", **fields)
-        return text, reward, done, truncated, info
+        return text, reward, solved, truncated, info
 
     def render(self) -> str | Image:  # type: ignore[override]
         """The current map: a text, or with render_mode "rgb_array" a picture, [H, W, 3] uint8."""

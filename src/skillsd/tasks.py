@@ -11,7 +11,7 @@ from skillsd.errors import ConfigError
 from skillsd.trajectory import Task
 
 KEYS = ("task_id", "split", "difficulty", "scenario")
-"""Of an entry; what else it holds are options of `reset`."""
+"""Keys of an entry that describe the task. What else it holds are options of `reset`."""
 
 
 def read_tasks(path: str | Path, split: str, key: str) -> list[Task]:

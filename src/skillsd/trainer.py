@@ -99,16 +99,16 @@ class Trainer(L.Trainer):
                 raise ConfigError(f"skill: --policy {policy} reads no prompt, so a skill would change nothing: leave out --skill.")
             if ckpt_path is not None:
                 raise ConfigError(f"ckpt_path: --policy {policy} loads no model: leave out --ckpt_path.")
-        with Gif(gif, datamodule) as film:
+        with Gif(gif, datamodule) as animation:
             if policy != "model":
-                play_scripted(datamodule, policy, level, task, film)
+                play_scripted(datamodule, policy, level, task, animation)
                 return
             path = None
             if ckpt_path is not None:
                 path, _ = _restore(self, model, ckpt_path)
             else:
                 model.configure_model()
-            play_model(self, model, datamodule, level, task, skill, film, weights(model, path))
+            play_model(self, model, datamodule, level, task, skill, animation, weights(model, path))
 
     def serve(
         self,

@@ -59,13 +59,13 @@ def frames(path):
 
 def test_frames_and_captions(data, tmp_path, capsys):
     path = tmp_path / "new" / "a.GIF"
-    with Gif(str(path), data) as film:
-        film.add("dark", "nothing to see yet")
-        film.add("red", "turn 1: up")
-        film.add("green", "turn 2: " + "down\n" * 100)
-        film.add("dark", "turn 3: \x1b[2J\ud800")
-        film.add("tall", "solved")
-        film.save()
+    with Gif(str(path), data) as gif:
+        gif.add("dark", "nothing to see yet")
+        gif.add("red", "turn 1: up")
+        gif.add("green", "turn 2: " + "down\n" * 100)
+        gif.add("dark", "turn 3: \x1b[2J\ud800")
+        gif.add("tall", "solved")
+        gif.save()
     assert [p.name for p in path.parent.iterdir()] == ["a.GIF"] and capsys.readouterr().out == f"gif: {path}\n"
     shown, loop = frames(path)
     assert loop == 0 and [ms for _, ms in shown] == [TURN_MS] * 3 + [LAST_MS]
@@ -77,11 +77,11 @@ def test_frames_and_captions(data, tmp_path, capsys):
     assert (shown[0][0][40:80] > 240).all()
 
 
-def test_no_path_is_no_film(data):
-    with Gif(None, data) as film:
-        film.add("no such", "")
-        film.save()
-    assert Painter.alive == 0 and film.env is None
+def test_no_path_writes_no_gif(data):
+    with Gif(None, data) as gif:
+        gif.add("no such", "")
+        gif.save()
+    assert Painter.alive == 0 and gif.env is None
 
 
 @pytest.mark.parametrize("name", ["a.png", "gif", "folder.gif", ".gif"])
@@ -99,17 +99,17 @@ def test_an_environment_that_does_not_draw(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("observation", ["raises", "float", "flat", ""])
 def test_a_picture_that_is_none(data, tmp_path, observation):
-    with Gif(str(tmp_path / "a.gif"), data) as film, pytest.raises(ConfigError, match=r"Painter-v0: picture\(\) failed \(raised: "):
-        film.add(observation, "")
+    with Gif(str(tmp_path / "a.gif"), data) as gif, pytest.raises(ConfigError, match=r"Painter-v0: picture\(\) failed \(raised: "):
+        gif.add(observation, "")
 
 
 def test_nothing_to_show_and_nowhere_to_write(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with Gif(str(tmp_path / "a.gif"), data) as film:
+    with Gif(str(tmp_path / "a.gif"), data) as gif:
         with pytest.raises(ConfigError, match="no observation of this episode shows a picture"):
-            film.save()
-        film.path = tmp_path / "file" / "a.gif"
-        film.add("red", "")
+            gif.save()
+        gif.path = tmp_path / "file" / "a.gif"
+        gif.add("red", "")
         with pytest.raises(ConfigError, match=r"^gif: .* cannot be written \(.*\): name another file\.$"):
-            film.save()
+            gif.save()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

@@ -77,9 +77,9 @@ def test_a_pair_shares_its_noise(run, scorer, monkeypatch):
 
 
 def test_who_acts(scorer):
-    taught, base = (replay(scorer, range(1, N + 1), members=1, temperature=0.0, adapter=a) for a in ("teacher", None))
-    assert not taught.equals(base)
-    pd.testing.assert_frame_equal(taught, replay(scorer, range(1, N + 1), members=1, temperature=0.0, seed=5))  # greedy; student as teacher
+    teacher, base = (replay(scorer, range(1, N + 1), members=1, temperature=0.0, adapter=a) for a in ("teacher", None))
+    assert not teacher.equals(base)
+    pd.testing.assert_frame_equal(teacher, replay(scorer, range(1, N + 1), members=1, temperature=0.0, seed=5))  # both are greedy
 
 
 def test_tasks_of_a_file_bring_their_boards(run, scorer, monkeypatch, tmp_path):

@@ -576,12 +576,12 @@ def test_play_as_a_gif(tell, tmp_path, hosted, policy):
     """A frame a turn and one of how it ends, each what the environment draws; nothing else is told or left than without."""
     flags = [hosted, "--policy", policy, "--level", "2"]
     plain = tell("play", tmp_path / "none", *flags)
-    told = tell("play", tmp_path / "none", *flags, f"--gif={tmp_path / 'films' / 'a.gif'}")
-    assert told == f"{plain}gif: {tmp_path / 'films' / 'a.gif'}\n" and Hosted.alive == 0 and not (tmp_path / "none").exists()
+    told = tell("play", tmp_path / "none", *flags, f"--gif={tmp_path / 'new' / 'a.gif'}")
+    assert told == f"{plain}gif: {tmp_path / 'new' / 'a.gif'}\n" and Hosted.alive == 0 and not (tmp_path / "none").exists()
     env = SokobanEnv(**TINY["data"]["env_kwargs"])
     boards = [env.reset(options={"task_id": "test-0002"})[0]]
     boards += [env.step(line[2:])[0] for line in plain.splitlines() if line.startswith("> ")]
-    with Image.open(tmp_path / "films" / "a.gif") as gif:
+    with Image.open(tmp_path / "new" / "a.gif") as gif:
         assert gif.n_frames == len(boards) > 3
         for i, board in enumerate(boards):
             gif.seek(i)

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from skillsd_sokoban.draw import CELL, MOST_CELLS, draw
+from skillsd_sokoban.draw import CELL, MAX_CELLS, draw
 from skillsd_sokoban.level import SYMBOLS, Level
 
 BOARD = "#######\n#PXO__#\n#__XO_#\n#_____#\n#######"
@@ -86,7 +86,7 @@ def test_picture_takes_the_last_map_and_thick_walls():
         BOARD.replace("P", "\ud800"),
         BOARD.replace("\n", "\r\n"),
         "\x1b[2J" + BOARD.replace("#_", "#<"),
-        "\n".join(["#" * MOST_CELLS, "#PXO" + "#" * (MOST_CELLS - 4), "#" * MOST_CELLS]),
+        "\n".join(["#" * MAX_CELLS, "#PXO" + "#" * (MAX_CELLS - 4), "#" * MAX_CELLS]),
     ],
     ids=range(14),
 )

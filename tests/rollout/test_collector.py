@@ -41,8 +41,8 @@ class TenTurns(gymnasium.Env):
 
     def step(self, action):
         self.turn += 1
-        done = self.turn == 10
-        return "down " * 5, float(done), done, False, {"completion": self.turn / 10, "success": done}
+        over = self.turn == 10
+        return "down " * 5, float(over), over, False, {"completion": self.turn / 10, "success": over}
 
 
 class Scripted(Session):
@@ -186,15 +186,15 @@ def policy() -> Policy:
     return made
 
 
-def collect(policy, rows, max_rows=64, **kwargs):
+def collect(policy, episodes, max_rows=64, **kwargs):
     chat = Chat(policy.tokenizer, policy.stop_ids)
     settings = RolloutSettings(max_turn_tokens=6, max_rows=max_rows)
     collector = Collector(SOKOBAN, KWARGS, chat, InProcessEngine(policy), settings, policy.context_length)
-    return collector.collect(rows, **{"seed": 1, "iteration": 2, **kwargs})
+    return collector.collect(episodes, **{"seed": 1, "iteration": 2, **kwargs})
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Episode]:
+def episodes() -> list[Episode]:
     tasks = make_env(SOKOBAN, KWARGS).tasks("test")[:5]
     return [Episode(t, member) for t in tasks for member in range(3)]
 
@@ -203,49 +203,49 @@ def without_floats(t):
     return replace(t, logprobs=())
 
 
-def test_same_seed_same_trajectories(policy, rows):
-    """Whatever the number of rows at a time and their order."""
-    want = collect(policy, rows)
-    assert [(t.task_id, t.member) for t in want] == [(r.task.task_id, r.member) for r in rows]
+def test_same_seed_same_trajectories(policy, episodes):
+    """Whatever the number of episodes at a time and their order."""
+    want = collect(policy, episodes)
+    assert [(t.task_id, t.member) for t in want] == [(r.task.task_id, r.member) for r in episodes]
     assert {t.finish_reason for t in want} <= {"horizon", "done"}
     assert len({t.token_ids for t in want}) == len(want)  # members differ
     for max_rows in (1, 3, 64):
-        order = list(range(len(rows)))
+        order = list(range(len(episodes)))
         random.Random(max_rows).shuffle(order)
-        got = collect(policy, [rows[i] for i in order], max_rows)
+        got = collect(policy, [episodes[i] for i in order], max_rows)
         for i, t in zip(order, got, strict=True):
             assert without_floats(t) == without_floats(want[i])
             close(t.logprobs, want[i].logprobs)
 
 
-def test_another_seed_or_iteration_gives_others(policy, rows):
-    base, seed, iteration = (collect(policy, rows[:3], **k) for k in ({}, {"seed": 5}, {"iteration": 9}))
+def test_another_seed_or_iteration_gives_others(policy, episodes):
+    base, seed, iteration = (collect(policy, episodes[:3], **k) for k in ({}, {"seed": 5}, {"iteration": 9}))
     for a, b, c in zip(base, seed, iteration, strict=True):
         assert len({a.token_ids, b.token_ids, c.token_ids}) == 3 and a.prompt_ids == b.prompt_ids
 
 
-def test_trajectories_score_as_recorded(policy, rows):
-    played = collect(policy, rows, max_rows=4)
+def test_trajectories_score_as_recorded(policy, episodes):
+    played = collect(policy, episodes, max_rows=4)
     with torch.no_grad():
         logp = policy.score("student", [TokenSequence(t.prompt_ids, t.token_ids, t.action_mask) for t in played]).logp
     for row, t in zip(logp, played, strict=True):
         close(row[: len(t.token_ids)], torch.tensor(t.logprobs))
 
 
-def test_a_skill_heads_the_prompt_of_who_acts(policy, rows):
-    plain, skilled = collect(policy, [rows[0], replace(rows[0], skill="plan up up\n")])
+def test_a_skill_heads_the_prompt_of_who_acts(policy, episodes):
+    plain, skilled = collect(policy, [episodes[0], replace(episodes[0], skill="plan up up\n")])
     text = policy.tokenizer.decode(skilled.prompt_ids)
     assert "plan up up" in text and len(skilled.prompt_ids) > len(plain.prompt_ids)
     assert skilled.prompt_ids[0] == plain.prompt_ids[0]  # the system mark, then the skill
 
 
-def test_progress_counts_finished_episodes(policy, rows):
+def test_progress_counts_finished_episodes(policy, episodes):
     seen = []
-    collect(policy, rows[:6], max_rows=2, progress=seen.append)
+    collect(policy, episodes[:6], max_rows=2, progress=seen.append)
     assert seen == sorted(seen) and seen[-1] == 6
 
 
-def test_no_rows(policy):
+def test_no_episodes(policy):
     assert collect(policy, []) == []
 
 
@@ -275,11 +275,11 @@ class Waiting(gymnasium.Env):
         self.steps += 1
         if self.error is not None:
             self.error(self.name, self.turn)
-        done = self.turn == self.turns
-        info = {"completion": float(done), "success": done}
-        if done and self.end:
+        over = self.turn == self.turns
+        info = {"completion": float(over), "success": over}
+        if over and self.end:
             return "gone", 0.5, False, True, info | {"failed": self.end[0]}
-        return f"{self.name} " * self.turn, 0.25, done, False, info
+        return f"{self.name} " * self.turn, 0.25, over, False, info
 
     def wait(self):
         self.threads.add(threading.current_thread().name)
@@ -293,7 +293,7 @@ class Waiting(gymnasium.Env):
 
 @pytest.fixture
 def waiting():
-    """A collector of Waiting environments and of rows named `up:3` and so on."""
+    """A collector of Waiting environments and of episodes named `up:3` and so on."""
     gymnasium.register("test/Waiting-v0", Waiting, disable_env_checker=True, order_enforce=False)
     Waiting.made, Waiting.threads, made = [], set(), []
     t = build_tokenizer()
@@ -317,7 +317,7 @@ NAMES = ("up:3", "down:1", "left:4", "right:2", "up:2:gone", "down:5", "left:1",
 
 
 def test_threads_change_no_trajectory(waiting):
-    """Whatever takes how long, the same come back in the same order: the first rows are the slowest, and more wait than threads."""
+    """Whatever takes how long, the same come back in the same order: the first episodes are the slowest, and more wait than threads."""
 
     def pause(name: str, turn: int) -> float:
         return {"up": 0.03, "down": 0.02, "left": 0.01, "right": 0.0}[name] / (turn + 1)
@@ -361,9 +361,9 @@ class Continuous(Scripted):
         self.left = {row: n - 1 for row, n in self.left.items()}
         waiting = [r for r in self.given if self.left[r.row]]
         self.given = [r for r in self.given if not self.left[r.row]]
-        done = super().step()
+        finished = super().step()
         self.given = waiting
-        return done
+        return finished
 
 
 @pytest.mark.parametrize("workers", [0, 4])
@@ -420,7 +420,7 @@ def test_the_next_rollout_waits_for_environments_that_still_answer(waiting):
 
 @pytest.mark.parametrize("workers", [0, 4])
 def test_an_interruption_in_an_environment_surfaces(waiting, workers):
-    """The first in the order of the rows, after every call has ended; then the collector can play on. An error does not (test_hostile)."""
+    """The first in their order, after every call has ended; then the collector can play on. An error does not (test_hostile)."""
     broken = {"up", "left"}
 
     def error(name: str, turn: int) -> None:

@@ -56,7 +56,7 @@ def spin() -> None:
 INFO = {"completion": 0.5, "success": False}
 MISDEEDS: dict[str, tuple[Callable[[], Any], str]] = {
     "raises": (lambda: boom(OSError("the host\nis gone")), "raised: OSError: the host is gone"),
-    "raises what cannot be told": (lambda: boom(RudeError()), "raised: RudeError"),
+    "raises what cannot be said": (lambda: boom(RudeError()), "raised: RudeError"),
     "raises a book": (lambda: boom(ValueError("x" * 10_000_000)), "raised: ValueError: xxx"),
     "raises escapes": (lambda: boom(ValueError("\x1b[2J\ud800")), "raised: ValueError: \\x1b[2J\\ud800"),
     "out of memory": (lambda: boom(MemoryError()), "raised: MemoryError"),
@@ -156,14 +156,14 @@ def test_a_misdeed_ends_its_episode_alone(collector, name, workers):
     """In a step and, where it is one there too, in the reset; the others' episodes are those of well-behaved environments."""
     want = play(collector(), "a", "b", "c", "d")
     c = collector(env_workers=workers)
-    told = MISDEEDS[name][1]
-    in_reset = told.startswith(("raised", "hung", "observation: the", "observation: info"))
+    failure = MISDEEDS[name][1]
+    in_reset = failure.startswith(("raised", "hung", "observation: the", "observation: info"))
     names = [f"{name}:2", "a", "b", f"{name}:0", "c", "d"] if in_reset else [f"{name}:2", "a", "b", "c", "d"]
     first, a, b, *rest = play(c, *names)
     assert [a, b, *rest[-2:]] == want
     failed = [first, rest[0]] if in_reset else [first]
     for t in failed:
-        assert t.failed and t.failure.startswith(told) and t.failure_kind == told.partition(":")[0] in FAILURES
+        assert t.failed and t.failure.startswith(failure) and t.failure_kind == failure.partition(":")[0] in FAILURES
         assert (t.reward, t.completion, t.success) == (0.0, 0.0, False)
         assert len(t.failure) <= MAX_CHARS and t.failure.isprintable()
         assert Trajectory.from_json(t.to_json()) == t and t.to_json().encode()
@@ -185,12 +185,11 @@ def test_one_environment_after_another_is_lost(collector, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_closing_may_hang_too(collector, workers, caplog):
+def test_an_environment_that_does_not_close_is_left_behind(collector, workers, caplog):
     c = collector({"closing": lambda: time.sleep(60)}, env_workers=workers)
-    started = time.monotonic()
     assert [t.failure_kind for t in play(c, "raises:1", "a")] == ["raised", ""]
     c.close()
-    assert time.monotonic() - started < 5 and "did not close in 1 s" in caplog.text
+    assert "did not close in 1 s" in caplog.text
 
 
 def test_threads_that_hang_do_not_keep_the_process():
@@ -276,16 +275,11 @@ def test_old_records_can_be_read(collector):
     assert Trajectory.from_json(json.dumps(old)).failure_kind == "environment"
 
 
-def test_the_alarm_costs_little_and_gives_its_signal_back(collector):
+def test_the_alarm_gives_its_signal_back(collector):
     before = signal.getsignal(signal.SIGALRM)
     c = collector(env_timeout=100)
     play(c, "a")
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    with c.alarm as alarm:
-        started = time.perf_counter()
-        for _ in range(2000):
-            alarm(int)
-        assert (time.perf_counter() - started) / 2000 < 1e-4
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------------------
@@ -360,10 +354,10 @@ def test_too_many_failures_stop_the_run(fit, tmp_path):
     folder = tmp_path / "run"
     assert code == 2
     line = said.strip().splitlines()[-1]
-    done = len(table(folder))
-    assert line.startswith(f"error: rollout.max_failed is 0.5, and in iteration {done} 3 of 3 episodes failed (3 raised, first on task ")
+    n = len(table(folder))
+    assert line.startswith(f"error: rollout.max_failed is 0.5, and in iteration {n} 3 of 3 episodes failed (3 raised, first on task ")
     assert "task raises:0: raised: OSError: the host is gone)" in line
-    assert done == 3 and f"The last good checkpoint is {folder / 'checkpoints' / 'last.ckpt'}" in line
+    assert n == 3 and f"The last good checkpoint is {folder / 'checkpoints' / 'last.ckpt'}" in line
     assert checkpoint(folder)["global_step"] == 3
     code, _ = fit(["fine", "good", "raises:0"], "--data.rollout.max_failed=1", "--ckpt_path=last")
     assert code == 0 and len(table(folder)) == 4 and checkpoint(folder)["global_step"] == 4

@@ -89,10 +89,10 @@ def is_whole(root: Path, seed: int) -> bool:
     """Return whether this version made `root` from `seed`, and all of its tasks are still there."""
     if not is_tiny(root):
         return False
-    told = json.loads((root / "tiny.json").read_text(encoding="utf-8"))
-    ids = [task_id for split in told["splits"].values() for task_id in split]
+    record = json.loads((root / "tiny.json").read_text(encoding="utf-8"))
+    ids = [task_id for split in record["splits"].values() for task_id in split]
     whole = all((root / "data" / "tasks" / task_id / "ground_truth").is_dir() for task_id in ids) and (root / "data" / "base_dbs").is_dir()
-    return whole and (told["version"], told["seed"]) == (VERSION, seed)
+    return whole and (record["version"], record["seed"]) == (VERSION, seed)
 
 
 def is_tiny(root: Path) -> bool:

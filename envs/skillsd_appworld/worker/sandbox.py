@@ -118,10 +118,10 @@ def _in_child(action: Callable[[], object]) -> bool:
     """Return whether `action` returns True in a forked child: what it does to the process is gone with the child."""
     pid = os.fork()
     if pid == 0:
-        done = False
+        succeeded = False
         with contextlib.suppress(BaseException):
-            done = action() is True
-        os._exit(not done)
+            succeeded = action() is True
+        os._exit(not succeeded)
     return os.waitpid(pid, 0)[1] == 0
 
 

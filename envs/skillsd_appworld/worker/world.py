@@ -45,7 +45,7 @@ def serve(socks: list[socket.socket], request: dict[str, Any], parent: int) -> N
     }
     channel.send(sock, first)
     desk = Desk(calls, wire, request["max_api_calls"])
-    poll, told = select.poll(), 0
+    poll, reported = select.poll(), 0
     for end in socks:
         poll.register(end, select.POLLIN)
     while True:
@@ -62,7 +62,7 @@ def serve(socks: list[socket.socket], request: dict[str, Any], parent: int) -> N
         if desk.lost:
             channel.send(sock, {"lost": desk.lost})
             continue
-        new, told, desk.asked = calls.made[told:], len(calls.made), 0
+        new, reported, desk.asked = calls.made[reported:], len(calls.made), 0
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = used.ru_utime + used.ru_stime
         channel.send(sock, {"calls": new, "completed": calls.completed(), "digest": calls.digest(), "seconds": seconds})

@@ -21,7 +21,7 @@ TURN_MS, LAST_MS = 700, 2500
 COMMENT = b"skillsd play"
 """In a file of ours, which may be made again."""
 _TEXT, _PAD = 14, 5  # pixels
-_MOST_CHARS = 200  # of a caption, before it is cut to the picture's width
+_MAX_CHARS = 200  # of a caption, before it is cut to the picture's width
 _FOR_PALETTE = 32  # frames that the palette is made from
 
 
@@ -82,7 +82,7 @@ class Gif:
         if picture is None and self.frames:
             picture = self.frames[-1][0]
         if picture is not None:
-            self.frames.append((picture, visible(" ".join(caption[:_MOST_CHARS].split()))))
+            self.frames.append((picture, visible(" ".join(caption[:_MAX_CHARS].split()))))
 
     def save(self) -> None:
         """Write the file, whole or not at all, and say so.

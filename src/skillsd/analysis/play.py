@@ -19,8 +19,8 @@ from skillsd.trajectory import Task, Trajectory, Turn
 from skillsd.words import count
 
 
-def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool, film: Gif, weights: str) -> None:
-    """Print and film the model's greedy episode; with `skill`, the task's skill is put in front of the prompt.
+def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: str | None, skill: bool, gif: Gif, weights: str) -> None:
+    """Print, and draw as a GIF, the model's greedy episode; with `skill`, the task's skill is put in front of the prompt.
 
     The first line says which weights play, as `weights` describes them, and with which skill.
     """
@@ -38,12 +38,12 @@ def play_model(trainer: Any, model: Any, data: Any, level: int | None, task_id: 
     if text:
         print(visible(f"--- skill\n{text.rstrip()}"))
     for number, turn in enumerate(t.turns, 1):
-        _show_turn(number, turn, film)
-    _show_end(t, t.finish_reason, film)
+        _show_turn(number, turn, gif)
+    _show_end(t, t.finish_reason, gif)
 
 
-def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None, film: Gif) -> None:
-    """Print and film an episode of the oracle or of an agent, each turn as it is played. No model, no tokenizer.
+def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None, gif: Gif) -> None:
+    """Print, and draw as a GIF, an episode of the oracle or of an agent, each turn as it is played. No model, no tokenizer.
 
     Raises:
         ConfigError: no such policy, or no such task.
@@ -54,13 +54,13 @@ def play_scripted(data: Any, policy: str, level: int | None, task_id: str | None
 
         def watch(now: TimeStep, turns: Sequence[Turn]) -> None:
             if turns:
-                _show_turn(len(turns), turns[-1], film)
+                _show_turn(len(turns), turns[-1], gif)
                 return
             print(visible(f"weights: none, {policy} plays; skill: none"))
             _print_head(task, now.instruction)
 
         t = play(env, task, act, watch)
-    _show_end(t, "no solution from here" if t.finish_reason == "length" else t.finish_reason, film)
+    _show_end(t, "no solution from here" if t.finish_reason == "length" else t.finish_reason, gif)
 
 
 def actor(env: TextEnv, policy: str) -> Callable[[str], str | None]:
@@ -133,16 +133,16 @@ def _print_head(task: Task, instruction: str) -> None:
         print(visible(instruction))
 
 
-def _show_turn(number: int, turn: Turn, film: Gif) -> None:
+def _show_turn(number: int, turn: Turn, gif: Gif) -> None:
     print(visible(f"--- turn {number}\n{turn.observation}\n> {turn.action}"), flush=True)  # no escape sequence reaches the terminal
-    film.add(turn.observation, f"turn {number}: {turn.action}")
+    gif.add(turn.observation, f"turn {number}: {turn.action}")
 
 
-def _show_end(t: Trajectory, finish: str, film: Gif) -> None:
+def _show_end(t: Trajectory, finish: str, gif: Gif) -> None:
     """The answer to the last action, and what the episode came to."""
     if t.final_observation is not None:
         print(visible(f"--- at the end\n{t.final_observation}"))
-        film.add(t.final_observation, "solved" if t.success else f"not solved: {finish}")
+        gif.add(t.final_observation, "solved" if t.success else f"not solved: {finish}")
     reason = f" ({visible(' '.join(t.failure.split()))})" if t.failure else ""
     print(f"--- {finish}{reason}: success {t.success}, completion {t.completion:.2f}, reward {t.reward:.2f}, {count(len(t.turns), 'turn')}")
-    film.save()
+    gif.save()

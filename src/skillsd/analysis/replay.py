@@ -58,12 +58,12 @@ def replay(
     if members < 1:
         raise ConfigError(f"members: {members} episodes a task cannot be compared: give 1 or more.")
     shown: list[Skill] = [run.skill(i) for i in skills]
-    places = [skill.task_id for skill in shown] if tasks is None else list(tasks)
-    if len(places) != len(shown):
-        raise ConfigError(f"tasks: {len(places)} tasks for {len(shown)} skills: name one for each, or none.")
+    where = [skill.task_id for skill in shown] if tasks is None else list(tasks)
+    if len(where) != len(shown):
+        raise ConfigError(f"tasks: {len(where)} tasks for {len(shown)} skills: name one for each, or none.")
     known = _tasks_of(data)
-    plain: list[tuple[str, int | None, str]] = [(task_id, None, "") for task_id in dict.fromkeys(places)]
-    with_skill = [(t, s.skill_id, s.render(scorer.template)) for t, s in dict.fromkeys(zip(places, shown, strict=True))]
+    plain: list[tuple[str, int | None, str]] = [(task_id, None, "") for task_id in dict.fromkeys(where)]
+    with_skill = [(t, s.skill_id, s.render(scorer.template)) for t, s in dict.fromkeys(zip(where, shown, strict=True))]
     planned = [(*what, member) for what in [*plain, *with_skill] for member in range(members)]
     rows = [Episode(known.get(task_id) or Task(task_id), member, text) for task_id, _, text, member in planned]
     played = _play(scorer, data, rows, adapter, temperature, stream_key("replay", run.config.get("seed_everything", 0), seed))

@@ -94,11 +94,11 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
         for i, (turn, label) in enumerate(zip(turns, labels, strict=False)):
             tail = self.chat.turn_ids(turns[i + 1].observation if i + 1 < len(turns) else "", stopped=False)
             closing = self.chat.closing_ids
-            done, wanted = ([*self.chat.encode(answer), *closing] for answer in (turn.action, label))
-            split = next((k for k, (a, b) in enumerate(zip(done, wanted, strict=False)) if a != b), len(done))
+            executed, wanted = ([*self.chat.encode(answer), *closing] for answer in (turn.action, label))
+            split = next((k for k, (a, b) in enumerate(zip(executed, wanted, strict=False)) if a != b), len(executed))
             # Where the executed answer leaves the label, one token says what should have come; what follows is not to be learnt.
             target += wanted[: split + 1]
-            ids += done + (tail[len(closing) :] if i + 1 < len(turns) else [])
+            ids += executed + (tail[len(closing) :] if i + 1 < len(turns) else [])
             target += [-100] * (len(ids) - len(target))
         return ids, target
 

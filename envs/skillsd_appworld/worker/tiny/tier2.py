@@ -43,18 +43,18 @@ apis.supervisor.complete_task(answer=best["title"])
 
     def build(self, world: World, content: Content) -> Draft:
         artists = world.add("spotify.Artist", [dict(name=content.person().name, genre="folk") for _ in range(2)])
-        mine = PAGE + 6
-        best = PAGE + content.below(mine - PAGE)
+        owned = PAGE + 6
+        best = PAGE + content.below(owned - PAGE)
         theirs = {content.below(PAGE), content.below(PAGE), PAGE + (best + 1 - PAGE) % 6}
-        by = [1 if i in theirs else 0 for i in range(mine)]
-        plays = [content.number(100, 900) for _ in range(mine)]
+        by = [1 if i in theirs else 0 for i in range(owned)]
+        plays = [content.number(100, 900) for _ in range(owned)]
         plays[best] = content.number(1000, 1500)
         plays[max(theirs)] = content.number(1600, 2000)
-        songs = [song_row(world, title, artists[by[i]].id, plays[i]) for i, title in enumerate(content.titles(mine))]
+        songs = [song_row(world, title, artists[by[i]].id, plays[i]) for i, title in enumerate(content.titles(owned))]
         outside = [song_row(world, content.title(), artists[0].id, content.number(2100, 2500))]
         records = world.add("spotify.Song", songs + outside)
         user_id = world.user("spotify")
-        world.add("spotify.UserLibrarySong", [dict(user_id=user_id, song_id=record.id) for record in records[:mine]])
+        world.add("spotify.UserLibrarySong", [dict(user_id=user_id, song_id=record.id) for record in records[:owned]])
         return Draft(dict(artist=artists[0].name), answer=songs[best]["title"])
 
 

@@ -49,7 +49,7 @@ class World:
         return self._users[app, person.email]
 
     def sign_up(self) -> None:
-        """An account of mine in every app, known to the supervisor app."""
+        """An account of the person in every app, known to the supervisor app."""
         self.add("admin.MainUser", [self._profile()])
         [supervisor] = self.add("supervisor.Supervisor", [self._profile()])
         for app in ACCOUNTS:
