@@ -39,7 +39,7 @@ gpu-check: $(VENV)/.installed-dev  ## on a machine with an NVIDIA GPU: the kerne
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make gpu-check needs an NVIDIA GPU")'
 	$(BIN)/python -m pytest -m "not torture" $(GPU_TESTS) $(PYTEST_ARGS)
 
-torture: $(VENV)/.installed-dev  ## what CI does in small for hours: kills, a failing disk, a long run, properties, a fuzz, mutants
+torture: $(VENV)/.installed-dev  ## what CI does in small for hours: kills, a failing disk, a long run, properties, mutants
 	$(BIN)/python -m tests.torture $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## the checks that run no test: ruff, import rules, types, citation

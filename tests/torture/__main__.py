@@ -254,18 +254,13 @@ def longer(a: argparse.Namespace, folder: Path) -> list[Row]:
     return _command("marked tests", "-m", "pytest", "-q", "-m", "torture")
 
 
-def fuzz(a: argparse.Namespace, folder: Path) -> list[Row]:
-    """A coverage-guided fuzz of what reads text and bytes."""
-    return _command("fuzz", "tests/torture/fuzz.py", f"--minutes={a.minutes}", f"--seed={a.seed}", note=f"{a.minutes} minutes")
-
-
 def mutants(a: argparse.Namespace, folder: Path) -> list[Row]:
     """Changes to objective/ and skills/ that their tests must notice."""
     return _command("mutants", "tests/torture/mutate.py", "objective", "skills", f"--jobs={a.jobs}")
 
 
 PARTS = {
-    "kills": kills, "gpu": gpu, "disk": disk, "long": long, "tests": longer, "properties": properties, "fuzz": fuzz, "mutants": mutants,
+    "kills": kills, "gpu": gpu, "disk": disk, "long": long, "tests": longer, "properties": properties, "mutants": mutants,
 }  # fmt: skip
 
 
@@ -275,7 +270,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--stride", type=int, default=1, help="of the disk's calls, every so many")
     parser.add_argument("--iterations", type=int, default=2000, help="of the long run")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of fuzzing")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="how many things beside each other")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()

@@ -22,7 +22,7 @@ def counted(path: Path) -> tuple[int, int]:
 
 
 def in_use(path: Path) -> bool:
-    """Whether another process has the bank open: whoever closes it last takes its -wal file away, also one that a killed run has left."""
+    """True if another process has the bank open: whoever closes it last takes its -wal file away, also one that a killed run has left."""
     if not path.is_file():
         return False
     with closing(sqlite3.connect(path)) as db:
