@@ -26,9 +26,10 @@ from skillsd.policy.load import UNTRAINED, read_config
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM makes room for."""
-FIND_VLLM = (
-    "import importlib.metadata as m, importlib.util as u; print(m.version('vllm'), u.find_spec('vllm').submodule_search_locations[0])"
-)
+FIND_VLLM = """
+import importlib.metadata as m, importlib.util as u
+print(m.version(m.packages_distributions()["vllm"][0]), u.find_spec("vllm").submodule_search_locations[0])
+"""
 POLL_S, HEALTH_S, REPORT_S, END_S = 0.5, 5.0, 10.0, 20.0
 LAST_LINES, LAST_BYTES = 20, 1 << 14
 ANY_HOST = "0.0.0.0"
