@@ -183,13 +183,13 @@ class RolloutData(L.LightningDataModule):
             if self.rollout.max_turn_tokens is None:
                 most, context = self.rollout.turn_tokens(policy.context_length), policy.context_length
                 parallel.print_rank_zero(
-                    f"rollout.max_turn_tokens: {most}, since it is not set and the model's context is {context} tokens."
+                    f"data.rollout.max_turn_tokens: {most}, since it is not set and the model's context is {context} tokens."
                 )
         return self._collector
 
     @property
     def background(self) -> Background:
-        """Who plays while the updates go on (rollout.staleness), made when first used."""
+        """Who plays while the updates go on (data.rollout.staleness), made when first used."""
         if self._background is None:
             policy, engine = self.policy, self.collector.engine
             chat = Chat(load_tokenizer(policy.settings), policy.stop_ids)  # tokenizers are not for two threads

@@ -114,7 +114,7 @@ def gpu() -> Finding:
 
 def bitsandbytes() -> Finding:
     """Its version, and that nf4 really computes, on the CPU and on the GPU if there is one."""
-    state, found, fix = _package("bitsandbytes", "for models in 4 bits (policy.quantise: nf4)")
+    state, found, fix = _package("bitsandbytes", "for models in 4 bits (model.policy.quantise: nf4)")
     if state != "ok":
         return state, found, fix
     said, works = [], []

@@ -272,7 +272,7 @@ class TextEnv:
         if self.max_observation_chars is not None and len(text) > self.max_observation_chars:
             raise Failure(
                 "observation",
-                f"{what} has {len(text):,} characters, more than {self.max_observation_chars:,} (rollout.max_observation_chars)",
+                f"{what} has {len(text):,} characters, more than {self.max_observation_chars:,} (data.rollout.max_observation_chars)",
             )
         if not text.isascii():
             try:

@@ -186,7 +186,7 @@ class Learner:
             if self.micro_batch_tokens <= longest:
                 raise ConfigError(
                     f"model.micro_batch_tokens: a trajectory of {longest} tokens alone does not fit into the memory: set "
-                    "policy.gradient_checkpointing, a smaller policy.head_chunk or data.rollout.max_trajectory_tokens."
+                    "model.policy.gradient_checkpointing, a smaller model.policy.head_chunk or data.rollout.max_trajectory_tokens."
                 )
             self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
             gc.collect()
@@ -271,7 +271,7 @@ class Learner:
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise ConfigError(
                 f"model.optimizer: {MAX_SKIPPED} updates in a row were not finite (the last: {what}) and left the policy as it "
-                f"was. {how_to_resume(self.module.trainer)}: set a smaller lr or gradient_clip_norm, or policy.dtype to float32."
+                f"was. {how_to_resume(self.module.trainer)}: set a smaller lr or gradient_clip_norm, or model.policy.dtype to float32."
             )
         log.warning("iteration %d: the update is skipped, it is not finite: %s", self.module.global_step, what)
 

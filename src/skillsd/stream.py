@@ -81,7 +81,7 @@ class Source(Protocol):
 class GroupStream:
     """The train loader: a pure function of (run seed, iteration) and of the weights and the bank at that point.
 
-    Its state is one integer, the number of iterations begun, so a run resumes where its checkpoint stands. With `rollout.staleness` s,
+    Its state is one integer, the number of iterations begun, so a run resumes where its checkpoint stands. With `data.rollout.staleness` s,
     iteration j is retrieved for and launched when iteration j - s is asked for, with the weights of that moment: near an epoch's end the
     prompts of the next epoch's first s are chosen so much earlier, by what the bank knows then. What is under way when the run is stopped
     is lost, and a run that is resumed begins as a new one does: with the first s + 1 iterations from the same weights.
@@ -182,9 +182,12 @@ class GroupStream:
         listed = "; ".join(f"{n} {k}, first on task {first[k].task_id}: {first[k].failure[:200]}" for k, n in kinds.items())
         cures = ["mend the environment"] if set(kinds) - {"model"} else []
         if "model" in kinds:
-            cures.append("see whether the weights of policy.model and of the adapters are finite and policy.dtype has their range")
+            cures.append(
+                "see whether the weights of model.policy.model and of the adapters are finite and model.policy.dtype has their range"
+            )
         return (
-            f"rollout.max_failed is {self.data.rollout.max_failed:g}, and in iteration {iteration} {len(failed)} of {episodes} episodes "
+            f"data.rollout.max_failed is {self.data.rollout.max_failed:g}, and in iteration {iteration} {len(failed)} of "
+            f"{episodes} episodes "
             f"failed ({listed}). {self.data.how_to_resume()}: {', '.join(cures)} and resume, or set a larger share."
         )
 

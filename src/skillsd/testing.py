@@ -52,7 +52,7 @@ def check_before_run(env: TextEnv, tasks: Sequence[Task], seconds: float, may_fa
         env: An environment that nobody else plays.
         tasks: The tasks of the run.
         seconds: Time limit of a call; 0 for none.
-        may_fail: Only warn of a breach, since every episode may fail (`rollout.max_failed` is 1).
+        may_fail: Only warn of a breach, since every episode may fail (`data.rollout.max_failed` is 1).
         tasks_file: The file that the tasks are from; None where they are the environment's own.
 
     Raises:
@@ -82,7 +82,7 @@ def check_before_run(env: TextEnv, tasks: Sequence[Task], seconds: float, may_fa
         return
     if not may_fail:
         raise error
-    log.warning("%s rollout.max_failed is 1, so the run begins.", error)
+    log.warning("%s data.rollout.max_failed is 1, so the run begins.", error)
 
 
 def _check(env: TextEnv, split: str, actions: Sequence[str] | None, max_turns: int) -> None:

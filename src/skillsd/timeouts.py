@@ -62,7 +62,7 @@ def attempt(call: Callable[[], Any]) -> Any:
 
 
 def _hung(seconds: float) -> Failure:
-    return Failure("hung", f"no answer in {seconds:g} s (rollout.env_timeout)")
+    return Failure("hung", f"no answer in {seconds:g} s (data.rollout.env_timeout)")
 
 
 class Alarm:
@@ -70,7 +70,7 @@ class Alarm:
     The signal comes ten times in that time and looks whether a call has begun too long ago.
 
     A context manager: inside it SIGALRM is its own. Sleeps, locks, sockets and Python code are broken off; what stays in C without looking
-    at signals is not, nor is anything on Windows or outside the main thread: use `rollout.env_workers` there.
+    at signals is not, nor is anything on Windows or outside the main thread: use `data.rollout.env_workers` there.
 
     Args:
         seconds: Time limit of a call; 0 for none.

@@ -113,7 +113,7 @@ def flat_rewards(seen: Seen, policy_weight: float, over: bool = False) -> str:
     cure = "harder" if low == high and low > 0 else "easier"
     return (
         f"{when} no group of episodes had two different rewards{what}, so the reward teaches nothing: give {cure} tasks "
-        "(data.env_kwargs), a larger data.group_size or a higher rollout.temperature."
+        "(data.env_kwargs), a larger data.group_size or a higher data.rollout.temperature."
     )
 
 
@@ -145,7 +145,8 @@ def not_understood(seen: Seen, over: bool = False) -> str:
         return ""
     return (
         f"The environment understood none of the {count(seen.actions, 'action')} so far: look at one (skillsd show RUN --trajectory 0), "
-        "say in the instruction what form an answer has, or take a model that was trained for it; rollout.max_turn_tokens may cut it off."
+        "say in the instruction what form an answer has, or take a model that was trained for it; data.rollout.max_turn_tokens "
+        "may cut it off."
     )
 
 
@@ -155,7 +156,7 @@ def cannot_read(seen: Seen) -> str:
         return ""
     return (
         f"{100 * seen.unknown / seen.read:.0f}% of the tokens of prompts and observations are the tokenizer's unknown token: what they "
-        "stand for, the model cannot read. Take another policy.model, or let the environment speak in words that this one knows."
+        "stand for, the model cannot read. Take another model.policy.model, or let the environment speak in words that this one knows."
     )
 
 
@@ -166,7 +167,8 @@ def cannot_read_skills(seen: Seen) -> str:
     return (
         f"{100 * seen.foreign / seen.skill_tokens:.0f}% of the tokens of the skills that teachers see are the tokenizer's unknown token: "
         "what they stand for, the model cannot read, and the student follows what a teacher makes of the rest. Write skills.template and "
-        "the texts of skills.summariser in words that this model knows (nano: those of conf/sokoban.yaml), or take another policy.model."
+        "the texts of skills.summariser in words that this model knows (nano: those of conf/sokoban.yaml), or take another "
+        "model.policy.model."
     )
 
 

@@ -22,9 +22,9 @@ TIGHT = 2048
 class MemoryPlan(L.Callback):
     """Prints a run's memory plan and shares out what is free; every run on a GPU has one.
 
-    The update comes first; the rollout's cache gets the rest. Where the cache that `rollout.max_rows` episodes of full length need does
-    not fit beside an update, it is given back before each. Where it does not fit at all, a rollout whose episodes turn out so long is
-    begun again with as many as are sure to fit.
+    The update comes first; the rollout's cache gets the rest. Where the cache of `data.rollout.max_rows` episodes of full length does not
+    fit beside an update, it is given back before each. Where it does not fit at all, a rollout whose episodes turn out so long is begun
+    again with as many as are sure to fit.
 
     Raises:
         ConfigError: an update does not fit, or not one episode; with the settings that would.
@@ -97,7 +97,7 @@ def _too_much(size: Footprint, d: Demand, budget: int, needed: int, fits: Callab
     changes = [", ".join(f"{k}={str(v).lower()}" for k, v in keys.items()) for keys in size.easier(d, fits)]
     if changes:
         return text + "It would fit with: " + "; or ".join(changes) + "."
-    return text + "No setting makes it fit: choose a smaller policy.model, or policy.quantise=nf4."
+    return text + "No setting makes it fit: choose a smaller model.policy.model, or model.policy.quantise=nf4."
 
 
 def _gib(n: int) -> str:

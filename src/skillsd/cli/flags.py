@@ -77,7 +77,7 @@ HELP = {
     "trainer.default_root_dir": "The run folder, on a disk of this machine or one that is mounted. Default: the present folder.",
     "trainer.logger": "A logger or several; null (or true) is TensorBoard in the run folder, false is none.",
     "trainer.limit_val_batches": "How much of the panel Lightning's validation plays: a share, or a number of batches of 4 x "
-    "rollout.max_rows episodes. null: all of it under `validate`, nothing in a fit, where panel.every plays it.",
+    "data.rollout.max_rows episodes. null: all of it under `validate`, nothing in a fit, where panel.every plays it.",
     "ckpt_path": "A checkpoint, or `last`: the run folder's newest that is whole.",
 }
 """Instead of Lightning's texts, where they do not hold for skillsd."""

@@ -39,9 +39,11 @@ class SlotCache(Cache):
         self.layer_types = list(getattr(config, "layer_types", None) or [])
         self.window: int | None = getattr(config, "sliding_window", None)
         if odd := set(self.layer_types) - {"full_attention", "sliding_attention"}:
-            raise ConfigError(f"policy.model: layers of type {', '.join(sorted(odd))}: choose a model with full or sliding attention only.")
+            raise ConfigError(
+                f"model.policy.model: layers of type {', '.join(sorted(odd))}: choose a model with full or sliding attention only."
+            )
         if config._attn_implementation not in ("sdpa", "eager"):
-            raise ConfigError(f"policy.attention is {config._attn_implementation}: set it to sdpa or eager.")
+            raise ConfigError(f"model.policy.attention is {config._attn_implementation}: set it to sdpa or eager.")
         self.eager = config._attn_implementation == "eager"
         self.dtype, self.write = model.dtype, write
         self.keys: list[Tensor] = []
@@ -59,7 +61,7 @@ class SlotCache(Cache):
 
         Args:
             first: Row b lies in slot first + b, unless `write` is set.
-            table: int64 [B, COLUMNS], a row table (`policy.kernels.reference`).
+            table: int64 [B, COLUMNS], a row table (`skillsd.policy.kernels.reference`).
             width: New ids of a row, padding included.
             longest: Most tokens of a row in its slot.
 

@@ -117,7 +117,7 @@ class Engine(Protocol):
 
     def snapshot(self, adapter: str) -> Adapter:
         """An adapter as it is now, for sessions that are opened later. An engine that decodes with the weights in training knows only
-        their present state, and returns the name: its rollouts end before the next update (`rollout.staleness` is 0)."""
+        their present state, and returns the name: its rollouts end before the next update (`data.rollout.staleness` is 0)."""
 
     def close(self) -> None:
         """End it for good."""

@@ -10,7 +10,7 @@ from skillsd.policy import Policy
 
 
 def make_engine(policy: Policy, settings: EngineSettings, run: str = "") -> Engine:
-    """What `rollout.engine` names, on a policy. Raises ConfigError if it can't be had.
+    """What `data.rollout.engine` names, on a policy. Raises ConfigError if it can't be had.
 
     Args:
         policy: Who acts.

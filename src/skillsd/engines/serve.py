@@ -70,7 +70,7 @@ def serve(policy: PolicySettings, engine: EngineSettings, device: torch.device, 
         print(visible(redacted(line)), file=sys.stderr)
     raise ConfigError(
         f"python: vLLM {version} of {python} has ended with status {status}: its last lines are above, all of them in {log}. What it calls "
-        "max_model_len is policy.context_length, max_lora_rank policy.lora.r."
+        "max_model_len is model.policy.context_length, max_lora_rank model.policy.lora.r."
     )
 
 
@@ -90,17 +90,18 @@ def find_vllm(python: str) -> tuple[str, Path]:
 def options(policy: PolicySettings, engine: EngineSettings, device: torch.device, vllm: Path) -> list[str]:
     """What `vllm serve` needs for these settings: the model first. `vllm` is vLLM's folder."""
     if policy.model == UNTRAINED:
-        raise ConfigError(f"policy.model is {UNTRAINED}, which has no files that a server could read: name another model.")
+        raise ConfigError(f"model.policy.model is {UNTRAINED}, which has no files that a server could read: name another model.")
     if policy.shard:
         raise ConfigError(
-            "policy.shard: a server holds the whole base on its GPU: set it to false where that fits, else serve another base."
+            "model.policy.shard: a server holds the whole base on its GPU: set it to false where that fits, else serve another base."
         )
     if policy.lora.r > RANKS[-1]:
-        raise ConfigError(f"policy.lora.r is {policy.lora.r}: vLLM takes ranks up to {RANKS[-1]}.")
+        raise ConfigError(f"model.policy.lora.r is {policy.lora.r}: vLLM takes ranks up to {RANKS[-1]}.")
     nf4 = policy.quantise == "nf4"
     if nf4 and not (vllm / "model_executor" / "layers" / "quantization" / "bitsandbytes.py").is_file():
         raise ConfigError(
-            "policy.quantise is nf4, and this vLLM has no bitsandbytes (0.24 has, 0.33 has not): set it to none, here and in the fit, "
+            "model.policy.quantise is nf4, and this vLLM has no bitsandbytes (0.24 has, 0.33 has not): set it to none, here and "
+            "in the fit, "
             "or name another python."
         )
     config: Any = read_config(policy.model)

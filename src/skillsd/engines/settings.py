@@ -38,30 +38,36 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
-            raise ConfigError(f"rollout.max_rows is {self.max_rows}: give at least 1.")
+            raise ConfigError(f"data.rollout.max_rows is {self.max_rows}: give at least 1.")
         if self.engine not in ("default", "servers"):
-            raise ConfigError(f"rollout.engine is {self.engine}: one of default, servers (vLLM in a process of its own: skillsd serve).")
+            raise ConfigError(
+                f"data.rollout.engine is {self.engine}: one of default, servers (vLLM in a process of its own: skillsd serve)."
+            )
         if bool(self.servers) != (self.engine == "servers"):
             raise ConfigError(
-                "rollout.servers is empty: give the servers' addresses, [http://host:port, ...], or set rollout.engine to default."
+                "data.rollout.servers is empty: give the servers' addresses, [http://host:port, ...], or set data.rollout.engine "
+                "to default."
                 if not self.servers
-                else f"rollout.servers has addresses, and rollout.engine is {self.engine}: set it to servers, or remove them."
+                else f"data.rollout.servers has addresses, and data.rollout.engine is {self.engine}: set it to servers, or remove them."
             )
         for i, url in enumerate(self.servers):
             if not is_address(url):
-                raise ConfigError(f"rollout.servers[{i}] is no http://host:port: user, password, query and spaces have no place in it.")
+                raise ConfigError(
+                    f"data.rollout.servers[{i}] is no http://host:port: user, password, query and spaces have no place in it."
+                )
         if len({root(url) for url in self.servers}) < len(self.servers):
-            raise ConfigError("rollout.servers names a server twice (with and without /v1 is the same): name each once.")
+            raise ConfigError("data.rollout.servers names a server twice (with and without /v1 is the same): name each once.")
         if self.servers_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.servers_key_env):
-            raise ConfigError("rollout.servers_key_env is the name of an environment variable, not a key: letters, digits and _ only.")
+            raise ConfigError("data.rollout.servers_key_env is the name of an environment variable, not a key: letters, digits and _ only.")
         if not 0 < self.servers_timeout < math.inf:
-            raise ConfigError(f"rollout.servers_timeout is {self.servers_timeout}: give seconds, above 0.")
+            raise ConfigError(f"data.rollout.servers_timeout is {self.servers_timeout}: give seconds, above 0.")
         if self.staleness < 0:
-            raise ConfigError(f"rollout.staleness is {self.staleness}: give 0 (the rollout waits for the update) or more.")
+            raise ConfigError(f"data.rollout.staleness is {self.staleness}: give 0 (the rollout waits for the update) or more.")
         if self.staleness and self.engine != "servers":
             raise ConfigError(
-                f"rollout.staleness is {self.staleness}, and rollout.engine is {self.engine}, which samples with the weights in training: "
-                "set rollout.engine to servers, or staleness to 0."
+                f"data.rollout.staleness is {self.staleness}, and data.rollout.engine is {self.engine}, which samples with the "
+                f"weights in training: "
+                "set data.rollout.engine to servers, or staleness to 0."
             )
 
 
@@ -69,12 +75,12 @@ def server_key(variable: str | None) -> str:
     """The servers' API key; "" where they want none.
 
     Args:
-        variable: `rollout.servers_key_env`.
+        variable: `data.rollout.servers_key_env`.
 
     Raises:
         ConfigError: the environment variable is not set, or holds no key.
     """
-    key = read_key(variable, "rollout.servers_key_env") if variable else ""
+    key = read_key(variable, "data.rollout.servers_key_env") if variable else ""
     if variable and not key:
-        raise ConfigError(f"rollout.servers_key_env: the environment variable {variable} is not set: set it to the servers' API key.")
+        raise ConfigError(f"data.rollout.servers_key_env: the environment variable {variable} is not set: set it to the servers' API key.")
     return key

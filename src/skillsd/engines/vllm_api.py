@@ -32,7 +32,7 @@ class VllmApi:
         call.ask("/health", MAX_BYTES)
         base, length, loaded = self._models(call)
         if length < context:
-            raise ServerError(f"its --max-model-len {length} is below policy.context_length {context}: change either")
+            raise ServerError(f"its --max-model-len {length} is below model.policy.context_length {context}: change either")
         # At this temperature every token is as likely as any other, which only a server that draws with our noise and tells of it knows.
         one = Request(0, (), 0, 0, 1)
         text = call.ask("/v1/completions", MAX_BYTES, self.body(base, [1, 2, 3], one, 1e9))

@@ -94,7 +94,7 @@ class VllmServers:
         seconds: float = 600.0, staleness: int = 0, run: str = "",
     ) -> None:  # fmt: skip
         if not policy.has_adapters:
-            raise ConfigError("rollout.engine is servers, which act with adapters only: set it to default.")
+            raise ConfigError("data.rollout.engine is servers, which act with adapters only: set it to default.")
         self.key = server_key(key_env)
         self.policy, self.seconds = policy, seconds
         self.api = VllmApi(int(policy.base.config.get_text_config().vocab_size), policy.stop_ids)
@@ -186,14 +186,15 @@ class VllmServers:
         if not any(s.live for s in self.servers):
             reasons = "; ".join(f"{s.url}: {s.reason}" for s in self.servers)
             raise ConfigError(
-                f"rollout.servers: no server is left ({reasons}): start one (skillsd serve) and go on; the run's last checkpoint stands."
+                f"data.rollout.servers: no server is left ({reasons}): start one (skillsd serve) and go on; the run's last "
+                f"checkpoint stands."
             )
 
     def _handshake(self, server: _Server, call: HttpCall) -> None:
         base, loaded = self.api.handshake(call, self.policy.context_length)
         server.base, server.loaded, server.live, server.joined = base, loaded, True, server.joined + 1
         if server.reason:
-            log.warning("rollout.servers: %s is back.", server.url)
+            log.warning("data.rollout.servers: %s is back.", server.url)
         server.reason = ""
 
     def _load(self, server: _Server, call: HttpCall, name: str, folder: Path) -> None:
@@ -219,7 +220,7 @@ class VllmServers:
                 return
             if server.live or not server.reason:
                 left = sum(s.live for s in self.servers) - server.live
-                log.warning("rollout.servers: %s is lost (%s); %d left.", server.url, reason, left)
+                log.warning("data.rollout.servers: %s is lost (%s); %d left.", server.url, reason, left)
             server.live, server.loaded, server.reason, server.lost_at = False, set(), reason, time.monotonic()
             self._hang_up(lambda turn: turn.server is server)
 

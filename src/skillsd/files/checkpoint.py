@@ -130,12 +130,14 @@ def check_base(checkpoint: Mapping[str, Any], base: Mapping[str, Any]) -> None:
         raise ConfigError("ckpt_path: the checkpoint does not say which weights it belongs to: it is of an older version of skillsd.")
     if saved["digest"] != base["digest"]:
         raise ConfigError(
-            f"ckpt_path: the checkpoint belongs to other weights ({saved['model']}, {saved['digest']}) than policy.model has "
-            f"({base['model']}, {base['digest']}): set policy.model to that base, wherever it is now, or start a new run folder."
+            f"ckpt_path: the checkpoint belongs to other weights ({saved['model']}, {saved['digest']}) than model.policy.model has "
+            f"({base['model']}, {base['digest']}): set model.policy.model to that base, wherever it is now, or start a new run folder."
         )
     for key in ("r", "alpha"):
         if saved[key] != base[key]:
-            raise ConfigError(f"ckpt_path: the checkpoint has policy.lora.{key} {saved[key]}, here it is {base[key]}: set it as it was.")
+            raise ConfigError(
+                f"ckpt_path: the checkpoint has model.policy.lora.{key} {saved[key]}, here it is {base[key]}: set it as it was."
+            )
 
 
 def newest_good(folder: Path) -> Path | None:

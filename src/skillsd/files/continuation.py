@@ -32,8 +32,8 @@ def episodes(env: str, env_kwargs: Mapping[str, Any], tasks: Sequence[Task], tok
     kept = {f"data.{k}": _text(v) for k, v in named.items()}
     kept["data.tasks"] = f"{len(tasks)} with the digest {_digest([[t.task_id, t.options] for t in tasks])}"
     if tokenizer is not None:
-        kept["policy.chat_template"] = f"one with the digest {_digest(tokenizer.chat_template)}"
-        kept["policy.model (its tokenizer)"] = f"one with the digest {_digest(sorted(tokenizer.get_vocab().items()))}"
+        kept["model.policy.chat_template"] = f"one with the digest {_digest(tokenizer.chat_template)}"
+        kept["model.policy.model (its tokenizer)"] = f"one with the digest {_digest(sorted(tokenizer.get_vocab().items()))}"
     return kept
 
 

@@ -19,7 +19,7 @@ from skillsd.policy.weights import read_json, stored
 
 log = logging.getLogger(__name__)
 
-KEY = "policy.lora.init"
+KEY = "model.policy.lora.init"
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 """PEFT's two files, and ours beside them: which weights the adapter was trained on."""
 RIGHT: dict[str, tuple[Any, ...]] = {
@@ -74,7 +74,9 @@ def load_adapter(
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     for k, t in stored(path, KEY).items():
         if k in shapes and shapes[k] != t.shape:
-            raise ConfigError(f"{KEY}: {k} in {path} has shape {list(t.shape)}, and policy.model with policy.lora needs {list(shapes[k])}.")
+            raise ConfigError(
+                f"{KEY}: {k} in {path} has shape {list(t.shape)}, and model.policy.model with model.policy.lora needs {list(shapes[k])}."
+            )
     saved = load_peft_weights(str(folder), device="cpu")
     if odd := [k for k, t in saved.items() if not torch.isfinite(t).all()]:
         raise ConfigError(f"{KEY}: {odd[0]} in {path} is not finite: give an adapter that was not spoilt in training.")
@@ -92,7 +94,8 @@ def _unlike(path: Path, missing: list[str], unexpected: list[str], needed: int, 
     said = []
     if missing:
         said.append(
-            f"lacks {len(missing)} of the {needed} tensors that policy.model with policy.lora.targets needs ({sorted(missing)[0]}, ...)"
+            f"lacks {len(missing)} of the {needed} tensors that model.policy.model with model.policy.lora.targets needs "
+            f"({sorted(missing)[0]}, ...)"
         )
     if unexpected:
         said.append(f"has {len(unexpected)} tensors that it does not need ({min(unexpected)}, ...)")
@@ -100,7 +103,8 @@ def _unlike(path: Path, missing: list[str], unexpected: list[str], needed: int, 
     if isinstance(targets, list):
         targets = sorted({str(x).rpartition(".")[2] for x in targets})
     return (
-        f"{path} {' and '.join(said)}. If policy.lora.targets is not what the adapter was made with (its {CONFIG}: {str(targets)[:200]}), "
+        f"{path} {' and '.join(said)}. If model.policy.lora.targets is not what the adapter was made with (its {CONFIG}: "
+        f"{str(targets)[:200]}), "
         "set it to that; otherwise the file is not whole."
     )
 
@@ -118,7 +122,9 @@ def _check_config(folder: Path, lora: LoraSettings) -> dict[str, Any]:
         raise ConfigError(f"{KEY}: {folder} was made with {key} {json.dumps(value)}, which is not known to be loaded right here: {cure}.")
     for key, theirs, ours in (("r", "r", lora.r), ("alpha", "lora_alpha", lora.alpha)):
         if config.get(theirs) != ours:
-            raise ConfigError(f"{KEY} has {theirs} {config.get(theirs)}: set policy.lora.{key} to it (it is {ours}), or init to null.")
+            raise ConfigError(
+                f"{KEY} has {theirs} {config.get(theirs)}: set model.policy.lora.{key} to it (it is {ours}), or init to null."
+            )
     return config
 
 
@@ -127,7 +133,7 @@ def _check_base(folder: Path, config: Mapping[str, Any], base: Mapping[str, Any]
         made = read_json(folder / BASE, KEY)
         if made.get("digest") != base["digest"]:
             raise ConfigError(
-                f"{KEY}: {folder} was trained on other weights ({made.get('model')}, {made.get('digest')}) than policy.model "
+                f"{KEY}: {folder} was trained on other weights ({made.get('model')}, {made.get('digest')}) than model.policy.model "
                 f"({base['model']}, {base['digest']}): name that model. If it is meant, give a folder with {CONFIG} and {WEIGHTS} alone."
             )
         return
@@ -149,5 +155,5 @@ def trained(model: Any, name: str) -> dict[str, nn.Parameter]:
     """
     mark = f".{name}."
     if odd := [k for k, _ in model.named_parameters() if "lora_embedding" in k]:
-        raise ConfigError(f"policy.lora.targets: {odd[0].partition('.lora_')[0]} is an embedding: name linear layers.")
+        raise ConfigError(f"model.policy.lora.targets: {odd[0].partition('.lora_')[0]} is an embedding: name linear layers.")
     return {k.replace(mark, "."): p for k, p in model.named_parameters() if "lora_" in k and mark in k}

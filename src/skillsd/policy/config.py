@@ -25,7 +25,7 @@ class LoraSettings:
     """Adapter that student and teacher start from: a PEFT folder, or `nano-recover` (shipped, for `nano`); null is the base model."""
 
     def __post_init__(self) -> None:
-        self.init = None if self.init is None else read_text_path(self.init, "policy.lora.init")
+        self.init = None if self.init is None else read_text_path(self.init, "model.policy.lora.init")
 
 
 @dataclass
@@ -56,15 +56,19 @@ class PolicySettings:
     """On a GPU, score a bfloat16 base, in nf4 or not, with kernels of our own in Triton; the log says why where they can't be used."""
 
     def __post_init__(self) -> None:
-        self.model = read_text_path(self.model, "policy.model")
-        self.chat_template = None if self.chat_template is None else read_text_path(self.chat_template, "policy.chat_template")
+        self.model = read_text_path(self.model, "model.policy.model")
+        self.chat_template = None if self.chat_template is None else read_text_path(self.chat_template, "model.policy.chat_template")
         if self.shard and self.quantise == "nf4":
-            raise ConfigError("policy.shard: a base in 4 bits stays whole on each GPU: set it to false, or policy.quantise to none.")
+            raise ConfigError(
+                "model.policy.shard: a base in 4 bits stays whole on each GPU: set it to false, or model.policy.quantise to none."
+            )
         if self.lora.r < 1:
-            raise ConfigError(f"policy.lora.r is {self.lora.r}: give a rank of at least 1.")
+            raise ConfigError(f"model.policy.lora.r is {self.lora.r}: give a rank of at least 1.")
         if self.attention not in (None, "sdpa", "eager"):
-            raise ConfigError(f"policy.attention is {self.attention}: one of sdpa, eager, null (the rollout's cache gives explicit masks).")
+            raise ConfigError(
+                f"model.policy.attention is {self.attention}: one of sdpa, eager, null (the rollout's cache gives explicit masks)."
+            )
         if self.context_length is not None and self.context_length < 2:
-            raise ConfigError(f"policy.context_length is {self.context_length}: give at least 2 tokens, or null.")
+            raise ConfigError(f"model.policy.context_length is {self.context_length}: give at least 2 tokens, or null.")
         if self.head_chunk < 1:
-            raise ConfigError(f"policy.head_chunk is {self.head_chunk}: give at least 1 token.")
+            raise ConfigError(f"model.policy.head_chunk is {self.head_chunk}: give at least 1 token.")

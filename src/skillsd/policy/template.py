@@ -35,7 +35,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
         return str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=generation))
     except Exception as e:  # whatever the template's expressions raise
         why = " ".join(str(e).split()) or type(e).__name__
-        raise ConfigError(f"policy.chat_template: the template fails on a plain conversation ({why}): name another one.") from e
+        raise ConfigError(f"model.policy.chat_template: the template fails on a plain conversation ({why}): name another one.") from e
 
 
 @lru_cache(maxsize=16)
@@ -43,7 +43,7 @@ def _dated(template: str) -> str:
     """The template with a fixed date in place of today's."""
     fixed, n = _TODAY.subn(lambda m: repr(_DAY.strftime(m[2])), template)
     if n:
-        log.warning("policy.chat_template writes the date: it is always %s here, so that runs can be repeated.", f"{_DAY:%d %b %Y}")
+        log.warning("model.policy.chat_template writes the date: it is always %s here, so that runs can be repeated.", f"{_DAY:%d %b %Y}")
     return fixed
 
 

@@ -105,7 +105,7 @@ def stored(path: Path, key: str) -> dict[str, Stored]:
     return found
 
 
-def model_tensors(folder: Path, key: str = "policy.model") -> dict[str, Stored]:
+def model_tensors(folder: Path, key: str = "model.policy.model") -> dict[str, Stored]:
     """The tensors of a model's folder, of one file or of several with an index, as transformers finds them.
 
     Raises:

@@ -47,7 +47,7 @@ class Cloning(L.LightningModule):
         if policy.shard:
             raise ConfigError("model.policy.shard: cloning takes the base whole: set it to false.")
         if train == "full" and policy.quantise != "none":
-            raise ConfigError("model.train: full needs policy.quantise: none; train a quantised base with lora.")
+            raise ConfigError("model.train: full needs model.policy.quantise: none; train a quantised base with lora.")
         self.settings, self.train_what, self.lr, self.warmup_steps, self.weight_decay = policy, train, lr, warmup_steps, weight_decay
         self.gradient_clip_norm, self.bf16, self.rollout = gradient_clip_norm, bf16, rollout or RolloutSettings()
         self.policy: Policy = None  # type: ignore[assignment]

@@ -205,7 +205,7 @@ class Chat:
                 raise self._refusal()
         if missing := [said for said in _SAID if said not in text]:
             raise ConfigError(
-                f"policy.chat_template: the template leaves out what the user says ({missing[0]!r}), so the model would see no "
+                f"model.policy.chat_template: the template leaves out what the user says ({missing[0]!r}), so the model would see no "
                 "observation: name one that renders plain text."
             )
 
@@ -216,7 +216,7 @@ class Chat:
         if mark and mark[0] in self.stop_ids and mark[0] in ids:
             return ids[: ids.index(mark[0]) + 1]
         raise ConfigError(
-            f"policy.chat_template: no token ends an answer: the template goes on with {tail.strip()[:40]!r} behind it, which begins "
+            f"model.policy.chat_template: no token ends an answer: the template goes on with {tail.strip()[:40]!r} behind it, which begins "
             "neither with the tokenizer's eos_token nor with a special token that closes an answer, so every answer would run to its "
             "limit: name a template that ends answers with a special token."
         )
@@ -237,6 +237,6 @@ class Chat:
 
     def _refusal(self) -> ConfigError:
         return ConfigError(
-            "policy.chat_template: the model's chat template is not prefix-preserving (it rewrites earlier turns): "
-            "set policy.chat_template to a packaged one that is, e.g. qwen3 for Qwen3 models."
+            "model.policy.chat_template: the model's chat template is not prefix-preserving (it rewrites earlier turns): "
+            "set model.policy.chat_template to a packaged one that is, e.g. qwen3 for Qwen3 models."
         )

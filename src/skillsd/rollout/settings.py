@@ -37,17 +37,20 @@ class RolloutSettings(EngineSettings):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
         if self.env_workers < 0:
-            raise ConfigError(f"rollout.env_workers is {self.env_workers}: give 0 (no threads) or more.")
+            raise ConfigError(f"data.rollout.env_workers is {self.env_workers}: give 0 (no threads) or more.")
         if not 0 <= self.env_timeout < math.inf:
-            raise ConfigError(f"rollout.env_timeout is {self.env_timeout}: give seconds, or 0 for no limit.")
+            raise ConfigError(f"data.rollout.env_timeout is {self.env_timeout}: give seconds, or 0 for no limit.")
         if not 0 <= self.max_failed <= 1:
-            raise ConfigError(f"rollout.max_failed is {self.max_failed}: give a share of the episodes, from 0 to 1 (never stops).")
+            raise ConfigError(f"data.rollout.max_failed is {self.max_failed}: give a share of the episodes, from 0 to 1 (never stops).")
         if self.temperature <= 0:
-            raise ConfigError(f"rollout.temperature is {self.temperature}: give a value above 0 (training samples, evaluation is greedy).")
+            raise ConfigError(
+                f"data.rollout.temperature is {self.temperature}: give a value above 0 (training samples, evaluation is greedy)."
+            )
         if self.staleness and not self.env_workers:
             raise ConfigError(
-                f"rollout.staleness is {self.staleness}, so that environments are played in the background, where no signal breaks off one "
-                "that hangs: set rollout.env_workers to 1 or more, or staleness to 0."
+                f"data.rollout.staleness is {self.staleness}, so that environments are played in the background, where no signal "
+                f"breaks off one "
+                "that hangs: set data.rollout.env_workers to 1 or more, or staleness to 0."
             )
 
     def turn_tokens(self, context_length: int) -> int:
