@@ -105,7 +105,7 @@ class Trajectory:
 
     @property
     def failed(self) -> bool:
-        """Whether it is left out of every statistic of training."""
+        """Return whether it is left out of every statistic of training."""
         return self.finish_reason == "failed"
 
     @property
@@ -194,7 +194,7 @@ _TURN = b'{"observation":'
 
 
 def outline(line: bytes) -> tuple[Any, ...]:
-    """Of a line of `trajectories.jsonl` the values of FIELDS and COUNTS, without reading its tokens and texts.
+    """The values of FIELDS and COUNTS in a line of `trajectories.jsonl`, without reading its tokens and texts.
 
     Raises:
         ValueError: The line is no trajectory, or not what was written.
@@ -244,7 +244,7 @@ class TrajectoryGroup:
         return tuple(t for t in self.trajectories if not t.failed)
 
     def has_teacher_context(self, member: int) -> bool:
-        """Whether the member's teacher sees something that its student does not."""
+        """Return whether the member's teacher sees something that its student does not."""
         return self.teacher_prompts[member] != self.student_prompts[member]
 
 

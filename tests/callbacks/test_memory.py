@@ -50,7 +50,7 @@ def test_a_demand_grows_with_what_it_names(make_policy):
     assert size.update(small) < size.update(Demand(100, 200, 16, True)) == size.update(Demand(200, 100, 16, True))
     assert size.activations(small) < size.activations(Demand(100, 100, 16, False))
     assert size.logits(small) < size.logits(Demand(100, 100, 32, True)) <= size.logits(Demand(100, 100, 32, True, distributions=True))
-    assert size.update(Demand(100, 100, 16, True, apart=True)) == size.update(small) + 3 * size.student
+    assert size.update(Demand(100, 100, 16, True, grad_norms=True)) == size.update(small) + 3 * size.student
 
 
 def test_the_cache_gets_what_is_left(make_policy):

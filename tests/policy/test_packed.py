@@ -112,9 +112,9 @@ def test_infinite_logits_are_no_nan():
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_rows_do_not_see_each_other(window):
-    bounds = torch.tensor([0, 5, 6, 17], dtype=torch.int32, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 5, 6, 17], dtype=torch.int32, device=DEVICE)
     q, k, v = normal(17, 4, 16), normal(17, 2, 16, seed=1), normal(17, 2, 16, seed=2)
-    got = blocks(q, k, v, bounds, 11, 0.3, window)
+    got = blocks(q, k, v, cu_seqlens, 11, 0.3, window)
     got[:5].float().sum().backward()
     for t in (q, k, v):
         assert not t.grad[5:].any() and t.grad[:5].any()
@@ -128,15 +128,15 @@ def test_packing():
     p = pack(rows, False, 0, torch.device(DEVICE))
     assert p.ids.tolist() == [[x for r in rows for x in [*r.prompt_ids, *r.token_ids][:-1]]]
     assert p.position_ids.tolist() == [[x for r in rows for x in range(len(r) - 1)]]
-    assert p.bounds.tolist() == [0, 11, 18, 22, 38] and p.bounds.dtype == torch.int32 and p.longest == 16
+    assert p.cu_seqlens.tolist() == [0, 11, 18, 22, 38] and p.cu_seqlens.dtype == torch.int32 and p.max_seqlen == 16
     assert p.targets.tolist() == [x for r in rows for x, a in zip(r.token_ids, r.action_mask, strict=True) if a]
     follows = [*p.ids[0].tolist(), 0]  # a target follows its place, unless it is its row's last token
-    inside = [i for i, place in enumerate(p.places.tolist()) if place + 1 not in p.bounds.tolist()]
-    assert [follows[p.places[i] + 1] for i in inside] == [p.targets[i] for i in inside] and len(inside) > 10
+    inside = [i for i, place in enumerate(p.logits_indices.tolist()) if place + 1 not in p.cu_seqlens.tolist()]
+    assert [follows[p.logits_indices[i] + 1] for i in inside] == [p.targets[i] for i in inside] and len(inside) > 10
     padded = pack(rows, True, 0, torch.device(DEVICE))
-    assert padded.ids.shape == (4, 16) and padded.bounds is None and torch.equal(padded.cells, p.cells)
-    assert torch.equal(padded.ids.flatten()[padded.places], p.ids[0][p.places])
-    assert pack(rows_of([(3, 4), (5, 2)]), False, 0, torch.device(DEVICE)).bounds is None, "rows of one length need no bounds"
+    assert padded.ids.shape == (4, 16) and padded.cu_seqlens is None and torch.equal(padded.scatter_indices, p.scatter_indices)
+    assert torch.equal(padded.ids.flatten()[padded.logits_indices], p.ids[0][p.logits_indices])
+    assert pack(rows_of([(3, 4), (5, 2)]), False, 0, torch.device(DEVICE)).cu_seqlens is None, "rows of one length need no cu_seqlens"
 
 
 def test_micro_batches_without_padding():

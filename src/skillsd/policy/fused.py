@@ -129,13 +129,13 @@ def _groups(base: nn.Module, most: int) -> list[list[tuple[nn.Module, Nf4Weight]
         if isinstance(parent, LoraLayer):
             continue
         plain = {n: m for n, m in parent.named_children() if id(m) not in inside and _plain(m)}
-        mine = {n: (m, w) for n, m in plain.items() if (w := nf4_weight(linear_of(m))) is not None}
+        quantised = {n: (m, w) for n, m in plain.items() if (w := nf4_weight(linear_of(m))) is not None}
         for names in TOGETHER:
-            some = [mine[n] for n in names if n in mine]
+            some = [quantised[n] for n in names if n in quantised]
             if len(some) == len(names) <= most and len({_kind(m, w) for m, w in some}) == 1:
                 found.append(some)
-                mine = {n: one for n, one in mine.items() if n not in names}
-        found += [[one] for one in mine.values()]
+                quantised = {n: one for n, one in quantised.items() if n not in names}
+        found += [[one] for one in quantised.values()]
     return found
 
 
@@ -145,5 +145,5 @@ def _kind(m: Any, weight: Nf4Weight) -> tuple[Any, ...]:
 
 
 def _plain(m: Any) -> bool:
-    """Whether a layer carries nothing but vanilla LoRA."""
+    """Return whether a layer carries nothing but vanilla LoRA."""
     return not isinstance(m, LoraLayer) or (not m.lora_variant and not any(b.bias is not None for b in m.lora_B.values()))

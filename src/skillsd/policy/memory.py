@@ -24,7 +24,7 @@ class Demand:
         chunk: Positions whose logits exist at one time.
         checkpointing: Whether activations are recomputed.
         distributions: Whether whole next-token distributions are compared.
-        apart: Whether each term's gradient is measured.
+        grad_norms: Whether each term's gradient is measured.
     """
 
     longest: int
@@ -32,11 +32,11 @@ class Demand:
     chunk: int
     checkpointing: bool
     distributions: bool = False
-    apart: bool = False
+    grad_norms: bool = False
 
     @property
     def tokens(self) -> int:
-        """Of the largest forward and backward: a row that is longer than a micro-batch stands alone."""
+        """Tokens of the largest forward and backward: a row that is longer than a micro-batch stands alone."""
         return max(self.longest, self.micro_batch)
 
 
@@ -78,19 +78,19 @@ class Footprint:
         return self.weights + self.gathered + self.adapters + self.optimizer + WORK
 
     def activations(self, d: Demand) -> int:
-        """Of the student's forward and backward, without the head."""
+        """Bytes of the student's forward and backward, without the head."""
         kept = self.hidden * self.size * self.layers if d.checkpointing else self.layer * self.layers
         return d.tokens * (kept + (self.layer if d.checkpointing else 0))
 
     def logits(self, d: Demand) -> int:
-        """Of `chunk` positions, with what is computed from them."""
+        """Bytes of the logits of `chunk` positions, with what is computed from them."""
         once = self.size if self.kernels and not d.distributions else self.size + 6 * 4
         return min(d.chunk, d.tokens) * self.vocabulary * once + 3 * d.tokens * self.hidden * self.size
 
     def update(self, d: Demand) -> int:
         """Beyond `static`, at the peak of an update: the head's backward is over when the layers' begins."""
         kept = d.tokens * (self.hidden * self.size if d.checkpointing else self.layer) * self.layers
-        return max(self.activations(d), kept + self.logits(d), 2 * self.student) + (3 * self.student if d.apart else 0)
+        return max(self.activations(d), kept + self.logits(d), 2 * self.student) + (3 * self.student if d.grad_norms else 0)
 
     def prefill(self, tokens: int) -> int:
         """Beyond `static` and the cache, while prompts of so many tokens are read."""
@@ -133,7 +133,7 @@ def _parts(p: Tensor) -> Iterator[Tensor]:
 
 
 def cache_bytes(model: Any) -> int:
-    """Of the keys and values of one token."""
+    """Bytes of the keys and values of one token."""
     config = model.config.get_text_config()
     heads, dim = _kv_shape(config)
     return int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize)

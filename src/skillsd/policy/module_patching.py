@@ -93,7 +93,7 @@ def rms_eps(m: nn.Module) -> float | None:
 
 
 def is_swiglu(m: Any) -> bool:
-    """Whether a module computes down(silu(gate(x)) * up(x)), found by trying it."""
+    """Return whether a module computes down(silu(gate(x)) * up(x)), found by trying it."""
     if not all(isinstance(getattr(m, n, None), nn.Module) for n in ("gate_proj", "up_proj", "down_proj")):
         return False
     width = getattr(linear_of(m.gate_proj), "in_features", None)

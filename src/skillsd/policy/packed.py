@@ -1,7 +1,8 @@
 """Rows of any length as one sequence without padding, and the learner's forward over it.
 
 Position ids start anew with each row and attention is causal within it (a block-diagonal mask that nobody writes down): FlashAttention
-takes the rows' bounds. Where there is none, rows are padded to the longest, on the right, which a causal model never sees.
+takes the rows' cumulative lengths (cu_seqlens). Where there is no FlashAttention, rows are padded to the longest, on the right, which a
+causal model never sees.
 """
 
 from __future__ import annotations
@@ -49,27 +50,27 @@ class Packed:
 
     Args:
         ids: [1, M] without padding, or [B, W].
-        bounds: int32 [B + 1], where each row begins in M; None with padding.
+        cu_seqlens: int32 [B + 1], where each row begins in M, and M; None with padding.
         position_ids: [1, M] or [1, W].
-        longest: Tokens of the longest row.
+        max_seqlen: Tokens of the longest row.
         targets: The N action tokens, row after row.
-        places: Where, in `ids` flattened, each is predicted, [N].
-        cells: Where each lies in the action masks as [B, T], flattened, [N].
+        logits_indices: int64 [N], the places in `ids` flattened whose logits predict the targets.
+        scatter_indices: int64 [N], the places of the targets in the action masks, [B, T] flattened.
         shape: (B, T), with T tokens in the longest `token_ids`.
     """
 
     ids: Tensor
-    bounds: Tensor | None
+    cu_seqlens: Tensor | None
     position_ids: Tensor
-    longest: int
+    max_seqlen: int
     targets: Tensor
-    places: Tensor
-    cells: Tensor
+    logits_indices: Tensor
+    scatter_indices: Tensor
     shape: tuple[int, int]
 
 
 def pack(sequences: Sequence[TokenSequence], padded: bool, pad_id: int, device: torch.device) -> Packed:
-    """See `Packed`. Rows of one length need no bounds."""
+    """See `Packed`. Rows of one length need no cu_seqlens."""
     B, T = len(sequences), max(len(s.token_ids) for s in sequences)
     prompts, sizes = torch.tensor([(len(s.prompt_ids), len(s.token_ids)) for s in sequences]).unbind(1)
     flat = torch.tensor(list(chain.from_iterable(x for s in sequences for x in (s.prompt_ids, s.token_ids))))
@@ -79,7 +80,7 @@ def pack(sequences: Sequence[TokenSequence], padded: bool, pad_id: int, device: 
     lengths = prompts + sizes
     ends, width = prompts[rows] + cols, int(lengths.max()) - 1
     targets = flat[(lengths.cumsum(0) - lengths)[rows] + ends]
-    bounds = None
+    cu_seqlens = None
     if padded or int(lengths.min()) == int(lengths.max()):
         ids = torch.full((B, width), pad_id)
         fed = _leading(lengths, width + 1)
@@ -89,13 +90,13 @@ def pack(sequences: Sequence[TokenSequence], padded: bool, pad_id: int, device: 
         positions = torch.arange(width)[None]
     else:
         ids = flat[_but_last(lengths)][None]
-        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths - 1).cumsum(0)])
-        begins = bounds[:-1]
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths - 1).cumsum(0)])
+        begins = cu_seqlens[:-1]
         positions = (torch.arange(ids.shape[1]) - begins.repeat_interleave(lengths - 1))[None]
-        bounds = bounds.int().to(device)
+        cu_seqlens = cu_seqlens.int().to(device)
     moved = (x.to(device) for x in (ids, positions, targets, begins[rows] + ends - 1, rows * T + cols))
-    ids, positions, targets, places, cells = moved
-    return Packed(ids, bounds, positions, width, targets, places, cells, (B, T))
+    ids, positions, targets, logits_indices, scatter_indices = moved
+    return Packed(ids, cu_seqlens, positions, width, targets, logits_indices, scatter_indices, (B, T))
 
 
 def _leading(lengths: Tensor, width: int) -> Tensor:
@@ -122,7 +123,7 @@ class Learner(Replacement):
     """Forward and backward of the learner: LoRA layers (`lora`), RMSNorms, SwiGLUs, rotary embedding, attention over packed rows.
 
     Attributes:
-        packs: Whether rows go without padding: not where attention has a soft cap or is told to be eager.
+        packs: Whether rows go without padding: not where attention has a soft cap or is set to be eager.
     """
 
     def __init__(self, base: Any) -> None:
@@ -161,48 +162,48 @@ class Learner(Replacement):
         """See `logprobs.selected_logprobs`; the head is a matrix."""
         return self.training.HeadLogprobs.apply(hidden.to(weight.dtype), weight, targets, temperature, chunk)  # type: ignore[no-any-return]
 
-    def arguments(self, bounds: Tensor | None, longest: int) -> dict[str, Any]:
+    def arguments(self, cu_seqlens: Tensor | None, max_seqlen: int) -> dict[str, Any]:
         """What a forward over packed rows is given beside ids and positions."""
-        if bounds is None:
+        if cu_seqlens is None:
             return {}
-        mask: Any = bounds.view(1, 1, 1, -1)
+        mask: Any = cu_seqlens.view(1, 1, 1, -1)
         if len(kinds := set(getattr(self.config, "layer_types", None) or [])) > 1:
             mask = dict.fromkeys(kinds, mask)
-        return {"attention_mask": mask, "max_length_q": longest, "max_length_k": longest}
+        return {"attention_mask": mask, "max_length_q": max_seqlen, "max_length_k": max_seqlen}
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
         sliding_window: int | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """Causal attention. query [B, H, W, D], key and value [B, H_kv, W, D]; `mask` is None or holds the rows' bounds."""
+        """Causal attention. query [B, H, W, D], key and value [B, H_kv, W, D]; `mask` is None or holds the rows' cu_seqlens."""
         if odd := [k for k in ("s_aux", "position_bias", "softcap") if kwargs.get(k) is not None]:
             raise ConfigError(f"model.policy.kernels: they know no attention with {odd[0]}: set it to false.")
-        bounds = None if mask is None else mask.flatten()
+        cu_seqlens = None if mask is None else mask.flatten()
         window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
-        if bounds is None and window is None:
+        if cu_seqlens is None and window is None:
             out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
             return out.transpose(1, 2), None
-        longest = kwargs.get("max_length_q")
-        if bounds is None:
-            longest = query.shape[2]
-            bounds = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device) * longest
-        if longest is None:  # an architecture that does not hand it on
-            longest = int(bounds.diff().max())
+        max_seqlen = kwargs.get("max_length_q")
+        if cu_seqlens is None:
+            max_seqlen = query.shape[2]
+            cu_seqlens = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device) * max_seqlen
+        if max_seqlen is None:  # an architecture that does not hand it on
+            max_seqlen = int(cu_seqlens.diff().max())
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-        out = blocks(q, k, v, bounds, longest, scaling, window)
+        out = blocks(q, k, v, cu_seqlens, max_seqlen, scaling, window)
         return out.view(len(query), -1, *out.shape[1:]), None
 
 
-def blocks(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None) -> Tensor:
-    """Causal attention within each of the rows that `bounds` separates. q [M, H, D], k and v [M, H_kv, D] -> [M, H, D].
+def blocks(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None, window: int | None) -> Tensor:
+    """Causal attention within each of the rows that `cu_seqlens` separates. q [M, H, D], k and v [M, H_kv, D] -> [M, H, D].
 
     A query at p sees positions j with p - window < j <= p.
     """
     if q.is_cuda:
         back = -1 if window is None else window - 1
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(back, 0), **GROUPED)  # type: ignore[return-value, arg-type]
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(back, 0), **GROUPED)  # type: ignore[return-value, arg-type]
     out = []
-    for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+    for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         j = torch.arange(b - a)
         seen = (j <= j[:, None]) & (j > j[:, None] - (window or b - a))
         x, y, z = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))

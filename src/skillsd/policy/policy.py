@@ -154,7 +154,7 @@ class Policy(nn.Module):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the base is not bare."""
+        """Return whether the base carries adapters."""
         return bool(self._adapters)
 
     @property
@@ -345,18 +345,18 @@ class Policy(nn.Module):
         p, learner = pack(sequences, not self.packs, self.tokenizer.pad_token_id or 0, self.device), self.learner
         kwargs, weight = {}, None
         if learner is not None:
-            kwargs, weight = learner.arguments(p.bounds, p.longest), self.head.weight()
+            kwargs, weight = learner.arguments(p.cu_seqlens, p.max_seqlen), self.head.weight()
             if self._active is not None:
                 learner.lower(self._active)
         with nullcontext() if learner is None else learner.installed():
             hidden = self.backbone(input_ids=p.ids, position_ids=p.position_ids, use_cache=False, **kwargs).last_hidden_state
-        hidden, chunk = hidden.flatten(0, 1).index_select(0, p.places), self.settings.head_chunk
+        hidden, chunk = hidden.flatten(0, 1).index_select(0, p.logits_indices), self.settings.head_chunk
         if learner is not None and weight is not None:
             logp, entropy = learner.logprobs(hidden, weight, p.targets, temperature, chunk)
         else:
             logp, entropy = selected_logprobs(self.head, hidden, p.targets, temperature, chunk)
         cells = p.shape[0] * p.shape[1]
-        logp, entropy = (torch.zeros(cells, device=x.device).scatter(0, p.cells, x).view(p.shape) for x in (logp, entropy))
+        logp, entropy = (torch.zeros(cells, device=x.device).scatter(0, p.scatter_indices, x).view(p.shape) for x in (logp, entropy))
         return Scores(logp, entropy, hidden)
 
     def recomputing(self) -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ import torch
 
 
 def interpreted() -> bool:
-    """Whether Triton is told to interpret kernels instead of compiling them."""
+    """Return whether Triton interprets kernels instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

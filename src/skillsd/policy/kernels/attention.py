@@ -75,9 +75,9 @@ def _attend(
     if SPLITS > 1:
         place = pair * tl.num_programs(1) + block
         r = tl.arange(0, BR)
-        mine = parts + place.to(tl.int64) * SPLITS * BR * (DP + 2)
-        tl.store(mine + (split * BR + r[:, None]) * DP + d[None, :], acc)
-        stats = mine + SPLITS * BR * DP
+        partials = parts + place.to(tl.int64) * SPLITS * BR * (DP + 2)
+        tl.store(partials + (split * BR + r[:, None]) * DP + d[None, :], acc)
+        stats = partials + SPLITS * BR * DP
         tl.store(stats + split * BR + r, m)
         tl.store(stats + (SPLITS + split) * BR + r, total)
         tl.debug_barrier()  # all of the part is written before it is counted
@@ -92,7 +92,7 @@ def _attend(
                 base = tl.where(most == -float("inf"), 0.0, most)
                 decay, share = tl.exp(m - base), tl.exp(its - base)
                 total = total * decay + share * tl.load(stats + (SPLITS + s) * BR + r, cache_modifier=".cg")
-                other = tl.load(mine + (s * BR + r[:, None]) * DP + d[None, :], cache_modifier=".cg")
+                other = tl.load(partials + (s * BR + r[:, None]) * DP + d[None, :], cache_modifier=".cg")
                 acc = acc * decay[:, None] + share[:, None] * other
                 m = most
             tl.store(counters + place, 0)

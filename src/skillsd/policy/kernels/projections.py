@@ -100,15 +100,15 @@ def _tile(
         acc += tl.dot(values, a, input_precision=PRECISION) * scale[:, None]
     last = SPLITS == 1
     if SPLITS > 1:
-        mine = parts + ((first_tile + tile) * SPLITS).to(tl.int64) * BN * BM + nn[:, None] * BM + m[None, :]
-        tl.store(mine + split * BN * BM, acc)
+        partials = parts + ((first_tile + tile) * SPLITS).to(tl.int64) * BN * BM + nn[:, None] * BM + m[None, :]
+        tl.store(partials + split * BN * BM, acc)
         tl.debug_barrier()  # all of the part is written before it is counted
         last = tl.atomic_add(counters + 2 + first_tile + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
         if last:
             acc = tl.zeros((BN, BM), tl.float32)
             for s in range(0, SPLITS, AHEAD):
                 for i in tl.static_range(AHEAD):  # loads in flight together, added in order
-                    acc += tl.load(mine + (s + i) * BN * BM, mask=s + i < SPLITS, other=0.0, cache_modifier=".cg")
+                    acc += tl.load(partials + (s + i) * BN * BM, mask=s + i < SPLITS, other=0.0, cache_modifier=".cg")
             tl.store(counters + 2 + first_tile + tile, 0)
     if last:
         if BIAS:
