@@ -187,9 +187,7 @@ def test_a_template_that_forgets_thoughts_is_refused_whatever_their_form(thought
 def test_a_template_that_fails_is_one_line():
     strict = "{% if messages | length > 2 %}{{ raise_exception('one\nturn only') }}{% endif %}" + CHATML
     for template in (strict, CHATML.replace("m.content", "m.content + 1")):
-        with pytest.raises(
-            ConfigError, match=r"^model\.policy\.chat_template: the template fails on a plain conversation \(.*\)"
-        ):
+        with pytest.raises(ConfigError, match=r"^model\.policy\.chat_template: the template fails on a plain conversation \(.*\)"):
             chat(template)
 
 
