@@ -237,7 +237,7 @@ class SokobanEnv(gym.Env[str, str]):
     def solution(self) -> list[str] | None:
         """A shortest plan from the current state, each item a full valid answer for one turn; None if there is none, [] if solved.
 
-        Of equally short plans the first in the order up, down, left, right. SearchLimit as for `distance`.
+        Among equally short plans it is the first in the order up, down, left, right. SearchLimit as for `distance`.
         """
         self._started()
         plan = self._solver.plan(self._player, self._boxes)

@@ -323,5 +323,5 @@ def peak_gib(device: torch.device) -> float:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> float:
-    """Of all tensors together."""
+    """The 2-norm of all tensors together."""
     return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors])))

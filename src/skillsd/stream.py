@@ -168,7 +168,7 @@ class GroupStream:
         return played, time.perf_counter() - started
 
     def _check_failed(self, played: Sequence[Trajectory], iteration: int) -> None:
-        """Of all ranks, before anything is made of the episodes."""
+        """Count failed episodes on all ranks, before anything is made of them."""
         every = parallel.gather((len(played), [t for t in played if t.failed]))
         episodes, failed = sum(n for n, _ in every), [t for _, theirs in every for t in theirs]
         if failed and parallel.is_rank_zero():

@@ -143,7 +143,7 @@ def test_bad_sdpo(bad):
         TopKJSD(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"k": 0}, {"least_gap": -0.1}, {"full_gap": 0.0}, {"max_weight": 0.0}, {"full_gap": math.nan}])
+@pytest.mark.parametrize("bad", [{"k": 0}, {"min_gap": -0.1}, {"full_gap": 0.0}, {"max_weight": 0.0}, {"full_gap": math.nan}])
 def test_bad_ucob(bad):
     with pytest.raises(ValueError, match="full_gap > 0"):
         TwoViewKL(**bad)

@@ -28,13 +28,13 @@ def test_the_least_settings(value):
     assert SigmoidGate(value).beta == GatedLogRatio(value).beta == OutcomeGate(value).indifference == value
     assert SigmoidGate(0.0)(tokens(2.0)).item() == 0.5
     assert GapMultiplier(clip=value).clip == TopKJSD(ratio_clip=0.5 + value).ratio_clip - 0.5 == value
-    assert TwoViewKL(least_gap=value).least_gap == TwoViewKL(max_weight=0.5 + value).max_weight - 0.5 == value
+    assert TwoViewKL(min_gap=value).min_gap == TwoViewKL(max_weight=0.5 + value).max_weight - 0.5 == value
 
 
 def test_defaults():
     """What the methods' overlays and docs/ rely on."""
     assert vars(TopKJSD()) == {"k": 100, "alpha": 0.5, "ratio_clip": 2.0}
-    assert vars(TwoViewKL()) == {"k": 32, "least_gap": 0.05, "full_gap": 0.2, "max_weight": 2.0}
+    assert vars(TwoViewKL()) == {"k": 32, "min_gap": 0.05, "full_gap": 0.2, "max_weight": 2.0}
     assert Objective(group_filter="zero_variance").group_filter == "zero_variance"
 
 

@@ -52,7 +52,7 @@ class Index:
         """Read what was appended; all of it if a resumed run has cut the file back. A line without its end is still being written.
 
         Returns:
-            Whether anything has changed.
+            True if anything has changed.
 
         Raises:
             ConfigError: a line is no trajectory.

@@ -25,7 +25,7 @@ class SigmoidGate(Gate):
 
 
 class PositiveGate(Gate):
-    """1 in trajectories of positive advantage, else 0 (SDPG, arXiv:2606.04036): only what went well is taught."""
+    """1 in trajectories of positive advantage, else 0 (SDPG, arXiv:2606.04036): only what went well is distilled."""
 
     def __call__(self, t: Tokens) -> Tensor:
         return (t.advantage > 0).to(t.logp.dtype)
@@ -56,7 +56,7 @@ class OutcomeGate(Gate):
 
 
 class TraceGate(Gate):
-    """prod of min(1, pi_tea / pi_stu) over the trajectory's earlier tokens: the teacher is heard where it would have come itself.
+    """prod of min(1, pi_tea / pi_stu) over the trajectory's earlier tokens: the teacher counts where it would have come itself.
 
     A plan says nothing of states that it does not pass. The student's first step off it still counts; behind that step the weight is as
     small as the teacher found the step unlikely. The product is the cut trace of Retrace (arXiv:1606.02647), which keeps off-policy

@@ -59,7 +59,7 @@ class Signal:
     """Base of the algorithms. Write `loss`, `advantage` or `multiplier`."""
 
     distributional = False
-    """Whether the signal compares whole distributions at each state: then `divergence` is written too, and only `loss` makes sense."""
+    """The signal compares whole distributions at each state: then `divergence` is written too, and only `loss` makes sense."""
 
     def loss(self, t: Tokens) -> Tensor:
         """Loss per token, [N] with gradient."""
@@ -78,7 +78,7 @@ class Signal:
         raise self._lacks("divergence")
 
     def writes(self, placement: str) -> bool:
-        """Whether this class has the method of that name."""
+        """True if this class has the method of that name."""
         return getattr(type(self), placement) is not getattr(Signal, placement)
 
     def _lacks(self, method: str) -> TypeError:

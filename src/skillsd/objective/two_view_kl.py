@@ -5,7 +5,7 @@
 
 Source: arXiv:2606.29502. Credit: distillation only where this group's own returns say that the other view is worth following, in either
 direction: a harmful skill is unlearnt by the half that sees it. Roll out with `data.actor: half_with_skill`; the sigmoid is a
-gate. Two differences from the authors' code: the student is taught on the tokens it sampled itself, not on the winner's, and returns are
+gate. Two differences from the authors' code: the student learns from the tokens it sampled itself, not on the winner's, and returns are
 compared between the halves of a group, not between the visits of an anchor state.
 """
 
@@ -21,17 +21,17 @@ class TwoViewKL(Signal):
 
     Args:
         k: Tokens kept, the teacher's likeliest.
-        least_gap: Return gap up to which nothing is taught.
+        min_gap: Return gap up to which nothing is distilled.
         full_gap: Return gap that weighs 1.
         max_weight: Largest weight of a gap.
     """
 
     distributional = True
 
-    def __init__(self, k: int = 32, least_gap: float = 0.05, full_gap: float = 0.2, max_weight: float = 2.0) -> None:
-        if k < 1 or least_gap < 0 or not full_gap > 0 or not max_weight > 0:
-            raise ValueError("TwoViewKL: give k >= 1, least_gap >= 0, full_gap > 0 and max_weight > 0.")
-        self.k, self.least_gap, self.full_gap, self.max_weight = k, least_gap, full_gap, max_weight
+    def __init__(self, k: int = 32, min_gap: float = 0.05, full_gap: float = 0.2, max_weight: float = 2.0) -> None:
+        if k < 1 or min_gap < 0 or not full_gap > 0 or not max_weight > 0:
+            raise ValueError("TwoViewKL: give k >= 1, min_gap >= 0, full_gap > 0 and max_weight > 0.")
+        self.k, self.min_gap, self.full_gap, self.max_weight = k, min_gap, full_gap, max_weight
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         top, index = teacher.topk(min(self.k, teacher.shape[-1]), -1)
@@ -41,4 +41,4 @@ class TwoViewKL(Signal):
     def loss(self, t: Tokens) -> Tensor:
         assert t.divergence is not None
         gap = t.return_gap.nan_to_num(0.0).to(t.logp)
-        return (gap / self.full_gap).clamp(0.0, self.max_weight) * (gap > self.least_gap) * t.divergence
+        return (gap / self.full_gap).clamp(0.0, self.max_weight) * (gap > self.min_gap) * t.divergence

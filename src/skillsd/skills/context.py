@@ -102,11 +102,11 @@ class GroupContext(ABC):
     """Base of the contexts that need the trajectories. The bank is filled as ever, and not read."""
 
     needs_skills = False
-    """Whether `choose` needs the summaries of the group: training then waits for a slow summariser."""
+    """`choose` needs the summaries of the group: training then waits for a slow summariser."""
 
     @abstractmethod
     def choose(self, group: Sequence[Trajectory], skills: Sequence[Skill | None]) -> Sequence[Skill | Trajectory | None]:
-        """What each member's teacher is told: a skill, another attempt, or nothing.
+        """What each member's teacher sees: a skill, another attempt, or nothing.
 
         Args:
             group: One task's trajectories, by member.

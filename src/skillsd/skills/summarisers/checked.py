@@ -20,7 +20,7 @@ _BLANK = Skill("-", "-", "-")
 class CheckedSummariser:
     """A summariser, ours or a third party's, held to its contract.
 
-    Of a skill only the three texts are believed, within `skill.MAX_CHARS`: task, source and reward are those of the trajectory that was
+    Only the three texts of a skill are believed, within `skill.MAX_CHARS`: task, source and reward are those of the trajectory that was
     submitted. A summary that is missing, surplus, given twice or of another type counts as failed or is left out; so does a whole
     submission if the summariser raises. Only ConfigError goes on, as it is the user's business. A synchronous summariser that hangs
     holds up training: an asynchronous one must end by itself.

@@ -169,7 +169,7 @@ class OpenAISummariser:
         return None, error
 
     def _outcome(self, call: Any) -> tuple[Skill | None, str]:
-        """Of a call that is over: the skill, or why there is none."""
+        """What a call that is over came to: the skill, or why there is none."""
         # A server that sends a byte now and then outlives every socket time-out: the clock decides.
         found = Failure("raised", "closed") if call.cancelled() else call.result()
         if isinstance(found, Failure):

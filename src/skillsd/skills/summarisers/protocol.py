@@ -23,7 +23,7 @@ class Summariser(Protocol):
     """Makes skills of finished trajectories. A summary that fails is counted, never raised."""
 
     asynchronous: bool
-    """Whether `submit` returns before the summaries are ready."""
+    """`submit` returns before the summaries are ready."""
 
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
         """One skill per trajectory in the given order, None where it failed. Blocks."""
