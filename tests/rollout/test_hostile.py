@@ -60,7 +60,7 @@ MISDEEDS: dict[str, tuple[Callable[[], Any], str]] = {
     "raises a book": (lambda: boom(ValueError("x" * 10_000_000)), "raised: ValueError: xxx"),
     "raises escapes": (lambda: boom(ValueError("\x1b[2J\ud800")), "raised: ValueError: \\x1b[2J\\ud800"),
     "out of memory": (lambda: boom(MemoryError()), "raised: MemoryError"),
-    "sleeps": (lambda: time.sleep(60), "hung: no answer in 1 s (rollout.env_timeout)"),
+    "sleeps": (lambda: time.sleep(60), "hung: no answer in 1 s (data.rollout.env_timeout)"),
     "sleeps on": (spin, "hung: no answer in 1 s"),
     "bytes": (lambda: (b"up", 0.0, False, False, INFO), "observation: the observation is a bytes, not a str"),
     "nothing": (lambda: None, "observation: step returned a NoneType, not (observation, reward, terminated, truncated, info)"),
@@ -68,7 +68,7 @@ MISDEEDS: dict[str, tuple[Callable[[], Any], str]] = {
     "no info": (lambda: ("up", 0.0, False, False, None), "observation: info is a NoneType, not a dict"),
     "10 MB": (
         lambda: ("up " * 3_495_254, 0.0, False, False, INFO),
-        "observation: the observation has 10,485,762 characters, more than 1,000,000 (rollout.max_observation_chars)",
+        "observation: the observation has 10,485,762 characters, more than 1,000,000 (data.rollout.max_observation_chars)",
     ),
     "surrogate": (
         lambda: ("up \ud83d", 0.0, False, False, INFO),
