@@ -118,11 +118,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "a signal in the wrong place": (
         ["--model.objective.loss=skillsd.objective.GapMultiplier"],
-        r"model\.objective\.loss: RLSD is no loss: give it as multiplier",
+        r"model\.objective\.loss: GapMultiplier is no loss: give it as multiplier",
     ),
     "a distribution as an advantage": (
         ["--model.objective.loss=null", "--model.objective.advantage=skillsd.objective.TopKJSD"],
-        r"model\.objective\.advantage is SDPO.* expected gradient is zero: give it as model\.objective\.loss",
+        r"model\.objective\.advantage is TopKJSD.* expected gradient is zero: give it as model\.objective\.loss",
     ),
     "unknown signal": (["--model.objective.loss=skillsd.objective.NoSuch"], r"model.*NoSuch"),
     "unknown filter": (["--model.objective.group_filter=x"], r"model\.objective\.group_filter: .*zero_variance"),

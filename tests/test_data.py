@@ -213,7 +213,7 @@ def test_too_many_failed_episodes(join):
         next(iter(stream))
     first = stream.order(0)[0].task_id
     assert str(told.value) == (
-        f"rollout.max_failed is 0.5, and in iteration 0 3 of 4 episodes failed (1 hung, first on task {first}: hung: no answer; "
+        f"data.rollout.max_failed is 0.5, and in iteration 0 3 of 4 episodes failed (1 hung, first on task {first}: hung: no answer; "
         f"2 raised, first on task {first}: raised: OSError: gone). There is no checkpoint yet: mend the environment and resume, "
         "or set a larger share."
     )

@@ -681,7 +681,7 @@ def test_export(run, tell, tmp_path):
         plain = base(ids).logits
         logits = PeftModel.from_pretrained(base, tmp_path / "exported")(ids).logits
     policy = Policy(PolicySettings(lora=LoraSettings(r=4, alpha=8)))
-    policy.load_adapter_state(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    policy.load_checkpoint_state(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     with policy.acting("student"):
         close(logits, policy.base(ids).logits)
     assert (logits - plain).abs().max() > 1e-3
@@ -739,7 +739,7 @@ def test_pretraining_without_teacher_and_bank(capsys, tmp_path):
     env += ['--data.env_kwargs.splits={"pretrain": {"wide": 1}, "test": {"short": 2}}', "--data.num_workers=0"]
     size = ["--data.demonstrations.episodes=8", "--data.batch_size=4", "--trainer.enable_progress_bar=false"]
     flags = [f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu", *env, *size]
-    assert cli.main(["fit", "-c", "pretrain/nano-sokoban", *flags]) == 0
+    assert cli.main(["pretrain", "-c", "pretrain/nano-sokoban", *flags]) == 0
     said = capsys.readouterr().out
     assert all(f"panel {name}" in said for name in ("plain", "own", "shuffled")) and not (folder / "bank.sqlite").exists()
     assert command("fit", tmp_path / "run", f"--model.policy.model={folder / 'model'}", "--trainer.max_steps=1") == 0

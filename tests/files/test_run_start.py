@@ -130,7 +130,7 @@ def test_a_run_without_checkpoints_is_not_begun_anew_unasked(run):
     assert names(run) == [] and read_record(run) == RunRecord(saves=False)
     begin(run, "last")  # nothing is lost
     assert read_record(run) == RunRecord()
-    (run / "run.json").write_text('{"format": 1, "checkpoints": null, "discarding": false}')
+    (run / "run.json").write_text('{"format": 2, "checkpoints": null, "discarding": false}')
     assert read_record(run) == RunRecord()
 
 
@@ -239,7 +239,7 @@ def test_validations_alone_are_no_run(tmp_path):
 def test_format(tmp_path):
     check_format(tmp_path)
     (tmp_path / "metrics.csv").write_text("x")
-    for record in (None, '{"format": 999}', "{", "[]", '{"format": 1}'):
+    for record in (None, '{"format": 999}', "{", "[]", '{"format": 2}'):
         if record is not None:
             (tmp_path / "run.json").write_text(record)
         with pytest.raises(ConfigError, match=r"run\.json|format 999"):

@@ -355,7 +355,7 @@ def test_too_many_failures_stop_the_run(fit, tmp_path):
     assert code == 2
     line = said.strip().splitlines()[-1]
     n = len(table(folder))
-    assert line.startswith(f"error: rollout.max_failed is 0.5, and in iteration {n} 3 of 3 episodes failed (3 raised, first on task ")
+    assert line.startswith(f"error: data.rollout.max_failed is 0.5, and in iteration {n} 3 of 3 episodes failed (3 raised, first on task ")
     assert "task raises:0: raised: OSError: the host is gone)" in line
     assert n == 3 and f"The last good checkpoint is {folder / 'checkpoints' / 'last.ckpt'}" in line
     assert checkpoint(folder)["global_step"] == 3

@@ -54,7 +54,7 @@ def panel(success):
 content = {"before": panel(0.5), "during": {"2": panel(0.55)}, "after": panel(after)}
 if mine.get("no_after"):
     del content["after"]
-(folder / "run.json").write_text(json.dumps({"format": 1, "checkpoints": "checkpoints", "discarding": False}))
+(folder / "run.json").write_text(json.dumps({"format": 2, "checkpoints": "checkpoints", "discarding": False}))
 (folder / "panel.json").write_text(json.dumps(content))
 """
 
