@@ -138,6 +138,15 @@ def test_what_a_later_file_sets_again_is_said(files: None, capsys: pytest.Captur
     assert err.count("\n") == (said is not None) and (said or "") in err, err
 
 
+def test_a_pre_training_and_an_experiment_have_a_command_each(files: None, tmp_path: Path) -> None:
+    (tmp_path / "cloning.yaml").write_text("data: {env: x:D-v0, demonstrations: {split: a}}")
+    (tmp_path / "method.yaml").write_text("{method: grpo, data: {env: x:D-v0}}")
+    for command, name, cure in (("fit", "cloning.yaml", "skillsd pretrain -c"), ("pretrain", "method.yaml", "skillsd fit -c")):
+        with pytest.raises(ConfigError, match=f"{name} describes .*{cure} {name}"):
+            resolve([command, "-c", name])
+    assert resolve(["pretrain", "-c", "cloning.yaml"]).command == "pretrain"
+
+
 METHODS = {
     "one": "method: {teacher: {mode: ema}, skills: {context: x.C}, objective: {clip_low: 0.1, gate: x.G}}",
     "two": "{method: {objective: {clip_high: 0.5}}, model: {optimizer: {lr: 1}}}",

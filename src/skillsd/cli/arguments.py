@@ -125,6 +125,7 @@ def resolve(args: Sequence[str]) -> Request:
                 check_value(value, flag)
             named.append(Argument(flag, value))
     if command in CONFIGURED:
+        _check_command(command, named)
         named = put_method(named)
         if command != "pretrain":
             out.append(f"--config={as_yaml(SPELLED_OUT)}")
@@ -245,6 +246,18 @@ def _method(x: Named | Argument) -> Any:
 
 def _label(method: Any) -> str:
     return method if isinstance(method, str) else "of your own"
+
+
+def _check_command(command: str, named: Sequence[Named | Argument]) -> None:
+    """Refuse an experiment for `pretrain`, and a pre-training for the other commands."""
+    for x in named:
+        if isinstance(x, Named):
+            data = x.config.get("data")
+            pretraining = isinstance(data, Mapping) and "demonstrations" in data
+            if pretraining and command != "pretrain":
+                raise ConfigError(f"{x.name} describes a pre-training: skillsd pretrain -c {x.name}.")
+            if command == "pretrain" and "method" in x.config:
+                raise ConfigError(f"{x.name} describes an experiment: skillsd fit -c {x.name}.")
 
 
 def _refuse_init_args(x: Named) -> None:
