@@ -149,7 +149,7 @@ def test_one_is_killed(policy, two, engine, caplog, monkeypatch):
             alike(played, play(policy, engine=engine, slots=4))
         finally:
             again.kill()
-        assert again.loads and again.asked and [r.message for r in caplog.records[1:]] == [f"rollout.servers: {dying.url} is back."]
+        assert again.loads and again.asked and [r.message for r in caplog.records[1:]] == [f"data.rollout.servers: {dying.url} is back."]
 
 
 def test_all_are_lost(two, engine):
@@ -298,7 +298,7 @@ def test_a_hostile_server(policy, two, caplog, kind, monkeypatch):
             said = engine.open(1.0).turn(requests)
         assert [c.token_ids for c in said] == [c.token_ids for c in InProcessEngine(policy).open(1.0).turn(requests)]
         (record,) = caplog.records
-        assert record.message.startswith(f"rollout.servers: {two[0].url} is lost (") and record.message.isprintable()
+        assert record.message.startswith(f"data.rollout.servers: {two[0].url} is lost (") and record.message.isprintable()
         caplog.clear()
         with pytest.raises(ConfigError, match=why):
             two[1].broken["/v1/completions"] = bad
@@ -329,7 +329,7 @@ def test_servers_that_are_started_otherwise(policy, two):
     refused("does not draw with our noise")
     two[0].processor, two[0].mode = Noise, "processed_logits"
     two[0].model.context = 100
-    refused("its --max-model-len 100 is below policy.context_length 1024: change either")
+    refused("its --max-model-len 100 is below model.policy.context_length 1024: change either")
     two[0].broken["/v1/models"] = lambda handler: handler.raw(200, b'{"data": [{"id": 3}]}')
     refused("no list of models")
     two[0].broken["/health"] = lambda handler: handler.raw(503, b"")
@@ -407,15 +407,15 @@ def test_closing_with_turns_that_wait(policy, two, caplog):
     "said, settings",
     [
         (r"rollout\.servers is empty: give the servers' addresses", dict(engine="servers")),
-        (r"rollout\.servers has addresses, and rollout\.engine is default: set it to servers", dict(servers=["http://a:1"])),
+        (r"rollout\.servers has addresses, and data\.rollout\.engine is default: set it to servers", dict(servers=["http://a:1"])),
         (r"rollout\.servers\[1\] is no http://host:port", dict(engine="servers", servers=["http://a:1", "http://me:secret@a:1"])),
         (r"names a server twice", dict(engine="servers", servers=["http://a:1"] * 2)),
         (r"names a server twice", dict(engine="servers", servers=["http://a:1", "http://a:1/v1/"])),
         (r"servers_key_env is the name", dict(engine="servers", servers=["http://a:1"], servers_key_env="sk-123")),
         (r"servers_timeout is 0", dict(engine="servers", servers=["http://a:1"], servers_timeout=0.0)),
         (r"staleness is -1", dict(staleness=-1)),
-        (r"staleness is 1, and rollout\.engine is default.*set rollout\.engine to servers", dict(staleness=1)),
-        (r"staleness is 1.*set rollout\.env_workers to 1", dict(staleness=1, engine="servers", servers=["http://a:1"])),
+        (r"staleness is 1, and data\.rollout\.engine is default.*set data\.rollout\.engine to servers", dict(staleness=1)),
+        (r"staleness is 1.*set data\.rollout\.env_workers to 1", dict(staleness=1, engine="servers", servers=["http://a:1"])),
     ],
 )
 def test_settings_are_checked(said, settings):

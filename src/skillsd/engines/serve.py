@@ -78,7 +78,7 @@ def find_vllm(python: str) -> tuple[str, Path]:
     """The version of an interpreter's vLLM, and its folder."""
     cure = "name the interpreter of an environment with vLLM (python -m venv vllm && vllm/bin/pip install vllm)"
     try:
-        probe = subprocess.run([python, "-c", FIND_VLLM], capture_output=True, text=True, errors="replace", timeout=60)
+        probe = subprocess.run([python, "-c", FIND_VLLM], capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=60)
         version, folder = probe.stdout.split(maxsplit=1)
     except (OSError, subprocess.TimeoutExpired) as e:
         raise ConfigError(f"python: {python} cannot be run ({getattr(e, 'strerror', None) or 'no answer in 60 s'}): {cure}.") from e
