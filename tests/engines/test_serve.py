@@ -170,11 +170,11 @@ def test_on_a_gpu_a_base_keeps_its_own_dtype(tiny_model):
 @pytest.mark.parametrize(
     "key, settings",
     [
-        ("policy.model", dict(model="nano-untrained")),
-        ("policy.model", dict(model="/not/here")),
-        ("policy.shard", dict(shard=True)),
-        ("policy.lora.r", dict(lora=LoraSettings(r=600))),
-        ("policy.quantise", dict(quantise="nf4")),
+        ("model.policy.model", dict(model="nano-untrained")),
+        ("model.policy.model", dict(model="/not/here")),
+        ("model.policy.shard", dict(shard=True)),
+        ("model.policy.lora.r", dict(lora=LoraSettings(r=600))),
+        ("model.policy.quantise", dict(quantise="nf4")),
     ],
 )
 def test_settings_that_cannot_be_served(key, settings, tmp_path):
