@@ -191,6 +191,7 @@ def test_settings_after_a_method_change_it_and_those_before_do_not_count(
 @pytest.mark.parametrize(
     ("method", "said"),
     [
+        ("{gate: x.G}", r"method\.gate: .*under `objective:`"),
         ("grpoo", "no method .*grpo"),
         ("{teacher: {}, loss: x}", r"method\.loss: a method has teacher"),
         ("trainer.yaml", "give a name, or a mapping"),
@@ -199,3 +200,9 @@ def test_settings_after_a_method_change_it_and_those_before_do_not_count(
 def test_what_is_no_method(files: None, method: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve(["fit", "-c", "experiment.yaml", f"--method={method}"])
+
+
+def test_a_part_of_a_method_has_a_key_of_its_own(files: None) -> None:
+    for flag, key in (("objective.clip_low", "model.objective.clip_low"), ("teacher.mode", "teacher.mode"), ("actor", "data.actor")):
+        with pytest.raises(ConfigError, match=rf"method\.{flag}: .*--{key}\.$"):
+            resolve(["fit", "-c", "experiment.yaml", f"--method.{flag}=1"])

@@ -25,6 +25,8 @@ from skillsd.config_file import read_config
 from skillsd.errors import ConfigError
 
 PARTS = ("teacher", "skills", "objective", "actor")
+OBJECTIVE = ("loss", "advantage", "multiplier", "gate", "group_filter", "distillation_weight", "policy_weight")
+"""What is looked for one level too high."""
 SKILLS = ("context", "min_reward")
 """Settings of `skills` that belong to a method, whether it names them or not; others are an experiment's."""
 
@@ -55,7 +57,8 @@ def read_method(method: Any) -> dict[str, Any]:
     if not isinstance(method, Mapping):
         raise ConfigError(f"{where}: give a name, or a mapping of {', '.join(PARTS)}.")
     if odd := [key for key in method if key not in PARTS]:
-        raise ConfigError(f"{where}.{odd[0]}: a method has {', '.join(PARTS)}: set other keys beside `method:`.")
+        cure = "write it under `objective:`" if odd[0] in OBJECTIVE else "set other keys beside `method:`"
+        raise ConfigError(f"{where}.{odd[0]}: a method has {', '.join(PARTS)}: {cure}.")
     return dict(method)
 
 

@@ -8,7 +8,7 @@ Algorithm 1, an iteration:
     4  rewards -> group advantages                                  batch.py
     5  student and teacher score the same tokens                    here: `loss`, `teacher`
     6  one update of L = L_GRPO + lambda L_SDL                      here: `training_step`; learner.py
-    7  the new trajectories are summarised into the bank            skills/callback.py
+    7  the new trajectories are summarised into the bank            skills/selection.py
 """
 
 from __future__ import annotations

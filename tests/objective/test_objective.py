@@ -150,7 +150,7 @@ def test_bad_indifference(value):
 
 @pytest.mark.parametrize("clip", [-0.1, 1.0, math.nan])
 def test_a_multiplier_that_could_change_signs_is_refused(clip):
-    with pytest.raises(ValueError, match=r"^RLSD\.clip is .*no sign changes"):
+    with pytest.raises(ValueError, match=r"^GapMultiplier\.clip is .*no sign changes"):
         GapMultiplier(clip)
 
 

@@ -219,3 +219,43 @@ def test_an_error_in_the_middle_of_a_call_leaves_no_trace(tmp_path, make_skill, 
         banks[0].insert([*new, make_skill("f", "\ud800")], 1)
     assert (stored(banks[0].path), answers(banks[0])) == (before, held)
     assert banks[0].insert(new, 1) == banks[1].insert(new, 1) and stored(banks[0].path) == stored(banks[1].path)
+
+
+def test_who_was_overtaken_writes_nothing(tmp_path, make_skill):
+    """Two writers: what the second has added is not undone by the first, which does not know of it."""
+    with SkillBank(tmp_path / "bank.sqlite") as first, SkillBank(tmp_path / "bank.sqlite") as second:
+        first.insert([make_skill("a")], 0)
+    with SkillBank(tmp_path / "bank.sqlite") as first, SkillBank(tmp_path / "bank.sqlite") as second:
+        second.record_use(1, 1)
+        before = stored(tmp_path / "bank.sqlite")
+        with pytest.raises(OSError, match="another process has written"):
+            first.cut(0)
+        assert stored(tmp_path / "bank.sqlite") == before
+
+
+def test_a_task_s_row_that_is_gone_is_no_task_without_skills(tmp_path, make_skill):
+    with SkillBank(tmp_path / "bank.sqlite") as bank:
+        bank.insert([make_skill("a"), make_skill("b", task_id="t2")], 0)
+        assert bank.tasks() == ["t1", "t2"]
+        with closing(sqlite3.connect(tmp_path / "bank.sqlite")) as db:
+            db.execute("DELETE FROM state WHERE task_id = 't1'")
+            db.commit()
+        with pytest.raises(ValueError, match="'state' is missing"):
+            bank.skills("t1")
+        assert texts(bank, "t2") == ["b"]
+
+
+def test_rewards_are_finite_and_an_empty_bank_has_no_uses(make_skill):
+    bank = SkillBank()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="source_reward"):
+            bank.insert([make_skill("a"), make_skill("b", reward=bad)], 0)
+    assert len(bank) == bank.position == 0 and bank.stats()["mean_uses"] == 0.0
+
+
+def test_unused_skills_come_first_unless_it_is_said(make_skill):
+    bank = SkillBank(value_estimate="next_visit")
+    bank.insert([make_skill("a", reward=1.0), make_skill("b", reward=0.0)], 0)
+    bank.record_use(1, 1, reward=1.0)
+    bank.record_use(1, 2, reward=1.0)
+    assert bank.retrieve("t1").skill_id == 2 and bank.retrieve("t1", c=0.0, unused_first=False).skill_id == 1

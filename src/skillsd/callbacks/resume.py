@@ -135,7 +135,9 @@ class RunCheckpoint(ModelCheckpoint):
             name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
             others = [k for k, state in checkpoint.items() if isinstance(state, dict) and "episodes" in state]
             if others and name not in others:
-                raise ConfigError(f"data.class_path: the checkpoint's run had {others[0]}, and here it is {name}: set it as it was.")
+                raise ConfigError(
+                    f"ckpt_path: the checkpoint's run had the data module {others[0]}, and here it is {name}: take it as it was."
+                )
             if said := say_changes(checkpoint.get("settings", {}), self._settings(trainer)):
                 parallel.print_rank_zero(said)
         self._last_global_step_saved = self._recorded = checkpoint["global_step"]

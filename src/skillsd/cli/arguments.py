@@ -249,8 +249,12 @@ def _label(method: Any) -> str:
 
 
 def _check_command(command: str, named: Sequence[Named | Argument]) -> None:
-    """Refuse an experiment for `pretrain`, and a pre-training for the other commands."""
+    """Refuse an experiment for `pretrain`, a pre-training for the other commands, and a flag for a part of a method."""
     for x in named:
+        if isinstance(x, Argument) and x.flag.startswith("--method."):
+            part, _, rest = x.flag.removeprefix("--method.").partition(".")
+            key = {"objective": "model.objective", "actor": "data.actor"}.get(part, part)
+            raise ConfigError(f"{x.flag[2:]}: a method is replaced whole; one setting of it is --{key}{'.' * bool(rest)}{rest}.")
         if isinstance(x, Named):
             data = x.config.get("data")
             pretraining = isinstance(data, Mapping) and "demonstrations" in data

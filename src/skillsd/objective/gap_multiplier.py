@@ -23,7 +23,7 @@ class GapMultiplier(Signal):
 
     def __init__(self, clip: float = 0.2) -> None:
         if not 0 <= clip < 1:
-            raise ValueError(f"RLSD.clip is {clip}: give 0 or more, and less than 1, so that no sign changes.")
+            raise ValueError(f"GapMultiplier.clip is {clip}: give 0 or more, and less than 1, so that no sign changes.")
         self.clip = clip
 
     def multiplier(self, t: Tokens) -> Tensor:

@@ -35,7 +35,7 @@ class OutcomeGate(Gate):
     """+1 in trajectories where teacher and outcome agree, -1 where they do not, 0 where the teacher has no view (SGSD, arXiv:2605.28791).
 
     The teacher is for a trajectory if it makes it likelier: sign of the mean of d, cut at 3 nats, over its tokens. A teacher that is
-    against a solved one, or for an unsolved one, is wrong, and the student is pushed away from it: take a bounded signal (SDPO).
+    against a solved one, or for an unsolved one, is wrong, and the student is pushed away from it: take a bounded signal (TopKJSD).
 
     Args:
         indifference: Mean |d| up to which the teacher has no opinion, in nats.

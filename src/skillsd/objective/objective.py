@@ -82,7 +82,7 @@ class Objective:
             raise ValueError(
                 f"{where}.{self.placement} is {name}, which compares whole distributions (top-k or full vocabulary). Its value depends on "
                 "the state alone, not on the token that was sampled, so as an advantage its expected gradient is zero: give it as "
-                f"{where}.loss, or give a signal of the sampled token, such as OPID."
+                f"{where}.loss, or give a signal of the sampled token, such as GapAdvantage."
             )
         if not self.signal.writes(self.placement):
             can = [p for p in PLACEMENTS if self.signal.writes(p)]

@@ -6,7 +6,7 @@
 
 Source: arXiv:2604.10674. Credit: dense; each sampled token is moved by how much better or worse the teacher likes it. Both forms have
 grad = rho ell grad log pi_stu, whose expectation under b is grad KL(pi_stu || pi_tea) at the visited state (Prop. 2). Detaching rho in
-k3 would train forward KL instead (`naive_k3`). With one update a batch it equals a token advantage lambda (log pi_tea - log pi_old).
+k3 would train forward KL instead (`unweighted_k3`). With one update a batch it equals a token advantage lambda (log pi_tea - log pi_old).
 """
 
 from __future__ import annotations

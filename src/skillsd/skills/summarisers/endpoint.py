@@ -68,7 +68,7 @@ class Endpoint:
             import openai
         except Exception as error:  # a package that is broken raises anything
             raise ImportError(f'OpenAISummariser needs the openai package ({causes(error)}): pip install "skillsd[openai]"') from error
-        key = read_key(api_key_env, "skills.summariser.api_key_env")
+        key = read_key(api_key_env, "skills.summariser.init_args.api_key_env")
         if not key and base_url is None:
             raise ValueError(f"no API key: set the environment variable {api_key_env}, or give base_url for a server that needs none")
         url = base_url or os.environ.get("OPENAI_BASE_URL", "")
