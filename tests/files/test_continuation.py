@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.test_cli import Run
 
+from skillsd.cli import configured
 from skillsd.data import RolloutData
 from skillsd.errors import ConfigError
 from skillsd.files.continuation import check_episodes, episodes, say_changes, settings
+from skillsd.module import SkillSD
 from skillsd.policy.nano import TEMPLATE, build_tokenizer
 from skillsd.trajectory import Task
 
@@ -142,10 +144,11 @@ class OtherData(RolloutData):
     """A user's own class, whose state is not under the name of the one that the run began with."""
 
 
-def test_the_position_is_not_left_out(run: Run) -> None:
+def test_the_position_is_not_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run.files()
-    line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2", "--data.class_path=tests.files.test_continuation.OtherData")
-    assert "data.class_path" in line and "OtherData" in line and run.files() == before
+    monkeypatch.setattr(configured, "EXPERIMENT", (SkillSD, OtherData))
+    line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
+    assert "ckpt_path" in line and "OtherData" in line and "RolloutData" in line and run.files() == before
 
 
 def test_every_command_takes_the_checkpoint_with_the_highest_step(run: Run, tmp_path: Path) -> None:
