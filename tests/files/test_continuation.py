@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.test_cli import Run
 
-from skillsd.cli import configured
+from skillsd.cli import configured as cli_configured
 from skillsd.data import RolloutData
 from skillsd.errors import ConfigError
 from skillsd.files.continuation import check_episodes, episodes, say_changes, settings
@@ -146,7 +146,7 @@ class OtherData(RolloutData):
 
 def test_the_position_is_not_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run.files()
-    monkeypatch.setattr(configured, "EXPERIMENT", (SkillSD, OtherData))
+    monkeypatch.setattr(cli_configured, "EXPERIMENT", (SkillSD, OtherData))
     line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")
     assert "ckpt_path" in line and "OtherData" in line and "RolloutData" in line and run.files() == before
 

@@ -136,11 +136,11 @@ def _run(argv: list[str]) -> int:
 
             return study(resolve(argv).args[1:], packaged)
         case _:
-            configured(argv)
+            run_configured(argv)
     return 0
 
 
-def configured(argv: list[str]) -> None:
+def run_configured(argv: list[str]) -> None:
     """fit, pretrain, validate, export, play, serve: what a configuration describes."""
     if argv[0] == "play" and not any(a.flag in ("", "-c", "--config") for a in arguments(argv[1:])):
         argv = ["play", "-c", "sokoban", *argv[1:]]
