@@ -171,6 +171,8 @@ def test_a_method_is_replaced_whole(files: None, tmp_path: Path, capsys: pytest.
     two = settings("-c", "experiment.yaml", "-c", "one.yaml", "-c", "two.yaml")
     assert "teacher" not in two and "context" not in two.get("skills", {}) and two["model"]["objective"] == {"clip_high": 0.5}
     assert two["model"]["optimizer"] == {"lr": 1} and two["method"] == {"objective": {"clip_high": 0.5}}
+    again = settings("-c", "one.yaml", "-c", "experiment.yaml", "-c", "two.yaml", "-c", "one.yaml")
+    assert again["teacher"] == {"mode": "ema"} and again["model"]["objective"] == {"clip_low": 0.1, "gate": "x.G"}
     flag = settings("-c", "experiment.yaml", "-c", "one.yaml", "--method=two.yaml")
     assert "teacher" not in flag and flag["model"]["objective"] == {"clip_high": 0.5} and flag["method"] == "two.yaml"
     assert capsys.readouterr().err == ""

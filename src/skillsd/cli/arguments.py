@@ -209,30 +209,27 @@ def put_method(named: Sequence[Named | Argument]) -> list[Named | Argument]:
     Raises:
         ConfigError: it is no method, or a file has settings of an older version.
     """
-    out = list(named)
-    for x in out:
+    for x in named:
         if isinstance(x, Named):
             _refuse_init_args(x)
-    found = [(i, _method(x)) for i, x in enumerate(out) if _method(x) is not None]
-    if not found:
-        return out
-    at, given = found[-1]
-    source = out[at]
-    if isinstance(source, Named) and source.run is not None:
-        return out  # what a run was is written out in its configuration
-    method = read_method(given)
-    for i, x in enumerate(out):
-        if isinstance(x, Named) and (i < at or x is source):
+    at = next((i for i in reversed(range(len(named))) if _method(named[i]) is not None), None)
+    if at is None or (isinstance(source := named[at], Named) and source.run is not None):
+        return list(named)  # what a run was is written out in its configuration
+    given = _method(source)
+    method, label = read_method(given), given if isinstance(given, str) else "of your own"
+    out: list[Named | Argument] = []
+    for i, x in enumerate(named):
+        if i == at:
+            out.append(Named(f"method {label}", {"method": given, **settings_of(method)}))
+        if isinstance(x, Named):
             config = {key: value for key, value in x.config.items() if key != "method"}
             if i < at:
                 config, gone = without_method(config, method)
                 if gone and x.run is None:
-                    print(f"method {_label(given)} replaces {', '.join(gone)} of -c {x.name}.", file=sys.stderr)
-            out[i] = x._replace(config=config)
-    out = [x for i, x in enumerate(out) if i == at or not (isinstance(x, Argument) and x.flag == "--method")]
-    at = next(i for i, x in enumerate(out) if x is source or (isinstance(x, Named) and isinstance(source, Named) and x.name == source.name))
-    settings = Named(f"method {_label(given)}", {"method": given, **settings_of(method)})
-    out[at : at + isinstance(source, Argument)] = [settings]
+                    print(f"method {label} replaces {', '.join(gone)} of -c {x.name}.", file=sys.stderr)
+            out.append(x._replace(config=config))
+        elif x.flag != "--method":
+            out.append(x)
     return out
 
 
@@ -242,10 +239,6 @@ def _method(x: Named | Argument) -> Any:
     if x.flag != "--method" or x.value is None:
         return None
     return parse_config(x.value, "--method") if x.value.startswith("{") else x.value
-
-
-def _label(method: Any) -> str:
-    return method if isinstance(method, str) else "of your own"
 
 
 def _check_command(command: str, named: Sequence[Named | Argument]) -> None:
