@@ -262,6 +262,8 @@ class CLI(LightningCLI):
         if parallel.is_rank_zero():
             print_report(Path(self.trainer.default_root_dir))
 
+    after_pretrain = after_fit
+
     def after_validate(self) -> None:
         if parallel.is_rank_zero():
             print_report(Path(self.trainer.default_root_dir))

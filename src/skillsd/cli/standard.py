@@ -144,7 +144,7 @@ def complete(config: dict[str, Any], made: dict[str, L.Callback], model: L.Light
         folder = config["default_root_dir"] or "."
         config["logger"] = TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)
     config["logger"] = config["logger"] or False
-    if command == "fit":
+    if command in ("fit", "pretrain"):
         if config["limit_val_batches"] is None and not pretrains:
             config["limit_val_batches"] = 0  # the panel is played by its callback
     elif config["limit_val_batches"] == 0:
