@@ -143,6 +143,11 @@ class Batch:
         costs = [len(self.student[i]) + len(self.teacher[i]) / 3 * (i in self.teacher_rows) for i in self.train_rows]
         return [self.train_rows[k] for k in parallel.balanced(costs)]
 
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that student and teacher score, prompts included."""
+        return sum(len(self.student[i]) for i in self.train_rows) + sum(len(self.teacher[i]) for i in self.teacher_rows)
+
     def select(self, index: list[int], device: torch.device) -> MicroBatch:
         """The rows `index`, right-padded to the longest of them."""
         rows = [self.rows[i] for i in index]
@@ -174,7 +179,6 @@ class Batch:
         """What is known before the update."""
         rows = self.rows
         counted, failed = [t for t in rows if not t.failed], [t.failure_kind for t in rows if t.failed]
-        scored = sum(len(self.student[i]) for i in self.train_rows) + sum(len(self.teacher[i]) for i in self.teacher_rows)
         return {
             "reward/mean": mean(t.reward for t in counted), "reward/success": mean(t.success for t in counted),
             "reward/completion": mean(t.completion for t in counted),
@@ -186,7 +190,7 @@ class Batch:
             "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": mean(len(t.turns) for t in rows),
             "rollout/finish_length": mean(t.finish_reason == "length" for t in rows),
             "rollout/failed": mean(t.failed for t in rows), **{f"rollout/failed_{k}": float(failed.count(k)) for k in FAILURES},
-            "learner/tokens": float(scored),
+            "learner/tokens": float(self.scored_tokens),
         }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import gc
 import logging
 import math
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -68,7 +67,6 @@ class Update:
         max_drift: Largest |log pi now - log pi at the rollout|, nats.
         peak_gib: Most memory of any rank, GiB.
         teacher_s: Seconds of teacher scoring.
-        seconds: Of the whole update, teacher scoring included.
         grad_norm: Before clipping.
         clip_scale: What the gradient was multiplied with to clip it.
         lr: The learning rate of the step.
@@ -82,7 +80,6 @@ class Update:
     max_drift: float = 0.0
     peak_gib: float = math.nan
     teacher_s: float = 0.0
-    seconds: float = 0.0
     grad_norm: float = 0.0
     clip_scale: float = 1.0
     lr: float = 0.0
@@ -132,18 +129,21 @@ class Learner:
             ConfigError: A row does not fit into the memory, ranks differ, the third update in a row is not finite, or the weights no
                 longer are.
         """
-        started = time.perf_counter()
         params, rows = self.policy.student_parameters(), batch.local_rows()
         separate = params if split_gradient else []
         update = self._within_memory(batch, rows, lambda: self._accumulate(batch, rows, loss, separate))
         _reduce(update, params)
         self._step(update, params)
-        update.seconds = time.perf_counter() - started
         return update
 
-    def metrics(self, batch: Batch, update: Update) -> dict[str, float]:
-        """What an update has measured, as METRICS names it. To be asked before the gradient is cleared."""
-        n, sums, seconds = batch.n_actions, update.sums, update.seconds
+    def metrics(self, batch: Batch, update: Update, seconds: float) -> dict[str, float]:
+        """What an update has measured, as METRICS names it. To be asked before the gradient is cleared.
+
+        Args:
+            batch, update: What was learnt from, and how.
+            seconds: From the groups to the step, teacher scoring included.
+        """
+        n, sums = batch.n_actions, update.sums
         n_teacher = max(1, sum(batch.rows[i].n_actions for i in batch.teacher_rows))
         gap = sums["gap"] / n_teacher
         found = {
@@ -155,7 +155,7 @@ class Learner:
             "policy/logp_drift_max": update.max_drift, "policy/skipped_steps": float(self.skipped), "grad_norm/total": update.grad_norm,
             "optimizer/lr": update.lr, "memory/peak_gib": update.peak_gib, "memory/micro_batch_tokens": float(self.micro_batch_tokens),
             "time/teacher_s": update.teacher_s, "time/update_s": seconds - update.teacher_s,
-            "time/learner_tokens_per_s": batch.metrics()["learner/tokens"] / seconds,
+            "time/learner_tokens_per_s": batch.scored_tokens / seconds,
         }  # fmt: skip
         if separate := update.distillation_grad:  # the total was clipped in place: undo the scale before taking the difference
             params = self.policy.student_parameters()

@@ -89,10 +89,10 @@ class SkillSD(L.LightningModule):
         batch = Batch.from_groups(groups, self.objective, self.global_step, policy.teacher_is_student, policy.context_length)
         measure = self.grad_norm_every > 0 and self.global_step % self.grad_norm_every == 0 and batch.weight > 0
         update = self.learner.update(batch, lambda rows: self.loss(rows, batch.weight, batch.temperature), split_gradient=measure)
-        update.seconds = time.perf_counter() - started
+        measured = self.learner.metrics(batch, update, time.perf_counter() - started)
 
         played = groups.metrics() if isinstance(groups, Rollout) else {}
-        metrics = Metrics(batch.metrics(), self.learner.metrics(batch, update), played)
+        metrics = Metrics(batch.metrics(), measured, played)
         self.log_dict(metrics.measured, logger=False, batch_size=1)
         self.log_dict(metrics.progress(), prog_bar=True, logger=False, batch_size=1)
         return {"metrics": metrics, "group_gap": batch.group_gap(update.gaps), "skipped": update.skipped, "tokens": update.tokens}
@@ -132,8 +132,10 @@ class SkillSD(L.LightningModule):
         """
         started, signal = self._now(), self.objective.signal
         logp = student.logp.detach().clone()
-        divergence = torch.zeros_like(student.logp) if signal.distributional else None
-        place = (rows.mask.flatten().cumsum(0) - 1).view_as(rows.mask)  # of each action token in `hidden`
+        divergence = place = None
+        if signal.distributional:
+            divergence = torch.zeros_like(student.logp)
+            place = (rows.mask.flatten().cumsum(0) - 1).view_as(rows.mask)  # of each action token in `hidden`
         wanted = rows.teacher_rows
         for part in self.policy.micro_batches([len(rows.teacher[k]) for k in wanted], self.learner.micro_batch_tokens):
             chosen = [wanted[j] for j in part]
@@ -141,7 +143,7 @@ class SkillSD(L.LightningModule):
             with torch.no_grad():
                 scores = self.policy.score("teacher", [rows.teacher[k] for k in chosen], temperature)
             logp[at, : scores.logp.shape[1]] = scores.logp
-            if divergence is not None:
+            if divergence is not None and place is not None:
                 row, column = rows.mask[at].nonzero(as_tuple=True)
                 own = student.hidden[place[at][row, column]]
                 value = self.policy.compare(own, scores.hidden, signal.divergence, temperature)

@@ -22,7 +22,7 @@ from skillsd.engines.http import HttpCall, ServerError
 from skillsd.engines.settings import EngineSettings, server_key
 from skillsd.errors import ConfigError, redacted
 from skillsd.policy import PolicySettings, model_folder
-from skillsd.policy.load import UNTRAINED, read_config
+from skillsd.policy.load import UNTRAINED, context_length, read_config
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM makes room for."""
@@ -100,17 +100,15 @@ def options(policy: PolicySettings, engine: EngineSettings, device: torch.device
     nf4 = policy.quantise == "nf4"
     if nf4 and not (vllm / "model_executor" / "layers" / "quantization" / "bitsandbytes.py").is_file():
         raise ConfigError(
-            "model.policy.quantise is nf4, and this vLLM has no bitsandbytes (0.24 has, 0.33 has not): set it to none, here and "
-            "in the fit, "
-            "or name another python."
+            "model.policy.quantise is nf4, and this vLLM has no bitsandbytes (0.24 has, 0.33 has not): set it to none, here and in the "
+            "fit, or name another python."
         )
     config: Any = read_config(policy.model)
     dtype: str = policy.dtype
     if dtype == "auto":
         own = str(config.dtype or "auto").removeprefix("torch.")
         dtype = "bfloat16" if nf4 else own if device.type == "cuda" else "float32"
-    limit = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
-    length = min(policy.context_length or limit, limit)
+    length = context_length(policy, config)
     return [
         model_folder(policy.model), "--served-model-name", policy.model, "--dtype", dtype,
         *(["--load-format", "bitsandbytes", "--quantization", "bitsandbytes"] if nf4 else ["--load-format", "safetensors"]),

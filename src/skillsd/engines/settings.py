@@ -66,8 +66,7 @@ class EngineSettings:
         if self.staleness and self.engine != "servers":
             raise ConfigError(
                 f"data.rollout.staleness is {self.staleness}, and data.rollout.engine is {self.engine}, which samples with the "
-                f"weights in training: "
-                "set data.rollout.engine to servers, or staleness to 0."
+                "weights in training: set data.rollout.engine to servers, or staleness to 0."
             )
 
 

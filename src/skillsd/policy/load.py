@@ -208,6 +208,12 @@ def base_digest(settings: PolicySettings, base: PreTrainedModel) -> str:
     return digest(config.to_diff_dict(), model_tensors(Path(folder)))
 
 
+def context_length(settings: PolicySettings, config: Any) -> int:
+    """Tokens that a sequence may have: what is set, and no more than the model's configuration allows; 2^30 where neither says."""
+    limit = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+    return min(settings.context_length or limit, limit)
+
+
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> None:
     """Raises ConfigError for a tokenizer with more words than the base has embeddings of; added tokens may have none."""
     words, rows = int(tokenizer.vocab_size), int(base.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
@@ -227,8 +233,7 @@ def _check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> 
         key, found, wanted = wrong[0]
         raise ConfigError(
             f"model.policy.model: {len(wrong)} tensors of {name} have another shape than its config.json says ({key} has "
-            f"{list(found)}, and "
-            f"should have {list(wanted)}): the two files are not of one model."
+            f"{list(found)}, and should have {list(wanted)}): the two files are not of one model."
         )
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:

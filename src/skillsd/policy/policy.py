@@ -19,7 +19,7 @@ from skillsd.errors import ConfigError
 from skillsd.policy.adapter_files import load_adapter, trained, write_base
 from skillsd.policy.budget import CacheBudget
 from skillsd.policy.config import PolicySettings
-from skillsd.policy.load import adapter_folder, base_digest, check_vocabulary, load_base, load_tokenizer
+from skillsd.policy.load import adapter_folder, base_digest, check_vocabulary, context_length, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
 from skillsd.policy.module_patching import Again
 from skillsd.policy.packed import TokenSequence, learn, micro_batches, pack
@@ -82,8 +82,7 @@ class Policy(nn.Module):
         base = self.base
         check_vocabulary(settings.model, self.tokenizer, base)
         self.digest = base_digest(settings, base)
-        limit = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
-        self.context_length = min(settings.context_length or limit, limit)
+        self.context_length = context_length(settings, base.config)
         stops = base.generation_config.eos_token_id if base.generation_config is not None else None
         ids = [stops] if isinstance(stops, int) else list(stops or [])
         ids += [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []

@@ -49,8 +49,7 @@ class RolloutSettings(EngineSettings):
         if self.staleness and not self.env_workers:
             raise ConfigError(
                 f"data.rollout.staleness is {self.staleness}, so that environments are played in the background, where no signal "
-                f"breaks off one "
-                "that hangs: set data.rollout.env_workers to 1 or more, or staleness to 0."
+                "breaks off one that hangs: set data.rollout.env_workers to 1 or more, or staleness to 0."
             )
 
     def turn_tokens(self, context_length: int) -> int:
