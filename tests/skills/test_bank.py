@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from skillsd.skills import Skill, SkillBank, ledger
+from skillsd.skills import Skill, SkillBank
 
 
 def texts(bank, task_id="t1"):
@@ -180,11 +180,9 @@ def test_cut_brings_back_what_was_evicted(make_skill):
     assert bank.cut(2) == 0
 
 
-@pytest.mark.parametrize("rows_in_memory", [0, 3, 128])
 @pytest.mark.parametrize("capacity", [1, 4, None])
-def test_many_in_one_call_are_as_many_calls(tmp_path, make_skill, monkeypatch, capacity, rows_in_memory):
-    """To the last row of the file, and so is what a cut leaves, however many rows wait for the end of a call."""
-    monkeypatch.setattr(ledger, "_MAX_CHANGED", rows_in_memory)
+def test_many_in_one_call_are_as_many_calls(tmp_path, make_skill, capacity):
+    """To the last row of the file, and so is what a cut leaves."""
     rng, settings = random.Random(capacity), {"capacity": capacity, "value_estimate": "next_visit"}
     one, many = SkillBank(tmp_path / "one.sqlite", **settings), SkillBank(tmp_path / "many.sqlite", **settings)
     kept, n = [], 0
@@ -207,9 +205,7 @@ def test_many_in_one_call_are_as_many_calls(tmp_path, make_skill, monkeypatch, c
     assert many.tasks() == [] and stored(many.path)["state"] == []
 
 
-@pytest.mark.parametrize("rows_in_memory", [0, 2, 128])
-def test_an_error_in_the_middle_of_a_call_leaves_no_trace(tmp_path, make_skill, monkeypatch, rows_in_memory):
-    monkeypatch.setattr(ledger, "_MAX_CHANGED", rows_in_memory)
+def test_an_error_in_the_middle_of_a_call_leaves_no_trace(tmp_path, make_skill):
     banks = [SkillBank(tmp_path / f"{i}.sqlite", capacity=2) for i in range(2)]
     for bank in banks:
         bank.insert([make_skill(text, task_id, 0.5) for text in "abc" for task_id in ("t1", "t2")], 0)

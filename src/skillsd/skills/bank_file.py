@@ -7,7 +7,7 @@ import sqlite3
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,21 +144,18 @@ def open_file(path: Path | None, value_estimate: ValueEstimate, read_only: bool)
     if not read_only and not path.exists():
         _create(path, value_estimate)
     _check_header(path)
+    with _named(path), ExitStack() as opened:
+        db = opened.enter_context(closing(_connect_to_read(path)))
+        db.execute("BEGIN")
+        if {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")} != set(SCHEMA):
+            # Triggers and views among them could have our own statements run others.
+            raise refused(path, "the file is damaged (its tables are not those of a skill bank)")
+        if path.stat().st_size <= WHOLE_CHECK_BYTES and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise refused(path, f"the file is damaged ({' '.join(found.split())})")
+        if read_only:
+            opened.pop_all()
+            return BankFile(db, path, read_only)
     with _named(path):
-        db = _connect_to_read(path)
-        try:
-            db.execute("BEGIN")
-            if {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")} != set(SCHEMA):
-                # Triggers and views among them could have our own statements run others.
-                raise refused(path, "the file is damaged (its tables are not those of a skill bank)")
-            if path.stat().st_size <= WHOLE_CHECK_BYTES and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise refused(path, f"the file is damaged ({' '.join(found.split())})")
-            if read_only:
-                return BankFile(db, path, read_only)
-        except BaseException:
-            db.close()
-            raise
-        db.close()
         db = sqlite3.connect(path, timeout=LOCK_WAIT_S, isolation_level=None)
         db.execute("PRAGMA synchronous = NORMAL")  # with WAL: a killed process loses nothing, a power cut at most the last commits
         return BankFile(db, path)

@@ -20,9 +20,6 @@ from skillsd.skills.bank_file import BankFile
 from skillsd.skills.skill import Skill
 from skillsd.skills.tables import NO_EVENT, Event, Kind, State, ValueEstimate
 
-_MAX_CHANGED = 128
-"""State rows that wait in memory for the end of a transaction; so a long cut needs no more memory than a short one."""
-
 
 class Ledger:
     """Log and states. What writes is called within `with ledger.transaction():`.
@@ -39,8 +36,6 @@ class Ledger:
         self.value_estimate: ValueEstimate = file.row("head")[1]
         self.last = self._stored_last()
         self._tasks: set[str] | None = None
-        self._changed: dict[tuple[int, str], dict[int, State]] = {}  # state rows of the transaction under way, by key
-        self._writing = False
 
     # Reading
 
@@ -55,16 +50,11 @@ class Ledger:
 
     def states(self, task_id: str, evicted: int = 0) -> dict[int, State]:
         """How a task's live skills stand, by id; or the skill of id `evicted`, which it has no longer. Empty if there is none."""
-        key = (evicted, task_id)
-        if key in self._changed:
-            return self._changed[key]
         states: dict[int, State] = {}
-        for *_, skills in self.file.rows("state", "WHERE evicted = ? AND task_id = ?", key):
+        for *_, skills in self.file.rows("state", "WHERE evicted = ? AND task_id = ?", (evicted, task_id)):
             states = {state[0]: State(*state) for state in json.loads(skills)}
         if not states and not evicted and task_id in self.tasks():
             raise self._damaged(f"the row of task {task_id!r} in its table 'state' is missing")
-        if self._writing:
-            self._changed[key] = states
         return states
 
     def skill(self, skill_id: int, state: State | None = None) -> Skill:
@@ -72,7 +62,7 @@ class Ledger:
         if not 1 <= skill_id <= self.last.skills:
             raise KeyError(f"no skill {skill_id} in the bank")
         skill = Skill(*self.file.row("skill", "WHERE skill_id = ?", (skill_id,)))
-        state = state or self._states_with(skill.task_id, skill_id)[skill_id]
+        state = state or self._states_with(skill.task_id, skill_id)[1][skill_id]
         return replace(skill, uses=state.uses, mean_reward=state.mean_reward, sources=state.sources)
 
     def duplicate(self, skill: Skill) -> int | None:
@@ -102,26 +92,21 @@ class Ledger:
                 if self._stored_last() != self.last:
                     raise self.file.overtaken()
                 self.tasks()
-                self._writing = True
                 yield
-                self._write_changed()
+                self.file.write("REPLACE", "head", (1, self.value_estimate, self.last.seq))
         except BaseException:
             self.last, self._tasks = before, None
             raise
-        finally:
-            self._writing = False
-            self._changed.clear()
 
     def insert(self, skill: Skill, iteration: int) -> int:
         """Adds a skill, of which the texts, the task and the source count. Returns its id."""
-        self._bound_memory()
-        skill_id, source_iteration = self.last.skills + 1, int(skill.source_iteration)
+        skill_id, task_id, source_iteration = self.last.skills + 1, skill.task_id, int(skill.source_iteration)
         reward, completion = float(skill.source_reward) + 0.0, float(skill.source_completion) + 0.0  # -0.0 becomes 0.0, as in SQLite
         source = (source_iteration, int(skill.source_member), reward, completion)
-        self.file.write("INSERT", "skill", (*skill.texts, skill.task_id, skill_id, *source))
         state = State(skill_id, _digest(skill), source_iteration, reward, 0, 0.0, 0.0, 1)
-        self.states(skill.task_id)[skill_id] = self._with_uses(state, 0, 0.0)
-        self.tasks().add(skill.task_id)
+        self._write_states(task_id, self.states(task_id) | {skill_id: self._with_uses(state, 0, 0.0)})
+        self.tasks().add(task_id)
+        self.file.write("INSERT", "skill", (*skill.texts, task_id, skill_id, *source))
         self._log("insert", iteration, skill_id, skills=skill_id, live=self.last.live + 1)
         return skill_id
 
@@ -133,12 +118,12 @@ class Ledger:
         Raises:
             ValueError: Of a use, the value that is needed is missing, or the sum of all is not finite.
         """
-        self._bound_memory()
-        states, last = self._states_with(task_id, skill_id), self.last
-        state = states[skill_id]
+        evicted, states = self._states_with(task_id, skill_id)
+        state, last = states.pop(skill_id), self.last
+        changed: dict[str, float | None]
         if kind == "merge":
             states[skill_id] = state._replace(sources=state.sources + 1)
-            self._log(kind, iteration, skill_id, merged=last.merged + 1)
+            changed = {"merged": last.merged + 1}
         elif kind == "use":
             value = {"source": 0.0, "next_visit": reward, "gap": gap}[self.value_estimate]
             if value is None:
@@ -148,30 +133,30 @@ class Ledger:
             if not isfinite(state.total + value):
                 raise ValueError(f"the values of the uses of skill {skill_id} must add up to a finite number, got {state.total + value}")
             states[skill_id] = self._with_uses(state, state.uses + 1, state.total + value)
-            uses = last.uses + (skill_id in self.states(task_id))
-            self._log(kind, iteration, skill_id, reward=reward, gap=gap, total_before=state.total, uses=uses)
+            changed = {"reward": reward, "gap": gap, "total_before": state.total, "uses": last.uses + (not evicted)}
         else:
-            self.states(task_id, evicted=skill_id)[skill_id] = states.pop(skill_id)
-            self._log(kind, iteration, skill_id, live=last.live - 1, uses=last.uses - state.uses)
+            self._write_states(task_id, {skill_id: state}, evicted=skill_id)
+            changed = {"live": last.live - 1, "uses": last.uses - state.uses}
+        self._write_states(task_id, states, evicted)
+        self._log(kind, iteration, skill_id, **changed)
 
     def undo(self) -> None:
         """Forgets the last event."""
-        self._bound_memory()
         event = self.last
         skill_id, task_id = event.skill_id, self.skill(event.skill_id).task_id
-        states = self._states_with(task_id, skill_id)
-        state = states[skill_id]
+        evicted, states = self._states_with(task_id, skill_id)
+        state = states.pop(skill_id)
         if event.kind == "insert":
-            del states[skill_id]
             self.file.delete("skill", "skill_id = ?", (skill_id,))
-            if not states:
-                self.tasks().discard(task_id)
         elif event.kind == "merge":
             states[skill_id] = state._replace(sources=state.sources - 1)
         elif event.kind == "use":
             states[skill_id] = self._with_uses(state, state.uses - 1, event.total_before or 0.0)
         else:
-            self.states(task_id)[skill_id] = states.pop(skill_id)
+            self._write_states(task_id, self.states(task_id) | {skill_id: state})
+        self._write_states(task_id, states, evicted)
+        if not states and not evicted:
+            self.tasks().discard(task_id)
         self.file.delete("event", "seq = ?", (event.seq,))
         self.last = self._event(event.seq - 1)
 
@@ -187,13 +172,19 @@ class Ledger:
         """The error for rows that contradict each other; or of which some are those of another writer."""
         return self.file.damaged(why) if self._stored_last() == self.last else self.file.overtaken()
 
-    def _states_with(self, task_id: str, skill_id: int) -> dict[int, State]:
-        """The states of one row, among which is this skill's: those of its task's live skills, or its own alone."""
-        live = self.states(task_id)
-        states = live if skill_id in live else self.states(task_id, evicted=skill_id)
-        if skill_id not in states:
-            raise self._damaged(f"the state of skill {skill_id} is missing")
-        return states
+    def _states_with(self, task_id: str, skill_id: int) -> tuple[int, dict[int, State]]:
+        """The row in which this skill's state is: its `evicted`, and the states of its task's live skills or its own alone."""
+        for evicted in (0, skill_id):
+            if skill_id in (states := self.states(task_id, evicted)):
+                return evicted, states
+        raise self._damaged(f"the state of skill {skill_id} is missing")
+
+    def _write_states(self, task_id: str, states: dict[int, State], evicted: int = 0) -> None:
+        """Writes a row of states; without any there is none."""
+        if states:
+            self.file.write("REPLACE", "state", (evicted, task_id, json.dumps(sorted(states.values()))))
+        else:
+            self.file.delete("state", "evicted = ? AND task_id = ?", (evicted, task_id))
 
     def _with_uses(self, state: State, uses: int, total: float) -> State:
         mean = state.source_reward
@@ -208,19 +199,6 @@ class Ledger:
         fresh: dict[str, Any] = {"reward": None, "gap": None, "total_before": None, "tasks": len(self.tasks())} | columns
         self.last = self.last._replace(seq=self.last.seq + 1, iteration=iteration, kind=kind, skill_id=skill_id, **fresh)
         self.file.write("INSERT", "event", self.last)
-
-    def _bound_memory(self) -> None:
-        if len(self._changed) > _MAX_CHANGED:
-            self._write_changed()
-
-    def _write_changed(self) -> None:
-        for key, states in self._changed.items():
-            if states:
-                self.file.write("REPLACE", "state", (*key, json.dumps(sorted(states.values()))))
-            else:
-                self.file.delete("state", "evicted = ? AND task_id = ?", key)
-        self._changed.clear()
-        self.file.write("REPLACE", "head", (1, self.value_estimate, self.last.seq))
 
 
 def _digest(skill: Skill) -> str:
