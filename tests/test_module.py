@@ -951,7 +951,7 @@ def test_a_checkpoint_holds_both_adapters_only(make_policy, step, tmp_path):
     again = module(fresh)
     again.on_load_checkpoint(checkpoint)
     again.load_state_dict(state)
-    assert all(torch.equal(state[k], v) for k, v in fresh.checkpoint_state().items())
+    assert all(torch.equal(state[k], v) for k, v in fresh.adapter_state().items())
     for other in (make_policy("llama"), make_policy(lora={"r": 2}), make_policy(lora={"alpha": 9})):
         with pytest.raises(ConfigError, match=r"ckpt_path: .*policy\.(model|lora)"):
             module(other).on_load_checkpoint(checkpoint)

@@ -178,10 +178,10 @@ class SkillSD(L.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The two adapters alone: the base is never saved."""
-        return self.policy.checkpoint_state()
+        return self.policy.adapter_state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self.policy.load_checkpoint_state(state_dict)
+        self.policy.load_adapter_state(state_dict)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skillsd"] = {"base": self.policy.identity} | self.learner.state_dict()

@@ -681,7 +681,7 @@ def test_export(run, tell, tmp_path):
         plain = base(ids).logits
         logits = PeftModel.from_pretrained(base, tmp_path / "exported")(ids).logits
     policy = Policy(PolicySettings(lora=LoraSettings(r=4, alpha=8)))
-    policy.load_checkpoint_state(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    policy.load_adapter_state(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     with policy.acting("student"):
         close(logits, policy.base(ids).logits)
     assert (logits - plain).abs().max() > 1e-3

@@ -52,7 +52,7 @@ def test_the_export(whole: Run) -> None:
     """PEFT makes of the base as its users load it, and of the adapter, what the run had."""
     model = str(whole.overlay.with_name("qwen3"))
     ours = Policy(PolicySettings(model=model, quantise="nf4", lora=LoraSettings(r=4, alpha=8)), "cuda")
-    ours.load_checkpoint_state(read_checkpoint(whole.folder / "checkpoints" / "last.ckpt")["state_dict"])
+    ours.load_adapter_state(read_checkpoint(whole.folder / "checkpoints" / "last.ckpt")["state_dict"])
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )

@@ -57,7 +57,7 @@ class Scorer:
                     raise
                 raise ConfigError(f"{source}: {line}") from e
             check_base(checkpoint, self.policy.identity)
-            self.policy.load_checkpoint_state(checkpoint["state_dict"])
+            self.policy.load_adapter_state(checkpoint["state_dict"])
         self.chat = Chat(self.policy.tokenizer, self.policy.stop_ids)
         self.template = run.skill_template
         self.temperature = float(run.config["data"].get("rollout", {}).get("temperature", 1.0))

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 ADAPTERS = ("student", "teacher")
 EQUAL = "teacher_is_student"
-"""The entry of `checkpoint_state` beside the tensors."""
+"""The entry of `adapter_state` beside the tensors."""
 
 
 class Scores(NamedTuple):
@@ -38,7 +38,7 @@ class Scores(NamedTuple):
 
     Args:
         logp: Log-probs [B, T] in nats, float32; 0 where the action mask is false.
-        entropy: Of the distributions they were drawn from, likewise [B, T], without gradient.
+        entropy: Entropy [B, T] in nats of the distributions they were drawn from, without gradient.
         hidden: Last hidden states [N, H] at the positions that predict the actions, in the row-major order of the action mask.
     """
 
@@ -172,12 +172,8 @@ class Policy(nn.Module):
         """The LoRA tensors of one adapter, by a name that is the same for both."""
         return self._adapters[name]
 
-    def use(self, name: str) -> None:
-        """Make one adapter active. Only the student ever requires gradients. Costs nothing if it is active already."""
-        self._switch(name)
-
-    def _switch(self, name: str | None) -> None:
-        """To an adapter, or to the bare base (None).
+    def use(self, name: str | None) -> None:
+        """Make one adapter active, or the bare base (None). Only the student ever requires gradients.
 
         PEFT's own switch walks all modules and re-enables gradients; what its layers read in a forward are these two attributes.
         """
@@ -204,7 +200,7 @@ class Policy(nn.Module):
         for m in self._train_only:
             m.training = False
         try:
-            self._switch(adapter)
+            self.use(adapter)
             with torch.no_grad():
                 yield
         except torch.OutOfMemoryError as e:
@@ -214,7 +210,7 @@ class Policy(nn.Module):
         finally:
             for m, mode in zip(self._train_only, modes, strict=True):
                 m.training = mode
-            self._switch("student")
+            self.use("student")
 
     def student_changed(self) -> None:
         """The optimizer has made a step: from here to the next `sync` the adapters differ."""
@@ -246,13 +242,15 @@ class Policy(nn.Module):
         return list(self.adapter("student").values())
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Copies of both adapters' tensors on the CPU."""
-        return {f"{name}.{k}": p.detach().cpu().clone() for name in ADAPTERS for k, p in self.adapter(name).items()}
+        """Copies of both adapters' tensors on the CPU, and whether the two count as equal: after a step without a gradient equal tensors
+        do not say so."""
+        tensors = {f"{name}.{k}": p.detach().cpu().clone() for name in ADAPTERS for k, p in self.adapter(name).items()}
+        return tensors | {EQUAL: torch.tensor(self.teacher_is_student)}
 
-    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `adapter_state`; every tensor must be there with its shape."""
         own = {f"{name}.{k}": p for name in ADAPTERS for k, p in self.adapter(name).items()}
-        for k in own.keys() | state.keys():
+        for k in own.keys() | state.keys() - {EQUAL}:
             if k not in own or k not in state or own[k].shape != state[k].shape:
                 raise ConfigError(
                     f"ckpt_path: the checkpoint's adapters do not fit [{self.base_name}] ({k}): set model.policy.lora as it was."
@@ -262,16 +260,8 @@ class Policy(nn.Module):
                 p.copy_(state[k])
         self.updates = {name: n + 1 for name, n in self.updates.items()}
         student, teacher = self.adapter("student"), self.adapter("teacher")
-        self.teacher_is_student = all(torch.equal(student[k], teacher[k]) for k in teacher)
-
-    def checkpoint_state(self) -> dict[str, Tensor]:
-        """`adapter_state`, and whether the two count as equal: after a step without a gradient equal tensors do not say so."""
-        return self.adapter_state() | {EQUAL: torch.tensor(self.teacher_is_student)}
-
-    def load_checkpoint_state(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `checkpoint_state`."""
-        self.load_adapter_state({k: x for k, x in state.items() if k != EQUAL})
-        self.teacher_is_student = bool(state.get(EQUAL, self.teacher_is_student))
+        equal = all(torch.equal(student[k], teacher[k]) for k in teacher)
+        self.teacher_is_student = bool(state.get(EQUAL, equal))
 
     def save_adapter(self, folder: Path, name: str = "student") -> None:
         """Write one adapter as a PEFT folder `folder/name`. Raises OSError."""
@@ -354,8 +344,8 @@ class Policy(nn.Module):
             logp, entropy = learner.logprobs(hidden, weight, p.targets, temperature, chunk)
         else:
             logp, entropy = selected_logprobs(self.head, hidden, p.targets, temperature, chunk)
-        cells = p.shape[0] * p.shape[1]
-        logp, entropy = (torch.zeros(cells, device=x.device).scatter(0, p.scatter_indices, x).view(p.shape) for x in (logp, entropy))
+        size = p.shape[0] * p.shape[1]
+        logp, entropy = (torch.zeros(size, device=x.device).scatter(0, p.scatter_indices, x).view(p.shape) for x in (logp, entropy))
         return Scores(logp, entropy, hidden)
 
     def recomputing(self) -> AbstractContextManager[None]:
@@ -388,5 +378,3 @@ class Policy(nn.Module):
     def extra_repr(self) -> str:
         return self.base_name
 
-
-__all__ = ["ADAPTERS", "Policy", "Scores", "TokenSequence"]
