@@ -14,7 +14,7 @@ from skillsd.errors import ConfigError
 from skillsd.files.run_folder import BANK_FILE
 from skillsd.rollout import Episode
 from skillsd.skills import BankContext, RulesSummariser, SkillBank
-from skillsd.skills.callback import SkillBankCallback
+from skillsd.skills.callback import find_selection
 from skillsd.trajectory import Task, Trajectory, Turn
 from skillsd.words import count
 
@@ -108,7 +108,7 @@ def pick(data: Any, panel: Sequence[Task], level: int | None, task_id: str | Non
 
 def skill_text(trainer: Any, data: Any, task: Any) -> tuple[str, str]:
     """Where the task's skill is from, the run's bank or the environment's own solution, and its text."""
-    selection = next((c.selection for c in trainer.callbacks if isinstance(c, SkillBankCallback)), None)
+    selection = find_selection(trainer)
     if selection is None:
         raise ConfigError("callbacks: a skill needs the SkillBankCallback, which holds its template.")
     path = Path(trainer.default_root_dir) / BANK_FILE

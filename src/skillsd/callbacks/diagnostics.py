@@ -14,8 +14,7 @@ from skillsd.batch import advantages_of
 from skillsd.bounded import visible
 from skillsd.module import SkillSD
 from skillsd.skills import BankContext, NoContext
-from skillsd.skills.callback import SkillBankCallback
-from skillsd.skills.selection import SkillSelection
+from skillsd.skills.callback import find_selection
 from skillsd.trajectory import TrajectoryGroup
 from skillsd.words import count
 
@@ -208,7 +207,7 @@ class Diagnostics(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seen, self.said = Seen(iterations=trainer.global_step), set()
-        selection = _selection(trainer)
+        selection = find_selection(trainer)
         if not isinstance(pl_module, SkillSD) or selection is None:
             return
         self.failed_before = selection.failed
@@ -222,7 +221,7 @@ class Diagnostics(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not isinstance(pl_module, SkillSD) or not parallel.is_rank_zero():
             return
-        tokenizer, weight, selection = pl_module.policy.tokenizer, pl_module.objective.policy_weight, _selection(trainer)
+        tokenizer, weight, selection = pl_module.policy.tokenizer, pl_module.objective.policy_weight, find_selection(trainer)
         self.seen.add(batch, outputs["metrics"], weight, unknown_token(tokenizer, pl_module.policy.stop_ids))
         if selection is not None and not isinstance(selection.context, NoContext):
             self.seen.refused, self.seen.skills = selection.failed - self.failed_before, selection.made
@@ -252,8 +251,3 @@ def unknown_token(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
     unknown = tokenizer.unk_token_id
     others = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, *stop_ids}
     return None if unknown is None or unknown in others else int(unknown)
-
-
-def _selection(trainer: L.Trainer) -> SkillSelection | None:
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c.selection for c in callbacks if isinstance(c, SkillBankCallback)), None)

@@ -22,7 +22,7 @@ from skillsd.errors import ConfigError
 from skillsd.files.durable import DamagedError, checksum, named, sync
 from skillsd.files.run_folder import METRICS_FILE, TRAJECTORIES_FILE
 from skillsd.metrics import METRICS, Metrics
-from skillsd.skills.callback import SkillBankCallback
+from skillsd.skills.callback import SkillBankCallback, find_selection
 from skillsd.timeouts import Failure
 from skillsd.trajectory import Trajectory, TrajectoryGroup
 
@@ -92,7 +92,7 @@ class RunLog(L.Callback):
                 if not isinstance(logger, TensorBoardLogger):
                     logger.log_hyperparams(tensorboard.hyperparameters(config))
             for writer in tensorboard.writers(trainer):
-                tensorboard.session_start(writer, config)
+                tensorboard.add_session(writer, config)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         iteration = batch[0].trajectories[0].iteration
@@ -103,7 +103,7 @@ class RunLog(L.Callback):
                     tensorboard.cut_back(logger, iteration)
         self.trains = True
         due = self.histogram_every and iteration % self.histogram_every == 0
-        pl_module.learner.keep_tokens = bool(due and tensorboard.shown(trainer))  # type: ignore[union-attr]
+        pl_module.learner.keep_tokens = bool(due and tensorboard.loggers(trainer))  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         groups: Sequence[TrajectoryGroup] = batch
@@ -125,22 +125,15 @@ class RunLog(L.Callback):
                 self._show(trainer, writer, groups[0].trajectories[0])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not parallel.is_rank_zero() or not self.trains:
-            return
-        panel: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Panel"), None)  # type: ignore[attr-defined]
-        final = {f"final/{k}": panel.result[k] for k in ("success", "completion")} if panel is not None and panel.result else {}
-        for logger in trainer.loggers if final else ():
-            logger.log_metrics(final, trainer.global_step)
-        for writer in tensorboard.writers(trainer):
-            tensorboard.session_end(writer)
+        for writer in tensorboard.writers(trainer) if parallel.is_rank_zero() and self.trains else ():
+            tensorboard.add_session(writer, None)
 
     def _show(self, trainer: L.Trainer, writer: Any, t: Trajectory) -> None:
         writer.add_text("episode", tensorboard.episode(t), t.iteration)
         if pictures := self._pictures(trainer, t):
             writer.add_image("episode", tensorboard.strip(pictures), t.iteration, dataformats="HWC")
-        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-        bank = next((c.selection.bank for c in callbacks if isinstance(c, SkillBankCallback)), None)
-        if bank is not None and (table := tensorboard.skill_table(bank)):
+        selection = find_selection(trainer)
+        if selection is not None and selection.bank is not None and (table := tensorboard.skill_table(selection.bank)):
             writer.add_text("skills", table, t.iteration)
 
     def _pictures(self, trainer: L.Trainer, t: Trajectory) -> list[NDArray]:

@@ -82,6 +82,11 @@ class Panel(L.Callback):
         elif self.after:
             self._keep(trainer, "after")
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the loggers the run's last result."""
+        for logger in trainer.loggers if self.trained and self.result else ():
+            logger.log_metrics({f"final/{k}": self.result[k] for k in ("success", "completion")}, trainer.global_step)
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.played = []
 

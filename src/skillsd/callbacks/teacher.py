@@ -7,7 +7,6 @@ from typing import Any, Literal
 import lightning as L
 
 from skillsd.errors import ConfigError
-from skillsd.policy import Policy
 
 
 class TeacherSync(L.Callback):
@@ -28,13 +27,10 @@ class TeacherSync(L.Callback):
         self.mode, self.every, self.rate = mode, every, rate
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        policy: Any = pl_module.policy
         # At the end of iteration i - 1, not at the start of i: the batch is rolled out in between, maybe by the teacher.
         if self.mode == "ema":
             if not (outputs or {}).get("skipped"):  # or the student has not moved: nor does its average
-                _policy(pl_module).ema(self.rate)
+                policy.ema(self.rate)
         elif self.mode == "sync" and trainer.global_step % self.every == 0:
-            _policy(pl_module).sync()
-
-
-def _policy(module: Any) -> Policy:
-    return module.policy  # type: ignore[no-any-return]
+            policy.sync()

@@ -20,7 +20,7 @@ from torch import Tensor
 from skillsd.bounded import visible
 from skillsd.config_errors import leaves
 from skillsd.files.durable import write
-from skillsd.skills import Skill, SkillBank
+from skillsd.skills import SkillBank
 from skillsd.trajectory import Trajectory
 from skillsd.words import count
 
@@ -32,11 +32,6 @@ READ = 10_000
 """Skills that are looked at for it, at most: half a second."""
 NO_HYPERPARAMETERS = ("trainer.default_root_dir", "trainer.logger", "config", "ckpt_path", "overwrite", "steal_lock", "weights_only")
 """Keys that say where a run is and how it was begun; they and what is under them."""
-
-
-def shown(trainer: L.Trainer) -> bool:
-    """Return whether the run has a TensorBoard logger."""
-    return bool(loggers(trainer))
 
 
 def loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
@@ -81,13 +76,9 @@ def skill_table(bank: SkillBank) -> str:
             f"{len(rows)} of {count(len(bank), 'skill')}{most}\n",
             "| id | task | uses | mean reward | workflow |",
             "|--:|---|--:|--:|---|",
-            *map(_row, rows),
+            *(f"| {s.skill_id} | {_cell(s.task_id)} | {s.uses} | {s.mean_reward:.3f} | {_cell(s.golden_workflow)} |" for s in rows),
         ]
     )
-
-
-def _row(s: Skill) -> str:
-    return f"| {s.skill_id} | {_cell(s.task_id)} | {s.uses} | {s.mean_reward:.3f} | {_cell(s.golden_workflow)} |"
 
 
 def _cell(text: str) -> str:
@@ -121,10 +112,13 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, int | float | str]:
     return out
 
 
-def session_start(writer: Any, config: Mapping[str, Any]) -> None:
-    """Say what a run is made with. No list of columns is written: of several runs' TensorBoard takes one, and the others' are not shown."""
-    _, start, _ = _summaries(hyperparameters(config))
-    writer._get_file_writer().add_summary(start)
+def add_session(writer: Any, config: Mapping[str, Any] | None) -> None:
+    """Write what a run is made with, or that it has ended (None). No list of columns is written: TensorBoard takes that of one of several
+    runs, and would not show the others'."""
+    from torch.utils.tensorboard.summary import hparams  # late: TensorBoard is slow to import
+
+    _, start, end = hparams({} if config is None else hyperparameters(config), {})
+    writer._get_file_writer().add_summary(end if config is None else start)
 
 
 def cut_back(logger: TensorBoardLogger, step: int) -> None:
@@ -147,15 +141,3 @@ def cut_back(logger: TensorBoardLogger, step: int) -> None:
                 at = end
             if sum(map(len, kept)) < at:
                 write(path, b"".join(kept))
-
-
-def session_end(writer: Any) -> None:
-    """Say that it is finished."""
-    _, _, end = _summaries({})
-    writer._get_file_writer().add_summary(end)
-
-
-def _summaries(flat: dict[str, int | float | str]) -> Any:
-    from torch.utils.tensorboard.summary import hparams  # late: TensorBoard is slow to import
-
-    return hparams(flat, {})

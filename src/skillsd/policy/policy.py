@@ -377,4 +377,3 @@ class Policy(nn.Module):
 
     def extra_repr(self) -> str:
         return self.base_name
-

@@ -92,3 +92,9 @@ class SkillBankCallback(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("skill_bank")
+
+
+def find_selection(trainer: L.Trainer) -> SkillSelection | None:
+    """The selection of a trainer's SkillBankCallback; None without one."""
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c.selection for c in callbacks if isinstance(c, SkillBankCallback)), None)
