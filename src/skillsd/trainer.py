@@ -15,7 +15,7 @@ from skillsd.engines.serve import serve
 from skillsd.engines.settings import EngineSettings
 from skillsd.errors import ConfigError
 from skillsd.files.checkpoint import LAST, newest_good, read_checkpoint, step_of
-from skillsd.files.durable import check_replaceable
+from skillsd.files.durable import check_replaceable, writing
 from skillsd.files.paths import read_path
 from skillsd.files.run_folder import (
     ADAPTER_KIND,
@@ -54,10 +54,8 @@ class Trainer(L.Trainer):
         check_replaceable(folder, "out", ADAPTER_KIND)  # before the model is loaded
         path, steps = _restore(self, model, ckpt_path)
         print(f"weights: {weights(model, path)}")
-        try:
+        with writing(folder, "out"):
             print(f"adapter: {export_adapter(model.policy, folder, steps, 'out')}")
-        except OSError as e:
-            raise ConfigError(f"out: {folder} cannot be written ({e.strerror or e}): name another folder.") from e
 
     def pretrain(self, model: L.LightningModule, datamodule: L.LightningDataModule, ckpt_path: str | None = None) -> None:
         """Clone demonstrations of the environment's solver.

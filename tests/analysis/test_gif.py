@@ -110,6 +110,6 @@ def test_nothing_to_show_and_nowhere_to_write(data, tmp_path):
             gif.save()
         gif.path = tmp_path / "file" / "a.gif"
         gif.add("red", "")
-        with pytest.raises(ConfigError, match=r"^gif: .* cannot be written \(.*\): name another file\.$"):
+        with pytest.raises(ConfigError, match=r"^gif: .* cannot be written"):
             gif.save()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from skillsd.bounded import visible
 from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
-from skillsd.files.durable import write
+from skillsd.files.durable import write, writing
 from skillsd.files.paths import read_path
 
 TURN_MS, LAST_MS = 700, 2500
@@ -98,10 +98,8 @@ class Gif:
         first, *others = _compose(self.frames)
         times = [TURN_MS] * len(others) + [LAST_MS]
         first.save(out, format="gif", save_all=True, append_images=others, duration=times, loop=0, disposal=1, comment=COMMENT)
-        try:
+        with writing(self.path, "gif"):
             write(self.path, out.getbuffer())
-        except OSError as e:
-            raise ConfigError(f"gif: {visible(str(self.path))} cannot be written ({e.strerror}): name another file.") from e
         print(f"gif: {visible(str(self.path))}")
 
 

@@ -15,8 +15,8 @@ from skillsd.analysis.render import Picture, html, markdown
 from skillsd.analysis.run import Run
 from skillsd.bounded import visible
 from skillsd.config_errors import leaves
-from skillsd.errors import ConfigError, Parser, hold_keys, without_keys
-from skillsd.files.durable import check_replaceable, sealed_folder
+from skillsd.errors import Parser, hold_keys, without_keys
+from skillsd.files.durable import check_replaceable, sealed_folder, writing
 from skillsd.files.paths import read_path
 from skillsd.files.run_folder import CONFIG_FILE, check_not_of_run
 
@@ -47,14 +47,11 @@ def report(args: Sequence[str], checks: Callable[[], Sequence[dict[str, str]]]) 
     check_replaceable(folder, key, KIND)
     with Console(stderr=True).status(Text(visible(f"reading {run.folder}"))), closing(Pictures(run)) as pictures:
         made = contents(run, pictures, checks())
-    try:
-        with sealed_folder(folder, key, KIND) as work:
-            for picture in _pictures(made):
-                (work / picture.name).write_bytes(picture.png)
-            (work / "report.md").write_bytes(markdown("report.jinja", **made).encode())
-            (work / KIND).write_bytes(html("report.jinja", **made).encode())
-    except OSError as e:
-        raise ConfigError(f"-o {visible(str(folder))}: it cannot be written ({e.strerror}): name another folder.") from e
+    with writing(folder, key), sealed_folder(folder, key, KIND) as work:
+        for picture in _pictures(made):
+            (work / picture.name).write_bytes(picture.png)
+        (work / "report.md").write_bytes(markdown("report.jinja", **made).encode())
+        (work / KIND).write_bytes(html("report.jinja", **made).encode())
     print(f"report: {folder / KIND}, {folder / 'report.md'}")
 
 

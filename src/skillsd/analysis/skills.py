@@ -14,7 +14,7 @@ from skillsd.analysis.show import plain
 from skillsd.analysis.similar import SkillIndex
 from skillsd.bounded import one_line
 from skillsd.errors import ConfigError, Parser
-from skillsd.files.durable import write
+from skillsd.files.durable import write, writing
 from skillsd.files.paths import read_path
 from skillsd.files.run_folder import BANK_FILE, CHECKPOINTS, CONFIG_FILE, LOCK_FILE, check_format, folder_of, read_record
 from skillsd.files.run_lock import RunLock
@@ -79,10 +79,8 @@ def _export(given: Any) -> None:
     except ValueError as e:
         raise ConfigError(f"RUN_OR_BANK: {e}") from e
     if out is not None:
-        try:
+        with writing(out, "-o"):
             write(out, text)
-        except OSError as e:
-            raise ConfigError(f"-o: {given.out} cannot be written ({e.strerror}): name another file.") from e
         print(f"{count(text.count(10), 'skill')}: {out}")
 
 

@@ -16,6 +16,7 @@ from hashlib import blake2b, sha256
 from io import BytesIO
 from pathlib import Path
 
+from skillsd.bounded import visible
 from skillsd.errors import ConfigError
 
 _MARK = b"skillsd blake2b "
@@ -82,6 +83,15 @@ def named(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise OSError(e.errno, e.strerror or "", str(path)) from e
+
+
+@contextmanager
+def writing(path: Path, key: str) -> Iterator[None]:
+    """Raises ConfigError in place of an OSError from inside: `path`, which `key` names, cannot be written."""
+    try:
+        yield
+    except OSError as e:
+        raise ConfigError(f"{key}: {visible(str(path))} cannot be written ({e.strerror or e}): name another.") from e
 
 
 def _keep(path: Path, keep: Path) -> None:
@@ -174,11 +184,16 @@ def check_folder(folder: Path) -> None:
     """
     if not (folder / SUMS).is_file():
         return
-    for line in (folder / SUMS).read_text(errors="replace", encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
+    for name, digest in _listed(folder).items():
         path = folder / name
         if not name or not path.is_file() or sha256(path.read_bytes()).hexdigest() != digest:
             raise DamagedError(f"{path} is damaged: {folder / SUMS} has another checksum of it.")
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The names in a folder's list, and their checksums."""
+    lines = (folder / SUMS).read_text(errors="replace", encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def is_sealed(folder: Path) -> bool:
@@ -186,8 +201,7 @@ def is_sealed(folder: Path) -> bool:
     changed anything since `seal_folder`, so that it can be made again."""
     try:
         found = {entry.name: entry for entry in os.scandir(folder)}
-        lines = [line.partition("  ") for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
-        listed = {name: digest for digest, _, name in lines}
+        listed = _listed(folder)
         if not all(entry.is_file(follow_symlinks=False) for entry in found.values()) or found.keys() != {*listed, SUMS}:
             return False
         return all(sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in listed.items())
@@ -197,8 +211,7 @@ def is_sealed(folder: Path) -> bool:
 
 def remove_sealed(folder: Path) -> None:
     """Remove a folder of which `is_sealed` holds, and nothing that came into it meanwhile."""
-    names = [line.partition("  ")[2] for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
-    for name in (*names, SUMS):
+    for name in (*_listed(folder), SUMS):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
 

@@ -45,7 +45,7 @@ class RunRecord:
     """What run.json says.
 
     Attributes:
-        format: Of the folder.
+        format: Version of the folder's format.
         checkpoints: The folder that a checkpoint was once written to, relative to the run folder if it lies in it; null if none ever was.
         discarding: The removal of an earlier run has begun and has not ended: whatever else is there belongs to that run.
         saves: The run was begun with checkpoints. Where it was not, that there is none says nothing about how far it has come.

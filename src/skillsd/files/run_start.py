@@ -76,7 +76,7 @@ class Start:
         banks: Reads and cuts the bank in it.
         fresh: Nothing is continued.
         discard: Files of an earlier run that go, in this order.
-        keep_imported: Of the bank what was imported stays.
+        keep_imported: Imported skills stay in the bank.
         saves: The run that begins writes checkpoints.
     """
 
