@@ -18,8 +18,8 @@ def heat(texts: Sequence[str], values: Sequence[float], limit: float = 2.0) -> s
     With log-prob of the teacher - log-prob of the student, blue is what the teacher finds likelier.
 
     Args:
-        texts: Of each token what it adds to the text (`Scorer.texts`).
-        values: Of each token its number; NaN (the environment's tokens) stays plain.
+        texts: What each token adds to the text (`Scorer.texts`).
+        values: The number of each token; NaN (the environment's tokens) stays plain.
         limit: The value, in either direction, from which on a colour is at its strongest.
 
     Returns:

@@ -22,8 +22,8 @@ class Index:
         path: The file; it may be missing, and grow.
 
     Attributes:
-        rows: Of each line its `skillsd.trajectory.outline`.
-        starts: Of each line its first byte, and at the end the first byte behind the last one.
+        rows: The `skillsd.trajectory.outline` of each line.
+        starts: The first byte of each line, and at the end the first byte behind the last one.
     """
 
     def __init__(self, path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from skillsd.analysis.frames import text_frame
+from skillsd.analysis.run import text_frame
 from skillsd.analysis.score import Scorer
 from skillsd.engines.in_process import InProcessEngine
 from skillsd.engines.noise import stream_key
@@ -81,7 +81,7 @@ def paired(frame: pd.DataFrame, what: str = "success") -> pd.DataFrame:
     """With the skill minus without, episode by episode.
 
     Args:
-        frame: Of `replay`.
+        frame: What `replay` gives.
         what: `success`, `completion` or `turns`.
 
     Returns:
@@ -96,13 +96,12 @@ def paired(frame: pd.DataFrame, what: str = "success") -> pd.DataFrame:
     )
 
 
-def effect(frame: pd.DataFrame, what: str = "success", seed: int = 0) -> tuple[float, float, float]:
+def effect(frame: pd.DataFrame, what: str = "success") -> tuple[float, float, float]:
     """What skills do on average over tasks, which all weigh the same.
 
     Args:
-        frame: Of `replay`.
+        frame: What `replay` gives.
         what: `success`, `completion` or `turns`.
-        seed: Of the bootstrap.
 
     Returns:
         Mean paired difference, and its 95% bootstrap interval over tasks; the interval is NaN with one task, all three with none.
@@ -110,7 +109,7 @@ def effect(frame: pd.DataFrame, what: str = "success", seed: int = 0) -> tuple[f
     by_task = paired(frame, what).groupby("task_id")["difference"].mean()
     if len(by_task) < 2:
         return float(by_task.mean()), np.nan, np.nan
-    return bootstrap_mean(by_task.tolist(), seed)
+    return bootstrap_mean(by_task.tolist())
 
 
 def _tasks_of(data: dict[str, Any]) -> dict[str, Task]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from skillsd.analysis.frames import text_frame
 from skillsd.analysis.index import Index
 from skillsd.analysis.metrics import read_metrics
 from skillsd.analysis.results import check_difference, check_round, check_validation
@@ -37,6 +36,15 @@ from skillsd.trajectory import COUNTS, FIELDS, Trajectory
 
 _SKILL = ("task_id", "source_iteration", "source_member", "source_reward", "source_completion", "uses", "mean_reward", "sources", *TEXTS)
 _EVENT = ("kind", "iteration", "task_id", "skill_id", "reward", "gap")
+
+
+def text_frame(*args: Any, **kwargs: Any) -> pd.DataFrame:
+    """A pandas.DataFrame whose texts stay Python's own strings.
+
+    Where pyarrow is installed, pandas would keep them in Arrow's, which refuses lone surrogates: JSON may hold those, and so may a record.
+    """
+    with pd.option_context("mode.string_storage", "python"):
+        return pd.DataFrame(*args, **kwargs)
 
 
 class Run:

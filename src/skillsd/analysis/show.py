@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skillsd.analysis.panel import print_panel
+from skillsd.analysis.render import number
 from skillsd.analysis.run import Run
 from skillsd.bounded import one_line, visible
 from skillsd.errors import ConfigError, Parser
@@ -43,21 +44,20 @@ def show(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     given = parser.parse_args(args)
     run, out = Run(given.run), Console(highlight=False, emoji=False, markup=False)
+    what: Any
+    print_text: Callable[[Any, Console], None]
     if given.trajectory is not None:
-        _tell(given.json, trajectory(run, given.trajectory), _print_trajectory, out)
+        what, print_text = trajectory(run, given.trajectory), _print_trajectory
     elif given.task is not None:
-        _tell(given.json, task(run, given.task), _print_task, out)
+        what, print_text = task(run, given.task), _print_task
     elif given.skills:
-        _tell(given.json, skills(run), _print_skills, out)
+        what, print_text = skills(run), _print_skills
     else:
-        _tell(given.json, overview(run), partial(_print_overview, run.panel), out)
-
-
-def _tell(as_json: bool, what: Any, text: Callable[[Any, Console], None], out: Console) -> None:
-    if as_json:
+        what, print_text = overview(run), partial(_print_overview, run.panel)
+    if given.json:
         print(json.dumps(what, indent=1, allow_nan=False))
     else:
-        text(what, out)
+        print_text(what, out)
 
 
 # -- what there is, as plain data ---------------------------------------------------------------------------------------------------
@@ -151,18 +151,11 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def _print_overview(panel: dict[str, Any], seen: dict[str, Any], out: Console) -> None:
     ends = ", ".join(f"{n} {reason}" for reason, n in seen["finish_reasons"].items())
     ends = f" ({ends})" if ends else ""
     played = f"{count(seen['trajectories'], 'trajectory')} of {count(seen['tasks'], 'task')}"
-    out.print(
-        f"{seen['folder']}: {count(seen['iterations'], 'iteration')}, {played}{ends}",
-        soft_wrap=True,
-    )
+    out.print(f"{seen['folder']}: {count(seen['iterations'], 'iteration')}, {played}{ends}", soft_wrap=True)
     if seen["running"]:
         out.print(visible(f"running now: {seen['running']}"), soft_wrap=True)
     if seen["metrics"]:
@@ -170,7 +163,7 @@ def _print_overview(panel: dict[str, Any], seen: dict[str, Any], out: Console) -
         many = f" {n}" if n > 1 else ""
         table = _table("means over iterations" if many else "iterations", "", f"first{many}", f"last{many}")
         for name in seen["metrics"]["first"]:
-            table.add_row(name, *(_number(seen["metrics"][when][name]) for when in ("first", "last")))
+            table.add_row(name, *(number(seen["metrics"][when][name]) for when in ("first", "last")))
         out.print(table)
     print_panel(panel, out)
     bank = seen["skills"]
@@ -185,17 +178,14 @@ def _print_trajectory(t: dict[str, Any], out: Console) -> None:
     )
     if t["instruction"]:
         out.print(visible(t["instruction"]), soft_wrap=True)
-    for number, turn in enumerate(t["turns"], 1):
-        out.print(visible(f"--- turn {number}\n{turn['observation']}\n> {turn['action']}{_unread(turn)}"), soft_wrap=True)
+    for k, turn in enumerate(t["turns"], 1):
+        unread = "\n(the environment could not read this)" if turn["valid"] is False else ""
+        out.print(visible(f"--- turn {k}\n{turn['observation']}\n> {turn['action']}{unread}"), soft_wrap=True)
     if t["final_observation"] is not None:
         out.print(visible(f"--- at the end\n{t['final_observation']}"), soft_wrap=True)
     why = f" ({one_line(t['failure'], 1000)})" if t["failure"] else ""
     end = f"completion {t['completion']:.2f}, reward {t['reward']:.2f}, {count(len(t['turns']), 'turn')}"
     out.print(f"--- {t['finish_reason']}{why}: success {t['success']}, {end}", soft_wrap=True)
-
-
-def _unread(turn: dict[str, Any]) -> str:
-    return "\n(the environment could not read this)" if turn["valid"] is False else ""
 
 
 def _print_task(seen: dict[str, Any], out: Console) -> None:
@@ -214,6 +204,6 @@ def _print_skills(seen: list[dict[str, Any]], out: Console) -> None:
         evicted = "" if s["evicted"] is None else str(s["evicted"])
         text = Text(one_line(" ".join(s["golden_workflow"].split())))
         origin = "imported" if s["inserted"] < 0 else str(s["source_iteration"])
-        numbers = (origin, str(s["uses"]), _number(s["mean_reward"]), str(s["sources"]), evicted)
+        numbers = (origin, str(s["uses"]), number(s["mean_reward"]), str(s["sources"]), evicted)
         table.add_row(str(s["skill_id"]), Text(one_line(s["task_id"])), *numbers, text)
     out.print(table)

@@ -57,7 +57,7 @@ class SkillIndex:
 
         Args:
             n: How many; fewer if fewer skills differ.
-            seed: Of the first centres.
+            seed: Seed of the first centres.
 
         Returns:
             int64 by `skill_id`.

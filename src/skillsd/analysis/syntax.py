@@ -15,13 +15,13 @@ from skillsd.bounded import visible
 
 _FENCE = re.compile(r"^(```+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _FORMAT = HtmlFormatter(nowrap=True)
-_MOST = 50_000
+_MAX_CHARS = 50_000
 """Characters; what is longer stays plain."""
 
 
-def style(light: str = "default", dark: str = "github-dark") -> str:
+def style() -> str:
     """The colours as CSS, in the light and in the dark."""
-    rules = [HtmlFormatter(style=name).get_style_defs(".code").splitlines() for name in (light, dark)]
+    rules = [HtmlFormatter(style=name).get_style_defs(".code").splitlines() for name in ("default", "github-dark")]
     kept, darker = ("\n".join(r for r in rule if r.startswith(".code .") and ".err " not in r) for rule in rules)
     return f"{kept}\n@media screen and (prefers-color-scheme: dark) {{\n{darker}\n}}\n"
 
@@ -47,7 +47,7 @@ def action(text: str, language: str = "") -> str:
 
 
 def output(text: str) -> str:
-    """What an environment printed: JSON and tracebacks are highlighted. HTML as of `action`."""
+    """What an environment printed: JSON and tracebacks are highlighted. Returns HTML as `action` does."""
     text = visible(text)
     if "Traceback (most recent call last)" in text:
         return _with(PythonTracebackLexer(), text)
@@ -68,7 +68,7 @@ def _coloured(text: str, language: str) -> str:
 
 
 def _with(lexer: object, text: str) -> str:
-    if len(text) > _MOST:
+    if len(text) > _MAX_CHARS:
         return escape(text)
     lexer.stripnl = lexer.ensurenl = False  # type: ignore[attr-defined]  # the text stays what it was
     html = str(highlight(text, lexer, _FORMAT))

@@ -9,8 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from skillsd.analysis.frames import text_frame
-from skillsd.analysis.run import Run, opened_bank
+from skillsd.analysis.run import Run, opened_bank, text_frame
 from skillsd.files.run_folder import BANK_FILE
 from skillsd.skills.bank_file import open_file
 from skillsd.skills.ledger import Ledger

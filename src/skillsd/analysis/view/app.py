@@ -7,8 +7,8 @@ comes from agents and environments is data: escaped by the templates, and no scr
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from functools import wraps
 from typing import Any
 
 from flask import Flask, Response, abort, redirect, render_template, request, url_for
@@ -66,28 +66,26 @@ def create_app(site: Site, token: str) -> Flask:
     def config_error(e: ConfigError) -> tuple[Response, int]:
         return _html("error.html", title="This cannot be shown", message=str(e)), 500
 
-    def page(rule: str, template: str, locked: bool = True) -> Any:
-        """A page of a run: the function gives what the template shows. One that is not locked may take long, and is not live."""
+    def page(rule: str, name: str, make: Callable[..., dict[str, Any]], locked: bool = True) -> None:
+        """A page of a run: the template `name` shows what `make` gives. One that is not locked may take long, and is not live."""
 
-        def decorate(make: Any) -> Any:
-            @wraps(make)
-            def shown(run: str, **where: Any) -> Response:
-                opened = site.runs.get(run) or abort(404, f"There is no run {run} here.")
-                stamp = opened.update()
-                with suppress(ConfigError):
-                    opened.run.config  # noqa: B018 - read before the lock, which the pages of all runs wait for
-                with opened.lock if locked else nullcontext():
-                    try:
-                        made = make(opened, **where)
-                    except (KeyError, IndexError) as e:
-                        abort(404, str(e.args[0] if e.args else e))
-                values = {"site": site, "run": opened.name, "live": stamp if locked else "", "here": template[:-5]} | made
-                return _html(template, **values)
+        def shown(run: str, **where: Any) -> Response:
+            opened = site.runs.get(run) or abort(404, f"There is no run {run} here.")
+            stamp = opened.update()
+            with suppress(ConfigError):
+                opened.run.config  # noqa: B018 - read before the lock, which the pages of all runs wait for
+            with opened.lock if locked else nullcontext():
+                try:
+                    made = make(opened, **where)
+                except (KeyError, IndexError) as e:
+                    abort(404, str(e.args[0] if e.args else e))
+            return _html(f"{name}.html", **{"site": site, "run": opened.name, "live": stamp if locked else "", "here": name} | made)
 
-            app.add_url_rule(f"/<token>/run/<run>/{rule}", make.__name__, shown)
-            return make
+        app.add_url_rule(f"/<token>/run/<run>/{rule}", name, shown)
 
-        return decorate
+    def given(name: str, default: Any = "") -> Any:
+        """An argument of the address, of the default's type."""
+        return request.args.get(name, default, type(default))
 
     @app.get("/<token>/")
     def home() -> Any:
@@ -103,37 +101,6 @@ def create_app(site: Site, token: str) -> Flask:
         names = [run, *request.args.getlist("with")]
         return " ".join(site.runs[name].update() if name in site.runs else abort(404) for name in names)
 
-    @page("", "overview.html")
-    def overview(opened: Opened) -> dict[str, Any]:
-        return pages.overview(opened, "all" in request.args)
-
-    @page("tasks", "tasks.html")
-    def tasks(opened: Opened) -> dict[str, Any]:
-        a = request.args
-        return pages.tasks(opened, a.get("q", ""), a.get("only", "all"), a.get("sort", "task_id"), a.get("page", 1, int))
-
-    @page("task", "task.html")
-    def task(opened: Opened) -> dict[str, Any]:
-        return pages.task(opened, request.args.get("id", ""))
-
-    @page("trajectory/<int:number>", "trajectory.html", locked=False)
-    def trajectory(opened: Opened, number: int) -> dict[str, Any]:
-        return pages.trajectory(opened, number, request.args.get("heat", ""))
-
-    @page("skills", "skills.html")
-    def skills(opened: Opened) -> dict[str, Any]:
-        a = request.args
-        return pages.skills(opened, a.get("q", ""), a.get("sort", ""), a.get("page", 1, int))
-
-    @page("skill/<int:skill_id>", "skill.html")
-    def skill(opened: Opened, skill_id: int) -> dict[str, Any]:
-        return pages.skill(opened, skill_id, "near" in request.args)
-
-    @page("skills/compare", "skill_pair.html")
-    def skill_pair(opened: Opened) -> dict[str, Any]:
-        return pages.skill_pair(opened, request.args.get("a", 0, int), request.args.get("b", 0, int))
-
-    @page("compare", "compare.html", locked=False)
     def compare(opened: Opened) -> dict[str, Any]:
         name = request.args.get("with") or next((n for n in site.runs if n != opened.name), "")
         other = site.runs.get(name)
@@ -147,6 +114,14 @@ def create_app(site: Site, token: str) -> Flask:
         with opened.lock:
             return pages.compare(opened, other)
 
+    page("", "overview", lambda run: pages.overview(run, "all" in request.args))
+    page("tasks", "tasks", lambda run: pages.tasks(run, given("q"), given("only", "all"), given("sort", "task_id"), given("page", 1)))
+    page("task", "task", lambda run: pages.task(run, given("id")))
+    page("trajectory/<int:number>", "trajectory", lambda run, number: pages.trajectory(run, number, given("heat")), locked=False)
+    page("skills", "skills", lambda run: pages.skills(run, given("q"), given("sort"), given("page", 1)))
+    page("skill/<int:skill_id>", "skill", lambda run, skill_id: pages.skill(run, skill_id, "near" in request.args))
+    page("skills/compare", "skill_pair", lambda run: pages.skill_pair(run, given("a", 0), given("b", 0)))
+    page("compare", "compare", compare, locked=False)
     return app
 
 

@@ -12,13 +12,12 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from skillsd.analysis import panel, plots, show
-from skillsd.analysis.frames import text_frame
 from skillsd.analysis.heatmap import heat
 from skillsd.analysis.pictures import turns
 from skillsd.analysis.plots import CURVES
 from skillsd.analysis.provenance import lookup
 from skillsd.analysis.render import Picture
-from skillsd.analysis.run import Run
+from skillsd.analysis.run import Run, text_frame
 from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
 from skillsd.analysis.view.site import Opened
@@ -29,7 +28,7 @@ from skillsd.skills.skill import FIELDS, Skill
 from skillsd.statistics import paired_difference
 from skillsd.words import count
 
-MOST_CURVES = 100
+MAX_CURVES = 100
 """On one page; a run measures half as many things."""
 ROWS = 100
 """Rows of a table on one page."""
@@ -67,7 +66,7 @@ def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
     """How the run goes: curves, the panel, speed and memory; all metrics if `everything`."""
     run = opened.run
     names = {name: name for name in run.metrics.columns if name != "epoch"} if everything else CURVES
-    measured = [name for name in names if name in run.metrics and run.metrics[name].notna().any()][:MOST_CURVES]
+    measured = [name for name in names if name in run.metrics and run.metrics[name].notna().any()][:MAX_CURVES]
     figures = [opened.once(("curve", name, names[name]), partial(_curve, {"": run}, name, names[name])) for name in measured]
     seen = show.overview(run)
     facts = {
