@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skillsd import __version__
-from skillsd.errors import ConfigError, Parser
+from skillsd.errors import ConfigError, Parser, causes
 from skillsd.policy.probe import nf4_error
 from skillsd.policy.smollm2 import cached_folder
 from skillsd.timeouts import Failure, Threads
@@ -61,7 +61,7 @@ def provided(point: EntryPoint) -> list[Row]:
     try:
         return [_checked(row) for row in point.load()()]
     except (Exception, SystemExit) as e:
-        return [_row(point.name, "missing", f"{point.value}: {_told(e)}", "")]
+        return [_row(point.name, "missing", f"{point.value}: {causes(e)}", "")]
 
 
 def _checked(row: Any) -> Row:
@@ -80,11 +80,7 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except Exception as e:
-        return "missing", _told(e), ""
-
-
-def _told(e: BaseException) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split())
+        return "missing", causes(e), ""
 
 
 # -- the checks ---------------------------------------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ def bitsandbytes() -> Finding:
             said.append(f"nf4 runs on {device}" if works[-1] else f"nf4 on {device} is wrong (relative error {error:.2f})")
         except Exception as e:
             works.append(False)
-            said.append(f"nf4 on {device} fails ({_told(e)})")
+            said.append(f"nf4 on {device} fails ({causes(e)})")
     if all(works):
         return "ok", f"{found}, {', '.join(said)}", ""
     return "limited", f"{found}, {', '.join(said)}", f"{_pip('bitsandbytes')} --force-reinstall --no-deps"
@@ -155,7 +151,7 @@ def _head(url: str, seconds: float) -> str:
         except urllib.error.URLError as e:
             return getattr(e.reason, "strerror", None) or str(e.reason)
         except Exception as e:
-            return _told(e)
+            return causes(e)
 
     threads = Threads(1, seconds, "network")  # a name server that is silent, or a server that drips, obeys no socket's time limit
     call = threads.submit(ask)

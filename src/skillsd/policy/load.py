@@ -75,8 +75,7 @@ def model_folder(name: str) -> str:
         if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
             raise ConfigError(
                 f"model.policy.model: the folder {name} has its weights in a pickle (pytorch_model.bin), which could run code: "
-                f"convert them to "
-                "safetensors with save_pretrained."
+                "convert them to safetensors with save_pretrained."
             )
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise ConfigError(
@@ -248,17 +247,8 @@ def _check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> 
             f"model.policy.model: {name} has layers that its config.json leaves out ({left[0]}, ...): the two are not of one model."
         )
     if unexpected:
-        log.warning(
-            "model.policy.model: %d tensors of %s belong to no part of %s (%s, ...).",
-            len(unexpected),
-            name,
-            type(model).__name__,
-            unexpected[0],
-        )
-
-
-def _no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in str(record.msg)
+        belong = f"{len(unexpected)} tensors of {name} belong to no part of {type(model).__name__}"
+        log.warning("model.policy.model: %s (%s, ...).", belong, unexpected[0])
 
 
 @contextmanager
@@ -269,7 +259,11 @@ def _reading(name: str, what: str) -> Iterator[None]:
         ConfigError: the files cannot be read, hold code, or do not fit into the memory.
     """
     reports = logging.getLogger("transformers.modeling_utils")
-    reports.addFilter(_no_report)
+
+    def not_a_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    reports.addFilter(not_a_report)
     try:
         yield
     except ConfigError:
@@ -282,15 +276,13 @@ def _reading(name: str, what: str) -> Iterator[None]:
         ) from e
     except Exception as e:
         if "trust_remote_code" in str(e):
-            raise _own_code(name) from e
+            raise ConfigError(
+                f"model.policy.model: {name} brings Python code of its own (auto_map), which is never run: name another model."
+            ) from e
         said = " ".join(str(e).split())[:300]
         raise ConfigError(f"model.policy.model: transformers cannot load the {what} of {name} ({type(e).__name__}: {said}).") from e
     finally:
-        reports.removeFilter(_no_report)
-
-
-def _own_code(name: str) -> ConfigError:
-    return ConfigError(f"model.policy.model: {name} brings Python code of its own (auto_map), which is never run: name another model.")
+        reports.removeFilter(not_a_report)
 
 
 def _not_found(name: str, what: str, error: Exception) -> ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from skillsd.trajectory import Trajectory
@@ -68,13 +69,11 @@ def _without_middle(blocks: list[str], first: int, max_chars: int) -> str:
     return "\n\n".join([*blocks[:head], f"[turns {head - shift + 1} to {last - shift} left out]", *blocks[last:]])
 
 
-def _limit(texts: Sequence[str], weights: Sequence[int], room: int, least: int) -> int:
-    """The largest limit, at least `least`, under which texts cut to weight x limit have at most `room` characters in all."""
-    low, high = least, max([least, *map(len, texts)])
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(min(len(text), weight * middle) for text, weight in zip(texts, weights, strict=True)) <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _limit(texts: Sequence[str], weights: Sequence[int], room: int, minimum: int) -> int:
+    """The largest limit, at least `minimum`, under which texts cut to weight x limit have at most `room` characters in all."""
+
+    def length(limit: int) -> int:
+        return sum(min(len(text), weight * limit) for text, weight in zip(texts, weights, strict=True))
+
+    limits = range(minimum + 1, max([minimum, *map(len, texts)]) + 1)
+    return minimum + bisect_right(limits, room, key=length)
