@@ -15,7 +15,7 @@ from tests.tolerance import ROUNDING
 from skillsd.engines.engine import Request
 from skillsd.engines.in_process import InProcessEngine
 from skillsd.engines.step import Stepper
-from skillsd.policy import Fused, TokenSequence, fuse
+from skillsd.policy import DecodingKernels, TokenSequence, decoding_kernels
 
 pytest.importorskip("triton")
 
@@ -31,7 +31,7 @@ SHORT = dict(rows=3, longest_prompt=8, turns=2, limit=3)
 @pytest.fixture
 def always(monkeypatch):
     """Kernels, whatever the machine."""
-    monkeypatch.setattr("skillsd.engines.in_process.fuse", lambda policy: Fused(policy.base))
+    monkeypatch.setattr("skillsd.engines.in_process.decoding_kernels", lambda policy: DecodingKernels(policy.base))
 
 
 SLOW = [pytest.param(a, marks=pytest.mark.torture) for a in ("qwen2", "mistral")]
@@ -127,7 +127,7 @@ def test_rows_join_at_any_time_and_share_their_prompt(make_policy, always, monke
 
 def test_nothing_stays_behind(make_policy):
     policy = make_policy(**SETTINGS)
-    fused = Fused(policy.base)
+    fused = DecodingKernels(policy.base)
     before, rotary = policy.base.config._attn_implementation, sys.modules[next(iter(fused.rotary))].apply_rotary_pos_emb
     with pytest.raises(KeyError), fused.installed():
         assert policy.base.config._attn_implementation != before
@@ -141,7 +141,7 @@ def test_nothing_stays_behind(make_policy):
 
 def test_a_layer_with_another_input_is_run_alone(make_policy):
     policy = make_policy("llama", **SETTINGS)
-    fused, attention = Fused(policy.base), policy.base.model.layers[0].self_attn
+    fused, attention = DecodingKernels(policy.base), policy.base.model.layers[0].self_attn
     x, y = (torch.randn(1, 3, 64, device=policy.device).to(policy.base.dtype) for _ in range(2))
     calls = [("q_proj", x), ("k_proj", y), ("v_proj", x), ("k_proj", x), ("q_proj", y), ("v_proj", y)]
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_a_layer_with_another_input_is_run_alone(make_policy):
 def test_static_shapes_do_not_depend_on_the_length(make_policy, always):
     """Without a mask, a step's shapes are rows and new ids: one graph serves every length."""
     policy = make_policy(**SETTINGS)
-    stepper = Stepper(policy, static=True, fused=Fused(policy.base))
+    stepper = Stepper(policy, static=True, fused=DecodingKernels(policy.base))
     session = InProcessEngine(policy).open(1.0)
     session.stepper = stepper
     stepper.plan(2, 500)
@@ -167,8 +167,8 @@ def test_static_shapes_do_not_depend_on_the_length(make_policy, always):
 
 
 def test_where_kernels_cannot_serve_the_log_says_so(make_policy, caplog):
-    with caplog.at_level(logging.INFO, logger="skillsd.policy.fused"):
-        assert fuse(make_policy()) is None
+    with caplog.at_level(logging.INFO, logger="skillsd.policy.decoding_kernels"):
+        assert decoding_kernels(make_policy()) is None
     assert "rollout.kernels: there is no NVIDIA GPU" in caplog.text or GPU
 
 

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from skillsd.engines.in_process import InProcessEngine
 from skillsd.errors import ConfigError
 from skillsd.policy import Footprint, Policy, PolicySettings
-from skillsd.policy.packed import Learner
 from skillsd.policy.shard import Shards
+from skillsd.policy.training_kernels import TrainingKernels
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
@@ -158,7 +158,7 @@ def test_the_learners_kernels_read_gathered_weights(make_policy, two_ranks, monk
 
     def work(rank):
         policy = make_policy(shard=True, gradient_checkpointing=True)
-        assert isinstance(policy.learner, Learner)
+        assert isinstance(policy.training_kernels, TrainingKernels)
         return learn(policy, batches(0) if rank == 0 else [])
 
     got, idle = two_ranks(work)

@@ -11,7 +11,8 @@ from tests.tolerance import ROUNDING
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence, micro_batches
 from skillsd.policy.kernels import reference
 from skillsd.policy.logprobs import selected_logprobs
-from skillsd.policy.packed import Learner, blocks, pack
+from skillsd.policy.packed import pack
+from skillsd.policy.training_kernels import TrainingKernels, blocks
 
 pytest.importorskip("triton")
 
@@ -152,7 +153,7 @@ def both(make_policy, monkeypatch):
     def make(*args, **kwargs):
         monkeypatch.setattr("skillsd.policy.packed.why_not", lambda device, dtype: "")
         ours = make_policy(*args, **kwargs)
-        assert isinstance(ours.learner, Learner)
+        assert isinstance(ours.training_kernels, TrainingKernels)
         return ours, make_policy(*args, kernels=False, **kwargs)
 
     return make
@@ -196,7 +197,7 @@ def test_two_backwards_of_one_checkpointed_forward(both, once):
             apart = torch.autograd.grad(logp[:2].sum(), params, retain_graph=True)
         with policy.recomputing() if once else nullcontext():
             logp.sum().backward()
-        assert policy.learner is None or not policy.learner.active
+        assert policy.training_kernels is None or not policy.training_kernels.active
         found.append([*apart, *(p.grad for p in params)])
     close = dict(atol=0.3, rtol=0.1) if GPU else dict(atol=5e-5, rtol=1e-3)
     for a, b in zip(*found, strict=True):
@@ -213,7 +214,7 @@ def test_a_forward_of_somebody_else_is_recomputed_as_it_was(both):
 def test_dropout_stays_on_after_modules_were_tried(both):
     ours, _ = both("llama", lora={"dropout": 0.5}, **SETTINGS)
     on = [m.training for m in ours.base.modules() if isinstance(m, torch.nn.Dropout)]
-    Learner(ours.base)
+    TrainingKernels(ours.base)
     assert [m.training for m in ours.base.modules() if isinstance(m, torch.nn.Dropout)] == on and any(on)
 
 
@@ -249,7 +250,7 @@ def test_dropout_and_an_adapted_head_go_peft_s_way(both):
 def test_a_bare_base_keeps_its_own_modules(tiny_model, monkeypatch):
     """All its weights are trained: norms' and the head's need gradients too."""
     monkeypatch.setattr("skillsd.policy.packed.why_not", lambda device, dtype: "")
-    assert Policy(PolicySettings(model=tiny_model("qwen3")), adapters=False).learner is None
+    assert Policy(PolicySettings(model=tiny_model("qwen3")), adapters=False).training_kernels is None
 
 
 def test_a_reason_is_logged(make_policy, caplog):

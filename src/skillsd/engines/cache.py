@@ -23,8 +23,8 @@ class SlotCache(Cache):
 
     Args:
         model: The causal language model (without adapters' wrapper); gives layer types, window and attention implementation.
-        write: Puts new keys and values in place (`policy.fused`). Attention is then its own too: it takes rows in any slots, and a row
-            table, int64 [B, 1, 1, COLUMNS], in place of a mask.
+        write: Puts new keys and values in place (`policy.decoding_kernels`). Attention is then its own too: it takes rows in any slots, and
+            a row table, int64 [B, 1, 1, COLUMNS], in place of a mask.
 
     Attributes:
         version: Changes whenever the storage is another.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skillsd.engines.engine import Adapter, Completion, Request, Session, Version
 from skillsd.engines.step import HEAD, MAX_FED_TOKENS, WIDTHS, Stepper, bucket
-from skillsd.policy import Policy, fuse
+from skillsd.policy import Policy, decoding_kernels
 
 STRIDE = 8  # steps before `step` returns, if no row's turn ends sooner
 PREFILL, CUDA_PREFILL = 4096, 16384  # most tokens, padding included, of one forward over several rows: they stay in a CPU's cache
@@ -33,12 +33,12 @@ class InProcessEngine:
         policy: Who acts.
         cuda_graphs: On a GPU, decode in a few static shapes that are recorded as CUDA graphs; the cache then lives as long as the
             engine. Elsewhere, and where the model cannot be captured or is sharded, it changes nothing.
-        kernels: Decode with `policy.fused` where it can serve the model; the log says why where it can't.
+        kernels: Decode with `policy.decoding_kernels` where it can serve the model; the log says why where it can't.
     """
 
     def __init__(self, policy: Policy, cuda_graphs: bool = True, kernels: bool = True) -> None:
         self.policy = policy
-        self.fused = fuse(policy) if kernels else None
+        self.fused = decoding_kernels(policy) if kernels else None
         self.static = cuda_graphs and policy.device.type == "cuda" and not policy.sharded
         self._kept: tuple[Stepper, weakref.ref[InProcessSession] | None] | None = None
         self._failed = False

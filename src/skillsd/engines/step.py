@@ -18,7 +18,7 @@ from torch import Tensor
 from skillsd.engines.cache import SlotCache
 from skillsd.engines.engine import CacheFull
 from skillsd.engines.noise import sample, uniforms
-from skillsd.policy import CacheBudget, Fused, Policy
+from skillsd.policy import CacheBudget, DecodingKernels, Policy
 from skillsd.policy.kernels.reference import COLUMNS, COUNT, SLOT, START
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Stepper:
             device's memory.
     """
 
-    def __init__(self, policy: Policy, static: bool, fused: Fused | None = None, budget: CacheBudget | None = None) -> None:
+    def __init__(self, policy: Policy, static: bool, fused: DecodingKernels | None = None, budget: CacheBudget | None = None) -> None:
         self.policy, self.static, self.fused = policy, static, fused
         self.cache = SlotCache(policy.base, fused.write if fused else None)
         self.budget = budget

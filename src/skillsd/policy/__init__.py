@@ -7,7 +7,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from skillsd.policy.budget import CacheBudget  # noqa: E402
 from skillsd.policy.config import LoraSettings, PolicySettings  # noqa: E402
-from skillsd.policy.fused import Fused, fuse  # noqa: E402
+from skillsd.policy.decoding_kernels import DecodingKernels, decoding_kernels  # noqa: E402
 from skillsd.policy.load import model_folder  # noqa: E402
 from skillsd.policy.memory import Demand, Footprint, cache_bytes  # noqa: E402
 from skillsd.policy.packed import micro_batches  # noqa: E402
@@ -17,16 +17,16 @@ from skillsd.policy.shard import OUT_OF_MEMORY, of_the_base  # noqa: E402
 __all__ = [
     "OUT_OF_MEMORY",
     "CacheBudget",
+    "DecodingKernels",
     "Demand",
     "Footprint",
-    "Fused",
     "LoraSettings",
     "Policy",
     "PolicySettings",
     "Scores",
     "TokenSequence",
     "cache_bytes",
-    "fuse",
+    "decoding_kernels",
     "micro_batches",
     "model_folder",
     "of_the_base",

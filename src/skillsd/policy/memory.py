@@ -57,7 +57,7 @@ class Footprint:
 
     def __init__(self, policy: Policy, decodes: bool = True) -> None:
         c = policy.base.config.get_text_config()
-        self.kernels, self.size = policy.learner is not None, policy.base.dtype.itemsize
+        self.kernels, self.size = policy.training_kernels is not None, policy.base.dtype.itemsize
         self.weights = sum(t.numel() * t.element_size() for n, p in policy.base.named_parameters() if "lora_" not in n for t in _parts(p))
         self.gathered = policy.shards.gathered if policy.shards is not None else 0
         self.student = sum(p.numel() * 4 for p in policy.adapter("student").values())

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from skillsd.policy.kernels import reference
 
 ROTARY = "apply_rotary_pos_emb"
+Function = Callable[..., Any]
 
 
 class Replacement(ABC):
@@ -34,8 +35,17 @@ class Replacement(ABC):
     def __init__(self, base: Any, attention: str | None) -> None:
         self.config, self.attention = base.config.get_text_config(), attention
         self.forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        self.rotary: dict[str, Callable[..., Any]] = {}
+        self.rotary: dict[str, Function] = {}
         self.active = False
+
+    def replace_pointwise(self, base: nn.Module, rms_norm: Function, silu_mul: Function, rotate: Function) -> tuple[int, int]:
+        """Put these in place of RMSNorms, SwiGLUs and rotary embeddings, see `reference`; how many norms and SwiGLUs there are."""
+        norms = [(m, eps) for m in base.modules() if (eps := rms_eps(m)) is not None and not m.weight.requires_grad]
+        gates = [m for m in base.modules() if is_swiglu(m)]
+        self.forwards += [(m, lambda x, m=m, eps=eps: rms_norm(x, m.weight, eps)) for m, eps in norms]
+        self.forwards += [(m, lambda x, m=m: m.down_proj(silu_mul(m.gate_proj(x), m.up_proj(x)))) for m in gates]
+        self.rotary = {n: _rotation(getattr(sys.modules[n], ROTARY), rotate) for n in rotary_modules(base)}
+        return len(norms), len(gates)
 
     @abstractmethod
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -125,7 +135,7 @@ def rotary_modules(base: nn.Module) -> list[str]:
     return found
 
 
-def rotation(usual: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _rotation(usual: Function, kernel: Function) -> Function:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         whole = cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype  # some models turn a part of each head
         return kernel(q, k, cos, sin) if whole and not args and not kwargs else usual(q, k, cos, sin, *args, **kwargs)

@@ -22,9 +22,10 @@ from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import adapter_folder, base_digest, check_vocabulary, context_length, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
 from skillsd.policy.module_patching import Again
-from skillsd.policy.packed import TokenSequence, learn, micro_batches, pack
+from skillsd.policy.packed import TokenSequence, micro_batches, pack
 from skillsd.policy.shard import OUT_OF_MEMORY, Shards
 from skillsd.policy.template import closing_mark
+from skillsd.policy.training_kernels import TrainingKernels, training_kernels
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Policy(nn.Module):
         mark = closing_mark(self.tokenizer)  # which a generation config may lack
         self.stop_ids = tuple(dict.fromkeys([*ids, *([] if mark is None else [mark])]))
         self.head = Head(base)
-        self.learner = None
+        self.training_kernels: TrainingKernels | None = None
         self.model: Any = base
         self.teacher_is_student = True
         self.updates = dict.fromkeys(ADAPTERS, 0)
@@ -104,7 +105,7 @@ class Policy(nn.Module):
         if adapters:
             self._add_adapters(device)
         # Its kernels have no gradients for weights of the base. It tries modules on examples: before they are sharded.
-        self.learner = learn(base, settings.kernels, device) if adapters else None
+        self.training_kernels = training_kernels(base, settings.kernels, device) if adapters else None
         self.shards = Shards(base, device) if shard else None
         # The base stays in evaluation mode for good. These alone are on in the student's forward with gradient, and stay on until
         # its backward has recomputed what it needs; `acting` turns them off.
@@ -328,20 +329,20 @@ class Policy(nn.Module):
     @property
     def packs(self) -> bool:
         """Return whether rows are scored without padding."""
-        return self.learner is not None and self.learner.packs
+        return self.training_kernels is not None and self.training_kernels.packs
 
     def _score(self, sequences: Sequence[TokenSequence], temperature: float) -> Scores:
-        p, learner = pack(sequences, not self.packs, self.tokenizer.pad_token_id or 0, self.device), self.learner
+        p, kernels = pack(sequences, not self.packs, self.tokenizer.pad_token_id or 0, self.device), self.training_kernels
         kwargs, weight = {}, None
-        if learner is not None:
-            kwargs, weight = learner.arguments(p.cu_seqlens, p.max_seqlen), self.head.weight()
+        if kernels is not None:
+            kwargs, weight = kernels.arguments(p.cu_seqlens, p.max_seqlen), self.head.weight()
             if self._active is not None:
-                learner.lower(self._active)
-        with nullcontext() if learner is None else learner.installed():
+                kernels.lower(self._active)
+        with nullcontext() if kernels is None else kernels.installed():
             hidden = self.backbone(input_ids=p.ids, position_ids=p.position_ids, use_cache=False, **kwargs).last_hidden_state
         hidden, chunk = hidden.flatten(0, 1).index_select(0, p.logits_indices), self.settings.head_chunk
-        if learner is not None and weight is not None:
-            logp, entropy = learner.logprobs(hidden, weight, p.targets, temperature, chunk)
+        if kernels is not None and weight is not None:
+            logp, entropy = kernels.logprobs(hidden, weight, p.targets, temperature, chunk)
         else:
             logp, entropy = selected_logprobs(self.head, hidden, p.targets, temperature, chunk)
         size = p.shape[0] * p.shape[1]
@@ -353,12 +354,13 @@ class Policy(nn.Module):
 
         It may be left out.
         """
-        return self.learner.installed() if self.learner is not None and self.settings.gradient_checkpointing else nullcontext()
+        kernels = self.training_kernels if self.settings.gradient_checkpointing else None
+        return nullcontext() if kernels is None else kernels.installed()
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed forward and of the backward's repetition of it, which goes the same way."""
-        learner = self.learner
-        return nullcontext(), Again(learner) if learner is not None and learner.active else nullcontext()
+        kernels = self.training_kernels
+        return nullcontext(), Again(kernels) if kernels is not None and kernels.active else nullcontext()
 
     def compare(
         self, student_hidden: Tensor, teacher_hidden: Tensor, divergence: Callable[[Tensor, Tensor], Tensor], temperature: float = 1.0

@@ -1,7 +1,7 @@
 """Decoding with the kernels: what a model's modules compute stays the same, fewer and faster launches compute it.
 
-`Fused` finds what it can serve in any decoder of transformers: linear layers in nf4 with or without a LoRA adapter, those that read the
-same input together; RMSNorms, SwiGLUs and rotary embeddings, each tried on an example; attention through transformers'
+`DecodingKernels` finds what it can serve in any decoder of transformers: linear layers in nf4 with or without a LoRA adapter, those that
+read the same input together; RMSNorms, SwiGLUs and rotary embeddings, each tried on an example; attention through transformers'
 AttentionInterface. `installed()` puts it in place for a rollout's forwards and takes it away again: the learner and a checkpoint never see
 it. Weights and adapters are read where they are; nothing is merged or copied.
 """
@@ -9,7 +9,6 @@ it. Weights and adapters are read where they are; nothing is merged or copied.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from skillsd.policy.kernels import why_not
 from skillsd.policy.kernels.reference import COLUMNS, Lora, Nf4Weight, Projection
 from skillsd.policy.kernels.workspace import Workspace
 from skillsd.policy.lora import linear_forward, nf4_weight
-from skillsd.policy.module_patching import ROTARY, Replacement, is_swiglu, linear_of, rms_eps, rotary_modules, rotation
+from skillsd.policy.module_patching import Replacement, linear_of
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +29,16 @@ TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 """Names of sibling layers that most decoders give the same input; where they get different ones, each is run alone."""
 
 
-def fuse(policy: Any) -> Fused | None:
+def decoding_kernels(policy: Any) -> DecodingKernels | None:
     """The kernels for a policy, or None, with the reason in the log, where they can't serve it."""
     reason = "the base is sharded" if policy.sharded else why_not(policy.device, policy.base.dtype)
     if reason:
         log.info("data.rollout.kernels: %s: decoding goes on without them.", reason)
         return None
-    return Fused(policy.base)
+    return DecodingKernels(policy.base)
 
 
-class Fused(Replacement):
+class DecodingKernels(Replacement):
     """What stands in for the modules of one model in a rollout.
 
     Args:
@@ -59,15 +58,7 @@ class Fused(Replacement):
             group = _Group(served, self.workspace, projections.project_all, projections.MOST_ROWS)
             self.forwards += [(m, group.forward(i)) for i, (m, _) in enumerate(served)]
         self.projections = len(self.forwards)
-        for m in base.modules():
-            if (eps := rms_eps(m)) is not None:
-                self.forwards.append((m, lambda x, w=m.weight, e=eps: elementwise.rms_norm(x, w, e)))
-        self.norms = len(self.forwards) - self.projections
-        for m in base.modules():
-            if is_swiglu(m):
-                self.forwards.append((m, lambda x, m=m: m.down_proj(elementwise.silu_mul(m.gate_proj(x), m.up_proj(x)))))
-        self.gates = len(self.forwards) - self.projections - self.norms
-        self.rotary = {n: rotation(getattr(sys.modules[n], ROTARY), elementwise.rotate) for n in rotary_modules(base)}
+        self.norms, self.gates = self.replace_pointwise(base, elementwise.rms_norm, elementwise.silu_mul, elementwise.rotate)
         log.info(
             "kernels serve %d linear layers, %d RMSNorms, %d SwiGLUs, %s rotary embedding and the attention of %s.", self.projections,
             self.norms, self.gates, "the" if self.rotary else "no", type(base).__name__,
