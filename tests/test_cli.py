@@ -16,8 +16,9 @@ import pytest
 import torch
 import yaml
 
-from skillsd import __version__, cli, errors
+from skillsd import __version__, cli
 from skillsd.callbacks.resume import CheckpointFiles
+from skillsd.config_errors import parser_error
 from skillsd.config_file import parse_config
 from skillsd.errors import ConfigError
 from skillsd.optimizer import OptimizerSettings
@@ -385,13 +386,13 @@ def test_messages_of_the_parser():
         "                Parser key \"max_rows\":\n                  Expected a <class 'int'>. Got value: x\n"
         "            - Expected a <class 'NoneType'>\n  Given value: 3"
     )
-    assert errors.one_line(nested).startswith("data.rollout.max_rows: Expected: int. Got value: x")
-    assert errors.one_line('Parser key "a.b": must be larger') == '"a.b": must be larger'
-    assert errors.one_line("key: do this\n") == "key: do this"
+    assert parser_error(nested).startswith("data.rollout.max_rows: Expected: int. Got value: x")
+    assert parser_error('Parser key "a.b": must be larger') == '"a.b": must be larger'
+    assert parser_error("key: do this\n") == "key: do this"
     twice = 'Parser key "teacher":\n  Parser key "teacher":\n    Unable to load'
-    assert errors.one_line(twice).startswith("teacher: Unable to load")
+    assert parser_error(twice).startswith("teacher: Unable to load")
     group = "Parser key \"model\":\n  Errors:\n    - Group 'policy' does not accept option 'lora.x'"
-    assert errors.one_line(group).startswith("model: no key policy.lora.x is known")
+    assert parser_error(group).startswith("model: no key policy.lora.x is known")
 
 
 ENV_KEY = "data.env_kwargs"

@@ -13,7 +13,8 @@ from types import FrameType, TracebackType
 from typing import NamedTuple
 
 from skillsd import __version__
-from skillsd.errors import ConfigError, causes, chain, one_line, redacted
+from skillsd.config_errors import parser_error
+from skillsd.errors import ConfigError, causes, chain, redacted
 
 OURS = ("skillsd", "skillsd_sokoban", "skillsd_appworld")
 ADVICE = {
@@ -43,7 +44,7 @@ class Place(NamedTuple):
 def explain(error: BaseException) -> str | None:
     """The one line of an error that is the user's business; None for our own fault."""
     if isinstance(error, ArgumentError):
-        return one_line(str(error))
+        return parser_error(str(error))
     if isinstance(error, ConfigError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in ADVICE:

@@ -1,4 +1,4 @@
-"""Bad input: the error of the house, what a parser's error comes to in one line, and what no line may hold: a secret."""
+"""Bad input: the error that every check raises, an error's causes in one line, and what no line may hold: a secret."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ _SECRET_NAME = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.
 _PIECE = 8  # characters of a secret in a row that are one too many
 SURE = 12
 """Characters from which on the value of a secret is no word of a text."""
-_CLASSES = ("logger", "strategy", "profiler", "summariser", "context", "loss", "advantage", "multiplier", "gate")
-"""Keys that take a class path: the parser's errors leave out the `init_args` under them."""
-SHOWN = "`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted"
 _held: dict[str, str] = {}
 
 
@@ -56,61 +53,6 @@ def causes(error: BaseException) -> str:
         if not said or not text or text not in said[-1]:
             said.append(f"{type(e).__name__}: {text}" if text else type(e).__name__)
     return redacted(" <- ".join(said))
-
-
-def one_line(message: str, under: str = "") -> str:
-    """The line of a nested parser error that says what is wrong, with the key it is about; `under` is the end of it that the text lacks."""
-    noise = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "Given value",
-        "Expected a <class 'NoneType'>",
-        "Problem with given",
-        "Parser key",
-    )
-    key = _key(message)
-    if under and not f".{key}".endswith(f".{under}"):
-        key = f"{key}.{'init_args.' * (key in _CLASSES)}{under}".lstrip(".")
-    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
-    lines = ["its class_path is no text" if line.startswith("unhashable type") else line for line in lines]
-    lines = [re.sub(r" (Add the import path to|To accept subclasses use) .*set_parsing_settings.*", "", line) for line in lines]
-    lines = [re.sub(r"(Got value: (?:True|False))$", r"\1: YAML takes yes, no, on, off for it: write a text in quotes", x) for x in lines]
-    lines = [re.sub(r"^Unable to load config 'null'$", "null is no value: give its keys, or leave it out", line) for line in lines]
-    lines = [re.sub(r"^Group '(.+)' does not accept option '(.+)'", r"no key \1.\2 is known", line) for line in lines]
-    if key in _CLASSES:
-        lines = [line.replace("no key ", f"no key {key}.init_args.") for line in lines]
-    said = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
-    said = [line for line in said if not line.startswith("Expected a path but ")] or said  # a class may also be given as a file
-    said = [_plain(line) for line in said]
-    head = f"{key}: " if key else ""
-    if message.startswith("unrecognized arguments: "):
-        return f"{message.removeprefix('unrecognized arguments: ')}: there is no such key ({SHOWN})"
-    if not said:  # a short error stands on the key's own line
-        return (message.strip() or "it gave no message").splitlines()[0].removeprefix("Parser key ")
-    fix = "" if (": " in said[0] and not key) or said[0].endswith("lists them)") else f" ({SHOWN})"
-    return head + "; ".join(said) + fix
-
-
-def _plain(line: str) -> str:
-    """A parser's line about a type, without Python's notation."""
-    line = re.sub(r"^Expected a <class '(\w+)'>", r"Expected: \1", line)
-    line = re.sub(r"^Expected a typing\.Literal\[(.+?)\]", r"Expected one of \1", line)
-    return re.sub(
-        r"^Expected a dot import path string: (.+)", r"\1 is the name of no class: give its path (`skillsd config` lists them)", line
-    )
-
-
-def _key(message: str) -> str:
-    """The full name of the key that a nested parser error is about: of several branches the first."""
-    path: list[str] = []
-    depth = -1
-    for line in message.splitlines():
-        found = re.search(r'Parser key "([^"]+)"', line)
-        if found and found.start() > depth:
-            path, depth = [*path, *[found[1]] * (path[-1:] != [found[1]])], found.start()  # one may be named twice
-    under = [f"{name}.init_args" if name.split(".")[-1] in _CLASSES else name for name in path[:-1]]
-    return ".".join([*under, *path[-1:]])
 
 
 def hold_secret(name: str, value: str) -> None:

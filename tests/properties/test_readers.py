@@ -20,7 +20,8 @@ from tests.properties.profile import examples
 
 from skillsd import conf_dir
 from skillsd.callbacks.log import COLUMNS
-from skillsd.errors import ConfigError, one_line
+from skillsd.config_errors import parser_error
+from skillsd.errors import ConfigError
 from skillsd.files.run_folder import read_panel
 from skillsd.skills import FIELDS, BaseSummariser, RulesSummariser, Skill, SkillBank
 from skillsd.skills.summarisers.transcript import conversation
@@ -140,7 +141,7 @@ def bank(data: bytes) -> None:
 
 
 def message(data: bytes) -> None:
-    assert "\n" not in one_line(text(data))
+    assert "\n" not in parser_error(text(data))
 
 
 def _bank_seed() -> bytes:

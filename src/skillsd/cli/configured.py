@@ -26,10 +26,10 @@ from skillsd.cli.arguments import Request
 from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_values, correct_help
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete
-from skillsd.config_errors import leaves, reading, refuse_nulls, refuse_shapes, refusing, specifying
+from skillsd.config_errors import leaves, parser_error, reading, refuse_nulls, refuse_shapes, refusing, specifying
 from skillsd.data import RolloutData
 from skillsd.diagnosis import blame
-from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, one_line, secrets, without_keys
+from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, secrets, without_keys
 from skillsd.files.checkpoint import read_checkpoint
 from skillsd.files.paths import read_paths
 from skillsd.files.run_folder import checkpoint_folder, read_record
@@ -132,7 +132,7 @@ class CLI(LightningCLI):
         except ConfigError:
             raise
         except ArgumentError as e:
-            line = one_line(str(e), specifying(e))
+            line = parser_error(str(e), specifying(e))
             if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
                 raise ConfigError(f"{self.request.key_of(denied[1]) or 'config'}: {denied[1]} is not allowed: name another class.") from e
             if line.startswith('"config": '):  # jsonargparse names the flag, not the key
@@ -202,7 +202,7 @@ class CLI(LightningCLI):
             if not known and not said:
                 raise
             key = refusing(e, self.config[self.subcommand].as_dict()) or "trainer"
-            line = said or one_line(str(e))
+            line = said or parser_error(str(e))
             raise ConfigError(line if _ours(e) or line.startswith(key) else f"{key}: {line}") from e
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
