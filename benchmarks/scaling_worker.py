@@ -86,7 +86,7 @@ class Watch:
                 return function(*args)
             key = f"{self.within[-1] if self.within else 'elsewhere'} {name}"
             start = now()
-            dist.barrier(group=parallel._waiting())
+            dist.barrier(group=parallel._gloo_group())
             met = now()
             out = function(*args)
             self.seconds[f"{key} wait"] += met - start

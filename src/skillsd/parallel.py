@@ -37,12 +37,12 @@ class PeerLost(ConfigError):
 
 def world() -> int:
     """How many ranks there are; 1 until they have met."""
-    return dist.get_world_size() if _met() else 1
+    return dist.get_world_size() if _is_initialized() else 1
 
 
 def rank() -> int:
     """This one's number: 0 leads. Until they have met, as the launcher (torchrun, SLURM, Lightning) gave it."""
-    if _met():
+    if _is_initialized():
         return dist.get_rank()
     if _single:
         return 0
@@ -71,7 +71,7 @@ def settle(several: bool) -> None:
             several, and nothing says where they meet.
     """
     set_single(not several)
-    if _met():  # in a worker of Ray, say: who is who has been settled
+    if _is_initialized():  # in a worker of Ray, say: who is who has been settled
         return
     by = launcher()
     if by == "torchrun":
@@ -136,18 +136,18 @@ def print_rank_zero(text: str) -> None:
 
 def share(n: int, of: int | None = None) -> range:
     """Which of `n` things, in their order, are rank `of`'s (default: this one's): neighbours, and at most one more than others have."""
-    ranks, own = world(), _place() if of is None else of
+    ranks, own = world(), _own_index() if of is None else of
     return range(n * own // ranks, n * (own + 1) // ranks)
 
 
 def balanced(costs: Sequence[float]) -> list[int]:
     """Which things are this rank's, in their order, so that all ranks have about equal sums: the largest first, each to who has least."""
     sums, own = [0.0] * world(), []
-    me = _place()
+    me = _own_index()
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        least = sums.index(min(sums))
-        sums[least] += costs[i]
-        own += [i] * (least == me)
+        lightest = sums.index(min(sums))
+        sums[lightest] += costs[i]
+        own += [i] * (lightest == me)
     return sorted(own)
 
 
@@ -160,9 +160,9 @@ def gather(value: T) -> list[T]:
     if world() == 1:
         return [value]
     found: list[Any] = [None] * world()
-    with _all_there():
-        _meet()
-        dist.all_gather_object(found, value, group=_waiting())
+    with _peer_errors():
+        _wait_for_all()
+        dist.all_gather_object(found, value, group=_gloo_group())
     found[rank()] = value
     return found
 
@@ -176,9 +176,9 @@ def broadcast(value: T) -> T:
     if world() == 1:
         return value
     carrier: list[Any] = [value]
-    with _all_there():
-        _meet()
-        dist.broadcast_object_list(carrier, src=0, group=_waiting(), device=torch.device("cpu"))
+    with _peer_errors():
+        _wait_for_all()
+        dist.broadcast_object_list(carrier, src=0, group=_gloo_group(), device=torch.device("cpu"))
     return value if is_rank_zero() else carrier[0]  # type: ignore[no-any-return]
 
 
@@ -191,8 +191,8 @@ def all_reduce_max(n: int) -> int:
     if world() == 1:
         return n
     largest = torch.tensor(n, device="cpu")  # where a model is made, Lightning sets another default
-    with _all_there():
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=_waiting())
+    with _peer_errors():
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=_gloo_group())
     return int(largest)
 
 
@@ -205,22 +205,22 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     if world() == 1 or not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
-    with _all_there():
+    with _peer_errors():
         dist.all_reduce(flat)
     for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(total.view_as(t))
 
 
-def _met() -> bool:
+def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _place() -> int:
+def _own_index() -> int:
     """Among those who have met: a launcher's number means nothing to a run of one."""
     return rank() if world() > 1 else 0
 
 
-def _waiting() -> Any:
+def _gloo_group() -> Any:
     """The group for what is waited for. The default one loses patience after minutes, and on GPUs it would keep them busy."""
     default = dist.group.WORLD
     if default not in _groups:
@@ -228,9 +228,9 @@ def _waiting() -> Any:
     return _groups[default]
 
 
-def _meet() -> None:
+def _wait_for_all() -> None:
     """Wait for the others with open ears: a collective that waits by itself hears no signal, Ctrl-C or SIGTERM, before they come."""
-    here, pause = dist.barrier(group=_waiting(), async_op=True), POLLS[0]
+    here, pause = dist.barrier(group=_gloo_group(), async_op=True), POLLS[0]
     while not here.is_completed():
         time.sleep(pause)
         pause = min(POLLS[1], pause * 1.1)
@@ -238,7 +238,7 @@ def _meet() -> None:
 
 
 @contextmanager
-def _all_there() -> Iterator[None]:
+def _peer_errors() -> Iterator[None]:
     """Raises PeerLost for what a collective says when another rank has ended."""
     try:
         yield

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, Timer, T
 from rich.console import Console
 
 from skillsd.callbacks import EnvStepBudget, ProgressLog, RunLog
-from skillsd.callbacks.progress import draws_bar, numbers, of, time_left
+from skillsd.callbacks.progress import draws_bar, numbers, position, time_left
 from skillsd.errors import ConfigError
 from skillsd.metrics import Metrics
 from skillsd.module import SkillSD
@@ -48,7 +48,11 @@ def test_how_much_is_left():
     assert time_left(at(12, inf), 2.0) is None and time_left(at(12, inf, budget(1000, 600)), 2.0) == 16.0
     timer = Timer(duration={"seconds": 30})
     assert time_left(at(12, inf, timer), 2.0) == 30.0
-    assert [of(12, at(12)), of(12, at(12, 48, timer)), of(12, at(12, inf))] == ["12 of 48", "12 of at most 48", "12"]
+    assert [position(12, at(12)), position(12, at(12, 48, timer)), position(12, at(12, inf))] == [
+        "12 of 48",
+        "12 of at most 48",
+        "12",
+    ]
 
 
 def test_an_iteration_in_words():

@@ -75,7 +75,7 @@ class ProgressLog(L.Callback):
             parallel.print_rank_zero(f"all {count(step, 'iteration')} are done already")
             return
         if step:
-            parallel.print_rank_zero(f"continuing from iteration {of(step, trainer)}")
+            parallel.print_rank_zero(f"continuing from iteration {position(step, trainer)}")
         if any(isinstance(c, RunLog) for c in trainer.callbacks):  # type: ignore[attr-defined]
             folder = shlex.quote(str(Path(trainer.default_root_dir)))
             parallel.print_rank_zero(f"meanwhile: skillsd view {folder}, or skillsd show {folder}")
@@ -95,7 +95,7 @@ class ProgressLog(L.Callback):
         if self.ends and self.written != trainer.global_step:
             self._line(trainer)
         if self.ends and trainer.should_stop and trainer.global_step < trainer.estimated_stepping_batches:
-            parallel.print_rank_zero(f"training ends after iteration {of(trainer.global_step, trainer)}: {_who_stopped(trainer)}")
+            parallel.print_rank_zero(f"training ends after iteration {position(trainer.global_step, trainer)}: {_who_stopped(trainer)}")
 
     def _line(self, trainer: L.Trainer) -> None:
         if self.every is None or not parallel.is_rank_zero() or draws_bar(trainer) or len(self.ends) < 2:
@@ -106,7 +106,7 @@ class ProgressLog(L.Callback):
         if left is not None and trainer.global_step < trainer.estimated_stepping_batches and not trainer.should_stop:
             parts.append(f"about {duration(left)} left")
         self.written = trainer.global_step
-        self._say(f"iteration {of(trainer.global_step, trainer)}: {', '.join(parts)}")
+        self._say(f"iteration {position(trainer.global_step, trainer)}: {', '.join(parts)}")
 
     def _say(self, text: str) -> None:
         self.latest = self.clock()
@@ -137,8 +137,8 @@ def numbers(outputs: Any) -> list[str]:
     return [] if loss is None else [f"loss {float(loss):.4g}"]
 
 
-def of(step: int, trainer: Any) -> str:
-    """`24 of 48`; of at most so many where something else may end the run before, and of no number where nothing is known."""
+def position(step: int, trainer: Any) -> str:
+    """How far a run is: `24 of 48`, `24 of at most 48` where something else may end it before, `24` where no end is known."""
     total = trainer.estimated_stepping_batches
     if isinf(total):
         return f"{step:,}"
@@ -163,8 +163,8 @@ def time_left(trainer: Any, seconds: float) -> float | None:
     step, total = trainer.global_step, trainer.estimated_stepping_batches
     lefts = [(total - step) * seconds, _budget_left(trainer) * seconds]
     lefts += [t for c in trainer.callbacks if isinstance(c, Timer) and (t := c.time_remaining()) is not None]
-    least = min(lefts)
-    return None if isinf(least) else max(0.0, float(least))
+    first_limit = min(lefts)
+    return None if isinf(first_limit) else max(0.0, float(first_limit))
 
 
 def _budget_left(trainer: Any) -> float:

@@ -163,7 +163,7 @@ def make_cells(study: StudySettings, find: FindConfig) -> list[Cell]:
     ]
 
 
-def provenance() -> dict[str, str]:
+def version_and_commit() -> dict[str, str]:
     """Version, and the commit where the source is a git checkout, with `-dirty` where src, envs or conf differ from it.
 
     A copy of the source without git may name its commit in $SKILLSD_COMMIT.

@@ -21,7 +21,7 @@ class Comparison:
         other: What it is compared with.
         seeds: The seeds of both.
         differences: One a seed, as shares.
-        mean, low, high: Of the differences, with the 95% t interval over seeds.
+        mean, low, high: Mean of the differences and its 95% t interval over seeds.
         p_t: Paired t test, two-sided.
         p_flip: Exact sign-flip test, two-sided.
         p_holm: p_t adjusted over the family; NaN outside of one.

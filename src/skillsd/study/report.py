@@ -13,14 +13,14 @@ from skillsd.files.durable import write
 from skillsd.study import plots, tables
 from skillsd.study.cells import Cell
 from skillsd.study.comparison import against_baseline, against_controls
-from skillsd.study.results import WINDOW, Finished
+from skillsd.study.results import WINDOW, CellResult
 from skillsd.study.results import tables as as_tables
 from skillsd.study.settings import StudySettings
 from skillsd.study.verdict import verdict
 from skillsd.words import count
 
 
-def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> list[str]:
+def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, CellResult]) -> list[str]:
     """What was run, and what a reader must know before believing a number."""
     n, steps = sorted(set(results["panel_n"])), results["env_steps"]
     records = {c: c.record() for c in cells}
@@ -49,7 +49,7 @@ def facts(results: pd.DataFrame, study: StudySettings, cells: Sequence[Cell], fi
     return lines
 
 
-def contents(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> dict[str, Any]:
+def contents(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, CellResult]) -> dict[str, Any]:
     """What the template `study.jinja` shows."""
     results, curves = as_tables(finished[c] for c in cells if c in finished)
     methods, controls = against_baseline(results, study), against_controls(results, study)
@@ -73,7 +73,7 @@ def _picture(name: str, alt: str, png: bytes | None) -> Picture | None:
     return Picture(name, alt, png) if png else None
 
 
-def write_report(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, Finished]) -> None:
+def write_report(study: StudySettings, cells: Sequence[Cell], finished: Mapping[Cell, CellResult]) -> None:
     """Write report.md, report.html and the figures to the study folder, and say where they are.
 
     Args:

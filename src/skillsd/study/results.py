@@ -33,7 +33,7 @@ HEALTH = {"entropy": "policy/entropy", "gap_mean": "teacher/gap_mean", "gap_std"
 GRADIENTS = ("grad_norm/distillation", "grad_norm/policy")
 
 
-class Finished(NamedTuple):
+class CellResult(NamedTuple):
     """What a finished cell gave.
 
     Attributes:
@@ -63,7 +63,7 @@ def read_metrics(folder: Path) -> pd.DataFrame:
     return metrics.reindex(columns=[*REQUIRED, *OPTIONAL.values(), *HEALTH.values(), *GRADIENTS, "teacher/k3"])
 
 
-def read_cell(cell: Cell) -> Finished:
+def read_cell(cell: Cell) -> CellResult:
     """Read a finished cell's run folder.
 
     Raises:
@@ -90,7 +90,7 @@ def read_cell(cell: Cell) -> Finished:
         "panel_n": after["n"],
         "panel": _digest(after["levels"]),
     }
-    return Finished(row, _curve(cell, metrics, panel))
+    return CellResult(row, _curve(cell, metrics, panel))
 
 
 def _ratio(distillation: float, policy: float) -> float:
@@ -125,13 +125,13 @@ def _curve(cell: Cell, metrics: pd.DataFrame, panel: dict[str, Any]) -> pd.DataF
     return curve
 
 
-def tables(finished: Iterable[Finished]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(finished: Iterable[CellResult]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All rows and all curves, in the order given."""
     found = list(finished)
     return pd.DataFrame([f.row for f in found]), pd.concat([f.curve for f in found], ignore_index=True)
 
 
-def write_results(folder: Path, finished: Iterable[Finished]) -> None:
+def write_results(folder: Path, finished: Iterable[CellResult]) -> None:
     """Write results.csv and curves.csv, each at once."""
     for name, table in zip(("results.csv", "curves.csv"), tables(finished), strict=True):
         write(folder / name, table.to_csv(index=False, lineterminator="\n"))

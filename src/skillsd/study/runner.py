@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from skillsd.errors import ConfigError
-from skillsd.study.cells import LOG, Cell, provenance
-from skillsd.study.results import Finished, read_cell, write_results
+from skillsd.study.cells import LOG, Cell, version_and_commit
+from skillsd.study.results import CellResult, read_cell, write_results
 from skillsd.study.settings import StudySettings
 from skillsd.words import count, duration
 
@@ -93,7 +93,7 @@ class Runner:
     ) -> None:
         self.study, self.cells, self.fit, self.grace, self.poll = study, list(cells), list(fit), grace, poll
         self.gpus = visible_gpus()
-        self.finished: dict[Cell, Finished] = {}
+        self.finished: dict[Cell, CellResult] = {}
         self.failed: list[Cell] = []
         self.signal = 0
         """The signal that ended the study; 0 if none did."""
@@ -134,14 +134,14 @@ class Runner:
                     running.remove(r)
                     seconds.append(time.monotonic() - r.started)
                     self._end(r)
-                    self._tell(r.cell, sum(seconds) / len(seconds))
+                    self._print_progress(r.cell, sum(seconds) / len(seconds))
                 time.sleep(self.poll if running else 0)
         finally:
             self._stop(running)
 
     def _start(self, cell: Cell, lock: int, gpu: str) -> Running:
         attempts = cell.record().get("attempts", 0) + 1
-        made = provenance()
+        made = version_and_commit()
         commits = list(dict.fromkeys([*cell.record().get("commits", []), *([made["commit"]] if "commit" in made else [])]))
         cell.write(**cell.recipe(), version=made["version"], commits=commits, state="running", attempts=attempts, exit_code=None)
         with (cell.folder / LOG).open("a", encoding="utf-8") as log:
@@ -195,16 +195,16 @@ class Runner:
         if self.finished:
             write_results(Path(self.study.folder), [self.finished[c] for c in self.cells if c in self.finished])
 
-    def _tell(self, cell: Cell, mean_seconds: float) -> None:
+    def _print_progress(self, cell: Cell, mean_seconds: float) -> None:
         left = self.left()
         if cell in self.finished:
             row, metric = self.finished[cell].row, self.study.metric
             before, after = row[f"before_{metric}"], row[f"after_{metric}"]
-            said = f"{metric} {100 * before:.1f} -> {100 * after:.1f}% ({100 * (after - before):+.1f}), {duration(row['wall_s'])}"
+            outcome = f"{metric} {100 * before:.1f} -> {100 * after:.1f}% ({100 * (after - before):+.1f}), {duration(row['wall_s'])}"
         else:
-            said = f"FAILED (exit code {cell.record()['exit_code']}), see {cell.folder / LOG}"
+            outcome = f"FAILED (exit code {cell.record()['exit_code']}), see {cell.folder / LOG}"
         about = f", about {duration(mean_seconds * left / min(self.study.workers, left))}" if left else ""
-        print(f"{cell}: {said}; {left} left{about}", flush=True)
+        print(f"{cell}: {outcome}; {left} left{about}", flush=True)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -15,14 +15,14 @@ from urllib.parse import urlsplit
 
 from skillsd.errors import causes, chain, read_key, redacted
 
-_MOST_BYTES = 1 << 20
+_MAX_BODY_BYTES = 1 << 20
 """Longest body of a response, in bytes: a skill has some hundred."""
-_MOST_SAID = 300
+_MAX_QUOTED_CHARS = 300
 """Longest part of a body that an error quotes, in characters."""
 _KEY_NAME = re.compile(r"(?:^|[_-])(?:auth\w*|api-?key|key|token|secret|password|cookie)$", re.IGNORECASE)
-_OURS = ("model", "messages", "stream", "stream_options")
+_FIXED = ("model", "messages", "stream", "stream_options")
 """Arguments of the request that are not the user's to give."""
-_HOPELESS = ("UnsupportedProtocol", "LocalProtocolError", "InvalidURL")
+_PERMANENT = ("UnsupportedProtocol", "LocalProtocolError", "InvalidURL")
 """Errors of the HTTP client, by name, that come again whenever the same is sent."""
 _LIMITS = ("max_completion_tokens", "max_tokens")
 
@@ -32,21 +32,21 @@ class NoAnswer(Exception):
 
     Args:
         why: The line.
-        passing: Whether the same request may succeed later.
+        retryable: Whether the same request may succeed later.
         busy: Whether the server has said so itself.
-        wait_s: How long the server asks to wait before the next try, in seconds.
+        retry_after_s: How long the server asks to wait before the next try, in seconds.
     """
 
-    def __init__(self, why: str, passing: bool = True, busy: bool = False, wait_s: float = 0.0) -> None:
+    def __init__(self, why: str, retryable: bool = True, busy: bool = False, retry_after_s: float = 0.0) -> None:
         super().__init__(redacted(" ".join(why.split())))
-        self.passing, self.busy, self.wait_s = passing, busy, wait_s
+        self.retryable, self.busy, self.retry_after_s = retryable, busy, retry_after_s
 
 
 class Answer(NamedTuple):
-    """What the model wrote. `cut` is empty, or says that the length limit ended it and which key raises the limit."""
+    """What the model wrote. `truncated` is empty, or says that the length limit ended it and which key raises the limit."""
 
     text: str
-    cut: str = ""
+    truncated: str = ""
 
 
 class Endpoint:
@@ -99,11 +99,11 @@ class Endpoint:
         except self._openai.APITimeoutError as error:
             raise NoAnswer(f"{self.url}: no answer in {self.timeout_s:g} s (timeout_s): {causes(error)}") from error
         except Exception as error:  # whatever a server sends back, training goes on
-            raise NoAnswer(f"{self.url}: {causes(error)}", passing=not any(map(_is_hopeless, chain(error)))) from error
+            raise NoAnswer(f"{self.url}: {causes(error)}", retryable=not any(map(_is_permanent, chain(error)))) from error
         try:
             return self._read(body, kind)
         except NoAnswer as error:
-            raise NoAnswer(f"{self.url}: {error}", error.passing) from None
+            raise NoAnswer(f"{self.url}: {error}", error.retryable) from None
 
     def close(self) -> None:
         """Give up what is being asked."""
@@ -120,7 +120,7 @@ class Endpoint:
     def _read(self, body: str, kind: str) -> Answer:
         """The answer in a response's body. Raises NoAnswer."""
         if "event-stream" in kind or body.startswith("data:"):
-            raise NoAnswer(f"it answered a request for a whole answer with an event stream: {_excerpt(body)}", passing=False)
+            raise NoAnswer(f"it answered a request for a whole answer with an event stream: {_excerpt(body)}", retryable=False)
         try:
             data = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -130,15 +130,15 @@ class Endpoint:
         message = choice.get("message") if isinstance(choice, dict) else None
         if not isinstance(message, dict):
             raise NoAnswer(f"its answer has no message among its choices: {_excerpt(body)}")
-        cut = self._cut() if isinstance(choice, dict) and choice.get("finish_reason") == "length" else ""
+        truncated = self._truncated() if isinstance(choice, dict) and choice.get("finish_reason") == "length" else ""
         text = _text(message.get("content"))
         if not text.strip():
             thoughts = [f"{len(x)} characters of {k}" for k, x in message.items() if k.startswith("reasoning") and isinstance(x, str) and x]
             said = ", ".join(thoughts) or _excerpt(json.dumps(message))
-            raise NoAnswer(f"its message has no text in content, but {said}" + (f"; {cut}" if cut else ""))
-        return Answer(text, cut)
+            raise NoAnswer(f"its message has no text in content, but {said}" + (f"; {truncated}" if truncated else ""))
+        return Answer(text, truncated)
 
-    def _cut(self) -> str:
+    def _truncated(self) -> str:
         name = next((k for k in _LIMITS if self.request.get(k)), "")
         limit = f"raise request.{name} (it is {self.request[name]})" if name else "the limit is the server's own: set request.max_tokens"
         return f"the answer was cut at the length limit (finish_reason length): {limit}"
@@ -155,7 +155,7 @@ def _text(content: object) -> str:
 
 def _excerpt(text: str) -> str:
     text = redacted(" ".join(text[: 1 << 16].split()))  # before it is cut: half a key is one too
-    return repr(text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}...")
+    return repr(text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}...")
 
 
 def _is_loopback(url: str) -> bool:
@@ -166,9 +166,9 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _is_hopeless(error: BaseException) -> bool:
+def _is_permanent(error: BaseException) -> bool:
     """What comes again whenever the same is sent: an argument, an address, a certificate that is not trusted, a server without TLS."""
-    if isinstance(error, TypeError | UnicodeError | ssl.SSLCertVerificationError) or type(error).__name__ in _HOPELESS:
+    if isinstance(error, TypeError | UnicodeError | ssl.SSLCertVerificationError) or type(error).__name__ in _PERMANENT:
         return True
     return isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
 
@@ -194,8 +194,8 @@ def _check_settings(api_key_env: str, base_url: str | None, request: Mapping[str
         for name in settings:
             if name != "prompt_cache_key" and _KEY_NAME.search(str(name)):
                 raise ValueError(f"request{'.' * bool(part)}{part}: {name} looks like a key, and {there}")
-    if ours := [name for name in _OURS if name in request]:
-        raise ValueError(f"request: {', '.join(ours)} cannot be set there: the request has its own")
+    if fixed := [name for name in _FIXED if name in request]:
+        raise ValueError(f"request: {', '.join(fixed)} cannot be set there: the request has its own")
 
 
 class _Unreadable(Exception):
@@ -203,7 +203,7 @@ class _Unreadable(Exception):
 
 
 def _bound(response: Any) -> None:
-    """A hook of the HTTP client: no body is read beyond `_MOST_BYTES`, and none is unpacked, which could make it a thousand times longer.
+    """A hook of the HTTP client: no body is read beyond `_MAX_BODY_BYTES`, and none is unpacked: it could become a thousand times longer.
 
     Raises:
         _Unreadable: the body is compressed; on reading, it is too long.
@@ -217,11 +217,11 @@ def _bound(response: Any) -> None:
             self.stream = stream
 
         def __iter__(self) -> Iterator[bytes]:
-            left = _MOST_BYTES
+            left = _MAX_BODY_BYTES
             for chunk in self.stream:
                 left -= len(chunk)
                 if left < 0:
-                    raise _Unreadable(f"the response has more than {_MOST_BYTES} bytes")
+                    raise _Unreadable(f"the response has more than {_MAX_BODY_BYTES} bytes")
                 yield chunk
 
         def close(self) -> None:

@@ -19,7 +19,7 @@ from skillsd.timeouts import Call, Failure, Threads
 from skillsd.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
-_MOST_SAID = 1000
+_MAX_ERROR_CHARS = 1000
 """Longest reason that is logged, in characters: a chain of causes and a piece of what the server has said."""
 _TRIAL = 'This is a test of the connection. Answer with this JSON object and nothing else: {"ok": true}'
 
@@ -161,9 +161,9 @@ class OpenAISummariser:
                 return self._skill(trajectory), ""
             except NoAnswer as failure:
                 error = str(failure)
-                if not failure.passing or (trajectory is None and not failure.busy):
+                if not failure.retryable or (trajectory is None and not failure.busy):
                     break
-                asked_s = min(failure.wait_s, self.timeout_s)
+                asked_s = min(failure.retry_after_s, self.timeout_s)
             except Exception as failure:  # whatever a server sends back, training goes on
                 error = causes(failure)
         return None, error
@@ -176,7 +176,7 @@ class OpenAISummariser:
             late = f"{self._endpoint.url}: given up, as no whole answer came in {call.seconds:.0f} s"
             return None, late if found.kind == "hung" else found.what
         skill, error = found
-        return skill, redacted(error)[:_MOST_SAID]
+        return skill, redacted(error)[:_MAX_ERROR_CHARS]
 
     def _report(self, trajectory: Trajectory | None, call: Any) -> None:
         """Log why there is no skill, when a call is over."""
@@ -201,7 +201,7 @@ class OpenAISummariser:
         try:
             skill = Skill.parse(answer.text)
         except ValueError as error:
-            if answer.cut:
-                raise NoAnswer(f"{answer.cut}; {error}") from error
+            if answer.truncated:
+                raise NoAnswer(f"{answer.truncated}; {error}") from error
             raise
         return skill.with_texts(map(without_keys, skill.texts)).of(trajectory)
