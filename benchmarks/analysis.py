@@ -20,7 +20,7 @@ from benchmarks.bank import resident, timed
 
 from skillsd.analysis import Run
 from skillsd.analysis.view import pages
-from skillsd.analysis.view.site import Opened
+from skillsd.analysis.view.site import OpenRun
 from skillsd.files.run_folder import CONFIG_FILE, TRAJECTORIES_FILE, write_record
 from skillsd.trajectory import Trajectory, Turn
 
@@ -66,7 +66,7 @@ def main() -> None:
 
         more = timed(grown)
         one = sorted(timed(lambda: run.tokens(random.randrange(args.trajectories))) for _ in range(200))[100]
-        opened_run = Opened("run", Path(folder), "cpu")
+        opened_run = OpenRun("run", Path(folder), "cpu")
         made_pages: dict[str, Callable[[], object]] = {
             "overview": lambda: pages.overview(opened_run),
             "tasks": lambda: pages.tasks(opened_run, "", "all", "-reward", 1),

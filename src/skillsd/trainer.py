@@ -53,7 +53,7 @@ class Trainer(L.Trainer):
         check_not_of_run(folder, "out")
         check_replaceable(folder, "out", ADAPTER_KIND)  # before the model is loaded
         path, steps = _restore(self, model, ckpt_path)
-        print(f"weights: {weights(model, path)}")
+        print(f"weights: {describe_weights(model, path)}")
         with writing(folder, "out"):
             print(f"adapter: {export_adapter(model.policy, folder, steps, 'out')}")
 
@@ -106,7 +106,7 @@ class Trainer(L.Trainer):
                 path, _ = _restore(self, model, ckpt_path)
             else:
                 model.configure_model()
-            play_model(self, model, datamodule, level, task, skill, animation, weights(model, path))
+            play_model(self, model, datamodule, level, task, skill, animation, describe_weights(model, path))
 
     def serve(
         self,
@@ -134,7 +134,7 @@ class Trainer(L.Trainer):
         serve(policy, rollout, self.strategy.root_device, python or sys.executable, host, port, file)
 
 
-def weights(model: Any, path: str | Path | None) -> str:
+def describe_weights(model: Any, path: str | Path | None) -> str:
     """Which weights a command uses, for people: a checkpoint and its iteration, or the policy as it starts."""
     if path is None:
         settings = getattr(model, "settings", None)  # a module of one's own may have none

@@ -96,7 +96,7 @@ def test_too_little_memory_names_what_would_fit(make_policy):
     with pytest.raises(ConfigError, match=r"policy\.context_length=512, model\.micro_batch_tokens=512\.$"):
         plan(module(policy), settings, size.static + size.update(Demand(512, 512, 256, True)) + MIB // 8)
     small = Demand(1100, 64, 256, True)  # an update fits, an episode's cache does not
-    (keys,) = size.easier(small, lambda e: e.longest <= 600)
+    (keys,) = size.fitting_settings(small, lambda e: e.longest <= 600)
     assert keys == {"model.policy.context_length": 512, "model.micro_batch_tokens": 512}
     with pytest.raises(ConfigError, match=r"No setting makes it fit: choose a smaller model\.policy\.model"):
         plan(module(policy), settings, size.static)

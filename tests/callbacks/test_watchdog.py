@@ -11,7 +11,7 @@ import pytest
 
 from skillsd.callbacks import PeerWatch
 from skillsd.callbacks import watchdog as module
-from skillsd.callbacks.watchdog import FAILED, LEFT, READY
+from skillsd.callbacks.watchdog import FAILED, LEFT, READY_S
 from skillsd.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def watching(counts: dict[int, int] | None, seen: dict[int, tuple[int, float]]) 
 def once(watch: Any) -> None:
     """One round of signs of life."""
     watch.over = SimpleNamespace(is_set=iter([False, True]).__next__, wait=lambda s: None)
-    watch._live()
+    watch._exchange_heartbeats()
     watch.over = threading.Event()
 
 
@@ -52,19 +52,19 @@ def test_signs_of_life():
     watch = watching({0: 7, 1: 3, 2: 4}, {0: (7, now - 40), 1: (3, now - 40), 2: (3, now - 40)})
     once(watch)
     assert watch.store.counts == {0: 8, 1: 3, 2: 4}
-    assert watch._gone(time.monotonic()) == [1]  # rank 2 has counted on; this one's own number is no matter
+    assert watch._lost_ranks(time.monotonic()) == [1]  # rank 2 has counted on; this one's own number is no matter
 
 
 def test_one_that_gets_ready_has_longer():
     watch = watching(None, {0: (9, 100.0), 1: (0, 100.0), 2: (1, 100.0)})
-    assert watch._gone(100.0 + 31) == [2] and watch._gone(101.0 + READY) == [1, 2]
+    assert watch._lost_ranks(100.0 + 31) == [2] and watch._lost_ranks(101.0 + READY_S) == [1, 2]
 
 
 def test_one_that_has_left_is_not_missed_and_one_that_has_failed_is():
     now = time.monotonic()
     watch = watching({0: 1, 1: LEFT + 5, 2: FAILED + 5}, {0: (1, now), 1: (LEFT + 5, now - 99), 2: (5, now)})
     once(watch)
-    assert watch._gone(time.monotonic()) == [2]
+    assert watch._lost_ranks(time.monotonic()) == [2]
 
 
 @pytest.mark.parametrize("last, gone", [(5, {0}), (LEFT + 5, set())])
@@ -80,7 +80,7 @@ def test_a_child_process(monkeypatch):
     """Of Lightning's launcher: soon, whatever its number says. One that has ended well has done so together with this rank."""
     watch = watching(None, {0: (1, 0.0), 1: (1, 0.0), 2: (1, 0.0)})
     watch.children = [SimpleNamespace(poll=lambda: 0), SimpleNamespace(poll=lambda: -9)]
-    assert watch._gone(0.0) == [2]
+    assert watch._lost_ranks(0.0) == [2]
 
 
 def test_a_process_that_stood_still_blames_nobody(monkeypatch):

@@ -18,7 +18,7 @@ from tests.test_cli import Run
 from skillsd.cli import configured as cli_configured
 from skillsd.data import RolloutData
 from skillsd.errors import ConfigError
-from skillsd.files.continuation import check_episodes, episodes, say_changes, settings
+from skillsd.files.continuation import check_episodes, describe_changes, episodes, settings
 from skillsd.module import SkillSD
 from skillsd.policy.nano import TEMPLATE, build_tokenizer
 from skillsd.trajectory import Task
@@ -65,9 +65,9 @@ def test_a_moved_run_has_the_same_settings() -> None:
     config = {"trainer": {"default_root_dir": "/a/run", "callbacks": [{"x": 1}]}, "dir": "/a/run/log", "near": "/a/running", "lr": 0.1}
     moved = {"trainer": {"default_root_dir": "b", "callbacks": [{"x": 1}]}, "dir": "b/log", "near": "/a/running", "lr": 0.1}
     assert settings(config, "/a/run") == settings(moved | {"steal_lock": True}, "b/")  # the same run by another start
-    assert say_changes(settings(config, "/a/run"), settings(moved | {"lr": 0.2}, "b")).endswith("lr was 0.1 and is 0.2")
+    assert describe_changes(settings(config, "/a/run"), settings(moved | {"lr": 0.2}, "b")).endswith("lr was 0.1 and is 0.2")
     began = {"model.policy.lora.init": "nano-recover", "lr": "1"}
-    assert say_changes(began, began | {"model.policy.lora.init": "null"}) == ""  # it had its effect when the run began
+    assert describe_changes(began, began | {"model.policy.lora.init": "null"}) == ""  # it had its effect when the run began
 
 
 class Keeps(L.Callback):

@@ -118,7 +118,7 @@ def test_an_owner_shows_that_it_is_alive_and_ends_when_it_has_lost_the_folder(tm
     """In a process of its own: it does not come back from there."""
     pid = os.fork()
     if not pid:
-        run_lock.BEAT_S = 0.02
+        run_lock.HEARTBEAT_S = 0.02
         lock = RunLock(tmp_path)
         os.utime(lock.path, (0, 0))
         while os.stat(lock.path).st_mtime == 0:

@@ -11,13 +11,13 @@ import pandas as pd
 
 from skillsd.errors import ConfigError
 
-SPOKEN = ["teacher/gap_mean", "teacher/gap_std", "teacher/health"]
+TEACHER_METRICS = ["teacher/gap_mean", "teacher/gap_std", "teacher/health"]
 """What a teacher makes of an iteration's tokens: metrics.csv has 0 where none was scored, which would read as agreement."""
 
 
 def read_metrics(path: Path, whole: bool = True) -> pd.DataFrame:
     """A row an iteration, all of them numbers, to the bit; NaN where nothing was measured, and where no
-    teacher was scored (SPOKEN). A line without its end is still being written.
+    teacher was scored (TEACHER_METRICS). A line without its end is still being written.
 
     Args:
         path: The file.
@@ -48,5 +48,5 @@ def read_metrics(path: Path, whole: bool = True) -> pd.DataFrame:
     if header and not (frame["epoch"].abs() < 2**53).all():
         raise ConfigError(f"an epoch of {path} is no whole number")
     if "teacher/k3" in frame:
-        frame.loc[frame["teacher/k3"] == 0, [name for name in SPOKEN if name in frame]] = math.nan
+        frame.loc[frame["teacher/k3"] == 0, [name for name in TEACHER_METRICS if name in frame]] = math.nan
     return frame

@@ -24,7 +24,7 @@ from skillsd.analysis.run import Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito (2008) without yellow: distinct with any colour vision."""
-PLAYED = {"reward/mean": "reward", "reward/success": "success", "reward/completion": "completion"}
+EPISODE_METRICS = {"reward/mean": "reward", "reward/success": "success", "reward/completion": "completion"}
 """Metrics that every task's group measures anew, which gives them an interval."""
 CURVES = {
     "reward/success": "episodes solved, share", "reward/mean": "reward", "reward/completion": "completion",
@@ -50,8 +50,8 @@ def curve(run: Run, name: str, window: int | None = None) -> pd.DataFrame:
         window: So many iterations make a point; default: as few as give at most POINTS.
 
     Returns:
-        By `iteration` (the last of a point's) `mean`, and `low` and `high`: its 95% interval (Student's t) over the groups played,
-        failed episodes left out, where `name` is in PLAYED and there are two groups; NaN elsewhere. That of a share ends at 0 and 1.
+        By `iteration` (a point's last) `mean`, and `low` and `high`: its 95% interval (Student's t) over the groups played, failed
+        episodes left out, where `name` is in EPISODE_METRICS and there are two groups; NaN elsewhere. That of a share ends at 0 and 1.
 
     Raises:
         KeyError: there is no such metric.
@@ -59,8 +59,8 @@ def curve(run: Run, name: str, window: int | None = None) -> pd.DataFrame:
     values = run.metrics[name]
     values = values[values.abs() <= _LARGEST]  # what is not finite, or overflows an axis, leaves a gap
     n, window = _end(run), window or _window(run)
-    if name in PLAYED and not run.trajectories.empty:
-        return _over_groups(run, PLAYED[name], window)
+    if name in EPISODE_METRICS and not run.trajectories.empty:
+        return _over_groups(run, EPISODE_METRICS[name], window)
     place = values.index // window
     mean = values.groupby(place).mean()
     return _frame(mean, np.full(len(mean), np.nan), window, n)
@@ -114,7 +114,7 @@ def curves(runs: Mapping[str, Run], name: str, title: str | None = None) -> Figu
             ax.plot(c.index, c["mean"], color=colour, label=label, linewidth=1.6, marker="o" if len(c) == 1 else "")
             if c["low"].notna().any():
                 ax.fill_between(c.index, c["low"], c["high"], color=colour, alpha=0.18, linewidth=0)
-    return _whole(ax)
+    return _figure(ax)
 
 
 def lines(series: Mapping[str, pd.Series[Any]], title: str, marker: str = "") -> Figure:
@@ -130,7 +130,7 @@ def lines(series: Mapping[str, pd.Series[Any]], title: str, marker: str = "") ->
         for colour, dash, (name, s) in zip(cycle(COLOURS), cycle(("-", "--", ":")), shown.items(), strict=False):
             look: dict[str, Any] = {"marker": marker, "linestyle": dash, "linewidth": 1.6, "markersize": 4}  # equal ones are both seen
             ax.plot(s.index, s, color=colour, label=name, **look)
-    return _whole(ax)
+    return _figure(ax)
 
 
 def pictures(run: Run) -> Iterator[Picture]:
@@ -160,7 +160,7 @@ def _axes(title: str, legend: bool) -> Iterator[Axes]:
             ax.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
 
-def _whole(ax: Axes) -> Figure:
+def _figure(ax: Axes) -> Figure:
     figure = ax.get_figure()
     assert isinstance(figure, Figure)
     return figure

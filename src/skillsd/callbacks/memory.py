@@ -15,7 +15,7 @@ from skillsd.module import SkillSD
 from skillsd.policy import CacheBudget, Demand, Footprint
 from skillsd.rollout import RolloutSettings
 
-TIGHT = 2048
+SCARCE_PREFILL = 2048
 """Most tokens of prompts that are read in one forward where memory is scarce; `CUDA_PREFILL` elsewhere."""
 
 
@@ -63,11 +63,11 @@ def plan(module: SkillSD, rollout: RolloutSettings, budget: int) -> tuple[str, C
 
     prompt = min(policy.context_length, rollout.max_prompt_tokens)  # one is read at once
     plenty = max(update, size.prefill(max(CUDA_PREFILL, prompt))) + cache(rollout.max_rows) <= left
-    prefill = CUDA_PREFILL if plenty else min(TIGHT, d.tokens)
+    prefill = CUDA_PREFILL if plenty else min(SCARCE_PREFILL, d.tokens)
     read = size.prefill(max(prefill, prompt))
 
     def fits(e: Demand) -> bool:
-        reading = size.prefill(max(min(TIGHT, e.tokens), min(e.longest, prompt)))
+        reading = size.prefill(max(min(SCARCE_PREFILL, e.tokens), min(e.longest, prompt)))
         return size.update(e) <= left and reading + e.longest * size.token_cache <= left
 
     if update > left or read + episode > left:
@@ -94,7 +94,7 @@ def _too_much(size: Footprint, d: Demand, budget: int, needed: int, fits: Callab
         f"adapters and optimizer {_gib(always)}, an update of {d.tokens} tokens {_gib(size.update(d))}, "
         f"a cached token {size.token_cache / 2**10:.0f} KiB. "
     )
-    changes = [", ".join(f"{k}={str(v).lower()}" for k, v in keys.items()) for keys in size.easier(d, fits)]
+    changes = [", ".join(f"{k}={str(v).lower()}" for k, v in keys.items()) for keys in size.fitting_settings(d, fits)]
     if changes:
         return text + "It would fit with: " + "; or ".join(changes) + "."
     return text + "No setting makes it fit: choose a smaller model.policy.model, or model.policy.quantise=nf4."

@@ -19,12 +19,12 @@ from skillsd import parallel
 from skillsd.callbacks.log import check_recorded
 from skillsd.errors import ConfigError
 from skillsd.files.checkpoint import LAST, MIDWAY, PREVIOUS, newest_good, plain, read_checkpoint, step_of
-from skillsd.files.continuation import say_changes, settings
+from skillsd.files.continuation import describe_changes, settings
 from skillsd.files.durable import seal, write
 from skillsd.files.run_folder import CHECKPOINTS, note_checkpoint
 
 _ITERATIONS = "set checkpoint.every_n_train_steps, in iterations"
-NOT_TAKEN = {
+REFUSED = {
     "save_weights_only": "the run could not go on from such a checkpoint: `skillsd export` writes the student alone",
     "every_n_epochs": _ITERATIONS,
     "train_time_interval": _ITERATIONS,
@@ -41,11 +41,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_train_steps: Iterations between two checkpoints.
-        **kwargs: As for ModelCheckpoint, without those of NOT_TAKEN.
+        **kwargs: As for ModelCheckpoint, without those in REFUSED.
     """
 
     def __init__(self, every_n_train_steps: int = 1, save_last: bool = True, save_top_k: int = 0, **kwargs: Any) -> None:
-        for name, cure in NOT_TAKEN.items():
+        for name, cure in REFUSED.items():
             if kwargs.get(name):
                 raise ConfigError(f"checkpoint.{name}: not for skillsd: {cure}.")
         super().__init__(
@@ -54,17 +54,17 @@ class RunCheckpoint(ModelCheckpoint):
         self._io = CheckpointFiles()
         self._recorded = 0  # the iteration up to which every callback has had its turn
 
-    def _place(self, trainer: L.Trainer) -> None:
+    def _set_dirpath(self, trainer: L.Trainer) -> None:
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        self._place(trainer)  # Lightning resolves `last` before it calls setup
+        self._set_dirpath(trainer)  # Lightning resolves `last` before it calls setup
         found = newest_good(Path(str(self.dirpath)))
         return {str(found)} if found else set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._place(trainer)
+        self._set_dirpath(trainer)
         trainer.strategy.checkpoint_io = self._io
         self._io.run_folder, self._io.place = Path(trainer.default_root_dir), Path(str(self.dirpath))
         if stage == "fit":
@@ -138,7 +138,7 @@ class RunCheckpoint(ModelCheckpoint):
                 raise ConfigError(
                     f"ckpt_path: the checkpoint's run had the data module {others[0]}, and here it is {name}: take it as it was."
                 )
-            if said := say_changes(checkpoint.get("settings", {}), self._settings(trainer)):
+            if said := describe_changes(checkpoint.get("settings", {}), self._settings(trainer)):
                 parallel.print_rank_zero(said)
         self._last_global_step_saved = self._recorded = checkpoint["global_step"]
 

@@ -16,13 +16,13 @@ from torch.distributed import distributed_c10d as c10d
 from skillsd import parallel
 from skillsd.errors import ConfigError
 
-BEAT = 2.0
+HEARTBEAT_S = 2.0
 """Seconds between two signs of life."""
 LEFT, FAILED = 1 << 40, 1 << 41
 """Added to a rank's count of them when it ends, as it should or with an error."""
-READY = 1800.0
+READY_S = 1800.0
 """Seconds in which a rank has to have read its tasks and tokenizer, after the first that has."""
-GRACE = 10.0
+GRACE_S = 10.0
 """Seconds in which a rank may end by itself, after another has, before it is ended: it may wait for ever in a collective."""
 
 
@@ -60,7 +60,7 @@ class PeerWatch(L.Callback):
         for thread in threading.enumerate():  # Lightning's own would kill this process before it has saved anything
             if thread.name == "child-process-observer":
                 thread._finished = True  # type: ignore[attr-defined]
-        for name, loop in (("signs of life", self._live), ("peer watch", lambda: self._watch(trainer))):
+        for name, loop in (("signs of life", self._exchange_heartbeats), ("peer watch", lambda: self._watch(trainer))):
             threading.Thread(target=loop, name=name, daemon=True).start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -79,7 +79,7 @@ class PeerWatch(L.Callback):
             with suppress(RuntimeError):  # rank 0, which keeps the store, may have left before
                 self.store.add(str(parallel.rank()), how)
 
-    def _live(self) -> None:
+    def _exchange_heartbeats(self) -> None:
         """Give signs of life, and take those of the others. When rank 0's process has ended, the store does not answer."""
         me = parallel.rank()
         while not self.over.is_set():
@@ -92,29 +92,29 @@ class PeerWatch(L.Callback):
             now = time.monotonic()
             self.failed |= {r for r, n in count.items() if n >= FAILED}
             self.seen |= {r: (n, now) for r, n in count.items() if n != self.seen[r][0] or n >= LEFT}
-            self.over.wait(BEAT)
+            self.over.wait(HEARTBEAT_S)
 
     def _watch(self, trainer: L.Trainer) -> None:
         last = time.monotonic()
-        while not self.over.wait(BEAT):
+        while not self.over.wait(HEARTBEAT_S):
             now, before = time.monotonic(), last
             last = now
-            if now - before > 3 * BEAT:  # this process stood still itself, suspended perhaps: what it knows of the others is old
+            if now - before > 3 * HEARTBEAT_S:  # this process stood still itself, suspended perhaps: what it knows of the others is old
                 self.seen |= {r: (n, now) for r, (n, _) in self.seen.items()}
-            elif gone := self._gone(now):
+            elif gone := self._lost_ranks(now):
                 self._end(trainer, gone)
                 return
 
-    def _gone(self, now: float) -> list[int]:
+    def _lost_ranks(self, now: float) -> list[int]:
         """Ranks whose process has ended, or that are silent. One that has not given a sign yet may still be getting ready."""
         me = parallel.rank()
         ended = {me + 1 + i for i, child in enumerate(self.children) if child.poll()}
-        silent = {r for r, (n, since) in self.seen.items() if now - since > (self.patience if n else READY)}
+        silent = {r for r, (n, since) in self.seen.items() if now - since > (self.patience if n else READY_S)}
         return sorted((ended | silent | self.failed) - {me})
 
     def _end(self, trainer: L.Trainer, gone: list[int]) -> None:
         """The main thread is asked first: it may be in the middle of something, or wait for ever."""
-        if self.over.wait(3 * BEAT):  # the others' error is this rank's as well, and it says so better
+        if self.over.wait(3 * HEARTBEAT_S):  # the others' error is this rank's as well, and it says so better
             return
         who = "rank " + ", ".join(map(str, gone))
         saver: Any = trainer.checkpoint_callback
@@ -123,6 +123,6 @@ class PeerWatch(L.Callback):
         if parallel.is_rank_zero() and hasattr(saver, "rescue"):
             saver.rescue()
         os.kill(os.getpid(), signal.SIGTERM)
-        if self.over.wait(GRACE):
-            time.sleep(GRACE)
+        if self.over.wait(GRACE_S):
+            time.sleep(GRACE_S)
         os._exit(1)

@@ -39,7 +39,7 @@ from skillsd.module import SkillSD
 from skillsd.pretrain import Cloning, DemonstrationData
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.strategy import check_strategy
-from skillsd.trainer import last_checkpoint, named_checkpoint, weights
+from skillsd.trainer import describe_weights, last_checkpoint, named_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ class CLI(LightningCLI):
         # The run's own TensorBoard record is training's: a validation would stand in it once more at step 0.
         trainer.loggers = [x for x in trainer.loggers if not isinstance(x, TensorBoardLogger)]
         if parallel.is_rank_zero():
-            print(f"weights: {weights(self.model, self.config['validate'].get('ckpt_path'))}", flush=True)
+            print(f"weights: {describe_weights(self.model, self.config['validate'].get('ckpt_path'))}", flush=True)
         self._remember()
 
     def _remember(self) -> None:

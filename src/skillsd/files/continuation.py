@@ -11,12 +11,12 @@ from skillsd.config_errors import leaves
 from skillsd.errors import ConfigError
 from skillsd.trajectory import Task
 
-PLACES = ("ckpt_path", "config", "overwrite", "steal_lock", "weights_only", "trainer.default_root_dir")
+LOCATION_KEYS = ("ckpt_path", "config", "overwrite", "steal_lock", "weights_only", "trainer.default_root_dir")
 """Keys that say how a run is started and where it lies, and nothing about it."""
 WITHOUT_EFFECT = "lora.init"
 """Where an adapter's weights come from in a run that starts anew; one that goes on has its checkpoint's."""
-FEW, SHORT = 8, 60
-"""Changes that are listed, and characters of a value."""
+MAX_CHANGES, MAX_VALUE_CHARS = 8, 60
+"""How many changes are listed, and how many characters of a value."""
 
 
 def episodes(env: str, env_kwargs: Mapping[str, Any], tasks: Sequence[Task], tokenizer: Any = None, **numbers: int) -> dict[str, str]:
@@ -63,13 +63,13 @@ def settings(config: Mapping[str, Any], folder: str) -> dict[str, str]:
     """A resolved configuration as text by key, for a checkpoint; paths in the run folder are kept without it."""
     found = {}
     for key, value in leaves(config):
-        if key not in PLACES:
+        if key not in LOCATION_KEYS:
             inside = isinstance(value, str) and f"{value}/".startswith(f"{folder.rstrip('/')}/")
             found[key] = f"(run folder){value[len(folder.rstrip('/')) :]}" if inside else _text(value)
     return found
 
 
-def say_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
+def describe_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
     """One line about settings that are no longer a checkpoint's; "" if all are."""
     changed = changes(saved, now) if saved and now else []  # a run from a script has no configuration
     changed = [c for c in changed if not c[0].endswith(WITHOUT_EFFECT)]
@@ -83,12 +83,12 @@ def changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str,
 
 
 def _listed(changed: Sequence[tuple[str, str, str]]) -> str:
-    said = [f"{key} was {_cut(old)} and is {_cut(new)}" for key, old, new in changed[:FEW]]
-    return ", ".join(said) + (f", and {len(changed) - FEW} more" if len(changed) > FEW else "")
+    said = [f"{key} was {_cut(old)} and is {_cut(new)}" for key, old, new in changed[:MAX_CHANGES]]
+    return ", ".join(said) + (f", and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else "")
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 3]}..."
 
 
 def _text(value: Any) -> str:

@@ -23,7 +23,7 @@ from skillsd.errors import ConfigError
 from skillsd.files.durable import temporary
 from skillsd.files.run_folder import LOCK_FILE
 
-BEAT_S = 60.0
+HEARTBEAT_S = 60.0
 """Between two signs of life."""
 DEAD_S = 600.0
 """Without one, after which an owner on another host counts as dead."""
@@ -128,7 +128,7 @@ class RunLock:
             ) from e
         self._over = threading.Event()
         _held.add(self)
-        threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+        threading.Thread(target=self._heartbeat, name="run lock", daemon=True).start()
 
     def release(self) -> None:
         """Give it back. Does nothing in a process that was forked, or a second time."""
@@ -205,8 +205,8 @@ class RunLock:
             f"folder. It counts as dead after {DEAD_S / 60:.0f} minutes without a sign of life; if you know that it is, give --steal-lock."
         )
 
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT_S):
+    def _heartbeat(self) -> None:
+        while not self._over.wait(HEARTBEAT_S):
             fd = self._fd
             if fd is None:
                 return

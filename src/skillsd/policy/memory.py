@@ -48,8 +48,8 @@ class Footprint:
         decodes: Whether it is sampled from, too, and not a copy of it elsewhere.
 
     Attributes:
-        weights: Of the base, as it lies in memory; of a sharded one what is this rank's.
-        gathered: Of a sharded base's layers while they are whole.
+        weights: The base, as it lies in memory; this rank's part of a sharded one.
+        gathered: A sharded base's layers while they are whole.
         adapters: Student and teacher in float32, and in the base's dtype where kernels serve the learner.
         optimizer: AdamW's two moments and the gradient.
         token_cache: Keys and values of one token.
@@ -96,8 +96,8 @@ class Footprint:
         """Beyond `static` and the cache, while prompts of so many tokens are read."""
         return tokens * self.layer // 2 * self.decodes
 
-    def easier(self, d: Demand, fits: Callable[[Demand], bool]) -> Iterator[dict[str, Any]]:
-        """Changes of settings after which a demand `fits`: one alone if that does, else several."""
+    def fitting_settings(self, d: Demand, fits: Callable[[Demand], bool]) -> Iterator[dict[str, Any]]:
+        """Changes of settings after which a demand `fits`: single ones if there are such, else the fewest together."""
         policy = "model.policy"
         steps: list[tuple[dict[str, Any], dict[str, Any]]] = []
         if not d.checkpointing:

@@ -75,7 +75,7 @@ class Replacement(ABC):
             self.config._attn_implementation = before
 
 
-class Again(AbstractContextManager[None]):
+class Reinstalled(AbstractContextManager[None]):
     """`installed()`, as often as it is entered: a checkpointed forward may be recomputed by more than one backward."""
 
     def __init__(self, replacement: Replacement) -> None:

@@ -21,7 +21,7 @@ from skillsd.policy.budget import CacheBudget
 from skillsd.policy.config import PolicySettings
 from skillsd.policy.load import adapter_folder, base_digest, check_vocabulary, context_length, load_base, load_tokenizer
 from skillsd.policy.logprobs import Head, compare, selected_logprobs
-from skillsd.policy.module_patching import Again
+from skillsd.policy.module_patching import Reinstalled
 from skillsd.policy.packed import TokenSequence, micro_batches, pack
 from skillsd.policy.shard import OUT_OF_MEMORY, Shards
 from skillsd.policy.template import closing_mark
@@ -360,7 +360,7 @@ class Policy(nn.Module):
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed forward and of the backward's repetition of it, which goes the same way."""
         kernels = self.training_kernels
-        return nullcontext(), Again(kernels) if kernels is not None and kernels.active else nullcontext()
+        return nullcontext(), Reinstalled(kernels) if kernels is not None and kernels.active else nullcontext()
 
     def compare(
         self, student_hidden: Tensor, teacher_hidden: Tensor, divergence: Callable[[Tensor, Tensor], Tensor], temperature: float = 1.0

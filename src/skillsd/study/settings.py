@@ -15,7 +15,7 @@ from skillsd.files.paths import read_path
 
 BASE = "base"
 """The untrained agent's name in the report."""
-TAKEN = ("seed_everything", "trainer.default_root_dir", "ckpt_path", "config", "c", "overwrite")
+STUDY_FLAGS = ("seed_everything", "trainer.default_root_dir", "ckpt_path", "config", "c", "overwrite")
 """Flags of `skillsd fit` that the study gives itself."""
 
 
@@ -70,7 +70,7 @@ class StudySettings:
         if self.time_limit is not None and not self.time_limit > 0:
             raise ConfigError(f"time_limit is {self.time_limit}: give seconds above 0, or null.")
         for key in self.set:
-            if key in TAKEN:
+            if key in STUDY_FLAGS:
                 raise ConfigError(f"set: {key} is the study's own business: leave it out.")
             if "." not in key:
                 raise ConfigError(f"set: {key} is no dotted key: write trainer.max_epochs: 1, say.")

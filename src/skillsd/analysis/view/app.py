@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException
 from skillsd.analysis import syntax
 from skillsd.analysis.render import prepare
 from skillsd.analysis.view import pages
-from skillsd.analysis.view.site import Opened, Site
+from skillsd.analysis.view.site import OpenRun, Site
 from skillsd.bounded import visible
 from skillsd.errors import ConfigError
 
@@ -101,7 +101,7 @@ def create_app(site: Site, token: str) -> Flask:
         names = [run, *request.args.getlist("with")]
         return " ".join(site.runs[name].update() if name in site.runs else abort(404) for name in names)
 
-    def compare(opened: Opened) -> dict[str, Any]:
+    def compare(opened: OpenRun) -> dict[str, Any]:
         name = request.args.get("with") or next((n for n in site.runs if n != opened.name), "")
         other = site.runs.get(name)
         if "with" in request.args and other is None:

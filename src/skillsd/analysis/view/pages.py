@@ -20,7 +20,7 @@ from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run, text_frame
 from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
-from skillsd.analysis.view.site import Opened
+from skillsd.analysis.view.site import OpenRun
 from skillsd.bounded import visible
 from skillsd.config_errors import leaves
 from skillsd.errors import ConfigError
@@ -62,7 +62,7 @@ def _paged(frame: pd.DataFrame, sort: str, page: int) -> dict[str, Any]:
 # -- overview ------------------------------------------------------------------------------------------------------------------------
 
 
-def overview(opened: Opened, everything: bool = False) -> dict[str, Any]:
+def overview(opened: OpenRun, everything: bool = False) -> dict[str, Any]:
     """How the run goes: curves, the panel, speed and memory; all metrics if `everything`."""
     run = opened.run
     names = {name: name for name in run.metrics.columns if name != "epoch"} if everything else CURVES
@@ -130,7 +130,7 @@ def _tasks(run: Run) -> pd.DataFrame:
     return frame.assign(turns=solved["n_turns"].first().astype("Int64"), best=solved["trajectory"].first().astype("Int64"))
 
 
-def tasks(opened: Opened, query: str, only: str, sort: str, page: int) -> dict[str, Any]:
+def tasks(opened: OpenRun, query: str, only: str, sort: str, page: int) -> dict[str, Any]:
     """The tasks whose name holds `query`, of those that `only` says: all, solved, unsolved, uneven (a group's rewards differ), even."""
     frame = opened.once("tasks", lambda: _tasks(opened.run))
     kinds = {
@@ -147,7 +147,7 @@ def tasks(opened: Opened, query: str, only: str, sort: str, page: int) -> dict[s
     return shown | {"query": query, "only": only, "kinds": ["all", *kinds], "plans": plans, "all": len(frame)}
 
 
-def task(opened: Opened, task_id: str) -> dict[str, Any]:
+def task(opened: OpenRun, task_id: str) -> dict[str, Any]:
     """A task's groups; its name as addresses have it. Raises KeyError if it was never played."""
     known = opened.once("visible", lambda: {visible(name): name for name in opened.run.trajectories["task_id"].unique()})
     if task_id not in known:
@@ -160,7 +160,7 @@ def task(opened: Opened, task_id: str) -> dict[str, Any]:
 # -- a trajectory --------------------------------------------------------------------------------------------------------------------
 
 
-def trajectory(opened: Opened, n: int, scored: str) -> dict[str, Any]:
+def trajectory(opened: OpenRun, n: int, scored: str) -> dict[str, Any]:
     """An episode turn by turn; `scored` is one of HEATS, or "" for no scores. Raises IndexError if there is no such trajectory."""
     with opened.lock:
         run = opened.run
@@ -187,7 +187,7 @@ def _rendered(run: Run, skill: Skill) -> str:
         return str(e)
 
 
-def _scores(opened: Opened, n: int, kind: str) -> dict[str, Any]:
+def _scores(opened: OpenRun, n: int, kind: str) -> dict[str, Any]:
     """Log-prob of the teacher, which sees what `kind` says, - log-prob of the student, for each sampled token."""
 
     def ask(scorer: Scorer) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _other(run: Run, task_id: str, n: int) -> int:
 # -- skills --------------------------------------------------------------------------------------------------------------------------
 
 
-def skills(opened: Opened, query: str, sort: str, page: int) -> dict[str, Any]:
+def skills(opened: OpenRun, query: str, sort: str, page: int) -> dict[str, Any]:
     """The bank's growth, and its skills: all, or those most like `query`, best first."""
     run = opened.run
     frame, last = run.skills, max(1, len(run.metrics))
@@ -241,13 +241,13 @@ def _growth(run: Run) -> Picture | None:
     return _picture(plots.lines(lines, title), title)
 
 
-def _index(opened: Opened) -> SkillIndex:
+def _index(opened: OpenRun) -> SkillIndex:
     """Made anew when the last skill is another one: what a skill says does not change."""
     frame = opened.run.skills
     return opened.once("index", lambda: SkillIndex(frame), (len(frame), *frame[list(FIELDS)].tail(1).to_numpy().ravel()))
 
 
-def skill(opened: Opened, skill_id: int, near: bool = False) -> dict[str, Any]:
+def skill(opened: OpenRun, skill_id: int, near: bool = False) -> dict[str, Any]:
     """A skill, where it came from, when it was retrieved, and which are like it (in a bank of more than NEAR, if `near`).
 
     Raises:
@@ -271,7 +271,7 @@ def skill(opened: Opened, skill_id: int, near: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def skill_pair(opened: Opened, a: int, b: int) -> dict[str, Any]:
+def skill_pair(opened: OpenRun, a: int, b: int) -> dict[str, Any]:
     """Two skills side by side, what one has and the other has not marked. Raises KeyError if there is no such skill."""
     frame = opened.run.skills
     if missing := [i for i in (a, b) if i not in frame.index]:
@@ -298,7 +298,7 @@ def _marked(a: str, b: str) -> tuple[Markup, Markup]:
 # -- two runs ------------------------------------------------------------------------------------------------------------------------
 
 
-def compare(one: Opened, other: Opened) -> dict[str, Any]:
+def compare(one: OpenRun, other: OpenRun) -> dict[str, Any]:
     """Two runs: their curves, their panels, and in what their configurations differ."""
     runs, stamp = {one.name: one.run, other.name: other.run}, f"{one.stamp} {other.stamp}"
     names = [name for name in CURVES if any(name in r.metrics and r.metrics[name].notna().any() for r in runs.values())]

@@ -24,7 +24,7 @@ WATCHED = (*FILES, VALIDATIONS_FILE)
 """Files whose change is a change of the run."""
 
 
-class Opened:
+class OpenRun:
     """A run, what draws its observations, and what scores its tokens.
 
     Attributes:
@@ -111,7 +111,7 @@ class Site:
     """
 
     def __init__(self, folders: Sequence[str | Path], device: str = "cpu") -> None:
-        self.runs: dict[str, Opened] = {}
+        self.runs: dict[str, OpenRun] = {}
         lock = RLock()  # one for all: a page may show two of them
         for folder in map(Path, folders):
             base = name = folder.resolve().name or "run"
@@ -119,7 +119,7 @@ class Site:
             while name in self.runs:
                 count += 1
                 name = f"{base}-{count}"
-            self.runs[name] = Opened(name, folder, device, lock)
+            self.runs[name] = OpenRun(name, folder, device, lock)
 
     def __enter__(self) -> Site:
         return self
