@@ -153,7 +153,7 @@ def test_checkpoints_and_adapters_go_both_ways(make_policy, two_ranks, tmp_path)
 
 def test_the_learners_kernels_read_gathered_weights(make_policy, two_ranks, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr("skillsd.policy.packed.why_not", lambda device, dtype: "")
+    monkeypatch.setattr("skillsd.policy.training_kernels.why_not", lambda device, dtype: "")
     want = learn(make_policy(gradient_checkpointing=True), batches(0))
 
     def work(rank):

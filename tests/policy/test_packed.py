@@ -151,7 +151,7 @@ def both(make_policy, monkeypatch):
     """Two policies with equal weights: with what stands in for the learner's modules, on any machine, and without."""
 
     def make(*args, **kwargs):
-        monkeypatch.setattr("skillsd.policy.packed.why_not", lambda device, dtype: "")
+        monkeypatch.setattr("skillsd.policy.training_kernels.why_not", lambda device, dtype: "")
         ours = make_policy(*args, **kwargs)
         assert isinstance(ours.training_kernels, TrainingKernels)
         return ours, make_policy(*args, kernels=False, **kwargs)
@@ -249,7 +249,7 @@ def test_dropout_and_an_adapted_head_go_peft_s_way(both):
 
 def test_a_bare_base_keeps_its_own_modules(tiny_model, monkeypatch):
     """All its weights are trained: norms' and the head's need gradients too."""
-    monkeypatch.setattr("skillsd.policy.packed.why_not", lambda device, dtype: "")
+    monkeypatch.setattr("skillsd.policy.training_kernels.why_not", lambda device, dtype: "")
     assert Policy(PolicySettings(model=tiny_model("qwen3")), adapters=False).training_kernels is None
 
 
