@@ -13,12 +13,12 @@ from skillsd.callbacks.diagnostics import (
     FEW_ACTIONS,
     FEW_SUMMARIES,
     PATIENCE,
+    Counts,
     Diagnostics,
-    Seen,
     cannot_read,
     cannot_read_skills,
+    close_rewards,
     flat_rewards,
-    merged_rewards,
     no_gradient,
     no_second_visit,
     no_skill_made,
@@ -48,33 +48,33 @@ def metrics(flat: float = 0.0, norm: float = 1.0, weight: float = 1.0, skills: f
     return {"reward/zero_variance": flat, "grad_norm/total": norm, "teacher/weight": weight, "teacher/skill_share": skills}
 
 
-def after(n: int, groups: list[TrajectoryGroup], numbers: dict[str, float], policy_weight: float = 1.0) -> Seen:
-    seen = Seen()
+def after(n: int, groups: list[TrajectoryGroup], numbers: dict[str, float], policy_weight: float = 1.0) -> Counts:
+    counts = Counts(policy_weight)
     for _ in range(n):
-        seen.add(groups, numbers, policy_weight, UNK)
-    return seen
+        counts.add(groups, numbers, UNK)
+    return counts
 
 
 def test_rewards_that_never_differ():
     unsolved, solved = [group(0.0, 0.0)] * 2, [group(1.0, 1.0)] * 2
-    assert flat_rewards(after(PATIENCE - 1, unsolved, metrics(1.0)), 1.0) == ""
-    assert "easier" in flat_rewards(after(PATIENCE, unsolved, metrics(1.0)), 1.0)
-    assert "harder" in flat_rewards(after(PATIENCE, solved, metrics(1.0)), 1.0)
-    assert flat_rewards(after(PATIENCE, unsolved, metrics(1.0)), 0.0) == ""  # no reward's term in the loss
-    assert flat_rewards(after(PATIENCE, [group(0.0, 1.0), group(0.0, 0.0)], metrics(0.5)), 1.0) == ""
-    seen = after(PATIENCE - 1, unsolved, metrics(1.0))
-    assert flat_rewards(seen, 1.0, over=True)  # a short run says it at its end
-    seen.add([group(0.0, 1.0)], metrics(0.0), 1.0, UNK)
-    seen.add(unsolved, metrics(1.0), 1.0, UNK)
-    assert seen.flat == 1 and flat_rewards(seen, 1.0, over=True) == ""
+    assert flat_rewards(after(PATIENCE - 1, unsolved, metrics(1.0))) == ""
+    assert "easier" in flat_rewards(after(PATIENCE, unsolved, metrics(1.0)))
+    assert "harder" in flat_rewards(after(PATIENCE, solved, metrics(1.0)))
+    assert flat_rewards(after(PATIENCE, unsolved, metrics(1.0), 0.0)) == ""  # no reward's term in the loss
+    assert flat_rewards(after(PATIENCE, [group(0.0, 1.0), group(0.0, 0.0)], metrics(0.5))) == ""
+    counts = after(PATIENCE - 1, unsolved, metrics(1.0))
+    assert flat_rewards(counts, over=True)  # a short run says it at its end
+    counts.add([group(0.0, 1.0)], metrics(0.0), UNK)
+    counts.add(unsolved, metrics(1.0), UNK)
+    assert counts.flat_iterations == 1 and flat_rewards(counts, over=True) == ""
 
 
 def test_rewards_that_cannot_be_told_apart():
     for rewards in ((0.1 + 0.2, 0.3), (1e16, 1e16 + 2, 1e16), (1e-12, 2e-12)):
-        seen = after(1, [group(*rewards), group(1.0, 0.0)], metrics())
-        assert repr(max(rewards)) in merged_rewards(seen, 1.0) and merged_rewards(seen, 0.0) == ""
+        counts = after(1, [group(*rewards), group(1.0, 0.0)], metrics())
+        assert repr(max(rewards)) in close_rewards(counts) and close_rewards(replace(counts, policy_weight=0.0)) == ""
     for rewards in ((0.0, 1.0), (1e8, 1e8 + 0.1, 1e8, 1e8), (1.0,) * 4, (0.0, 1e30)):
-        assert merged_rewards(after(1, [group(*rewards)], metrics()), 1.0) == ""
+        assert close_rewards(after(1, [group(*rewards)], metrics())) == ""
 
 
 def test_a_gradient_of_zero():
@@ -105,8 +105,8 @@ def test_prompts_that_the_model_cannot_read():
     assert "80%" in cannot_read(after(1, [group(0.0, prompt=(UNK, UNK, UNK, UNK))], metrics()))
     row = group(0.0).trajectories[0]  # what is sampled is not read, what the environment says is
     said = replace(row, token_ids=(UNK,) * 6, action_mask=(True, True, False, False, False, False), logprobs=(0.0,) * 6)
-    seen = after(1, [replace(group(0.0), trajectories=(said,))], metrics())
-    assert (seen.unknown, seen.read) == (4, 8)
+    counts = after(1, [replace(group(0.0), trajectories=(said,))], metrics())
+    assert (counts.unknown_tokens, counts.prompt_tokens) == (4, 8)
 
 
 def test_skills_that_the_model_cannot_read():
@@ -121,9 +121,9 @@ def test_skills_that_the_model_cannot_read():
 
 
 def test_the_end_of_a_run_that_was_resumed_is_not_all_of_it():
-    seen = Seen(iterations=40)
-    seen.add([group(0.0, 0.0)], metrics(1.0), 1.0, UNK)
-    assert flat_rewards(seen, 1.0, over=True) == "" != flat_rewards(after(1, [group(0.0, 0.0)], metrics(1.0)), 1.0, over=True)
+    counts = Counts(iterations=40)
+    counts.add([group(0.0, 0.0)], metrics(1.0), UNK)
+    assert flat_rewards(counts, over=True) == "" != flat_rewards(after(1, [group(0.0, 0.0)], metrics(1.0)), over=True)
 
 
 def test_the_unknown_token_is_one_of_its_own():
@@ -134,8 +134,8 @@ def test_the_unknown_token_is_one_of_its_own():
 
 
 def test_a_summariser_that_makes_nothing():
-    assert no_skill_made(Seen(refused=FEW_SUMMARIES - 1)) == "" == no_skill_made(Seen(refused=99, skills=1))
-    assert "no base_url" in no_skill_made(Seen(refused=FEW_SUMMARIES, why="no base_url"))
+    assert no_skill_made(Counts(failed_summaries=FEW_SUMMARIES - 1)) == "" == no_skill_made(Counts(failed_summaries=99, skills=1))
+    assert "no base_url" in no_skill_made(Counts(failed_summaries=FEW_SUMMARIES, summary_error="no base_url"))
 
 
 def test_a_run_in_which_no_task_is_played_twice():

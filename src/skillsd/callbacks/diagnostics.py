@@ -31,83 +31,90 @@ FEW_UNKNOWN, UNKNOWN_SHARE = 3, 0.01
 
 
 @dataclass
-class Seen:
+class Counts:
     """What the iterations of this process came to.
 
     Attributes:
+        policy_weight: Weight of the reward's term in the loss.
         iterations: How many there were, those before a resume included.
-        flat: How many there were in a row, up to the last, in which no group had two different rewards.
-        rewards: The rewards of those.
-        still: How many in a row had a gradient of exactly 0 although rewards differed or a teacher saw a skill.
+        flat_iterations: How many there were in a row, up to the last, in which no group had two different rewards.
+        flat_rewards: The rewards of those.
+        zero_gradients: How many in a row had a gradient of exactly 0 although rewards differed or a teacher saw a skill.
         actions, understood: Actions that the environment judged (info["valid"]), and those that it could read.
-        unknown, read: Unknown tokens among those of prompts and observations in the last iteration, and all of these.
-        foreign, skill_tokens: The same in what teachers read beside their students' prompts: skills.
-        refused, skills: Summaries that failed, and those that became skills.
-        why: Why the latest one failed, if that is known.
-        merged: The two ends of a group whose rewards differ so little that no advantage comes of it; empty if there was none.
+        prompt_tokens, unknown_tokens: Tokens of prompts and observations in the last iteration, and the unknown ones among them.
+        skill_tokens, unknown_skill_tokens: The same of what teachers read beside their students' prompts: skills.
+        failed_summaries, skills: Summaries that failed, and those that became skills.
+        summary_error: Why the latest one failed, if that is known.
+        close_rewards: The lowest and highest reward of a group whose rewards differ so little that its advantages are nearly 0.
     """
 
+    policy_weight: float = 1.0
     iterations: int = 0
-    flat: int = 0
-    rewards: set[float] = field(default_factory=set)
-    still: int = 0
+    flat_iterations: int = 0
+    flat_rewards: set[float] = field(default_factory=set)
+    zero_gradients: int = 0
     actions: int = 0
     understood: int = 0
-    unknown: int = 0
-    read: int = 0
-    foreign: int = 0
+    prompt_tokens: int = 0
+    unknown_tokens: int = 0
     skill_tokens: int = 0
-    refused: int = 0
+    unknown_skill_tokens: int = 0
+    failed_summaries: int = 0
     skills: int = 0
-    why: str = ""
-    merged: tuple[float, ...] = ()
+    summary_error: str = ""
+    close_rewards: tuple[float, ...] = ()
 
-    def add(self, groups: Sequence[TrajectoryGroup], metrics: Mapping[str, float], policy_weight: float, unknown_id: int | None) -> None:
+    def add(self, groups: Sequence[TrajectoryGroup], metrics: Mapping[str, float], unknown_id: int | None) -> None:
         """Take in an iteration.
 
         Args:
             groups: Its groups.
             metrics: Its numbers, as metrics.csv names them.
-            policy_weight: Weight of the reward's term in the loss.
             unknown_id: The token that stands for what the tokenizer does not know; None if there is no such token.
         """
         self.iterations += 1
         flat = metrics["reward/zero_variance"] == 1.0
-        self.flat = self.flat + 1 if flat else 0
-        self.rewards = self.rewards | {t.reward for g in groups for t in g.counted} if flat else set()
-        differ = policy_weight > 0 and not flat and any(len({t.reward for t in g.counted}) > 1 for g in groups)
+        self.flat_iterations = self.flat_iterations + 1 if flat else 0
+        self.flat_rewards = self.flat_rewards | {t.reward for g in groups for t in g.counted} if flat else set()
+        differ = self.policy_weight > 0 and not flat and any(len({t.reward for t in g.counted}) > 1 for g in groups)
         shown = metrics["teacher/weight"] > 0 and metrics["teacher/skill_share"] > 0
-        self.still = self.still + 1 if metrics["grad_norm/total"] == 0.0 and (differ or shown) else 0
+        self.zero_gradients = self.zero_gradients + 1 if metrics["grad_norm/total"] == 0.0 and (differ or shown) else 0
         rows = [t for g in groups for t in g.trajectories]
         judged = [turn.valid for t in rows for turn in t.turns if turn.valid is not None]
         self.actions, self.understood = self.actions + len(judged), self.understood + sum(judged)
         for g in groups:
             rewards = sorted({t.reward for t in g.counted})
             if len(rewards) > 1 and float(advantages_of(g).abs().max()) < SMALL_ADVANTAGE:
-                self.merged = rewards[0], rewards[-1]
-        self.unknown = self.read = 0
+                self.close_rewards = rewards[0], rewards[-1]
+        self.unknown_tokens = self.prompt_tokens = 0
         for t in rows if unknown_id is not None else ():
-            self.read += len(t.prompt_ids) + len(t.token_ids) - t.n_actions
-            self.unknown += t.prompt_ids.count(unknown_id)
+            self.prompt_tokens += len(t.prompt_ids) + len(t.token_ids) - t.n_actions
+            self.unknown_tokens += t.prompt_ids.count(unknown_id)
             if unknown_id in t.token_ids:
-                self.unknown += sum(i == unknown_id and not a for i, a in zip(t.token_ids, t.action_mask, strict=True))
-        self.foreign = self.skill_tokens = 0
+                self.unknown_tokens += sum(i == unknown_id and not a for i, a in zip(t.token_ids, t.action_mask, strict=True))
+        self.skill_tokens = self.unknown_skill_tokens = 0
         for g in groups if shown and unknown_id is not None else ():
             for own, teacher in zip(g.student_prompts, g.teacher_prompts, strict=True):
                 if own != teacher:
                     self.skill_tokens += max(0, len(teacher) - len(own))
-                    self.foreign += max(0, teacher.count(unknown_id) - own.count(unknown_id))
+                    self.unknown_skill_tokens += max(0, teacher.count(unknown_id) - own.count(unknown_id))
 
 
-# -- what is said of it; "" if there is nothing to say -------------------------------------------------------------------------------
+# -- a warning about them, or "" -----------------------------------------------------------------------------------------------------
 
 
-def flat_rewards(seen: Seen, policy_weight: float, over: bool = False) -> str:
+def _lasts(n: int, counts: Counts, over: bool) -> bool:
+    """Return whether n iterations in a row are enough to warn; in a run that is over, all of them are."""
+    return n >= PATIENCE or (over and 0 < n == counts.iterations)
+
+
+def flat_rewards(counts: Counts, over: bool = False) -> str:
     """No group had two different rewards for PATIENCE iterations, or in all of a run that is over."""
-    if not policy_weight or not seen.flat or (seen.flat < PATIENCE and not (over and seen.flat == seen.iterations)):
+    n, rewards = counts.flat_iterations, counts.flat_rewards
+    if not counts.policy_weight or not _lasts(n, counts, over):
         return ""
-    when = "In this iteration" if seen.flat == 1 else f"For {count(seen.flat, 'iteration')}"
-    low, high = min(seen.rewards, default=0.0), max(seen.rewards, default=0.0)
+    when = "In this iteration" if n == 1 else f"For {count(n, 'iteration')}"
+    low, high = min(rewards, default=0.0), max(rewards, default=0.0)
     what = f" (all rewards are {low:g})" if low == high else ""
     cure = "harder" if low == high and low > 0 else "easier"
     return (
@@ -116,69 +123,71 @@ def flat_rewards(seen: Seen, policy_weight: float, over: bool = False) -> str:
     )
 
 
-def no_gradient(seen: Seen, over: bool = False) -> str:
+def no_gradient(counts: Counts, over: bool = False) -> str:
     """The gradient was exactly 0 although something should have given one."""
-    if not seen.still or (seen.still < PATIENCE and not (over and seen.still == seen.iterations)):
+    if not _lasts(n := counts.zero_gradients, counts, over):
         return ""
-    when = "in this iteration" if seen.still == 1 else f"for {count(seen.still, 'iteration')}"
+    when = "in this iteration" if n == 1 else f"for {count(n, 'iteration')}"
     return (
         f"The gradient was exactly 0 {when}, although rewards differed or a teacher saw a skill, so the student does not change: look at "
         "model.objective (weights, gate) and at the size of the rewards, which may be too large or too close for float32."
     )
 
 
-def merged_rewards(seen: Seen, policy_weight: float) -> str:
+def close_rewards(counts: Counts, over: bool = False) -> str:
     """The rewards of a group differ, and its advantages are nearly 0."""
-    if not policy_weight or not seen.merged:
+    if not counts.policy_weight or not counts.close_rewards:
         return ""
-    low, high = seen.merged
+    low, high = counts.close_rewards
     return (
         f"A group's rewards lie between {low!r} and {high!r}, too close together to be distinguished: its advantages are nearly 0. Let the "
         "environment pay rewards that differ by more than 1e-7, and by more than 1e-13 of their size."
     )
 
 
-def not_understood(seen: Seen, over: bool = False) -> str:
+def not_understood(counts: Counts, over: bool = False) -> str:
     """The environment could read none of the actions."""
-    if seen.understood or not seen.actions or (seen.actions < FEW_ACTIONS and not over):
+    if counts.understood or not counts.actions or (counts.actions < FEW_ACTIONS and not over):
         return ""
     return (
-        f"The environment understood none of the {count(seen.actions, 'action')} so far: look at one (skillsd show RUN --trajectory 0), "
+        f"The environment understood none of the {count(counts.actions, 'action')} so far: look at one (skillsd show RUN --trajectory 0), "
         "say in the instruction what form an answer has, or take a model that was trained for it; data.rollout.max_turn_tokens "
         "may cut it off."
     )
 
 
-def cannot_read(seen: Seen) -> str:
+def cannot_read(counts: Counts, over: bool = False) -> str:
     """More than a few tokens that the model reads stand for text that its tokenizer does not know."""
-    if seen.unknown <= max(FEW_UNKNOWN, UNKNOWN_SHARE * seen.read):
+    if counts.unknown_tokens <= max(FEW_UNKNOWN, UNKNOWN_SHARE * counts.prompt_tokens):
         return ""
+    share = counts.unknown_tokens / counts.prompt_tokens
     return (
-        f"{100 * seen.unknown / seen.read:.0f}% of the tokens of prompts and observations are the tokenizer's unknown token: what they "
+        f"{share:.0%} of the tokens of prompts and observations are the tokenizer's unknown token: what they "
         "stand for, the model cannot read. Take another model.policy.model, or let the environment speak in words that this one knows."
     )
 
 
-def cannot_read_skills(seen: Seen) -> str:
+def cannot_read_skills(counts: Counts, over: bool = False) -> str:
     """The same of the skills that teachers see."""
-    if not seen.skill_tokens or seen.foreign <= max(FEW_UNKNOWN, UNKNOWN_SHARE * seen.skill_tokens):
+    if not counts.skill_tokens or counts.unknown_skill_tokens <= max(FEW_UNKNOWN, UNKNOWN_SHARE * counts.skill_tokens):
         return ""
+    share = counts.unknown_skill_tokens / counts.skill_tokens
     return (
-        f"{100 * seen.foreign / seen.skill_tokens:.0f}% of the tokens of the skills that teachers see are the tokenizer's unknown token: "
+        f"{share:.0%} of the tokens of the skills that teachers see are the tokenizer's unknown token: "
         "what they stand for, the model cannot read, and the student follows what a teacher makes of the rest. Write skills.template and "
         "the texts of skills.summariser in words that this model knows (nano: those of conf/sokoban.yaml), or take another "
         "model.policy.model."
     )
 
 
-def no_skill_made(seen: Seen) -> str:
+def no_skill_made(counts: Counts, over: bool = False) -> str:
     """The summariser has made no skill of anything."""
-    if seen.skills or seen.refused < FEW_SUMMARIES:
+    if counts.skills or counts.failed_summaries < FEW_SUMMARIES:
         return ""
-    why = f" (the latest: {visible(seen.why)})" if seen.why else ""
+    why = f" (the latest: {visible(counts.summary_error)})" if counts.summary_error else ""
     return (
-        f"The summariser made no skill of {count(seen.refused, 'episode')}{why}, so no teacher sees one: look at skills.summariser, which "
-        "may need a larger model, another form, or more max_new_tokens."
+        f"The summariser made no skill of {count(counts.failed_summaries, 'episode')}{why}, so no teacher sees one: look at "
+        "skills.summariser, which may need a larger model, another form, or more max_new_tokens."
     )
 
 
@@ -192,6 +201,9 @@ def no_second_visit(iterations: float, epoch: int, imported: int) -> str:
     )
 
 
+CHECKS = (cannot_read, cannot_read_skills, not_understood, flat_rewards, close_rewards, no_gradient, no_skill_made)
+
+
 class Diagnostics(L.Callback):
     """Warns when a run trains but cannot learn, each reason once, and says what to change. It changes no number.
 
@@ -202,47 +214,44 @@ class Diagnostics(L.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen, self.said = Seen(), set[Callable[..., str]]()
+        self.counts, self.warned = Counts(), set[Callable[..., str]]()
         self.failed_before = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seen, self.said = Seen(iterations=trainer.global_step), set()
-        selection = find_selection(trainer)
-        if not isinstance(pl_module, SkillSD) or selection is None:
+        self.counts, self.warned = Counts(iterations=trainer.global_step), set()
+        if not isinstance(pl_module, SkillSD):
+            return
+        objective, selection = pl_module.objective, find_selection(trainer)
+        self.counts.policy_weight = objective.policy_weight
+        if selection is None:
             return
         self.failed_before = selection.failed
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        objective = pl_module.objective
         used = max(objective.distillation_weight, objective.weight_end * bool(objective.weight_steps)) > 0 or data.actor != "student"
         total: Any = trainer.estimated_stepping_batches
         if used and type(selection.context) is BankContext and selection.bank is not None and trainer.global_step < total:
-            self._say(no_second_visit, total, trainer.num_training_batches, selection.bank.imported)
+            self._warn(no_second_visit, no_second_visit(total, trainer.num_training_batches, selection.bank.imported))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not isinstance(pl_module, SkillSD) or not parallel.is_rank_zero():
             return
-        tokenizer, weight, selection = pl_module.policy.tokenizer, pl_module.objective.policy_weight, find_selection(trainer)
-        self.seen.add(batch, outputs["metrics"], weight, unknown_token(tokenizer, pl_module.policy.stop_ids))
+        counts, policy, selection = self.counts, pl_module.policy, find_selection(trainer)
+        counts.add(batch, outputs["metrics"], unknown_token(policy.tokenizer, policy.stop_ids))
         if selection is not None and not isinstance(selection.context, NoContext):
-            self.seen.refused, self.seen.skills = selection.failed - self.failed_before, selection.made
-            self.seen.why = selection.checked.last_error
-        self._say(cannot_read, self.seen)
-        self._say(cannot_read_skills, self.seen)
-        self._say(not_understood, self.seen)
-        self._say(flat_rewards, self.seen, weight)
-        self._say(merged_rewards, self.seen, weight)
-        self._say(no_gradient, self.seen)
-        self._say(no_skill_made, self.seen)
+            counts.failed_summaries, counts.skills = selection.failed - self.failed_before, selection.made
+            counts.summary_error = selection.checked.last_error
+        self._check()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, SkillSD):
-            self._say(not_understood, self.seen, over=True)
-            self._say(flat_rewards, self.seen, pl_module.objective.policy_weight, over=True)
-            self._say(no_gradient, self.seen, over=True)
+        self._check(over=True)
 
-    def _say(self, check: Callable[..., str], *seen: Any, **how: Any) -> None:
-        if check not in self.said and parallel.is_rank_zero() and (text := check(*seen, **how)):
-            self.said.add(check)
+    def _check(self, over: bool = False) -> None:
+        for check in CHECKS:
+            self._warn(check, check(self.counts, over))
+
+    def _warn(self, check: Callable[..., str], text: str) -> None:
+        if text and check not in self.warned and parallel.is_rank_zero():
+            self.warned.add(check)
             log.warning("%s", text)
 
 
