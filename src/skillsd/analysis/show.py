@@ -44,20 +44,20 @@ def show(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     given = parser.parse_args(args)
     run, out = Run(given.run), Console(highlight=False, emoji=False, markup=False)
-    what: Any
+    shown: Any
     print_text: Callable[[Any, Console], None]
     if given.trajectory is not None:
-        what, print_text = trajectory(run, given.trajectory), _print_trajectory
+        shown, print_text = trajectory(run, given.trajectory), _print_trajectory
     elif given.task is not None:
-        what, print_text = task(run, given.task), _print_task
+        shown, print_text = task(run, given.task), _print_task
     elif given.skills:
-        what, print_text = skills(run), _print_skills
+        shown, print_text = skills(run), _print_skills
     else:
-        what, print_text = overview(run), partial(_print_overview, run.panel)
+        shown, print_text = overview(run), partial(_print_overview, run.panel)
     if given.json:
-        print(json.dumps(what, indent=1, allow_nan=False))
+        print(json.dumps(shown, indent=1, allow_nan=False))
     else:
-        print_text(what, out)
+        print_text(shown, out)
 
 
 # -- what there is, as plain data ---------------------------------------------------------------------------------------------------

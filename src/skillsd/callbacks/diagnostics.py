@@ -191,7 +191,7 @@ def no_skill_made(counts: Counts, over: bool = False) -> str:
     )
 
 
-def no_second_visit(iterations: float, epoch: int, imported: int) -> str:
+def no_second_visit(iterations: float, epoch: float, imported: int) -> str:
     """A task's own skill is shown when the task is played again, and this run plays each task once."""
     if imported or iterations > epoch:
         return ""

@@ -10,8 +10,8 @@ from skillsd.policy.config import LoraSettings, PolicySettings  # noqa: E402
 from skillsd.policy.decoding_kernels import DecodingKernels, decoding_kernels  # noqa: E402
 from skillsd.policy.load import model_folder  # noqa: E402
 from skillsd.policy.memory import Demand, Footprint, cache_bytes  # noqa: E402
-from skillsd.policy.packed import micro_batches  # noqa: E402
-from skillsd.policy.policy import Policy, Scores, TokenSequence  # noqa: E402
+from skillsd.policy.packed import TokenSequence, micro_batches  # noqa: E402
+from skillsd.policy.policy import Policy, Scores  # noqa: E402
 from skillsd.policy.shard import OUT_OF_MEMORY, of_the_base  # noqa: E402
 
 __all__ = [

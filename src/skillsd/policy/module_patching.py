@@ -44,7 +44,7 @@ class Replacement(ABC):
         gates = [m for m in base.modules() if is_swiglu(m)]
         self.forwards += [(m, lambda x, m=m, eps=eps: rms_norm(x, m.weight, eps)) for m, eps in norms]
         self.forwards += [(m, lambda x, m=m: m.down_proj(silu_mul(m.gate_proj(x), m.up_proj(x)))) for m in gates]
-        self.rotary = {n: _rotation(getattr(sys.modules[n], ROTARY), rotate) for n in rotary_modules(base)}
+        self.rotary = {n: rotation(getattr(sys.modules[n], ROTARY), rotate) for n in rotary_modules(base)}
         return len(norms), len(gates)
 
     @abstractmethod
@@ -135,7 +135,7 @@ def rotary_modules(base: nn.Module) -> list[str]:
     return found
 
 
-def _rotation(usual: Function, kernel: Function) -> Function:
+def rotation(usual: Function, kernel: Function) -> Function:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         whole = cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype  # some models turn a part of each head
         return kernel(q, k, cos, sin) if whole and not args and not kwargs else usual(q, k, cos, sin, *args, **kwargs)
