@@ -145,8 +145,8 @@ def test_seconds_of_a_rollout(join):
 
     data.collector.collect = slowly
     started = time.perf_counter()
-    for rollout in data.train_dataloader():
-        seconds.append(rollout.seconds)
+    for groups in data.train_dataloader():
+        seconds.append(max(g.rollout_s for g in groups))
         time.sleep(0.1)
     assert len(seconds) == 3 and all(s >= 0.1 for s in seconds) and sum(seconds) < time.perf_counter() - started - 0.3
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from skillsd import parallel
 from skillsd.metrics import mean
@@ -20,55 +22,23 @@ from skillsd.trajectory import FAILURES, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Some rows of a batch on the device: B rows, T tokens in the longest.
-
-    Attributes:
-        index: Which rows of the batch they are, B.
-        student, teacher: What each adapter scores, B: the same tokens behind the student's and behind the teacher's prompt.
-        mask: Action mask, bool [B, T]: the one made when sampling.
-        logp_behaviour: Recorded log-probs of whoever sampled the tokens, float32 [B, T], nats; 0 where the mask is false.
-        advantage: float32 [B].
-        success: Rows that solved their task, bool [B].
-        return_gap: See `objective.signal.Tokens`, float32 [B].
-        teacher_rows: Which of the B a teacher scores.
-        teacher_mask: The same as bool [B].
-        sampled_by_teacher: Rows whose tokens the teacher sampled (Eq. 13), bool [B].
-    """
-
-    index: list[int]
-    student: list[TokenSequence]
-    teacher: list[TokenSequence]
-    mask: Tensor
-    logp_behaviour: Tensor
-    advantage: Tensor
-    success: Tensor
-    return_gap: Tensor
-    teacher_rows: list[int]
-    teacher_mask: Tensor
-    sampled_by_teacher: Tensor
-
-
-@dataclass(frozen=True)
 class Batch:
-    """The groups of an iteration as rows.
+    """The groups of an iteration as R rows, or some of these rows (`select`), of which the longest has T tokens after its prompt.
 
     Attributes:
         rows: The R trajectories.
-        student, teacher: What each adapter scores, R.
+        student, teacher: What each adapter scores, R: the same tokens behind the student's and behind the teacher's prompt.
         advantage: A_i of each row in its group, float32 [R]; 0 for failed episodes and in groups with fewer than two others.
         success: Rows that solved their task, bool [R].
         return_gap: See `objective.signal.Tokens`, float32 [R]; NaN where nobody acted under the teacher's prompt.
-        has_teacher_context: Rows whose teacher sees something that their student does not, R.
         sampled_by_teacher: Rows whose tokens the teacher sampled (Eq. 13), bool [R].
-        train_rows: Rows that train: with an action, not failed, and not in a group that the filter leaves out.
-        teacher_rows: Those of `train_rows` that a teacher scores; none where lambda is 0.
-        dropped_rows: How many more a teacher would score if its prompt fitted into the context.
-        n_actions: N of Eq. 3-14, the action tokens of `train_rows`, at least 1.
+        train_mask: Rows that train, bool [R]: with an action, not failed, and not in a group that the filter leaves out.
+        teacher_mask: Those of them that a teacher scores, bool [R]; none where lambda is 0.
+        groups: The iteration's groups, as all that follows also of a batch of some rows.
+        dropped_rows: How many more rows a teacher would score if its prompt fitted into the context.
+        n_actions: N of Eq. 3-14, the action tokens of all rows that train, at least 1.
         weight: lambda.
         temperature: Sampling temperature; log-probs are recomputed at the same one.
-        zero_variance: Of each group, all its advantages are 0; None if all its members failed.
-        group_sizes: Rows of each group.
     """
 
     rows: list[Trajectory]
@@ -77,16 +47,14 @@ class Batch:
     advantage: Tensor
     success: Tensor
     return_gap: Tensor
-    has_teacher_context: list[bool]
     sampled_by_teacher: Tensor
-    train_rows: list[int]
-    teacher_rows: frozenset[int]
+    train_mask: Tensor
+    teacher_mask: Tensor
+    groups: Sequence[TrajectoryGroup]
     dropped_rows: int
     n_actions: int
     weight: float
     temperature: float
-    zero_variance: list[bool | None]
-    group_sizes: list[int]
 
     @classmethod
     def from_groups(
@@ -104,93 +72,94 @@ class Batch:
         Raises:
             ValueError: The policy term is on, and a group has one trajectory.
         """
-        rows = [t for g in groups for t in g.trajectories]
         members = [(g, k, t) for g in groups for k, t in enumerate(g.trajectories)]
-        student = [TokenSequence(g.student_prompts[k], t.token_ids, t.action_mask) for g, k, t in members]
         teacher = [TokenSequence(g.teacher_prompts[k], t.token_ids, t.action_mask) for g, k, t in members]
-        has_context = [g.has_teacher_context(k) for g, k, _ in members]
-
         advantages = [advantages_of(g, objective.policy_weight > 0) for g in groups]
-        zero_variance = [not bool(a.any()) if g.counted else None for g, a in zip(groups, advantages, strict=True)]
-        drops_flat = objective.group_filter == "zero_variance"
-        filtered = [drops_flat and z for g, z in zip(groups, zero_variance, strict=True) for _ in g.trajectories]
-        train_rows = [i for i, t in enumerate(rows) if t.n_actions and not t.failed and not filtered[i]]
+        filtered = [objective.group_filter == "zero_variance" and not a.any() for a in advantages for _ in a]
+        trains = [t.n_actions > 0 and not t.failed and not f for (_, _, t), f in zip(members, filtered, strict=True)]
 
         weight = objective.weight(step)
-        wanted = [i for i in train_rows if has_context[i] or not teacher_is_student] if weight > 0 else []
-        teacher_rows = frozenset(i for i in wanted if len(teacher[i]) <= context_length)  # a skill is never truncated
+        wanted = [
+            x and weight > 0 and (g.has_teacher_context(k) or not teacher_is_student) for x, (g, k, _) in zip(trains, members, strict=True)
+        ]
+        scored = [x and len(s) <= context_length for x, s in zip(wanted, teacher, strict=True)]  # a skill is never truncated
         return cls(
-            rows=rows,
-            student=student,
+            rows=[t for _, _, t in members],
+            student=[TokenSequence(g.student_prompts[k], t.token_ids, t.action_mask) for g, k, t in members],
             teacher=teacher,
             advantage=torch.cat(advantages),
-            success=torch.tensor([t.success for t in rows]),
+            success=torch.tensor([t.success for _, _, t in members]),
             return_gap=torch.tensor([return_gap(g, k) for g, k, _ in members]),
-            has_teacher_context=has_context,
             sampled_by_teacher=torch.tensor([g.sampled_by_teacher for g, _, _ in members]),
-            train_rows=train_rows,
-            teacher_rows=teacher_rows,
-            dropped_rows=len(wanted) - len(teacher_rows),
-            n_actions=max(1, sum(rows[i].n_actions for i in train_rows)),
+            train_mask=torch.tensor(trains),
+            teacher_mask=torch.tensor(scored),
+            groups=groups,
+            dropped_rows=sum(wanted) - sum(scored),
+            n_actions=max(1, sum(t.n_actions for x, (_, _, t) in zip(trains, members, strict=True) if x)),
             weight=weight,
             temperature=groups[0].temperature,
-            zero_variance=zero_variance,
-            group_sizes=[len(g.trajectories) for g in groups],
         )
 
-    def local_rows(self) -> list[int]:
-        """This rank's part of `train_rows`, about as much work as every other's: a teacher's forward costs a third of a student's pass."""
-        costs = [len(self.student[i]) + len(self.teacher[i]) / 3 * (i in self.teacher_rows) for i in self.train_rows]
-        return [self.train_rows[k] for k in parallel.balanced(costs)]
-
-    @property
-    def scored_tokens(self) -> int:
-        """Tokens that student and teacher score, prompts included."""
-        return sum(len(self.student[i]) for i in self.train_rows) + sum(len(self.teacher[i]) for i in self.teacher_rows)
-
-    def select(self, index: list[int], device: torch.device) -> MicroBatch:
-        """The rows `index`, right-padded to the longest of them."""
-        rows = [self.rows[i] for i in index]
-        width = max(len(t.token_ids) for t in rows)
-        mask = [[*t.action_mask, *[False] * (width - len(t.action_mask))] for t in rows]
-        logp = [[*t.logprobs, *[0.0] * (width - len(t.logprobs))] for t in rows]
-        has_teacher = [i in self.teacher_rows for i in index]
-        return MicroBatch(
-            index=index,
+    def select(self, index: list[int], device: torch.device) -> Batch:
+        """Some of the rows, as a micro-batch on a device."""
+        return replace(
+            self,
+            rows=[self.rows[i] for i in index],
             student=[self.student[i] for i in index],
             teacher=[self.teacher[i] for i in index],
-            mask=torch.tensor(mask, device=device),
-            logp_behaviour=torch.tensor(logp, device=device),
             advantage=self.advantage[index].to(device),
             success=self.success[index].to(device),
             return_gap=self.return_gap[index].to(device),
-            teacher_rows=[k for k, x in enumerate(has_teacher) if x],
-            teacher_mask=torch.tensor(has_teacher, device=device),
             sampled_by_teacher=self.sampled_by_teacher[index].to(device),
+            train_mask=self.train_mask[index].to(device),
+            teacher_mask=self.teacher_mask[index].to(device),
         )
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Action mask, bool [R, T]: the one made when sampling."""
+        return pad_sequence([torch.tensor(t.action_mask, dtype=torch.bool) for t in self.rows], batch_first=True).to(self.advantage.device)
+
+    @cached_property
+    def logp_behaviour(self) -> Tensor:
+        """Recorded log-probs of whoever sampled the tokens, float32 [R, T], nats; 0 where the mask is false."""
+        return pad_sequence([torch.tensor(t.logprobs, dtype=torch.float32) for t in self.rows], batch_first=True).to(self.advantage.device)
+
+    @property
+    def teacher_rows(self) -> list[int]:
+        """The rows that a teacher scores."""
+        return self.teacher_mask.nonzero().flatten().tolist()
+
+    def local_rows(self) -> list[int]:
+        """This rank's part of the rows that train, about as much work as every other's: a teacher's forward costs a third of a student's
+        pass."""
+        train_rows, scored = self.train_mask.nonzero().flatten().tolist(), set(self.teacher_rows)
+        costs = [len(self.student[i]) + len(self.teacher[i]) / 3 * (i in scored) for i in train_rows]
+        return [train_rows[k] for k in parallel.balanced(costs)]
 
     def group_gap(self, gaps: Tensor) -> Tensor:
         """Outcome-aligned gap of each group, sum of A_i times `gaps` [R], nats, [groups]; an update that was not finite counts as 0."""
-        gaps = gaps.nan_to_num(0.0, 0.0, 0.0)
-        pairs = zip(self.advantage.split(self.group_sizes), gaps.split(self.group_sizes), strict=True)
+        sizes = [len(g.trajectories) for g in self.groups]
+        pairs = zip(self.advantage.split(sizes), gaps.nan_to_num(0.0, 0.0, 0.0).split(sizes), strict=True)
         return torch.stack([(a * gap).sum() for a, gap in pairs])
 
     def metrics(self) -> dict[str, float]:
         """What is known before the update."""
-        rows = self.rows
+        rows, groups = self.rows, self.groups
         counted, failed = [t for t in rows if not t.failed], [t.failure_kind for t in rows if t.failed]
+        advantages = self.advantage.split([len(g.trajectories) for g in groups])
+        context = (g.has_teacher_context(k) for g in groups for k, t in enumerate(g.trajectories) if not t.failed)
+        tokens, seconds = sum(len(t.prompt_ids) + len(t.token_ids) for t in rows), max(g.rollout_s for g in groups)
         return {
             "reward/mean": mean(t.reward for t in counted), "reward/success": mean(t.success for t in counted),
             "reward/completion": mean(t.completion for t in counted),
-            "reward/zero_variance": mean(z for z in self.zero_variance if z is not None),
-            "teacher/skill_share": mean(x for x, t in zip(self.has_teacher_context, rows, strict=True) if not t.failed),
-            "teacher/dropped_rows": float(self.dropped_rows), "teacher/weight": self.weight,
-            "rollout/env_steps": float(sum(len(t.turns) for t in rows)),
-            "rollout/tokens": float(sum(len(t.prompt_ids) + len(t.token_ids) for t in rows)),
+            "reward/zero_variance": mean(not a.any() for g, a in zip(groups, advantages, strict=True) if g.counted),
+            "teacher/skill_share": mean(context), "teacher/dropped_rows": float(self.dropped_rows), "teacher/weight": self.weight,
+            "rollout/env_steps": float(sum(len(t.turns) for t in rows)), "rollout/tokens": float(tokens),
             "rollout/action_tokens": float(sum(t.n_actions for t in rows)), "rollout/turns": mean(len(t.turns) for t in rows),
             "rollout/finish_length": mean(t.finish_reason == "length" for t in rows),
             "rollout/failed": mean(t.failed for t in rows), **{f"rollout/failed_{k}": float(failed.count(k)) for k in FAILURES},
-            "learner/tokens": float(self.scored_tokens),
+            "time/rollout_s": seconds, "time/rollout_tokens_per_s": tokens / seconds,
         }  # fmt: skip
 
 

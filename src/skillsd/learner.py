@@ -12,20 +12,21 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from skillsd import parallel
-from skillsd.batch import Batch, MicroBatch
+from skillsd.batch import Batch
 from skillsd.errors import ConfigError
 from skillsd.files.checkpoint import how_to_resume
 from skillsd.objective import Terms
 from skillsd.optimizer import OptimizerSettings
-from skillsd.policy import OUT_OF_MEMORY, Policy, Scores
+from skillsd.policy import OUT_OF_MEMORY, Policy
 
 try:
     import resource
@@ -36,24 +37,6 @@ log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 3
 """So many updates in a row that are not finite stop the run."""
-
-
-class Loss(NamedTuple):
-    """What a micro-batch of B rows and T tokens comes to.
-
-    Args:
-        terms: Sums over its action tokens.
-        student: Its scores under the student.
-        logp_old: log-probs of the student at the rollout, [B, T], nats.
-        logp_teacher: The teacher's, [B, T]; the student's own in rows that no teacher scores.
-        teacher_s: Seconds of teacher scoring.
-    """
-
-    terms: Terms
-    student: Scores
-    logp_old: Tensor
-    logp_teacher: Tensor
-    teacher_s: float
 
 
 @dataclass
@@ -91,6 +74,14 @@ class Update:
         """Sum of both terms over the action tokens."""
         return self.sums["policy"] + self.sums["distillation"]
 
+    def add(self, terms: Terms) -> None:
+        """Add the numbers of a micro-batch."""
+        numbers = {"policy": terms.policy, "distillation": terms.distillation, **terms.metrics}
+        *sums, largest = torch.stack([x.detach().double() for x in (*numbers.values(), terms.max_drift)]).tolist()  # one transfer for all
+        for key, value in zip(numbers, sums, strict=True):
+            self.sums[key] += value
+        self.max_drift, self.teacher_s = max(self.max_drift, largest), self.teacher_s + terms.teacher_s
+
 
 class Learner:
     """Makes updates of a module's student, one at a time.
@@ -117,8 +108,8 @@ class Learner:
         """The module's."""
         return self.module.policy  # type: ignore[no-any-return]
 
-    def update(self, batch: Batch, loss: Callable[[MicroBatch], Loss], split_gradient: bool = False) -> Update:
-        """One step of the optimizer on a batch.
+    def update(self, batch: Batch, loss: Callable[[Batch], Terms], split_gradient: bool = False) -> Update:
+        """One step of the optimizer on a batch. Whenever memory runs out, the gradient is begun anew with half the micro-batch.
 
         Args:
             batch: What is learnt from.
@@ -130,8 +121,15 @@ class Learner:
                 longer are.
         """
         params, rows = self.policy.student_parameters(), batch.local_rows()
-        separate = params if split_gradient else []
-        update = self._within_memory(batch, rows, lambda: self._accumulate(batch, rows, loss, separate))
+        update: Update | None = None
+        while update is None:
+            try:
+                update = self._accumulate(batch, rows, loss, params if split_gradient else [])
+            except torch.OutOfMemoryError as e:
+                if self.policy.sharded:
+                    raise ConfigError(OUT_OF_MEMORY) from e
+            if update is None:  # outside of the handler: the exception holds the tensors of the failed attempt
+                self._halve_micro_batch(max(len(batch.student[i]) for i in rows))
         _reduce(update, params)
         self._step(update, params)
         return update
@@ -143,8 +141,10 @@ class Learner:
             batch, update: What was learnt from, and how.
             seconds: From the groups to the step, teacher scoring included.
         """
-        n, sums = batch.n_actions, update.sums
-        n_teacher = max(1, sum(batch.rows[i].n_actions for i in batch.teacher_rows))
+        n, sums, scored = batch.n_actions, update.sums, batch.teacher_rows
+        n_teacher = max(1, sum(batch.rows[i].n_actions for i in scored))
+        tokens = sum(len(x) for x, trains in zip(batch.student, batch.train_mask, strict=True) if trains)
+        tokens += sum(len(batch.teacher[i]) for i in scored)
         gap = sums["gap"] / n_teacher
         found = {
             "loss/policy": sums["policy"] / n, "loss/distillation": sums["distillation"] / n, "loss/total": update.loss / n,
@@ -155,12 +155,12 @@ class Learner:
             "policy/logp_drift_max": update.max_drift, "policy/skipped_steps": float(self.skipped), "grad_norm/total": update.grad_norm,
             "optimizer/lr": update.lr, "memory/peak_gib": update.peak_gib, "memory/micro_batch_tokens": float(self.micro_batch_tokens),
             "time/teacher_s": update.teacher_s, "time/update_s": seconds - update.teacher_s,
-            "time/learner_tokens_per_s": batch.scored_tokens / seconds,
+            "learner/tokens": float(tokens), "time/learner_tokens_per_s": tokens / seconds,
         }  # fmt: skip
         if separate := update.distillation_grad:  # the total was clipped in place: undo the scale before taking the difference
             params = self.policy.student_parameters()
             rest = [(p.grad / update.clip_scale if p.grad is not None else 0.0) - g for p, g in zip(params, separate, strict=True)]
-            found |= {"grad_norm/distillation": total_norm(separate), "grad_norm/policy": total_norm(rest)}
+            found |= {"grad_norm/distillation": float(get_total_norm(separate)), "grad_norm/policy": float(get_total_norm(rest))}
         return found
 
     def state_dict(self) -> dict[str, int]:
@@ -173,29 +173,21 @@ class Learner:
 
     # -- the gradient -----------------------------------------------------------------------------------------------------
 
-    def _within_memory(self, batch: Batch, rows: Sequence[int], accumulate: Callable[[], Update]) -> Update:
-        """The gradient of `rows`, begun anew with half the micro-batch whenever memory runs out: it is the same."""
-        while True:
-            try:
-                return accumulate()
-            except torch.OutOfMemoryError as e:
-                if self.policy.sharded:
-                    raise ConfigError(OUT_OF_MEMORY) from e
-                # go on outside: the exception holds the tensors of the failed attempt
-            longest = max(len(batch.student[i]) for i in rows)
-            if self.micro_batch_tokens <= longest:
-                raise ConfigError(
-                    f"model.micro_batch_tokens: a trajectory of {longest} tokens alone does not fit into the memory: set "
-                    "model.policy.gradient_checkpointing, a smaller model.policy.head_chunk or data.rollout.max_trajectory_tokens."
-                )
-            self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
-            gc.collect()
-            torch.cuda.empty_cache()
-            log.warning("out of memory in the update: it is repeated with micro_batch_tokens %d", self.micro_batch_tokens)
+    def _halve_micro_batch(self, longest: int) -> None:
+        """After an update that ran out of memory, whose longest row has so many tokens."""
+        if self.micro_batch_tokens <= longest:
+            raise ConfigError(
+                f"model.micro_batch_tokens: a trajectory of {longest} tokens alone does not fit into the memory: set "
+                "model.policy.gradient_checkpointing, a smaller model.policy.head_chunk or data.rollout.max_trajectory_tokens."
+            )
+        self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
+        gc.collect()
+        torch.cuda.empty_cache()
+        log.warning("out of memory in the update: it is repeated with micro_batch_tokens %d", self.micro_batch_tokens)
 
     def _accumulate(
-        self, batch: Batch, rows: Sequence[int], loss: Callable[[MicroBatch], Loss], separate: Sequence[nn.Parameter]
-    ) -> Update:
+        self, batch: Batch, rows: Sequence[int], loss: Callable[[Batch], Terms], separate: Sequence[nn.Parameter]
+    ) -> Update:  # fmt: skip
         """The gradient of `rows`, a micro-batch at a time; that of the distillation alone for the parameters in `separate`."""
         policy, first = self.policy, batch.rows[0]
         self.module.optimizers().zero_grad()
@@ -203,17 +195,20 @@ class Learner:
         update = Update(torch.zeros(len(batch.rows)), [torch.zeros_like(p) for p in separate])
         lengths = [len(batch.student[i]) for i in rows]
         for part in policy.micro_batches(lengths, self.micro_batch_tokens, lambda: self._idle(separate)):
-            micro = batch.select([rows[k] for k in part], policy.device)
-            found = loss(micro)
-            terms, logp = found.terms, found.student.logp
+            index = [rows[k] for k in part]
+            micro = batch.select(index, policy.device)
+            terms = loss(micro)
             if separate:
-                for total, g in zip(
-                    update.distillation_grad, self._backward(terms.distillation / batch.n_actions, logp, separate), strict=False
-                ):
+                distillation = terms.distillation / batch.n_actions
+                for total, g in zip(update.distillation_grad, self._backward(distillation, terms.logp, separate), strict=False):
                     if g is not None:
                         total += g
-            self._backward(self.module.objective.total(terms, batch.n_actions), logp)
-            _note(update, micro, found, self.keep_tokens)
+            self._backward(self.module.objective.total(terms, batch.n_actions), terms.logp)
+            update.gaps[index] = (terms.gap * micro.mask).sum(1).cpu()
+            update.add(terms)
+            if self.keep_tokens:
+                rho = terms.logp.detach() - micro.logp_behaviour
+                update.tokens.append((terms.gap[micro.mask & micro.teacher_mask[:, None]].cpu(), rho[micro.mask].cpu()))
         return update
 
     def _backward(self, loss: Tensor, student: Tensor, separate: Sequence[nn.Parameter] = ()) -> Sequence[Tensor | None]:
@@ -245,15 +240,16 @@ class Learner:
     def _step(self, update: Update, params: Sequence[nn.Parameter]) -> None:
         """Clip and step. If the loss or the gradient is not finite, nothing changes but the schedule and the counters."""
         optimizer, clip = self.module.optimizers(), self.settings.gradient_clip_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(params, clip)) if any(p.grad is not None for p in params) else 0.0
+        norm = float(clip_grad_norm_(params, clip)) if any(p.grad is not None for p in params) else 0.0
         update.grad_norm, update.clip_scale, update.lr = norm, min(1.0, clip / (norm + 1e-6)), optimizer.param_groups[0]["lr"]
         update.skipped = not all(map(math.isfinite, (norm, update.sums["policy"], update.sums["distillation"])))
-        self._count(update)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if update.skipped else 0
         if update.skipped:
+            self._skip(update)
             optimizer.zero_grad()  # without gradients AdamW touches nothing; the step still counts, so that the run ends where it would
         optimizer.step()
         # A wait for the device, once an iteration: the checkpoint that follows copies the weights to the host anyway.
-        if not nn.utils.get_total_norm([p.detach() for p in params], math.inf).isfinite():
+        if not get_total_norm([p.detach() for p in params], math.inf).isfinite():
             raise ConfigError(
                 f"model.optimizer: the weights are not finite after an update of loss {update.loss:g}, gradient norm {norm:g}, "
                 f"lr {update.lr:g}; it is not saved. {how_to_resume(self.module.trainer)}: set a smaller lr."
@@ -261,11 +257,9 @@ class Learner:
         self.policy.student_changed()
         self.module.lr_schedulers().step()
 
-    def _count(self, update: Update) -> None:
-        if not update.skipped:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+    def _skip(self, update: Update) -> None:
+        """Note that an update is not finite. Raises ConfigError where too many in a row were not."""
+        self.skipped += 1
         update.distillation_grad = []
         what = f"loss {update.loss:g}, gradient norm {update.grad_norm:g}"
         if self.skipped_in_a_row >= MAX_SKIPPED:
@@ -276,41 +270,25 @@ class Learner:
         log.warning("iteration %d: the update is skipped, it is not finite: %s", self.module.global_step, what)
 
 
-def _note(update: Update, micro: MicroBatch, found: Loss, keep_tokens: bool) -> None:
-    """Add to an update what is logged of a micro-batch."""
-    mask, logp = micro.mask, found.student.logp.detach()
-    gap = found.logp_teacher - logp
-    update.gaps[micro.index] = (gap * mask).sum(1).cpu()
-    update.teacher_s += found.teacher_s
-    if keep_tokens:
-        update.tokens.append((gap[mask & micro.teacher_mask[:, None]], (logp - micro.logp_behaviour)[mask]))
-    terms, entropy = found.terms, (found.student.entropy * mask).sum()
-    drift = torch.where(mask, (logp - found.logp_old).abs(), 0.0).max()
-    numbers = {"policy": terms.policy, "distillation": terms.distillation, "entropy": entropy, **terms.metrics}
-    *sums, largest = torch.stack([x.detach().double() for x in (*numbers.values(), drift)]).tolist()  # one transfer for all
-    for key, value in zip(numbers, sums, strict=True):
-        update.sums[key] += value
-    update.max_drift = max(update.max_drift, largest)
-
-
 def _reduce(update: Update, params: Sequence[nn.Parameter]) -> None:
     """Add up what the ranks have: one reduction for the gradients, and what is logged."""
     update.peak_gib = peak_gib(params[0].device)
     if parallel.world() == 1:
         return
-    trained, size = any(p.grad is not None for p in params), total_norm([p.detach() for p in params])
-    tokens = [(gap.cpu(), rho.cpu()) for gap, rho in update.tokens]
-    every = parallel.gather((trained, dict(update.sums), update.gaps, update.max_drift, update.peak_gib, tokens, size))
-    if not all(math.isclose(x[6], size, rel_tol=1e-3) for x in every):  # far beyond what rounding on unlike GPUs does
-        raise ConfigError(f"the ranks' students differ (norms {[x[6] for x in every]}): start them with the same code, files and settings.")
-    if any(x[0] for x in every):
+    trained, size = any(p.grad is not None for p in params), float(get_total_norm([p.detach() for p in params]))
+    ranks = parallel.gather((trained, size, replace(update, distillation_grad=[])))
+    sizes, updates = [x[1] for x in ranks], [x[2] for x in ranks]
+    if not all(math.isclose(x, size, rel_tol=1e-3) for x in sizes):  # far beyond what rounding on unlike GPUs does
+        raise ConfigError(f"the ranks' students differ (norms {sizes}): start them with the same code, files and settings.")
+    if any(x[0] for x in ranks):
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         parallel.all_reduce_sum([*(p.grad for p in params if p.grad is not None), *update.distillation_grad])
-    update.sums = defaultdict(float, {k: sum(x[1].get(k, 0.0) for x in every) for k in dict.fromkeys(k for x in every for k in x[1])})
-    update.gaps = torch.stack([x[2] for x in every]).sum(0)
-    update.max_drift, update.peak_gib = max(x[3] for x in every), max(x[4] for x in every)
-    update.tokens = [pair for x in every for pair in x[5]]
+    names = dict.fromkeys(name for u in updates for name in u.sums)
+    update.sums = defaultdict(float, {name: sum(u.sums.get(name, 0.0) for u in updates) for name in names})
+    update.gaps = torch.stack([u.gaps for u in updates]).sum(0)
+    update.max_drift, update.peak_gib = max(u.max_drift for u in updates), max(u.peak_gib for u in updates)
+    update.tokens = [pair for u in updates for pair in u.tokens]
 
 
 def peak_gib(device: torch.device) -> float:
@@ -320,8 +298,3 @@ def peak_gib(device: torch.device) -> float:
     if resource is None:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def total_norm(tensors: Sequence[Tensor]) -> float:
-    """The 2-norm of all tensors together."""
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors])))

@@ -15,21 +15,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from skillsd.batch import Batch, MicroBatch
+from skillsd.batch import Batch
 from skillsd.files.checkpoint import check_base
-from skillsd.learner import Learner, Loss
+from skillsd.learner import Learner
 from skillsd.metrics import Metrics
-from skillsd.objective import Objective
+from skillsd.objective import Objective, Terms
 from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import Policy, PolicySettings, Scores
 from skillsd.strategy import check_same_step, check_strategy, keep_base_local
-from skillsd.trajectory import Rollout, Trajectory, TrajectoryGroup
+from skillsd.trajectory import Trajectory, TrajectoryGroup
 
 
 class SkillSD(L.LightningModule):
@@ -88,17 +89,14 @@ class SkillSD(L.LightningModule):
         policy, started = self.policy, time.perf_counter()
         batch = Batch.from_groups(groups, self.objective, self.global_step, policy.teacher_is_student, policy.context_length)
         measure = self.grad_norm_every > 0 and self.global_step % self.grad_norm_every == 0 and batch.weight > 0
-        update = self.learner.update(batch, lambda rows: self.loss(rows, batch.weight, batch.temperature), split_gradient=measure)
-        measured = self.learner.metrics(batch, update, time.perf_counter() - started)
-
-        played = groups.metrics() if isinstance(groups, Rollout) else {}
-        metrics = Metrics(batch.metrics(), measured, played)
+        update = self.learner.update(batch, self.loss, split_gradient=measure)
+        metrics = Metrics(batch.metrics(), self.learner.metrics(batch, update, time.perf_counter() - started))
         self.log_dict(metrics.measured, logger=False, batch_size=1)
         self.log_dict(metrics.progress(), prog_bar=True, logger=False, batch_size=1)
         return {"metrics": metrics, "group_gap": batch.group_gap(update.gaps), "skipped": update.skipped, "tokens": update.tokens}
 
-    def loss(self, rows: MicroBatch, weight: float, temperature: float) -> Loss:
-        """Both terms of a micro-batch as sums over its action tokens; the learner divides them by N.
+    def loss(self, rows: Batch) -> Terms:
+        """Both terms of a micro-batch of B rows and T tokens, as sums over its action tokens; the learner divides them by N.
 
             r     = pi_stu / sg(pi_old)            L_GRPO = -(1/N) sum min(r A, clip(r, 1 - 0.2, 1 + 0.28) A)        (Eq. 3-4)
             ell   = log pi_stu(y | x) - log pi_tea(y | x + S(x))                                                     (Eq. 10)
@@ -107,23 +105,19 @@ class SkillSD(L.LightningModule):
             L     = L_GRPO + lambda L_SDL                                                                            (Eq. 14)
 
         Another method of the family puts its own signal in the place of L_SDL: see `objective`.
-
-        Args:
-            rows: B rows of T tokens.
-            weight: lambda.
-            temperature: The sampling temperature.
         """
-        student = self.policy.score("student", rows.student, temperature)
-        logp_teacher, divergence, seconds = self.teacher(student, rows, temperature)
+        student = self.policy.score("student", rows.student, rows.temperature)
+        logp_teacher, divergence, seconds = self.teacher(student, rows)
         # Eq. 13: where the teacher sampled, the old student is today's, since a batch is one update
         logp_old = torch.where(rows.sampled_by_teacher[:, None], student.logp.detach(), rows.logp_behaviour)
         terms = self.objective.terms(
-            student.logp, logp_old, logp_teacher, rows.mask, rows.advantage, weight=weight, logp_behaviour=rows.logp_behaviour,
+            student.logp, logp_old, logp_teacher, rows.mask, rows.advantage, weight=rows.weight, logp_behaviour=rows.logp_behaviour,
             teacher_mask=rows.teacher_mask, success=rows.success, return_gap=rows.return_gap, divergence=divergence,
         )  # fmt: skip
-        return Loss(terms, student, logp_old, logp_teacher, seconds)
+        terms.metrics["entropy"] = (student.entropy * rows.mask).sum()
+        return replace(terms, teacher_s=seconds)
 
-    def teacher(self, student: Scores, rows: MicroBatch, temperature: float) -> tuple[Tensor, Tensor | None, float]:
+    def teacher(self, student: Scores, rows: Batch) -> tuple[Tensor, Tensor | None, float]:
         """The same tokens under the teacher, with its context in front and without gradient.
 
         Returns:
@@ -141,12 +135,12 @@ class SkillSD(L.LightningModule):
             chosen = [wanted[j] for j in part]
             at = torch.tensor(chosen, device=logp.device)
             with torch.no_grad():
-                scores = self.policy.score("teacher", [rows.teacher[k] for k in chosen], temperature)
+                scores = self.policy.score("teacher", [rows.teacher[k] for k in chosen], rows.temperature)
             logp[at, : scores.logp.shape[1]] = scores.logp
             if divergence is not None and place is not None:
                 row, column = rows.mask[at].nonzero(as_tuple=True)
                 own = student.hidden[place[at][row, column]]
-                value = self.policy.compare(own, scores.hidden, signal.divergence, temperature)
+                value = self.policy.compare(own, scores.hidden, signal.divergence, rows.temperature)
                 divergence = divergence.index_put((at[row], column), value)
         return logp, divergence, self._now() - started
 

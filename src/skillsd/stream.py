@@ -17,7 +17,7 @@ from skillsd.errors import ConfigError
 from skillsd.hashing import seeded_order
 from skillsd.policy import Policy
 from skillsd.rollout import Background, Collector, Episode, RolloutSettings
-from skillsd.trajectory import Rollout, Task, Trajectory, TrajectoryGroup
+from skillsd.trajectory import Task, Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class GroupStream:
     def __len__(self) -> int:
         return -(-len(self.data.train_tasks) // self.data.batch_tasks)
 
-    def __iter__(self) -> Iterator[Rollout]:
+    def __iter__(self) -> Iterator[list[TrajectoryGroup]]:
         for _ in range(self.position % len(self), len(self)):
             iteration, self.position = self.position, self.position + 1
             yield self._groups(iteration)
@@ -111,7 +111,7 @@ class GroupStream:
         """The tasks in the epoch's order, drawn from (run seed, epoch)."""
         return seeded_order(self.data.train_tasks, self.data.seed, "order", epoch, name=lambda t: t.task_id)
 
-    def _groups(self, iteration: int) -> Rollout:
+    def _groups(self, iteration: int) -> list[TrajectoryGroup]:
         d = self.data
         ahead = 0
         if d.rollout.staleness:
@@ -126,11 +126,10 @@ class GroupStream:
         local = [played[i : i + d.group_size] for i in range(0, len(played), d.group_size)]
         after = d.selection.texts(local, iteration) if d.selection is not None else None
         groups = [
-            self._group(tasks[i], g, skills[i][0], after[k] if after else [skills[i][1]] * len(g))
+            self._group(tasks[i], g, skills[i][0], after[k] if after else [skills[i][1]] * len(g), seconds)
             for k, (i, g) in enumerate(zip(share, local, strict=True))
         ]
-        every = parallel.gather((seconds, groups))  # from here on every rank has the whole batch
-        return Rollout((g for _, part in every for g in part), max(seconds for seconds, _ in every))
+        return [g for part in parallel.gather(groups) for g in part]  # from here on every rank has the whole batch
 
     def _launch(self, iteration: int) -> _Launch:
         """Retrieve, and roll out in the background, or without staleness when asked for the result."""
@@ -191,7 +190,9 @@ class GroupStream:
             f"failed ({listed}). {self.data.how_to_resume()}: {', '.join(cures)} and resume, or set a larger share."
         )
 
-    def _group(self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str]) -> TrajectoryGroup:
+    def _group(
+        self, task: Task, played: Sequence[Trajectory], skill_id: int | None, texts: Sequence[str], seconds: float
+    ) -> TrajectoryGroup:
         """The task's group, each member's teacher with its own of `texts` in front of the prompt."""
         d = self.data
         seen = next((t for t in played if t.turns), None) or next((t for t in played if t.prompt_ids), played[0])  # some may have failed
@@ -209,7 +210,7 @@ class GroupStream:
         }[d.actor]
         return TrajectoryGroup(
             task, tuple(replace(t, skill_id=skill_id) for t in played), tuple(student), tuple(teacher), skill_id, d.rollout.temperature,
-            sampled_by_teacher=d.actor == "teacher",
+            sampled_by_teacher=d.actor == "teacher", rollout_s=seconds,
         )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ made when sampling and used everywhere a loss, an entropy or a count is taken.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 from zlib import crc32
@@ -228,6 +229,7 @@ class TrajectoryGroup:
         skill_id: The bank's id of S(x); None without one.
         temperature: Sampling temperature; log-probs are recomputed at the same one.
         sampled_by_teacher: The teacher sampled the tokens, under its own prompts (Eq. 13): the recorded log-probs are its own.
+        rollout_s: Seconds in which its rank played its share of the iteration; NaN where they were not measured.
     """
 
     task: Task
@@ -237,6 +239,7 @@ class TrajectoryGroup:
     skill_id: int | None = None
     temperature: float = 1.0
     sampled_by_teacher: bool = False
+    rollout_s: float = field(default=math.nan, compare=False)
 
     @property
     def counted(self) -> tuple[Trajectory, ...]:
@@ -246,21 +249,3 @@ class TrajectoryGroup:
     def has_teacher_context(self, member: int) -> bool:
         """Return whether the member's teacher sees something that its student does not."""
         return self.teacher_prompts[member] != self.student_prompts[member]
-
-
-class Rollout(list[TrajectoryGroup]):
-    """An iteration's groups, and the seconds that they took to play.
-
-    Args:
-        groups: In the order of the tasks.
-        seconds: Of the slowest rank.
-    """
-
-    def __init__(self, groups: Iterable[TrajectoryGroup], seconds: float) -> None:
-        super().__init__(groups)
-        self.seconds = seconds
-
-    def metrics(self) -> dict[str, float]:
-        """How long it took, by METRICS' names."""
-        tokens = sum(len(t.prompt_ids) + len(t.token_ids) for g in self for t in g.trajectories)
-        return {"time/rollout_s": self.seconds, "time/rollout_tokens_per_s": tokens / self.seconds}

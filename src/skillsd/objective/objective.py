@@ -20,17 +20,25 @@ PLACEMENTS = ("loss", "advantage", "multiplier")
 
 @dataclass(frozen=True)
 class Terms:
-    """Sums over action tokens of one micro-batch: divide by the whole batch's N.
+    """What a micro-batch comes to. Sums are over its action tokens: divide by the whole batch's N.
 
     Args:
         policy: Sum of GRPO's loss (times policy_weight), scalar with gradient.
         distillation: Sum of what the signal adds to it, lambda included, scalar with gradient.
         metrics: Name -> sum, detached.
+        logp: The student's log-probs with gradient, [B, T], nats.
+        gap: log pi_tea - log pi_stu, [B, T], nats; 0 in rows that no teacher scores.
+        max_drift: Largest |log pi now - log pi at the rollout| of an action token, nats, scalar.
+        teacher_s: Seconds of teacher scoring, where they are measured.
     """
 
     policy: Tensor
     distillation: Tensor
     metrics: dict[str, Tensor]
+    logp: Tensor
+    gap: Tensor
+    max_drift: Tensor
+    teacher_s: float = 0.0
 
 
 @dataclass
@@ -154,7 +162,8 @@ class Objective:
                 "clip_fraction": clipped.float().sum(),
                 "logp_drift": (t.logp - t.logp_old).abs().sum(),
             }
-        return Terms(policy, distillation, metrics)
+            max_drift = torch.where(mask, (logp - logp_old).abs(), 0.0).max()
+        return Terms(policy, distillation, metrics, logp, (logp_teacher - logp).detach(), max_drift)
 
     def total(self, terms: Terms, n: int) -> Tensor:
         """(policy + distillation) / N; without gradient where neither has one."""
