@@ -209,7 +209,7 @@ class RolloutData(L.LightningDataModule):
             ConfigError: It cannot serve `actor`.
         """
         selection.check_actor(self.actor)
-        selection.bind(self)
+        selection.bind(self.generate, self.solution, self.together)
         self.selection = selection
 
     def together(self) -> AbstractContextManager[None]:

@@ -84,6 +84,11 @@ def end(callback: SkillBankCallback, groups: list[list[Any]], last: bool = False
     return logged
 
 
+def chosen(callback: SkillBankCallback, epoch: int = 0, anew: bool = True) -> list[tuple[int | None, str]]:
+    """The skills of t1 and t2."""
+    return callback.selection.choose(["t1", "t2"], ["t1", "t2"], 0, epoch, anew)
+
+
 def workflows(callback: SkillBankCallback, task_id: str) -> list[str]:
     assert callback.selection.bank is not None
     return [s.golden_workflow for s in callback.selection.bank.skills(task_id)]
@@ -140,7 +145,7 @@ def test_the_bank_is_filled_whatever_is_shown(groups):
     assert len(queue.submitted) == 1 and workflows(callback, "t1") == []  # not ready
     end(callback, groups(1), last=True)
     assert workflows(callback, "t1") == ["t1.0.0", "t1.1.0", "t1.0.1", "t1.1.1"]
-    assert callback.selection.skill_for("t1") == (None, "")
+    assert chosen(callback) == [(None, "")] * 2
     callback = make(NoContext())
     assert callback.selection.texts(groups(0), 0) is None
     assert end(callback, groups(0))["skills/bank"] == 0 and callback.selection.summariser.submitted == []  # type: ignore[attr-defined]
@@ -155,8 +160,8 @@ def test_failures_stay_out_of_the_bank(groups):
         end(callback, rows, last=True)
         assert tuple(len(workflows(callback, t)) for t in ("t1", "t2")) == expected
         assert [len(rows) for _, rows in callback.selection.summariser.submitted] == [sum(expected)]  # type: ignore[attr-defined]
-        callback.selection.refresh(["t1", "t2"], 0, 1, True)
-        assert callback.selection.skill_for("t1")[1] == "t1.0.0" and bool(callback.selection.skill_for("t2")[1]) == (expected[1] > 0)
+        (_, first), (_, second) = chosen(callback, 1)
+        assert first == "t1.0.0" and bool(second) == (expected[1] > 0)
 
 
 def test_a_transcript_is_the_conversation(make_trajectory):
@@ -217,18 +222,14 @@ def test_when_prompts_are_chosen(make_skill, when):
     """A first skill that comes late is shown at once; another one for a task that has one, when the prompts are chosen anew."""
     callback = make(None, refresh=when)
     bank: Any = callback.selection.bank
-    tasks = ["t1", "t2"]
 
     def shown(epoch_start: bool) -> list[str]:
-        callback.selection.refresh(tasks, 0, 0, epoch_start)
-        return [callback.selection.skill_for(t)[1] for t in tasks]
+        return [text for _, text in chosen(callback, anew=epoch_start)]
 
     bank.insert([make_skill("a", reward=1.0), make_skill("b")], 0)
     assert shown(True) == ["a.", ""]
     bank.record_use(1, 0)
     bank.insert([make_skill("c", "t2")], 0)
-    with pytest.raises(RuntimeError, match="task t2 has 1 skills, and its teacher got none"):
-        callback.selection.skill_for("t2")
     assert shown(False) == (["a.", "c."] if when == "epoch" else ["b.", "c."])
     assert shown(True) == ["b.", "c."]
 
@@ -275,7 +276,7 @@ def test_a_summariser_gets_the_model_s_voice(groups):
     callback = make(None)
     callback.selection.summariser = callback.selection.checked.inner = BaseSummariser()
     texts = {"success_analysis": "a", "mistake_analysis": "b", "golden_workflow": "go"}
-    callback.selection.bind(SimpleNamespace(generate=lambda messages, *_: [json.dumps(texts)] * len(messages), together=nullcontext))
+    callback.selection.bind(lambda messages, *_: [json.dumps(texts)] * len(messages), lambda *_, **__: None, nullcontext)
     assert end(callback, groups(0)) | {"time/summary_s": 0} == {"skills/bank": 2, "skills/failed": 0, "time/summary_s": 0}
     assert workflows(callback, "t1") == ["go"]
 
@@ -286,8 +287,7 @@ def test_a_checkpoint_brings_the_bank_back(groups, tmp_path, monkeypatch):
     (a, b), second = groups(0)
     blank = replace(a, turns=tuple(replace(t, action=" ") for t in a.turns))
     end(callback, [[blank, b], second], last=True)
-    callback.selection.refresh(["t1", "t2"], 0, 1, True)
-    prompts, flushed = [callback.selection.skill_for(t) for t in ("t1", "t2")], set()
+    prompts, flushed = chosen(callback, 1), set()
     assert prompts == [(1, "t1.1.0"), (2, "t2.0.0")]
     saved: dict[str, Any] = {}
     with monkeypatch.context() as m:
@@ -295,8 +295,7 @@ def test_a_checkpoint_brings_the_bank_back(groups, tmp_path, monkeypatch):
         callback.on_save_checkpoint(at(1), None, saved)  # type: ignore[arg-type]
     assert {(tmp_path / "run" / f"bank.sqlite{x}").stat().st_ino for x in ("", "-wal")} <= flushed
     end(callback, groups(1), last=True, skills=[1, 2])
-    callback.selection.refresh(["t1", "t2"], 0, 2, True)
-    assert [callback.selection.skill_for(t)[1] for t in ("t1", "t2")] == ["t1.0.1", "t2.0.1"]
+    assert [text for _, text in chosen(callback, 2)] == ["t1.0.1", "t2.0.1"]
     callback.teardown(at(2), None, "fit")  # type: ignore[arg-type]
 
     def resumed(folder: str, state: dict[str, Any]) -> SkillBankCallback:
@@ -306,7 +305,7 @@ def test_a_checkpoint_brings_the_bank_back(groups, tmp_path, monkeypatch):
         return again
 
     again = resumed("run", saved)
-    assert [again.selection.skill_for(t) for t in ("t1", "t2")] == prompts
+    assert chosen(again, 1, anew=False) == prompts
     assert workflows(again, "t1") == ["t1.1.0"] and workflows(again, "t2") == ["t2.0.0", "t2.1.0"]
     assert end(again, groups(1)) | {"time/summary_s": 0} == {"skills/bank": 3, "skills/failed": 1, "time/summary_s": 0}
     with pytest.raises(ConfigError, match=r"^skills: .*bank\.sqlite is not there, and the checkpoint saw 3 events"):
@@ -332,7 +331,7 @@ def test_a_context_is_asked_in_step_with_other_ranks(groups):
 
     entered: list[bool] = []
     callback = make(Asks())
-    callback.selection.bind(SimpleNamespace(generate=None, together=Together))
+    callback.selection.bind(lambda *_: [], lambda *_, **__: None, Together)
     assert callback.selection.texts(groups(0), 0) is not None and inside == [True, True]
 
 

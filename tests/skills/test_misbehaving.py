@@ -110,8 +110,8 @@ def test_control_tokens_are_text():
     assert sum(i in ids for i in chat.encode(attack)) == 3  # as it stands
     callback = SkillBankCallback(BaseSummariser(), template="{golden_workflow}")
     callback.selection.bank = SkillBank()
-    callback.selection.prompts["t1"], *_ = callback.selection.bank.insert([Skill("a", "b", attack, "t1")], 0)
-    assert callback.selection.skill_for("t1") == (1, attack)
+    callback.selection.bank.insert([Skill("a", "b", attack, "t1")], 0)
+    assert callback.selection.choose(["t1"], ["t1"], 0, 0, True) == [(1, attack)]
 
     def controls(skill: str) -> int:
         return sum(i in ids for i in chat.prompt_ids("", "a board", skill))
@@ -238,8 +238,7 @@ def test_what_is_left_out_is_said_and_the_rest_is_taken(make_trajectory, caplog)
 @pytest.mark.parametrize("given", [RuntimeError("x"), [], ["a"], [None, None], 7, lambda t: [good(t[0], "x" * 30_000)]])
 def test_a_skill_of_the_ground_truth_is_checked_too(make_trajectory, given):
     callback = SkillBankCallback(Third(given), GroundTruthContext())  # type: ignore[arg-type]
-    solve = SimpleNamespace(together=nullcontext, solution=lambda task_id, summariser: summariser.summarise([make_trajectory(task_id)])[0])
-    callback.selection.bind(solve)
+    callback.selection.bind(lambda *_: [], lambda task_id, summariser: summariser.summarise([make_trajectory(task_id)])[0], nullcontext)
     assert callback.selection.texts([[make_trajectory()]], 0) == [[""]]
 
 

@@ -1,16 +1,23 @@
-"""The SkillBank callback: a `SkillSelection` in Lightning's hooks."""
+"""The SkillBank callback: the bank of a run, and a `SkillSelection` in Lightning's hooks."""
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning as L
 
+from skillsd import parallel
+from skillsd.errors import ConfigError
 from skillsd.files.run_folder import BANK_FILE
+from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import PrivilegedContext
 from skillsd.skills.selection import SkillSelection
 from skillsd.skills.summarisers import Summariser
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -67,9 +74,30 @@ class SkillBankCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._fits = True
-        # opened late: input that is refused before leaves no file behind
-        self.selection.open(Path(trainer.default_root_dir) / BANK_FILE, self._saved)
+        if parallel.is_rank_zero():  # opened late: input that is refused before leaves no file behind
+            self._open(Path(trainer.default_root_dir) / BANK_FILE, self._saved)
         self._saved = None
+
+    def _open(self, path: Path, state: dict[str, Any] | None) -> None:
+        """Open the bank, and rewind it to a checkpoint's `state`: what was written after it did not happen.
+
+        Raises:
+            ConfigError: It cannot be used, or is not the one that the checkpoint saw.
+        """
+        selection = self.selection
+        if selection.bank is None and state is not None and state["position"] and not path.exists():
+            raise ConfigError(
+                f"skills: {path} is not there, and the checkpoint saw {state['position']} events in the bank: a checkpoint goes "
+                "on in its own run folder, or in a copy of the whole folder."
+            )
+        try:
+            selection.bank = selection.bank or SkillBank(path, **selection.bank_settings)
+            if state is not None:
+                selection.bank.cut(state["iteration"], expect=state["position"])
+                selection.chosen = {task_id: selection.bank.get(skill_id) for task_id, skill_id in state["prompts"].items()}
+                selection.failed = state["failed"]
+        except (ValueError, sqlite3.Error) as e:
+            raise ConfigError(f"skills: {e}") from e
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         last = trainer.should_stop or trainer.global_step >= trainer.estimated_stepping_batches
@@ -78,16 +106,25 @@ class SkillBankCallback(L.Callback):
         pl_module.log_dict(numbers, logger=False, batch_size=1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.selection.warn_if_useless()
+        selection = self.selection
+        if selection.bank is not None and selection.failed and not selection.made and not len(selection.bank):
+            why = f"; the last failure: {selection.checked.last_error}" if selection.checked.last_error else ""
+            log.warning("skills: none of %d trajectories could be summarised%s", selection.failed, why)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._fits:
             self._fits = False
             self.selection.checked.close()
-        self.selection.close()
+        if self.selection.bank is not None:
+            self.selection.bank.close()
+            self.selection.bank = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if (state := self.selection.state(trainer.global_step)) is not None:  # rank 0 has it, and writes the checkpoint
+        selection, bank = self.selection, self.selection.bank
+        if bank is not None:  # rank 0 has it, and writes the checkpoint
+            bank.sync()  # the checkpoint says how far it is
+            prompts = {task_id: skill.skill_id for task_id, skill in selection.chosen.items()}
+            state = {"iteration": trainer.global_step, "position": bank.position, "prompts": prompts, "failed": selection.failed}
             checkpoint["skill_bank"] = state
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import logging
 import math
-import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from skillsd import parallel
 from skillsd.bounded import fill
@@ -41,25 +39,12 @@ TRANSCRIPT_TEMPLATE = """\
 """
 
 
-class Voice(Protocol):
-    """What a selection may ask of the run that it belongs to: the data module."""
-
-    def generate(self, conversations: Sequence[Any], max_new_tokens: int, seed_keys: Sequence[Any]) -> list[str]:
-        """Answers of the untouched base model to conversations."""
-
-    def solution(self, task_id: str, summariser: Summariser) -> Skill | None:
-        """The summary of the environment's own solution of a task; None if it has none."""
-
-    def together(self) -> AbstractContextManager[None]:
-        """In this context each rank may use the model as often as it likes; all ranks enter it."""
-
-
 class SkillSelection:
     """Chooses, records uses and summarises. The arguments are those of `SkillBankCallback`.
 
     Attributes:
         bank: The bank while it is open; on rank 0 alone.
-        prompts: Task id -> the skill chosen for its teacher.
+        chosen: Task id -> the skill of its teacher; a task without one is not there.
         failed: Summaries that gave no skill since the run began.
         made: Summaries that gave one since this process began.
     """
@@ -78,7 +63,7 @@ class SkillSelection:
         self.bank_settings = bank_settings
         self.min_reward = -math.inf if min_reward is None else min_reward
         self.template, self.transcript_template = template or SKILL_TEMPLATE, transcript_template or TRANSCRIPT_TEMPLATE
-        self.refresh_when = refresh
+        self.refresh = refresh
         shown = ("transcript", "actions")
         for key, text, fields in (("template", self.template, FIELDS), ("transcript_template", self.transcript_template, shown)):
             try:
@@ -86,14 +71,14 @@ class SkillSelection:
             except ValueError as e:
                 raise ConfigError(f"skills.{key}: use only {', '.join(fields)} in braces ({e}).") from e
         self.bank: SkillBank | None = None
-        self.prompts: dict[str, int] = {}
+        self.chosen: dict[str, Skill] = {}
         self.failed = self.made = 0
         self.together: Callable[[], AbstractContextManager[None]] = nullcontext
         self._hindsight: list[Finished] | None = None  # of the iteration under way, made before its update
         self._waited_s = 0.0  # seconds that training waited for summaries in this iteration
         self._ready = False
 
-    # -- a run's beginning and end -----------------------------------------------------------------------------------------
+    # -- a run's beginning -------------------------------------------------------------------------------------------------
 
     def check_summariser(self) -> None:
         """Try the summariser before anything is written or loaded, if this run uses it. Once is enough.
@@ -105,13 +90,24 @@ class SkillSelection:
             self.checked.check_ready()
         self._ready = True
 
-    def bind(self, voice: Voice) -> None:
-        """Give a summariser that needs one the base model's voice, and a context that needs it the environment's own solutions."""
-        self.together = voice.together
+    def bind(
+        self,
+        generate: Callable[..., list[str]],
+        solution: Callable[..., Skill | None],
+        together: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """What a selection may ask of the run that it belongs to.
+
+        Args:
+            generate: Answers of the untouched base model to conversations, for a summariser that needs them.
+            solution: The summary of the environment's own solution of a task, for a context that needs it; None if it has none.
+            together: In this context each rank may use the model as often as it likes; all ranks enter it.
+        """
+        self.together = together
         if isinstance(self.summariser, BaseSummariser):
-            self.summariser.bind(voice.generate)
+            self.summariser.bind(generate)
         if isinstance(self.context, GroundTruthContext):
-            self.context.bind(partial(voice.solution, summariser=self.checked))
+            self.context.bind(partial(solution, summariser=self.checked))
 
     def check_actor(self, actor: str) -> None:
         """Refuse an actor with a skill (`data.actor`) where none is chosen before the rollout, or its use means nothing.
@@ -125,86 +121,29 @@ class SkillSelection:
         if (estimate := self.bank_settings["value_estimate"]) in refused:
             raise ConfigError(f"skills.value_estimate is {estimate}, which means nothing where data.actor is {actor}: set it to source.")
 
-    def open(self, path: Path, state: dict[str, Any] | None) -> None:
-        """Open the bank on rank 0, and rewind it to a checkpoint's `state`: what was written after it did not happen.
-
-        Raises:
-            ConfigError: It cannot be used, or is not the one that the checkpoint saw.
-        """
-        if self.bank is None and parallel.is_rank_zero():
-            if state is not None and state["position"] and not path.exists():
-                raise ConfigError(
-                    f"skills: {path} is not there, and the checkpoint saw {state['position']} events in the bank: a checkpoint goes "
-                    "on in its own run folder, or in a copy of the whole folder."
-                )
-            try:
-                self.bank = SkillBank(path, **self.bank_settings)
-            except (ValueError, sqlite3.Error) as e:
-                raise ConfigError(f"skills: {e}") from e
-        if state is not None and self.bank is not None:
-            try:
-                self.bank.cut(state["iteration"], expect=state["position"])
-            except ValueError as e:
-                raise ConfigError(f"skills: {e}") from e
-            self.prompts, self.failed = dict(state["prompts"]), state["failed"]
-
-    def state(self, iteration: int) -> dict[str, Any] | None:
-        """For a checkpoint that is written before `iteration`; None on ranks without the bank."""
-        if self.bank is None:
-            return None
-        self.bank.sync()  # the checkpoint says how far it is
-        return {"iteration": iteration, "position": self.bank.position, "prompts": dict(self.prompts), "failed": self.failed}
-
-    def warn_if_useless(self) -> None:
-        """Say so at a run's end if no trajectory could be summarised."""
-        if self.bank is not None and self.failed and not self.made and not len(self.bank):
-            why = self.checked.last_error
-            log.warning("skills: none of %d trajectories could be summarised%s", self.failed, f"; the last failure: {why}" if why else "")
-
-    def close(self) -> None:
-        """Close the bank."""
-        if self.bank is not None:
-            self.bank.close()
-            self.bank = None
-
     # -- before a rollout, and after it ------------------------------------------------------------------------------------
 
     def choose(
         self, task_ids: Sequence[str], every: Sequence[str], seed: int, epoch: int, epoch_start: bool
     ) -> list[tuple[int | None, str]]:
-        """`skill_for` each of an iteration's tasks, after a `refresh` of `every` training task: rank 0 chooses for all."""
+        """The skill that conditions each task's teacher, its id in the bank and its text; (None, "") without one. Rank 0 chooses for all.
+
+        Skills are chosen for `every` training task, anew where that is due. Between two choices a task without one may get its first skill
+        late, from a slow summariser.
+        """
         found: list[tuple[int | None, str]] = []
         with self.together():
             if parallel.is_rank_zero():
-                self.refresh(every, seed, epoch, epoch_start)
-                found = [self.skill_for(t) for t in task_ids]
+                assert self.bank is not None
+                if epoch_start or self.refresh == "iteration":
+                    self.chosen = {}
+                for t in every:
+                    skill = None if t in self.chosen else self.context(self.bank, t, every, seed, epoch)
+                    if skill is not None and skill.skill_id is not None:
+                        self.chosen[t] = skill
+                skills = [self.chosen.get(t) for t in task_ids]
+                found = [(None, "") if skill is None else (skill.skill_id, self._text(skill)) for skill in skills]
         return parallel.broadcast(found)
-
-    def refresh(self, task_ids: Sequence[str], seed: int, epoch: int, epoch_start: bool) -> None:
-        """Choose every task's skill anew where it is due. Called before each iteration's rollout."""
-        assert self.bank is not None
-        if epoch_start or self.refresh_when == "iteration":
-            self.prompts = {}
-        for task_id in task_ids:
-            if task_id in self.prompts:
-                continue  # of those without a prompt, one may have got its first skill late, from a slow summariser
-            skill = self.context(self.bank, task_id, task_ids, seed, epoch)
-            if skill is not None and skill.skill_id is not None:
-                self.prompts[task_id] = skill.skill_id
-
-    def skill_for(self, task_id: str) -> tuple[int | None, str]:
-        """The skill that conditions the task's teacher: its id and its text; (None, "") without one.
-
-        Raises:
-            RuntimeError: the bank has skills of the task, and its teacher would get none.
-        """
-        assert self.bank is not None
-        skill_id = self.prompts.get(task_id)
-        if skill_id is not None:
-            return skill_id, self._text(self.bank.get(skill_id))
-        if isinstance(self.context, BankContext) and self.bank.skills(task_id):
-            raise RuntimeError(f"task {task_id} has {len(self.bank.skills(task_id))} skills, and its teacher got none")
-        return None, ""
 
     def texts(self, groups: Sequence[Sequence[Trajectory]], iteration: int) -> list[list[str]] | None:
         """What a `GroupContext` puts in front of each member's teacher prompt, of this rank's groups; None with one of the other kind."""
