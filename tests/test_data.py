@@ -165,7 +165,7 @@ def test_failed_episodes_are_told_once_an_iteration(join, caplog):
 
     collector.collect = fail
     batches = list(stream)
-    assert [r.getMessage() for r in caplog.records if r.name == "skillsd.stream"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "skillsd.rollout.failures"] == [
         "iteration 0: 2 of 6 episodes failed: out of memory", "iteration 2: 1 of 3 episodes failed: killed",
     ]  # fmt: skip
     assert [t.failure for g in batches[0] for t in g.trajectories] == ["", "out of memory", "", "", "killed", ""]  # they stay there

@@ -140,7 +140,7 @@ def test_it_goes_on_meanwhile(fit, tiny_model):
 
         def wait(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 0:
-                (future,) = [x.play.__self__ for x in trainer.datamodule._stream._launched.values()]
+                (future,) = [play.__self__ for _, _, play in trainer.datamodule._stream._launched.values()]
                 future.result(30)
                 ahead.append(len(server.asked))
 

@@ -20,12 +20,13 @@ from skillsd.environment import TextEnv, make_env
 from skillsd.errors import ConfigError
 from skillsd.files.checkpoint import how_to_resume
 from skillsd.files.continuation import check_episodes, episodes
+from skillsd.panel_stream import PanelStream
 from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
 from skillsd.rollout import Background, Chat, Collector, RolloutSettings
 from skillsd.skills import Skill, Summariser
 from skillsd.skills.selection import ACTOR_NEEDS_SKILL, SkillSelection
-from skillsd.stream import GroupStream, PanelStream, Progress, Selection
+from skillsd.stream import GroupStream, Progress
 from skillsd.tasks import read_tasks
 from skillsd.testing import check_before_run
 from skillsd.trajectory import Task
@@ -88,7 +89,7 @@ class RolloutData(L.LightningDataModule):
         self.panel_temperature, self.panel_attempts, self.panel_adapter = panel_temperature, panel_attempts, panel_adapter
         self.panel_seeds, self.seed = panel_seeds or [0], seed
         self.progress: Progress | None = None
-        self.selection: Selection | None = None
+        self.selection: SkillSelection | None = None
         self._resume_at = 0
         self._episodes: dict[str, str] | None = None  # of a run that trains
         self._stream: GroupStream | None = None

@@ -241,7 +241,7 @@ def test_a_skill_heads_the_prompt_of_who_acts(policy, episodes):
 
 def test_progress_counts_finished_episodes(policy, episodes):
     seen = []
-    collect(policy, episodes[:6], max_rows=2, progress=seen.append)
+    collect(policy, episodes[:6], max_rows=2, progress=lambda n, of: seen.append(n))
     assert seen == sorted(seen) and seen[-1] == 6
 
 

@@ -126,7 +126,7 @@ class Collector:
 
     def collect(
         self, episodes: Sequence[Episode], *, seed: int, iteration: int, temperature: float | None = None, adapter: Adapter = "student",
-        progress: Callable[[int], object] | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> list[Trajectory]:  # fmt: skip
         """Play episodes; the trajectories come back in their order.
 
@@ -136,7 +136,7 @@ class Collector:
             iteration: Optimizer step the trajectories belong to.
             temperature: None takes the settings'; 0 is greedy.
             adapter: Who acts.
-            progress: Called with the number of finished episodes.
+            progress: Called with the number of finished episodes, and of all.
         """
         temperature = self.settings.temperature if temperature is None else temperature
         fresh = False
@@ -156,7 +156,7 @@ class Collector:
             log.warning("%s It begins again with %d episodes at one time, as those after it.", why, sure)
 
     def _collect(
-        self, session: Session, episodes: Sequence[Episode], seed: int, iteration: int, progress: Callable[[int], object] | None
+        self, session: Session, episodes: Sequence[Episode], seed: int, iteration: int, progress: Callable[[int, int], object] | None
     ) -> list[Trajectory]:
         self._settle()
         max_turn_tokens = self.settings.turn_tokens(self.context_length)
@@ -187,7 +187,7 @@ class Collector:
                         if playing.pop(e.index, None):
                             session.forget([e.index])
                 if progress is not None:
-                    progress(len(finished))
+                    progress(len(finished), len(episodes))
                 if len(finished) == len(episodes):
                     return [finished[i] for i in range(len(episodes))]
                 playing |= {e.index: e for e in ready}
