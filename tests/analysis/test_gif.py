@@ -17,7 +17,7 @@ RED, GREEN, BLUE = (np.full((40, 120, 3), rgb, np.uint8) for rgb in ((200, 0, 0)
 
 
 class Painter(gymnasium.Env):
-    """Draws what it is told to; it counts what was not closed."""
+    """Draws the picture that is named; it counts what was not closed."""
 
     alive = 0
     shows: dict[str, Any] = {

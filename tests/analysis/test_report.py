@@ -120,8 +120,8 @@ def cells(markdown: str) -> dict[str, list[str]]:
     return {row[0].strip(): row[1:] for row in rows}
 
 
-def test_the_numbers(done):
-    folder, page, text = done
+def test_the_numbers(reported):
+    folder, page, text = reported
     run, found = Run(folder), cells(text)
     for when in ("before", "after"):
         part = run.panel[when]
@@ -139,8 +139,8 @@ def test_the_numbers(done):
     assert curve(run, "reward/success")["low"].notna().any() and "Bands are 95% intervals" in page
 
 
-def test_the_trajectories_and_skills(done):
-    folder, page, text = done
+def test_the_trajectories_and_skills(reported):
+    folder, page, text = reported
     run = Run(folder)
     numbers = [int(n) for n in re.findall(r"^### Trajectory (\d+): ", text, flags=re.MULTILINE)]
     assert numbers == choose(run.trajectories) == [int(n) for n in re.findall(r"<h3>Trajectory (\d+): ", page)]
@@ -157,8 +157,8 @@ def test_the_trajectories_and_skills(done):
     assert "The 20 most used of 25" in page and "<dt>mistake analysis</dt><dd>mistake 4</dd>" in page and "Its teacher saw skill 1." in page
 
 
-def test_nothing_a_stranger_wrote_is_markup(done):
-    folder, page, text = done
+def test_nothing_a_stranger_wrote_is_markup(reported):
+    folder, page, text = reported
     parsed = Page(page)
     visible = EVIL.replace("\x1b", "\\x1b").replace("\ud800", "\\ud800")
     assert parsed.text.count(visible) >= 5 and "\x1b" not in page + text  # task, instruction, observation, action, failure, skills
@@ -171,8 +171,8 @@ def test_nothing_a_stranger_wrote_is_markup(done):
     assert sum(visible in t.content for t in tokens) >= 5
 
 
-def test_the_page_needs_nothing_else(done):
-    folder, page, text = done
+def test_the_page_needs_nothing_else(reported):
+    folder, page, text = reported
     for tag, attrs in Page(page).elements:
         assert tag not in ("script", "link")
         for name, value in attrs.items():
@@ -183,9 +183,9 @@ def test_the_page_needs_nothing_else(done):
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style and "@media print" in style
 
 
-def test_the_same_folder_gives_the_same_bytes(done, tmp_path, capsys):
-    first, second = done[0] / "report", tmp_path / "out"
-    shutil.copytree(done[0], tmp_path / "a run", ignore=shutil.ignore_patterns("report"))
+def test_the_same_folder_gives_the_same_bytes(reported, tmp_path, capsys):
+    first, second = reported[0] / "report", tmp_path / "out"
+    shutil.copytree(reported[0], tmp_path / "a run", ignore=shutil.ignore_patterns("report"))
     written(tmp_path / "a run", "-o", str(second))
     assert capsys.readouterr().out == f"report: {second}/report.html, {second}/report.md\n"
     names = sorted(p.name for p in first.iterdir())
@@ -280,11 +280,11 @@ def test_the_rule():
     assert 50 not in found  # of the kind that is in neither, the last one
 
 
-@pytest.mark.parametrize(("args", "told"), [(["--nosuch"], "unrecognized arguments"), (["-o", "FILE"], "-o: FILE is a file")])
-def test_what_is_refused(folder, args, told, monkeypatch):
+@pytest.mark.parametrize(("args", "message"), [(["--nosuch"], "unrecognized arguments"), (["-o", "FILE"], "-o: FILE is a file")])
+def test_what_is_refused(folder, args, message, monkeypatch):
     monkeypatch.chdir(folder)
     Path("FILE").touch()
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         report([str(folder), *args], lambda: CHECKS)
     assert not (folder / "report").exists()
 

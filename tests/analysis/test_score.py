@@ -124,13 +124,13 @@ def test_what_cannot_be_scored(run, scorer, tmp_path):
         Scorer(Run(tmp_path))
     checkpoint = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
     made = checkpoint["skillsd"]["base"]
-    for name, content, told in (
+    for name, content, message in (
         ("base", checkpoint | {"skillsd": {"base": made | {"digest": "0"}}}, r"belongs to other weights \(.*, 0\)"),
         ("older", checkpoint | {"skillsd": {"base": "another"}}, "does not say which weights"),
         ("empty", {"a": 1}, "no checkpoint"),
     ):
         torch.save(content, tmp_path / f"{name}.ckpt")
-        with pytest.raises((ConfigError, DamagedError), match=told):
+        with pytest.raises((ConfigError, DamagedError), match=message):
             Scorer(run, tmp_path / f"{name}.ckpt")
     call: Any
     for error, call in ((ValueError, lambda: scorer.logprobs(0, "nosuch")), (IndexError, lambda: scorer.logprobs(10**6))):

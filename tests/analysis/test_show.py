@@ -135,7 +135,7 @@ def test_the_skills(shown):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["--trajectory", "6"], "--trajectory: trajectory 6: .*has 6"),
         (["--task", "t3"], r"--task t3: .* has no trajectory of it \(it has t1, t2"),
@@ -143,11 +143,11 @@ def test_the_skills(shown):
         (["--nosuch"], "unrecognized arguments: --nosuch .*`skillsd show --help`"),
     ],
 )
-def test_what_is_not_there(folder, capsys, args, told):
+def test_what_is_not_there(folder, capsys, args, message):
     assert cli.main(["show", str(folder), *args]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("error: ")
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises(AssertionError, match=message):
         raise AssertionError(said)
 
 

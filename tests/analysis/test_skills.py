@@ -32,14 +32,14 @@ def bank(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Any:
-    def told(*args: object, code: int = 0) -> str:
+def skills(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*args: object, code: int = 0) -> str:
         assert cli.main(["skills", *map(str, args)]) == code
         out, err = capsys.readouterr()
         assert "\x1b" not in out + err and (err == "") == (code == 0) and err.count("\n") == (code != 0)
         return err or out
 
-    return told
+    return run
 
 
 def held(path: Path) -> dict[str, list[str]]:
@@ -47,92 +47,92 @@ def held(path: Path) -> dict[str, list[str]]:
         return {task: [skill.golden_workflow for skill in bank.skills(task)] for task in bank.tasks()}
 
 
-def test_a_task_s_name_forges_no_line(told, tmp_path):
+def test_a_task_s_name_forges_no_line(skills, tmp_path):
     """A bank from elsewhere may hold any name; in print it is part of one line."""
     with SkillBank(tmp_path / "bank.sqlite") as bank:
         bank.insert([Skill("s", "m", "go\nup", "t\n9.999  skill 7, task best: \x1b[2J" + "x" * 1_000_000)], 0)
-    lines = told("search", tmp_path / "bank.sqlite", "go up").splitlines()
+    lines = skills("search", tmp_path / "bank.sqlite", "go up").splitlines()
     assert len(lines) == 4 and not any(line.startswith("9.999") for line in lines) and max(map(len, lines)) < 500
 
 
-def test_from_one_bank_to_another(told, bank, tmp_path):
+def test_from_one_bank_to_another(skills, bank, tmp_path):
     new, file = tmp_path / "new", tmp_path / "skills.jsonl"
-    assert told("export", bank.parent, "-o", file) == f"2 skills: {file}\n"
-    assert told("export", bank) == file.read_text() and file.read_text().count("\n") == 2
-    said = told("import", new, file)
+    assert skills("export", bank.parent, "-o", file) == f"2 skills: {file}\n"
+    assert skills("export", bank) == file.read_text() and file.read_text().count("\n") == 2
+    said = skills("import", new, file)
     assert "imported 2 new skills of 2 tasks" in said and f"--trainer.default_root_dir={new}\n" in said
     assert held(new / "bank.sqlite") == held(bank)
     with SkillBank(new / "bank.sqlite") as there:
         assert {e.iteration for e in there.events()} == {BEFORE}
         (skill,) = there.skills("t1")
         assert (skill.source_reward, skill.uses, skill.source_iteration) == (1.0, 0, -4)
-    said = told("import", new, file)
+    said = skills("import", new, file)
     assert "imported 0 new skills" in said and "holds 2\n2 were there already; 0 were evicted, as a task keeps 8" in said
     with SkillBank(new / "bank.sqlite") as there:
         assert {s.sources for s in there.skills("t1")} == {1}  # nobody has said it a second time
 
 
-def test_a_bank_that_is_open_elsewhere(told, bank, tmp_path):
+def test_a_bank_that_is_open_elsewhere(skills, bank, tmp_path):
     """A run that is in its first iteration has no event and no checkpoint yet."""
     new, file = tmp_path / "new", tmp_path / "skills.jsonl"
-    told("export", bank, "-o", file)
+    skills("export", bank, "-o", file)
     new.mkdir()
     with SkillBank(new / "bank.sqlite") as running:
-        assert "is open in another process" in told("import", new, file, code=2)
+        assert "is open in another process" in skills("import", new, file, code=2)
         running.insert([Skill("s", "m", "w", "t9")], 0)  # it goes on
-    assert "has begun" in told("import", new, file, code=2)
+    assert "has begun" in skills("import", new, file, code=2)
     (tmp_path / "killed").mkdir()
     empty = tmp_path / "empty.sqlite"
     SkillBank(empty).close()
     for end in ("", "-wal", "-shm"):  # what SIGKILL leaves before the first event
         (tmp_path / "killed" / f"bank.sqlite{end}").write_bytes(b"" if end else empty.read_bytes())
-    assert "imported 2 new skills" in told("import", tmp_path / "killed", file)
+    assert "imported 2 new skills" in skills("import", tmp_path / "killed", file)
 
 
-def test_a_file_that_cannot_be_written(told, bank, tmp_path):
+def test_a_file_that_cannot_be_written(skills, bank, tmp_path):
     for out in (tmp_path, bank / "x"):
-        assert "-o: " in told("export", bank, "-o", out, code=2)
+        assert "-o: " in skills("export", bank, "-o", out, code=2)
 
 
-def test_a_pipe(told, bank, tmp_path, monkeypatch):
-    lines = told("export", bank, "--all")
+def test_a_pipe(skills, bank, tmp_path, monkeypatch):
+    lines = skills("export", bank, "--all")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines.encode())))
-    assert "imported 3 new skills of 2 tasks" in told("import", tmp_path / "new", "-")
+    assert "imported 3 new skills of 2 tasks" in skills("import", tmp_path / "new", "-")
     assert held(tmp_path / "new" / "bank.sqlite")["t1"] == ["go up", "go right"]
 
 
-def test_the_runs_settings_hold(told, bank, tmp_path):
+def test_the_runs_settings_hold(skills, bank, tmp_path):
     new, file = tmp_path / "new", tmp_path / "skills.jsonl"
     new.mkdir()
     write_record(new)
     (new / "config.yaml").write_text("skills: {capacity: 1, eviction: oldest, value_estimate: gap, refresh: epoch}\n")
-    told("export", bank, "--all", "-o", file)
-    said = told("import", new, file)
+    skills("export", bank, "--all", "-o", file)
+    said = skills("import", new, file)
     assert "holds 2\n0 were there already; 1 were evicted, as a task keeps 1\n" in said and "--ckpt_path last" in said
     with SkillBank(new / "bank.sqlite", value_estimate="gap") as there:
         assert [s.mean_reward for s in there.skills("t1")] == [0.0]
     (new / "config.yaml").write_text("skills: {capacity: null, value_estimate: source}\n")
-    assert "is 'gap', not 'source'" in told("import", new, file, code=2)
+    assert "is 'gap', not 'source'" in skills("import", new, file, code=2)
 
 
-def test_a_bad_line_imports_nothing(told, bank, tmp_path):
+def test_a_bad_line_imports_nothing(skills, bank, tmp_path):
     new, file = tmp_path / "new", tmp_path / "skills.jsonl"
-    told("export", bank, "-o", file)
+    skills("export", bank, "-o", file)
     file.write_text(file.read_text() + "{}\n")
-    assert "FILE: line 3: " in told("import", new, file, code=2) and not new.exists()
+    assert "FILE: line 3: " in skills("import", new, file, code=2) and not new.exists()
 
 
-def test_a_run_that_has_begun_is_left_alone(told, bank, tmp_path):
+def test_a_run_that_has_begun_is_left_alone(skills, bank, tmp_path):
     file, other = tmp_path / "skills.jsonl", tmp_path / "other"
-    told("export", bank, "-o", file)
+    skills("export", bank, "-o", file)
     before = bank.read_bytes()
-    assert "has begun" in told("import", bank.parent, file, code=2) and bank.read_bytes() == before
+    assert "has begun" in skills("import", bank.parent, file, code=2) and bank.read_bytes() == before
     (other / "checkpoints").mkdir(parents=True)  # a method without skills: no events, and yet the checkpoint counts them
     (other / "checkpoints" / "last.ckpt").touch()
-    assert "has begun" in told("import", other, file, code=2) and not (other / "bank.sqlite").exists()
+    assert "has begun" in skills("import", other, file, code=2) and not (other / "bank.sqlite").exists()
 
 
-def test_what_is_no_bank_and_no_file(told, bank, tmp_path):
+def test_what_is_no_bank_and_no_file(skills, bank, tmp_path):
     (empty := tmp_path / "empty.jsonl").write_text("\n")
     (foreign := tmp_path / "foreign").write_text("no bank" * 100)
     for args, said in (
@@ -147,15 +147,15 @@ def test_what_is_no_bank_and_no_file(told, bank, tmp_path):
         ((), "command"),
         (("nosuch",), "nosuch"),
     ):
-        assert re.search(said, told(*args, code=2)), args
+        assert re.search(said, skills(*args, code=2)), args
 
 
-def test_search(told, bank):
-    found = json.loads(told("search", bank.parent, "left red", "--json"))
+def test_search(skills, bank):
+    found = json.loads(skills("search", bank.parent, "left red", "--json"))
     assert [(s["skill_id"], s["evicted"]) for s in found] == [(3, None)] and found[0]["mistake_analysis"] == EVIL
     assert 0 < found[0]["similarity"] < 1
-    lines = told("search", bank, "GO UP", "-n", 2).splitlines()
+    lines = skills("search", bank, "GO UP", "-n", 2).splitlines()
     assert re.fullmatch(r"0\.\d{3}  skill 1, task t1: mean reward 0\.500, 0 uses, evicted in iteration 2", lines[0])
     assert lines[3] == "       golden_workflow: go up" and "skill 2" in lines[4] and "1 use" in lines[4] and len(lines) == 8
-    assert r"\x1b" in (text := told("search", bank, "down")) and "..." in text and max(map(len, text.splitlines())) < 240
-    assert told("search", bank, "zebra") == "no skill shares a word with it\n" and told("search", bank, "zebra", "--json") == "[]\n"
+    assert r"\x1b" in (text := skills("search", bank, "down")) and "..." in text and max(map(len, text.splitlines())) < 240
+    assert skills("search", bank, "zebra") == "no skill shares a word with it\n" and skills("search", bank, "zebra", "--json") == "[]\n"

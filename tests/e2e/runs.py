@@ -201,12 +201,12 @@ class Run:
         shutil.rmtree(self.folder, ignore_errors=True)
         status, text, _ = self.fail(n, code, lasting)
         lines = [x for x in text.splitlines() if x.startswith("error: ")]
-        told = status == 2 and len(lines) == 1 and "Traceback" not in text
-        assert told or (status == 0 and not lines and not lasting), f"{status}: {text[-3000:]}"
+        refused = status == 2 and len(lines) == 1 and "Traceback" not in text
+        assert refused or (status == 0 and not lines and not lasting), f"{status}: {text[-3000:]}"
         found = newest_good(self.folder / "checkpoints")
         if found is not None:
             read_checkpoint(found)
-        if told:
+        if refused:
             self.resume()
         assert_equal(self.record(), record, f"call {n}")
 

@@ -78,8 +78,8 @@ def test_skill_sd_iterations_on_the_real_engine(finished):
 def test_validate(finished, capsys):
     _, overlay = finished
     assert cli.main(["validate", "-c", "appworld", "-c", str(overlay), "--trainer.default_root_dir", str(overlay.parent / "other")]) == 0
-    told = capsys.readouterr().out
-    assert "task goal completion 0.000" in told and "scenario goal completion 0.000" in told
+    out = capsys.readouterr().out
+    assert "task goal completion 0.000" in out and "scenario goal completion 0.000" in out
     assert read_validations(overlay.parent / "other")[0]["completion"] > 0
 
 
@@ -88,12 +88,12 @@ def test_play_without_a_model(policy, success, capsys):
     """The whole path through commands, data and environment; the model that the file names need not be there."""
     flags = ["--model.policy.model=/no/such/model", "--policy", policy, "--level", "50"]
     assert cli.main(["play", "-c", "appworld", *flags]) == 0
-    told = capsys.readouterr().out
-    assert f"--- done: success {success}" in told and "complete_task" in told
+    out = capsys.readouterr().out
+    assert f"--- done: success {success}" in out and "complete_task" in out
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--data.env_kwargs.source=official"], "official AppWorld data is not there: get it with `appworld download data`"),
         (["--data.panel_split=test_normal"], "data.panel_split: split = 'test_normal': unknown"),
@@ -101,7 +101,7 @@ def test_play_without_a_model(policy, success, capsys):
         (["--data.env_kwargs.python=/bin/true"], "AppWorld"),
     ],
 )
-def test_bad_input_is_one_line(flags, told, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("APPWORLD_ROOT", raising=False)
     model = [
         "--model.policy.model=nano",
@@ -110,18 +110,18 @@ def test_bad_input_is_one_line(flags, told, tmp_path, monkeypatch, capsys):
     ]
     assert cli.main(["fit", "-c", "appworld", *model, *flags]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_ground_truth_is_the_engine_s_own_solution(finished, tmp_path, monkeypatch):
     """Its code, run on the engine, is in front of the teacher's prompt from the first iteration on."""
     _, overlay = finished
-    told: dict[str, str] = {}
+    workflows: dict[str, str] = {}
     solve = RolloutData.solution
 
     def note(self: RolloutData, task_id: str, summariser: Any) -> Any:
         skill = solve(self, task_id, summariser)
-        told[task_id] = skill.golden_workflow
+        workflows[task_id] = skill.golden_workflow
         return skill
 
     monkeypatch.setattr(RolloutData, "solution", note)
@@ -130,4 +130,4 @@ def test_ground_truth_is_the_engine_s_own_solution(finished, tmp_path, monkeypat
     assert cli.main(["fit", "-c", "appworld", "-c", str(overlay), f"--trainer.default_root_dir={tmp_path / 'run'}", *flags]) == 0
     (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
     assert float(row["teacher/skill_share"]) == 1 and float(row["teacher/dropped_rows"]) == 0 and float(row["teacher/k3"]) > 0
-    assert len(told) == 3 and all("apis." in text for text in told.values())
+    assert len(workflows) == 3 and all("apis." in text for text in workflows.values())

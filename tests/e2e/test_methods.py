@@ -325,9 +325,9 @@ def test_who_acts_with_a_skill(run, plain, method):
     """What stands in trajectories.jsonl as the actor's prompt: the plain one, but for four methods once there are skills."""
     for i, played in enumerate(run(method).played):
         for t in played:
-            told = i >= FIRST and (method in ACTING[:3] or (method == "ucob_pairs" and t.member >= 2))
-            assert len(t.prompt_ids) > len(plain[t.task_id]) if told else t.prompt_ids == plain[t.task_id]
-            if told:
+            sees_skill = i >= FIRST and (method in ACTING[:3] or (method == "ucob_pairs" and t.member >= 2))
+            assert len(t.prompt_ids) > len(plain[t.task_id]) if sees_skill else t.prompt_ids == plain[t.task_id]
+            if sees_skill:
                 assert t.prompt_ids[-len(plain[t.task_id]) :] == plain[t.task_id]
 
 
@@ -351,7 +351,7 @@ def test_whom_the_loss_moves(run, plain, method):
         if method in ("off_policy_frozen", "off_policy_dynamic") and i >= FIRST:
             assert teacher == acted
         if method == "ucob_pairs" and i >= FIRST:
-            assert teacher == acted  # each half is taught by the other's view
+            assert teacher == acted  # each half's teacher is the other half's view
         if method in ("grpo", "no_skill", "skill_grpo"):
             assert not teacher
         if method == "hindsight":

@@ -71,10 +71,12 @@ def watched(args: list[str], recorded: str | None = None, record: str | None = N
         seen["group_gap"].append(out["group_gap"])
         return out
 
-    def _accumulate(self: Any, batch: Any, mine: Any, *rest: Any) -> Any:
-        seen["rows"].append(mine)
-        seen["parts"].append(len(micro_batches([len(batch.student[i]) for i in mine], self.micro_batch_tokens, not self.policy.packs)))
-        return accumulate(self, batch, mine, *rest)
+    def _accumulate(self: Any, batch: Any, local_rows: Any, *rest: Any) -> Any:
+        seen["rows"].append(local_rows)
+        seen["parts"].append(
+            len(micro_batches([len(batch.student[i]) for i in local_rows], self.micro_batch_tokens, not self.policy.packs))
+        )
+        return accumulate(self, batch, local_rows, *rest)
 
     Learner._step, SkillSelection.choose, Collector.collect = _step, _choose, _collect  # type: ignore[method-assign]
     SkillSD.training_step, Learner._accumulate = _training_step, _accumulate  # type: ignore[method-assign]
@@ -215,7 +217,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 def tensorboard(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of each tag (step, value), and (step, how many, sum, least, most)."""
+    """By tag: (step, value), and (step, how many, sum, least, most)."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
     tags = events.Tags()
     timeless = [t for t in tags["scalars"] if not t.startswith(("time/", "memory/"))]
@@ -254,9 +256,9 @@ def test_real_launchers(one: tuple[Pair, dict[str, Any]], start: list[str]) -> N
     run = alone.new(f"real-{len(start)}")
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
     command = [sys.executable, *start, "skillsd", *run.args("--trainer.max_steps=1", *PAIR)]
-    done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-5000:]
+    result = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout[-5000:]
     for line in ("panel before: 5 episodes", "panel after: 5 episodes", "panel of 5 held-out episodes", "skill bank: ", "log: "):
-        assert done.stdout.count(line) == 1, done.stdout
-    assert "Traceback" not in done.stdout and "arning" not in done.stdout, done.stdout
+        assert result.stdout.count(line) == 1, result.stdout
+    assert "Traceback" not in result.stdout and "arning" not in result.stdout, result.stdout
     near(run.left()["metrics"][0], alone.left()["metrics"][0])

@@ -68,13 +68,13 @@ def whole(servers: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def assert_as_one(run: Run, whole: Run) -> None:
     """The same episodes and bank; numbers to float32's rounding, which depends on who sits beside whom."""
-    mine, theirs = run.record(), whole.record()
-    assert mine["skill"] == theirs["skill"]
+    got, want = run.record(), whole.record()
+    assert got["skill"] == want["skill"]
     for table in ("event", "state"):  # the gap of a use is in them, and in the checksum at their end
-        for a, b in zip(mine[table], theirs[table], strict=True):
+        for a, b in zip(got[table], want[table], strict=True):
             assert [x if not isinstance(x, float) else pytest.approx(x, rel=1e-4, abs=ROUNDING) for x in a[:-1]] == list(b[:-1]), table
-    assert mine["panel"] == theirs["panel"]
-    for a, b in zip(mine["metrics"], theirs["metrics"], strict=True):
+    assert got["panel"] == want["panel"]
+    for a, b in zip(got["metrics"], want["metrics"], strict=True):
         for key in a.keys() - {"policy/logp_drift", "policy/logp_drift_max", "teacher/k3"}:  # rounding is all that is in them
             assert (a[key] == b[key] == "") or float(a[key]) == pytest.approx(float(b[key]), rel=1e-4, abs=ROUNDING), key
     adapters = [r.checkpoint()["state_dict"] for r in (run, whole)]

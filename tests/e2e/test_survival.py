@@ -1,4 +1,4 @@
-"""A disk that is full or broken, files that are damaged, a run that is told to stop: nothing is lost, one line says what is wrong."""
+"""A disk that is full or broken, damaged files, a run stopped by a signal: nothing is lost, and one line says what is wrong."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_damaged_adapter(whole: Run, finished: Run) -> None:
     assert "adapter_model.safetensors is damaged" in other.fit(given, code=2)
 
 
-# -- told to stop -----------------------------------------------------------------------------------------------------------------
+# -- stopped by a signal -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,12 @@ def test_a_choice_of_tasks(make_env):
     _, info = env.reset(seed=3, options={"split": "test"})
     assert info["split"] == "test" and info["difficulty"] in ("1", "3")
     assert env.reset(seed=3, options={"split": "test"})[1]["task_id"] == info["task_id"]
-    for options, told in (({"task_id": "t000000_1"}, "not a task"), ({"task_id": "../x"}, "not a task"), ({"board": "x"}, "unknown key")):
-        with pytest.raises(ValueError, match=told):
+    for options, message in (
+        ({"task_id": "t000000_1"}, "not a task"),
+        ({"task_id": "../x"}, "not a task"),
+        ({"board": "x"}, "unknown key"),
+    ):
+        with pytest.raises(ValueError, match=message):
             env.reset(options=options)
 
 
@@ -109,9 +113,9 @@ def test_scores(env, tier):
 
     env.reset(options={"task_id": task_id})
     (answer,) = env.solution()
-    *_, done = env.step(answer)
-    assert (done["success"], done["completion"], done["completion_effort"], done["tests_missed"]) == (True, 1.0, 1.0, [])
-    tests = set(done["tests_passed"])
+    *_, solved = env.step(answer)
+    assert (solved["success"], solved["completion"], solved["completion_effort"], solved["tests_missed"]) == (True, 1.0, 1.0, [])
+    tests = set(solved["tests_passed"])
     assert env.solution() == []
 
     truth = paths.find_root("tiny") / "data" / "tasks" / task_id / "ground_truth"
@@ -165,8 +169,8 @@ def test_many_at_once(make_env: Callable[..., AppWorldEnv]):
 
     def play(env: AppWorldEnv, at: int) -> tuple[str, float]:
         env.reset(options={"task_id": tasks[at]["task_id"]})
-        seen = env.step(block(f"mine = {at}\nprint(apis.supervisor.show_active_task())"))[0]
-        assert f"\n{at}\n" in env.step(block("print(mine)"))[0]
+        seen = env.step(block(f"number = {at}\nprint(apis.supervisor.show_active_task())"))[0]
+        assert f"\n{at}\n" in env.step(block("print(number)"))[0]
         return seen, env.step(env.solution()[0])[1]
 
     with ThreadPoolExecutor(4) as threads:

@@ -95,12 +95,12 @@ SURVIVES = {
 
 @pytest.mark.parametrize("name", SURVIVES)
 def test_a_normal_failed_turn(env, hasty, name):
-    code, told = SURVIVES[name]
-    env = hasty if told == "timed out" else env
+    code, message = SURVIVES[name]
+    env = hasty if message == "timed out" else env
     first = task(env)
     env.reset(options={"task_id": first})
     observation = run(env, code)
-    assert told in observation and len(observation) < 8000
+    assert message in observation and len(observation) < 8000
     assert "root:" not in observation and not Path("/tmp/escaped").exists()
     if name not in ("takes stdout away", "removes what it needs", "leaves threads running"):
         assert "\n42\n" in run(env, "print(6 * 7)")
@@ -257,8 +257,8 @@ def test_what_is_said_to_the_world_s_process(env, name):
     message, answered = SAID[name]
     env.reset(options={"task_id": task(env)})
     run(env, SPEAK + f"try: speak({message})\nexcept OSError: pass")
-    told = run(env, "apis.supervisor.show_profile()")
-    assert "Execution failed" in told and ("Closed" in told) != answered  # the next call gets that one's answer
+    observation = run(env, "apis.supervisor.show_profile()")
+    assert "Execution failed" in observation and ("Closed" in observation) != answered  # the next call gets that one's answer
     info = env.finish()
     assert "failed" not in info and not info["success"] and info["completion_effort"] == 0
     solve(env, task(env))

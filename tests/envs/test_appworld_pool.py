@@ -169,8 +169,8 @@ env.step("```python\\nwhile True: pass\\n```")
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "envs"}
     ) as host:
-        folder, *told = host.stdout.readline().split()
-        pids = [int(p) for p in told]
+        folder, *numbers = host.stdout.readline().split()
+        pids = [int(p) for p in numbers]
         assert len(pids) == 5 and all(map(alive, pids))
         time.sleep(0.3)
         host.send_signal(how)

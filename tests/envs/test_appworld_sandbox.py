@@ -125,9 +125,9 @@ class Place:
     def play(self, code, **options):
         """What the child wrote into `out`, and its exit status (negative: the signal that ended it)."""
         env = {**os.environ, "TOKEN": "parents-secret"}
-        done = subprocess.run(self.command(code, **options), capture_output=True, text=True, timeout=60, env=env)
-        assert done.returncode == 0, done.stderr
-        result = json.loads(done.stdout)
+        completed = subprocess.run(self.command(code, **options), capture_output=True, text=True, timeout=60, env=env)
+        assert completed.returncode == 0, completed.stderr
+        result = json.loads(completed.stdout)
         assert "error" not in result, result["error"]
         return result
 

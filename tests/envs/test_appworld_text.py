@@ -121,7 +121,7 @@ def test_what_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "told"),
+    ("kwargs", "message"),
     [
         ({"source": "real"}, "source = 'real'"),
         ({"completion": "most"}, "completion = 'most'"),
@@ -135,12 +135,12 @@ def test_what_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
         ({"prompts": {"x": ""}}, "prompts: unknown key"),
     ],
 )
-def test_a_wrong_argument_is_named(tmp_path, kwargs, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_argument_is_named(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
         AppWorldEnv(**{"root": str(root(tmp_path / "a", True)), "python": __file__, **kwargs})
 
 
 def test_the_explorer_survives_any_output():
-    for told in ("", "Output:\n```\nExecution failed.\n```", "Output:\n```\n{}\n```", "Output:\n```\n[1]\n```", "no code"):
+    for observation in ("", "Output:\n```\nExecution failed.\n```", "Output:\n```\n{}\n```", "Output:\n```\n[1]\n```", "no code"):
         agent = Explorer()
-        assert all(code_of(agent.act(told)) for _ in range(8)) and "complete_task" in agent.act(told)
+        assert all(code_of(agent.act(observation)) for _ in range(8)) and "complete_task" in agent.act(observation)

@@ -126,7 +126,7 @@ def test_reverse_play_levels_are_valid():
 
 @pytest.mark.parametrize("source", ["solver", "reverse_play"])
 def test_splits_are_disjoint_up_to_symmetry(source):
-    names = ("train", "val", "test", "pretrain", "mine")
+    names = ("train", "val", "test", "pretrain", "own")
     env = make(source=source, boxes=1, splits={name: {"all": 25} for name in names})
     forms = {name: [level.canonical() for level in levels(env, name)] for name in names}
     for name in names:

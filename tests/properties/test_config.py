@@ -78,7 +78,7 @@ def check(code: int, said: str) -> None:
 
 
 def names(said: str, entries: list[tuple[tuple[str, ...], str | None, Any]]) -> bool:
-    """Whether a line names in full a key that was given, or the one above it (`env_kwargs` for all below: what is there is not ours)."""
+    """True if a line names in full a key that was given, or the one above it (`env_kwargs` for all below: what is there is not ours)."""
     for path, further, _ in entries:
         given = path if further is None else (*path, further)
         above = given[: 2 if "env_kwargs" in given else -1]

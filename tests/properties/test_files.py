@@ -1,4 +1,4 @@
-"""Damaged files of a run are told in one line that names them."""
+"""A damaged file of a run is refused in one line that names it."""
 
 from argparse import ArgumentError
 

@@ -29,13 +29,13 @@ class Whatever(gymnasium.Env):
     observation_space = action_space = gymnasium.spaces.Text(1)
 
     def reset(self, *, seed=None, options=None):
-        self.steps, self.heard = list(options["steps"]), options["heard"]
-        self.heard.clear()
+        self.steps, self.actions = list(options["steps"]), options["actions"]
+        self.actions.clear()
         return options["first"], {"task_id": options["task_id"], "instruction": options["instruction"]}
 
     def step(self, action):
         said, end = self.steps.pop(0)
-        self.heard.append(action)
+        self.actions.append(action)
         end = end if self.steps else "done"
         info = {"completion": 0.5, "success": end == "done"} | ({"failed": "gone"} if end == "failed" else {})
         return said, 0.5 if end == "done" else 0.0, end in ("done", "failed"), end == "horizon", info
@@ -108,9 +108,9 @@ def test_the_record_is_what_the_engine_saw(episodes, answers, limits, context):
     chat = nano()
     (stop,) = chat.stop_ids
     engine = Fed([[*ids, stop] if stopped else ids for ids, stopped in answers], stop)
-    heard: list[list[str]] = [[] for _ in episodes]
+    actions: list[list[str]] = [[] for _ in episodes]
     rows = [
-        Episode(Task(str(i), options={"first": first, "instruction": instruction, "steps": steps, "heard": heard[i]}), i, skill)
+        Episode(Task(str(i), options={"first": first, "instruction": instruction, "steps": steps, "actions": actions[i]}), i, skill)
         for i, (first, instruction, steps, skill) in enumerate(episodes)
     ]
     collector = Collector("test/Whatever-v0", {}, chat, engine, RolloutSettings(**limits), context)
@@ -129,11 +129,11 @@ def test_the_record_is_what_the_engine_saw(episodes, answers, limits, context):
         p = len(t.prompt_ids)
         assert list(t.action_mask) == engine.sampled.get(i, [False] * p)[p:]
         assert list(t.logprobs) == engine.logprobs.get(i, [0.0] * p)[p:]
-        assert all(x == 0.0 for x, mine in zip(t.logprobs, t.action_mask, strict=True) if not mine)
+        assert all(x == 0.0 for x, sampled in zip(t.logprobs, t.action_mask, strict=True) if not sampled)
         if t.turns:
             assert p <= limits["max_prompt_tokens"] and p + n <= context and n <= limits["max_trajectory_tokens"]
             assert t.action_mask[0] and t.action_mask[-1]  # nothing of the environment's behind the last answer
-        assert [turn.action for turn in t.turns] == heard[i] if t.turns else t.finish_reason == "length"
+        assert [turn.action for turn in t.turns] == actions[i] if t.turns else t.finish_reason == "length"
         assert [turn.observation for turn in t.turns] == [first, *(said for said, _ in steps)][: len(t.turns)]
         ended = steps[len(t.turns) - 1][1] if 0 < len(t.turns) < len(steps) else "done"
         if t.finish_reason != "length":

@@ -95,7 +95,7 @@ def skill(data: bytes) -> None:
 
 
 def summary(data: bytes) -> None:
-    """Of an episode whose observations and answers are the lines in turn."""
+    """Summaries of an episode whose observations and answers are the lines in turn."""
     lines = text(data).split("\n")
     turns = tuple(Turn(a, b, 0.0) for a, b in zip(lines[::2], lines[1::2], strict=False))
     t = Trajectory(0, "t", 0, 0, lines[0], (1,), (2,), (True,), (0.0,), turns, 0.0, 0.0, False, "done")

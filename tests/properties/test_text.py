@@ -40,7 +40,7 @@ PIECES = [
 ]
 NOISE = st.lists(st.sampled_from([*PIECES, *FIELDS]) | st.text(st.characters(), max_size=6), max_size=12).map("".join)
 SAID = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs")), min_size=1, max_size=30).filter(str.strip)
-"""Of a skill, which has no control characters."""
+"""A skill's text, which has no control characters."""
 SKILLS = st.builds(Skill, *[SAID.map(str.strip)] * 3)
 NUMBERS = st.floats(allow_nan=False)
 SHOWN = st.floats(allow_nan=False, allow_infinity=False, width=32)  # rewards and completions: what a float32 holds

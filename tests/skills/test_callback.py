@@ -1,4 +1,4 @@
-"""The SkillBank callback by itself: what a teacher is told, what enters the bank when, and what a checkpoint brings back."""
+"""The SkillBank callback by itself: what a teacher sees, what enters the bank when, and what a checkpoint brings back."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Queue(RulesSummariser):
         super().submit(iteration, trajectories)
 
     def collect(self) -> list[Any]:
-        done, self._ready, self.ready = self._ready[: self.ready], self._ready[self.ready :], 0
-        return done
+        ready, self._ready, self.ready = self._ready[: self.ready], self._ready[self.ready :], 0
+        return ready
 
     def drain(self) -> None:
         self.ready = len(self._ready)
@@ -58,7 +58,7 @@ def make(context: Any, **settings: Any) -> SkillBankCallback:
 
 
 def at(iteration: int, folder: Path | None = None, last: bool = False) -> Any:
-    """The trainer, when that many iterations are done."""
+    """The trainer after that many iterations."""
     return SimpleNamespace(
         global_step=iteration, estimated_stepping_batches=iteration if last else 99, should_stop=False, default_root_dir=str(folder)
     )
@@ -96,7 +96,7 @@ def workflows(callback: SkillBankCallback, task_id: str) -> list[str]:
 
 @pytest.fixture
 def groups(make_trajectory):
-    """Of an iteration: two tasks, two members each, whose answers say who they are."""
+    """An iteration's groups: two tasks, two members each, whose answers say who they are."""
 
     def made(iteration: int) -> list[list[Any]]:
         return [

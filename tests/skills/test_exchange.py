@@ -76,9 +76,9 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_line_is_named(bad):
-    given, told = BAD[bad]
+    given, message = BAD[bad]
     line = given if isinstance(given, bytes) else json.dumps(given).encode()
-    with pytest.raises(ConfigError, match=rf"^FILE: line 3: .*{told}"):
+    with pytest.raises(ConfigError, match=rf"^FILE: line 3: .*{message}"):
         from_lines([json.dumps(GOOD).encode(), b"\n", line])
 
 

@@ -30,7 +30,7 @@ def answer(**texts: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("x" * 100_000, "100000 characters is not read"),
         (answer() + " " * MAX_ANSWER_CHARS, "is not read: at most 64000$"),
@@ -46,8 +46,8 @@ def answer(**texts: Any) -> str:
         ("[" + answer() + "," + answer() + "]", "found 2"),
     ],
 )
-def test_answers_that_are_refused(text, told):
-    with pytest.raises(ValueError, match=told):
+def test_answers_that_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
         Skill.parse(text)
 
 
@@ -173,9 +173,9 @@ def test_what_a_third_party_returns_is_checked(make_trajectory, name, caplog):
     checked = CheckedSummariser(Third(COLLECTED[name]))
     assert isinstance(checked, Summariser)
     checked.submit(3, [make_trajectory(member=m) for m in (1, 0)])
-    done = checked.collect()
-    assert all(d.skills == [] for d in done) and sum(d.n_failed for d in done) in (0, 2)  # what never comes back stays open
-    assert caplog.records or sum(d.n_failed for d in done) == 2
+    finished = checked.collect()
+    assert all(d.skills == [] for d in finished) and sum(d.n_failed for d in finished) in (0, 2)  # what never comes back stays open
+    assert caplog.records or sum(d.n_failed for d in finished) == 2
 
 
 def test_task_source_and_reward_are_the_trajectory_s(make_trajectory):

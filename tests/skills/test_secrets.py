@@ -126,9 +126,9 @@ def test_a_whole_run_leaves_no_key(server, tmp_path, tiny_model):
     env = {**os.environ, NAME: KEY, "SKILLSD_DEBUG": "1", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = os.pathsep.join([*sys.path, str(tmp_path)])
     args = [sys.executable, "-c", DRIVER, "fit", "-c", "sokoban", "-c", "method/skillsd", "-c", str(tmp_path / "x.yaml")]
-    done = subprocess.run(args, env=env, cwd=tmp_path, capture_output=True, timeout=300)
-    out, err = done.stdout, done.stderr
-    assert b"FIRST RUN ENDED" in out and done.returncode == 1, err.decode()[-3000:]
+    result = subprocess.run(args, env=env, cwd=tmp_path, capture_output=True, timeout=300)
+    out, err = result.stdout, result.stderr
+    assert b"FIRST RUN ENDED" in out and result.returncode == 1, err.decode()[-3000:]
     assert b"Traceback" in err and f"outer '[{NAME}]'".encode() in err and f"inner [{NAME}]".encode() in err  # redacted, not missing
     assert b"status 401: " in err and b"no skill from" in err
     assert len(server.seen) > len(Echo.steps) and set(server.seen) == {f"Bearer {KEY}"}  # the server did get it

@@ -93,19 +93,19 @@ def test_default_texts_are_readable_and_do_not_sell_failure():
 
 
 def test_the_default_words(make_trajectory):
-    """What skills are made with, unless told otherwise, is part of a run: whoever changes a word changes results, and this file."""
+    """What skills are made with, unless set otherwise, is part of a run: whoever changes a word changes results, and this file."""
     solved = make_trajectory(pairs=[("s0", "up"), ("s1", "down"), ("s0", "left")])
     unsolved = make_trajectory(pairs=[("s0", "up"), ("s0", "left")], completion=0.5)
     ask = partial(analyst_messages, solved, FIELD_PROMPT, "")
-    told = {
+    words = {
         "rules, solved": RulesSummariser().summarise([solved])[0].texts,
         "rules, not solved": RulesSummariser().summarise([unsolved])[0].texts,
         "analyst": [message["content"] for message in analyst_messages(solved)],
         "analyst, not solved": [message["content"] for message in analyst_messages(unsolved, system="")],
         "analyst, a field": [message["content"] for field in FIELDS for message in ask(question=FIELD_QUESTIONS[field])],
     }
-    words = Path(__file__).parent / "data" / "words.json"
-    assert {name: list(texts) for name, texts in told.items()} == json.loads(words.read_text(encoding="utf-8"))
+    path = Path(__file__).parent / "data" / "words.json"
+    assert {name: list(texts) for name, texts in words.items()} == json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_rules_and_prompt_defaults():
@@ -115,7 +115,7 @@ def test_rules_and_prompt_defaults():
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "message"),
     [
         ({"solved_workflow": "{workflow[1]}"}, "rules template"),
         ({"unsolved_workflow": "{plan}"}, "rules template '{plan}'"), ({"solved_success": "{"}, "rules template '{'"),
@@ -123,8 +123,8 @@ def test_rules_and_prompt_defaults():
         ({"observation_pattern": "["}, "^observation_pattern .* no regular expression"),
     ],
 )  # fmt: skip
-def test_bad_templates_are_refused_at_once(bad, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_templates_are_refused_at_once(bad, message):
+    with pytest.raises(ValueError, match=message):
         RulesSummariser(**bad)
 
 
@@ -166,7 +166,7 @@ def test_base_asks_the_bound_model(make_trajectory, caplog):
     assert said.startswith("no skill from t1, member 1: ")
     assert calls == [(2, 9, [(7, 3, "t1", 0), (7, 3, "t1", 1)]), (1, 9, [(7, 3, "t1", 2)])]
     base.submit(3, group)
-    assert [(done.iteration, len(done.skills), done.n_failed) for done in base.collect()] == [(3, 2, 1)]
+    assert [(f.iteration, len(f.skills), f.n_failed) for f in base.collect()] == [(3, 2, 1)]
     base.bind(lambda *_: [])
     with pytest.raises(RuntimeError, match="0 answers to 2"):
         base.summarise(group)
@@ -192,7 +192,7 @@ def test_prompt_carries_what_the_analyst_needs(make_trajectory):
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "message"),
     [
         ("{nothing} {conversation}", r"its fields are conversation, result, steps, completion; double other braces"),
         ("{", "cannot be filled"),
@@ -201,14 +201,14 @@ def test_prompt_carries_what_the_analyst_needs(make_trajectory):
         ("no conversation", "no {conversation}"),
     ],
 )
-def test_prompt_template_is_checked(bad, told):
-    with pytest.raises(ValueError, match=f"summary template .*{told}"):
+def test_prompt_template_is_checked(bad, message):
+    with pytest.raises(ValueError, match=f"summary template .*{message}"):
         BaseSummariser(template=bad)
 
 
 def test_a_question_s_template_is_checked():
-    for bad, told in (("{conversation} {question[1]}", "cannot be filled"), ("{conversation}", "no {question}")):
-        with pytest.raises(ValueError, match=f"summary template .*{told}"):
+    for bad, message in (("{conversation} {question[1]}", "cannot be filled"), ("{conversation}", "no {question}")):
+        with pytest.raises(ValueError, match=f"summary template .*{message}"):
             BaseSummariser(template=bad, form="fields")
 
 
@@ -218,9 +218,9 @@ def test_the_least_budget():
         BaseSummariser(max_chars=MIN_CHARS - 1)
 
 
-@pytest.mark.parametrize(("n", "seen", "done"), list(itertools.product([1, 3, 40], [10, 5_000], [10, 5_000])))
-def test_conversation_keeps_its_budget(make_trajectory, n, seen, done):
-    pairs = [(f"o{i}" + "x" * seen + f"O{i}", f"a{i}" + "y" * done + f"A{i}") for i in range(n)]
+@pytest.mark.parametrize(("n", "observation_chars", "action_chars"), list(itertools.product([1, 3, 40], [10, 5_000], [10, 5_000])))
+def test_conversation_keeps_its_budget(make_trajectory, n, observation_chars, action_chars):
+    pairs = [(f"o{i}" + "x" * observation_chars + f"O{i}", f"a{i}" + "y" * action_chars + f"A{i}") for i in range(n)]
     text = conversation(make_trajectory(pairs=pairs), 6_000)
     assert len(text) <= 6_100
     assert "o0" in text and f"A{n - 1}" in text and "Solve it." in text

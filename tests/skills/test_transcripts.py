@@ -35,9 +35,9 @@ def code(number):
 def code_transcript(n=40, member=0, seed=0, instruction=RULES):
     """The task, then pages of up to 6,000 characters and tracebacks; the last answer completes the task."""
     rng = random.Random(seed)
-    seen = [TASK, *(TRACE if rng.random() < 0.2 else page(i, rng.randint(500, 6_000)) for i in range(2, n + 1))][:n]
-    done = [code(i) for i in range(1, n)] + ['LAST-BEGIN\n```python\napis.supervisor.complete_task(answer="Song 9")\n```\nLAST-END']
-    return episode(list(zip(seen, done, strict=False)), instruction, member)
+    observations = [TASK, *(TRACE if rng.random() < 0.2 else page(i, rng.randint(500, 6_000)) for i in range(2, n + 1))][:n]
+    answers = [code(i) for i in range(1, n)] + ['LAST-BEGIN\n```python\napis.supervisor.complete_task(answer="Song 9")\n```\nLAST-END']
+    return episode(list(zip(observations, answers, strict=False)), instruction, member)
 
 
 def episode(pairs, instruction=RULES, member=0):
@@ -81,7 +81,7 @@ def test_no_more_turns_are_left_out_than_it_takes():
     """The first turn and the last stay, then the second, the last but one, ...: as many as fit, to the character."""
     pairs = [("o" * 50, "a" * 50)] * 60  # short enough to stay whole
     order = [n for i in range(10) for n in (60 - i, 2 + i)]
-    whole = {n: f"[Turn {n}: environment]\n{seen}\n[Turn {n}: agent]\n{done}" for n, (seen, done) in enumerate(pairs, 1)}
+    whole = {n: f"[Turn {n}: environment]\n{observation}\n[Turn {n}: agent]\n{answer}" for n, (observation, answer) in enumerate(pairs, 1)}
     budget = len(f"[Instruction]\nI\n\n{whole[1]}\n\n[turns 61 to 61 left out]")
 
     def shown(max_chars):

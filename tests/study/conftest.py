@@ -21,38 +21,38 @@ method = configs[1] if len(configs) > 1 else "plain"
 folder, seed = Path(flags["trainer.default_root_dir"]), int(flags["seed_everything"])
 assert flags["ckpt_path"] == "last" and (folder / "cell.json").is_file()
 plan = json.loads(Path(os.environ["FAKE_PLAN"]).read_text())
-mine = plan.get(f"{method}-{seed}", {})
+behaviour = plan.get(f"{method}-{seed}", {})
 with open(os.environ["FAKE_PLAN"] + ".calls", "a") as f:
     f.write(f"{method} {seed} {os.environ['OMP_NUM_THREADS']}\n")
 print(*(Path(b).read_text().strip() for a, b in zip(sys.argv[1:], sys.argv[2:]) if a == "-c"), flush=True)
 print("fake fit", method, seed, "on gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
-if mine.get("deaf"):
+if behaviour.get("deaf"):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 folder.mkdir(parents=True, exist_ok=True)
 metrics = folder / "metrics.csv"
-done = len(metrics.read_text().splitlines()) - 1 if metrics.is_file() else 0
+n_rows = len(metrics.read_text().splitlines()) - 1 if metrics.is_file() else 0
 names = ["iteration", "epoch", "reward/success", "reward/completion", "teacher/gap_mean", "policy/entropy", "grad_norm/policy",
          "grad_norm/distillation", "rollout/env_steps", "rollout/tokens", "learner/tokens", "time/rollout_s", "time/teacher_s",
          "time/update_s", "time/summary_s"]
-if not done:
+if not n_rows:
     metrics.write_text(",".join(names) + "\n")
 skip = "," if method == "grpo" else ""
-for i in range(done, 4):
-    time.sleep(mine.get("sleep", 0))
-    if mine.get("fail_at") == i:
+for i in range(n_rows, 4):
+    time.sleep(behaviour.get("sleep", 0))
+    if behaviour.get("fail_at") == i:
         sys.exit("error: made to fail")
     teacher = ["", 0.5] if method == "grpo" else [0.25, 0.5]
     row = [i, 0, 0.1 * i, 0.2 * i, *teacher, 2.0 if i % 2 == 0 else "", 0.5 if i % 2 == 0 else "", 10 + seed, 100, 300, 1.5, 0.25, 0.5, ""]
     with metrics.open("a") as f:
         f.write(",".join(map(str, row)) + "\n")
-    if mine.get("kill_at") == i and done == 0:
+    if behaviour.get("kill_at") == i and n_rows == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 after = random.Random(f"{method}{seed}").uniform(0.6, 0.7) + plan.get("gain", {}).get(method, 0)
 def panel(success):
     levels = [{"task_id": f"t{k}", "member": 0, "seed": 0, "success": True, "completion": 1.0} for k in range(plan.get("n", 3))]
     return {"n": len(levels), "success": success, "completion": success / 2, "success_interval": [0, 1], "levels": levels}
 content = {"before": panel(0.5), "during": {"2": panel(0.55)}, "after": panel(after)}
-if mine.get("no_after"):
+if behaviour.get("no_after"):
     del content["after"]
 (folder / "run.json").write_text(json.dumps({"format": 2, "checkpoints": "checkpoints", "discarding": False}))
 (folder / "panel.json").write_text(json.dumps(content))
@@ -104,7 +104,7 @@ class Studies:
 
 @pytest.fixture
 def studies(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Studies:
-    """One of your own. Its pictures are empty: they take most of a report's time, and `done` has real ones."""
+    """One of your own. Its pictures are empty: they take most of a report's time, and `finished_study` has real ones."""
     monkeypatch.setenv("FAKE_PLAN", str(tmp_path / "plan.json"))
     monkeypatch.setattr("skillsd.study.plots.png", lambda figure: EMPTY_PNG)
     return Studies(tmp_path, capsys)
@@ -115,9 +115,9 @@ METHODS, SEEDS = ("grpo", "skillsd", "shuffled"), (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Studies:
+def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Studies:
     """A finished study of three methods, one of them a control, and three seeds; only to be read."""
-    base = tmp_path_factory.mktemp("done")
+    base = tmp_path_factory.mktemp("finished")
     made = Studies(base)
     made.plan = {"gain": {"skillsd": 0.3}}
     with pytest.MonkeyPatch.context() as patch:

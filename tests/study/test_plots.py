@@ -15,11 +15,11 @@ def test_seeds_that_end_at_different_iterations():
     """A point needs every seed; the last one is the mean of their ends, not that of the longest run alone."""
     rows = [("m", seed, i, 10.0 * i, 0.5 + 0.1 * seed + 0.01 * i) for seed, n in ((0, 4), (1, 6)) for i in range(n + 1)]
     curves = pd.DataFrame(rows, columns=["method", "seed", "iteration", "env_steps", "y"])
-    told = _over_seeds(curves, "m", "env_steps", "y")
-    assert told["x"].tolist() == [0, 10, 20, 30, 50]
-    assert told["mean"].tolist() == pytest.approx([0.55, 0.56, 0.57, 0.58, (0.54 + 0.66) / 2])
+    band = _over_seeds(curves, "m", "env_steps", "y")
+    assert band["x"].tolist() == [0, 10, 20, 30, 50]
+    assert band["mean"].tolist() == pytest.approx([0.55, 0.56, 0.57, 0.58, (0.54 + 0.66) / 2])
     spread = 12.706205 * 0.1 / 2  # of two numbers 0.1 apart: 0.64, so the band ends where a share does
-    assert (told["low"].tolist()[0], told["high"].tolist()[0]) == (0.0, 1.0) and spread > 0.55
+    assert (band["low"].tolist()[0], band["high"].tolist()[0]) == (0.0, 1.0) and spread > 0.55
     curves["y"] /= 10
     assert _over_seeds(curves, "m", "env_steps", "y")["high"].tolist()[0] == pytest.approx((0.55 + spread) / 10, rel=1e-6)
     curves.loc[curves["iteration"].isin([1, 3]), "y"] = nan  # not played

@@ -16,7 +16,7 @@ import pytest
 T95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}
 """97.5% quantiles of Student's t by degrees of freedom."""
 METHODS, SEEDS = ("grpo", "skillsd", "shuffled"), (0, 1, 2)
-"""Of the study `done`."""
+"""Methods and seeds of `finished_study`."""
 
 
 def mean_interval(x: list[float]) -> tuple[float, float, float]:
@@ -57,15 +57,15 @@ def table(section: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def panels(done: Any) -> dict[str, dict[int, dict[str, Any]]]:
+def panels(finished_study: Any) -> dict[str, dict[int, dict[str, Any]]]:
     """panel.json of every cell."""
-    read = {m: {s: done.folder / "cells" / m / f"seed-{s}" / "panel.json" for s in SEEDS} for m in METHODS}
+    read = {m: {s: finished_study.folder / "cells" / m / f"seed-{s}" / "panel.json" for s in SEEDS} for m in METHODS}
     return {m: {s: json.loads(p.read_text()) for s, p in by_seed.items()} for m, by_seed in read.items()}
 
 
 @pytest.mark.parametrize("metric", ["success", "completion"])
-def test_the_numbers(done, studies, panels, metric):
-    shutil.copytree(done.folder, studies.folder)
+def test_the_numbers(finished_study, studies, panels, metric):
+    shutil.copytree(finished_study.folder, studies.folder)
     flags = ("--controls={shuffled: skillsd}", "--set.trainer.max_epochs=3", f"--metric={metric}", "--only_report=true")
     assert studies(*flags, methods=METHODS, seeds=SEEDS) == 0
     found = sections((studies.folder / "report.md").read_text())
@@ -92,17 +92,17 @@ def test_the_numbers(done, studies, panels, metric):
     assert "With 3 seeds the sign-flip test cannot give a p below 0.25" in found["Verdict"]
 
 
-def test_cost_and_health(done):
-    found = sections((done.folder / "report.md").read_text())
+def test_cost_and_health(finished_study):
+    found = sections((finished_study.folder / "report.md").read_text())
     cost = table(found["Cost per iteration"])["skillsd"]
     assert cost[:9] == ["1.50", "0.250", "0.500", "n/a", "2.25", "1.00", "100", "300", "1.00"]
     health = table(found["Health"])
     assert health["skillsd"] == ["0.500", "0.250", "n/a", "n/a", "0.250"] and health["grpo"][1] == "n/a"
 
 
-def test_what_it_must_state(done):
-    head = sections((done.folder / "report.md").read_text())["head"]
-    commits = sorted({c for m in METHODS for s in SEEDS for c in done.record(m, s)["commits"]})
+def test_what_it_must_state(finished_study):
+    head = sections((finished_study.folder / "report.md").read_text())["head"]
+    commits = sorted({c for m in METHODS for s in SEEDS for c in finished_study.record(m, s)["commits"]})
     for part in (
         "3 methods x 3 seeds (0, 1, 2); how they are made stands at the end.",
         "The panel: 3 held-out episodes a run",
@@ -112,7 +112,7 @@ def test_what_it_must_state(done):
         *commits,
     ):
         assert part in head
-    ran = table(sections((done.folder / "report.md").read_text())["What was run"])
+    ran = table(sections((finished_study.folder / "report.md").read_text())["What was run"])
     assert ran["skillsd"] == ["skillsd", ""] and ran["shuffled"] == ["shuffled", "skillsd"]
     assert (ran["configs"], ran["trainer.max_epochs"]) == (["plain"], ["3"])
     assert "WARNING" not in head or len(commits) > 1
@@ -160,9 +160,9 @@ def test_the_baseline_alone(studies):
     assert report["Verdict"].strip() == "" and set(table(report["Success after training"])) == {"method", "---", "base", "grpo"}
 
 
-def test_the_html_needs_no_other_file(done):
-    page = (done.folder / "report.html").read_text()
-    markdown = (done.folder / "report.md").read_text()
+def test_the_html_needs_no_other_file(finished_study):
+    page = (finished_study.folder / "report.html").read_text()
+    markdown = (finished_study.folder / "report.md").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) == 6 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert not re.search(r"https?://|url\(|@import|<script|<link", page)
@@ -172,11 +172,11 @@ def test_the_html_needs_no_other_file(done):
     assert "`" not in page and "nan" not in page.split("<body>")[1].split("base64")[0]
 
 
-def test_the_figures_are_there_and_pictures(done):
-    names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (done.folder / "report.md").read_text())
+def test_the_figures_are_there_and_pictures(finished_study):
+    names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (finished_study.folder / "report.md").read_text())
     assert names == ["differences.png", *(f"curves-{x}.png" for x in ("env_steps", "tokens", "seconds")), "seeds.png", "seconds.png"]
     for name in names:
-        content = (done.folder / name).read_bytes()
+        content = (finished_study.folder / name).read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", content[16:24])
         assert 300 < width < 2500 and 200 < height < 2500

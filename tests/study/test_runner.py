@@ -88,8 +88,8 @@ def test_the_time_limit_interrupts_and_the_same_command_continues(studies, deaf)
     assert "3 of 4 cells are left: the same command continues." in studies.out
     record = studies.record("skillsd", 0)
     assert record["state"] == "interrupted" and record["exit_code"] == -(signal.SIGKILL if deaf else signal.SIGINT)
-    done = len(read_csv(studies.folder / "cells/skillsd/seed-0/metrics.csv"))
-    assert 0 < done < 4
+    n_rows = len(read_csv(studies.folder / "cells/skillsd/seed-0/metrics.csv"))
+    assert 0 < n_rows < 4
     assert "Missing cells: interrupted: skillsd 0; not started: grpo 1, skillsd 1." in (studies.folder / "report.md").read_text()
     studies.plan = {}
     assert studies() == 0 and "1 finished, 3 to run" in studies.out
@@ -279,7 +279,7 @@ def test_the_cells_obey_ctrl_c_even_where_the_shell_ignores_it(studies, monkeypa
 
 
 def test_a_folder_of_somebody_else_is_no_study_s(tmp_path):
-    for name in ("results.csv", "report.md", "mine.png", "cells"):
+    for name in ("results.csv", "report.md", "notes.png", "cells"):
         (tmp_path / name).write_text("precious")
         with pytest.raises(ConfigError, match=f"folder: .* holds {name}"), locked(tmp_path):
             pass

@@ -70,10 +70,12 @@ def test_each_rule_about_a_control(case):
 
 
 def test_all_sentences():
-    told = verdict([BETTER, WORSE, UNCLEAR, SAME, ONE, NONE], [control((0.02, 0.03), 0.01)])
-    assert told[0] == ("Of 6 methods compared with the baseline: 1 beats it, 1 is worse, 2 cannot be told from it, 2 could not be tested.")
-    assert told[7:] == ["With 2 seeds the sign-flip test cannot give a p below 0.5, however large the difference.", told[-1]]
-    assert len(told) == 9 and told[-1].startswith("Control: ")
+    sentences = verdict([BETTER, WORSE, UNCLEAR, SAME, ONE, NONE], [control((0.02, 0.03), 0.01)])
+    assert sentences[0] == (
+        "Of 6 methods compared with the baseline: 1 beats it, 1 is worse, 2 cannot be told from it, 2 could not be tested."
+    )
+    assert sentences[7:] == ["With 2 seeds the sign-flip test cannot give a p below 0.5, however large the difference.", sentences[-1]]
+    assert len(sentences) == 9 and sentences[-1].startswith("Control: ")
     assert verdict([], []) == []
 
 

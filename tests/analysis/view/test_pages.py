@@ -1,4 +1,4 @@
-"""What the pages say is what the run holds, nobody without the token is told anything, and no text is markup."""
+"""What the pages say is what the run holds, nobody without the token sees anything, and no text is markup."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def cells(html: str) -> list[list[str]]:
     ]
 
 
-# -- who is told anything -------------------------------------------------------------------------------------------------------------
+# -- who sees anything -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,13 @@ def test_the_teachers_view(get, site, kind):
     n = int(known.index[-1])
     own = int(known["skill_id"][n])
     others = run.skills.index[run.skills["task_id"] != known["task_id"][n]]
-    told = {"none": "", "skill": own, "shuffled": int(others[n % len(others)])}[kind]
+    skill = {"none": "", "skill": own, "shuffled": int(others[n % len(others)])}[kind]
     scorer = Scorer(run)
-    gap = (scorer.logprobs(n, "teacher", told) - scorer.logprobs(n))[list(run.trajectory(n).action_mask)]
+    gap = (scorer.logprobs(n, "teacher", skill) - scorer.logprobs(n))[list(run.trajectory(n).action_mask)]
     html = get(f"real/trajectory/{n}?heat={kind}")
     assert [f"{g:+.3f}" for g in gap] == re.findall(r'<span title="(.*?)"', html)
     assert f"Sum {float(gap.sum()):.3f} nats over {len(gap)} tokens" in html
-    assert unescape(re.findall(r'<pre class="prompt">(.*?)</pre>', html, re.DOTALL)[0]) == scorer.prompt(n, told)
+    assert unescape(re.findall(r'<pre class="prompt">(.*?)</pre>', html, re.DOTALL)[0]) == scorer.prompt(n, skill)
 
 
 def test_a_teacher_that_saw_no_skill_is_not_given_one(get, site):
@@ -316,21 +316,21 @@ def test_titles_of_one_page_are_not_anothers(another):
 
 
 def test_two_pages_that_show_both_runs_wait_for_each_other_and_end(site):
-    app, done = create_app(site, TOKEN), []
+    app, statuses = create_app(site, TOKEN), []
 
     def ask(a: str, b: str) -> None:
         for _ in range(6):
             for opened in site.runs.values():
                 opened.stamp = ""  # all is made anew
             answer = app.test_client().get(f"/{TOKEN}/run/{a}/compare?with={b}", headers={"Host": "localhost:1"})
-            done.append(answer.status_code)
+            statuses.append(answer.status_code)
 
     threads = [Thread(target=ask, args=pair, daemon=True) for pair in (("real", "hostile"), ("hostile", "real"))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert done == [200] * 12
+    assert statuses == [200] * 12
 
 
 @pytest.mark.parametrize("path", PAGES)
