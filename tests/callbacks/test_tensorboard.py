@@ -1,4 +1,4 @@
-"""What TensorBoard shows, piece by piece; tests/e2e/test_commands.py reads it back from runs."""
+"""What TensorBoard shows, piece by piece; tests/e2e/test_tensorboard.py reads it back from runs."""
 
 from __future__ import annotations
 
