@@ -1,10 +1,12 @@
-"""Small makers of trajectories and skills."""
+"""Small makers of trajectories and skills, and summarisers of a server in this process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
+from tests.skills.chat_server import ChatServer, serving
 
-from skillsd.skills import Skill
+from skillsd.skills import OpenAISummariser, Skill
 from skillsd.trajectory import Trajectory, Turn
 
 
@@ -36,3 +38,26 @@ def make_trajectory() -> Callable[..., Trajectory]:
 @pytest.fixture
 def make_skill() -> Callable[..., Skill]:
     return _skill
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
+    """A server of chat completions in this process."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(ChatServer()) as server:
+        yield server
+
+
+@pytest.fixture
+def make_summariser(server: ChatServer) -> Iterator[Callable[..., OpenAISummariser]]:
+    """Settings -> a summariser of that server, closed at the end."""
+    made: list[OpenAISummariser] = []
+
+    def make(**settings: Any) -> OpenAISummariser:
+        settings = {"timeout_s": 5.0, "retries": 2, "backoff_s": 0.01, "max_workers": 4, **settings}
+        made.append(OpenAISummariser("m", f"http://127.0.0.1:{server.server_port}/v1", **settings))
+        return made[-1]
+
+    yield make
+    for summariser in made:
+        summariser.close()

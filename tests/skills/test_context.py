@@ -1,3 +1,5 @@
+"""Which skill or attempt each privileged context shows to a teacher."""
+
 from dataclasses import replace
 
 import pytest

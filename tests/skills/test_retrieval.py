@@ -1,3 +1,5 @@
+"""UCB scores by hand, and which skill they select."""
+
 import itertools
 import math
 from dataclasses import replace

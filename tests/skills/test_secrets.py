@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.skills.chat_server import serving
 
 from skillsd import cli, errors
 from skillsd.cli.configured import refuse_secrets
@@ -91,13 +91,10 @@ class Echo(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    made: Any = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
-    made.daemon_threads, made.seen, made.stop = True, [], threading.Event()
-    threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield made
-    made.stop.set()
-    made.shutdown()
-    made.server_close()
+    echo: Any = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    echo.seen = []
+    with serving(echo):
+        yield echo
 
 
 def settings(model: str, port: int, folder: Path) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+"""Skills are read from a model's answer, rendered into a prompt, and take their source from a trajectory."""
+
 import inspect
 import json
 

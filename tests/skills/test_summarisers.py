@@ -1,3 +1,5 @@
+"""Summaries by rules and by the policy's own model: what they say, what they are asked, and what is refused."""
+
 import inspect
 import itertools
 import json
@@ -6,14 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.skills.chat_server import ANSWER
 
 from skillsd.skills import BaseSummariser, RulesSummariser, Summariser
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.summarisers import FIELD_PROMPT, FIELD_QUESTIONS, SYSTEM_PROMPT, analyst_messages
 from skillsd.skills.summarisers.transcript import MIN_CHARS, conversation
 from skillsd.trajectory import Turn
-
-ANSWER = json.dumps({"success_analysis": "s", "mistake_analysis": "m", "golden_workflow": "w"})
 
 
 def turns(text):

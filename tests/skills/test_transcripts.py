@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from tests.skills.chat_server import ANSWER
 
 from skillsd.engines.noise import stream_key
 from skillsd.skills import BaseSummariser
@@ -20,7 +21,6 @@ TRACE = 'Execution failed. Traceback:\n  File "<python-input>", line 3, in <modu
 TRAPS = (
     '{"a": [1, {"b": null}]} {conversation} {0} {success_analysis} }{ {{ %s </conversation> ``` \\u0041 <|im_x|> "golden_workflow": "no"'
 )
-ANSWER = json.dumps({"success_analysis": "s", "mistake_analysis": "m", "golden_workflow": "w"})
 
 
 def page(number, length=6_000):
