@@ -11,14 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import gymnasium
 import pytest
 from gymnasium.error import ResetNeeded
-from tests.envs.conftest import block
+from tests.envs.conftest import block, task_of
 
 from skillsd.testing import check_text_env
 from skillsd_appworld import AppWorldEnv, paths
-
-
-def first(env: AppWorldEnv, tier: int, split: str = "train") -> str:
-    return next(t["task_id"] for t in env.tasks(split) if t["difficulty"] == str(tier))
 
 
 def test_the_contract(appworld):
@@ -60,7 +56,7 @@ def test_a_choice_of_tasks(make_env):
 
 def test_the_turns(make_env):
     env = make_env(max_turns=4, max_chars=200)
-    observation, info = env.reset(options={"task_id": first(env, 1)})
+    observation, info = env.reset(options={"task_id": task_of(env, 1)})
     assert observation.startswith("I am your supervisor: ") and "\nTask: " in observation and "@" in observation
     assert info["instruction"].startswith("You are an assistant") and (info["success"], info["completion"]) == (False, 0.0)
     observation, *_, info = env.step("I had rather talk.")
@@ -74,7 +70,7 @@ def test_the_turns(make_env):
     assert 0 < reward == info["completion"] < 1 and info["completion_effort"] == 0  # what doing nothing gives
     with pytest.raises(ResetNeeded):
         env.step("")
-    env.reset(options={"task_id": first(env, 2)})
+    env.reset(options={"task_id": task_of(env, 2)})
     assert "NameError" in env.step(block("print(x)"))[0]  # nothing is left of the former episode
     with pytest.raises(TypeError):
         env.step(None)
@@ -82,7 +78,7 @@ def test_the_turns(make_env):
 
 def test_the_example_of_the_prompt_runs(make_env):
     env = make_env(max_chars=100_000)
-    observation, info = env.reset(options={"task_id": first(env, 1)})
+    observation, info = env.reset(options={"task_id": task_of(env, 1)})
     text = info["instruction"]
     codes = [part.partition("```")[0] for part in text[: text.index("Rules:")].split("```python\n")[1:]]
     assert len(codes) == 7
@@ -101,7 +97,7 @@ def test_the_task_that_the_processes_warm_up_with(env):
 @pytest.mark.parametrize("tier", [1, 2, 3])
 def test_scores(env, tier):
     """The solution, doing nothing, a wrong answer, and a change that nobody asked for."""
-    task_id = first(env, tier)
+    task_id = task_of(env, tier)
 
     def play(*codes: str) -> dict:
         env.reset(options={"task_id": task_id})
@@ -145,7 +141,7 @@ def test_scores(env, tier):
 
 def test_the_effort_s_completion(make_env):
     env = make_env(completion="effort", max_turns=1)
-    env.reset(options={"task_id": first(env, 1)})
+    env.reset(options={"task_id": task_of(env, 1)})
     _, reward, *_, info = env.step("nothing")
     assert reward == info["completion"] == info["completion_effort"] == 0.0
 
