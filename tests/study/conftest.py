@@ -24,6 +24,11 @@ plan = json.loads(Path(os.environ["FAKE_PLAN"]).read_text())
 behaviour = plan.get(f"{method}-{seed}", {})
 with open(os.environ["FAKE_PLAN"] + ".calls", "a") as f:
     f.write(f"{method} {seed} {os.environ['OMP_NUM_THREADS']}\n")
+until = time.monotonic() + 60
+while len(Path(os.environ["FAKE_PLAN"] + ".calls").read_text().splitlines()) < behaviour.get("meet", 0):
+    if time.monotonic() > until:
+        sys.exit("error: the others did not come")
+    time.sleep(0.02)
 print(*(Path(b).read_text().strip() for a, b in zip(sys.argv[1:], sys.argv[2:]) if a == "-c"), flush=True)
 print("fake fit", method, seed, "on gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 if behaviour.get("deaf"):
@@ -63,7 +68,8 @@ class Studies:
     """`skillsd study` in a folder of its own, with the fake fit.
 
     Attributes:
-        plan: What the fake does: "method-seed" -> {sleep, fail_at, kill_at, deaf, no_after}; gain, method -> share.
+        plan: What the fake does: "method-seed" -> {sleep, fail_at, kill_at, deaf, no_after, meet: how many
+            cells must have begun before it goes on}; gain, method -> share.
     """
 
     def __init__(self, base: Path, capsys: Any = None) -> None:
@@ -112,6 +118,7 @@ def studies(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Stu
 
 EMPTY_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 METHODS, SEEDS = ("grpo", "skillsd", "shuffled"), (0, 1, 2)
+"""Methods and seeds of `finished_study`."""
 
 
 @pytest.fixture(scope="module")

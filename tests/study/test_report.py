@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.study.conftest import METHODS, SEEDS
 
 T95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}
 """97.5% quantiles of Student's t by degrees of freedom."""
-METHODS, SEEDS = ("grpo", "skillsd", "shuffled"), (0, 1, 2)
-"""Methods and seeds of `finished_study`."""
 
 
 def mean_interval(x: list[float]) -> tuple[float, float, float]:
