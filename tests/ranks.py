@@ -121,9 +121,11 @@ def bank_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def near(a: Any, b: Any, tolerance: float = ROUNDING, where: str = "") -> None:
-    """Equal but for rounding, of floats and of a tensor's norm; and where not."""
+    """Equal but for rounding, of floats and of a tensor's norm; and where not. A tolerance of 0: equal to the bit."""
     assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
+    if isinstance(a, torch.Tensor) and not tolerance:
+        assert torch.equal(a, b), where
+    elif isinstance(a, torch.Tensor):
         a, b = a.float(), b.float()
         off, size = float((a - b).norm()), float(b.norm())
         assert off <= tolerance * max(size, 1.0), f"{where}: {off} of {size}"

@@ -9,7 +9,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from tests.analysis.test_run import METRICS, SHORT
+from tests.analysis.folders import SHORT
 from tests.analysis.view.conftest import hostile
 
 from skillsd import cli
@@ -18,6 +18,7 @@ from skillsd.analysis.index import MAX_LINE
 from skillsd.analysis.view import pages
 from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
+from skillsd.callbacks.log import COLUMNS
 from skillsd.errors import ConfigError
 from skillsd.trajectory import Trajectory
 
@@ -126,7 +127,7 @@ def test_metrics_of_other_columns_are_named(folder, capsys, text):
 
 def test_metrics_that_no_axis_holds_leave_gaps(folder, capsys):
     odd = {"loss/total": "1e308", "time/rollout_s": "inf", "reward/success": "-inf", "memory/peak_gib": "nan"}
-    names = [*METRICS, "$\\frac{$", *(f"c{i}" for i in range(150))]
+    names = [*COLUMNS, "$\\frac{$", *(f"c{i}" for i in range(150))]
     rows = [dict.fromkeys(names, "1") | {"iteration": str(i), "epoch": "0"} | odd for i in range(3)]
     (folder / "metrics.csv").write_text("\n".join([",".join(names), *(",".join(row.values()) for row in rows)]) + "\n")
     assert cli.main(["show", str(folder), "--json"]) == 0

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
-from tests.analysis.test_run import METRICS, SHORT, append
+from tests.analysis.folders import SHORT, append, write_metrics
 
 from skillsd.analysis import Run, plots
 from skillsd.files.run_folder import write_record
@@ -26,11 +26,8 @@ def run(tmp_path):
     ]  # fmt: skip
     rows[11] = replace(rows[11], finish_reason="failed", reward=0.0, success=False, failure="raised: no")
     append(tmp_path / "trajectories.jsonl", rows)
-    lines = [
-        dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "loss/total": str(i * 0.5), "reward/mean": "0"} for i in range(3)
-    ]
     write_record(tmp_path)
-    (tmp_path / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in lines)]) + "\n")
+    write_metrics(tmp_path, [{"loss/total": str(i * 0.5), "reward/mean": "0"} for i in range(3)])
     return Run(tmp_path)
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from tests.analysis.test_run import METRICS, SHORT, append
+from tests.analysis.folders import SHORT, Page, append, write_metrics
 
 from skillsd import cli
 from skillsd.analysis import Run
@@ -24,6 +23,7 @@ from skillsd.analysis.pictures import Pictures
 from skillsd.analysis.plots import curve
 from skillsd.analysis.provenance import recorded, versions
 from skillsd.analysis.report import report
+from skillsd.callbacks.log import COLUMNS
 from skillsd.callbacks.panel import summarise, write_panel
 from skillsd.errors import ConfigError
 from skillsd.files.run_folder import write_record
@@ -63,10 +63,7 @@ def build(made: Path) -> None:
     write_record(made)
     (made / "config.yaml").write_text("# lightning.pytorch==2.6.6\n" + yaml.safe_dump(CONFIG))
     append(made / "trajectories.jsonl", episodes())
-    rows = [dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0"} for i in range(3)]
-    for i, row in enumerate(rows):
-        row |= {"reward/success": "0.375", "policy/entropy": f"0.{i}", "rollout/env_steps": "16"}
-    (made / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in rows)]) + "\n")
+    write_metrics(made, [{"reward/success": "0.375", "policy/entropy": f"0.{i}", "rollout/env_steps": "16"} for i in range(3)])
     for when, flags in (("before", (0, 0, 1, 0)), ("after", (1, 0, 1, 1))):
         played = [replace(SHORT, task_id=f"p{k}", success=bool(x), completion=x) for k, x in enumerate(flags)]
         write_panel(made, {when: summarise(played) | {"device": "<gpu>"}})
@@ -77,7 +74,7 @@ def build(made: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """The run's folder, its HTML and its Markdown."""
     made = tmp_path_factory.mktemp("report") / "a run"
     build(made)
@@ -97,22 +94,6 @@ def written(folder: Path, *args: str, checks: Any = CHECKS) -> tuple[str, str]:
     report([str(folder), *args], lambda: checks)
     out = Path(args[1]) if args else folder / "report"
     return (out / "report.html").read_text(), (out / "report.md").read_text()
-
-
-class Page(HTMLParser):
-    """A page's elements, and the text of each kind."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def cells(markdown: str) -> dict[str, list[str]]:
@@ -252,7 +233,7 @@ def test_a_run_that_has_just_begun(tmp_path, config):
         assert ("There is no config.yaml." in text) is not bool(config)
         # It is training: lines without their end.
         (tmp_path / "trajectories.jsonl").write_text(SHORT.to_json()[:50])
-        (tmp_path / "metrics.csv").write_text(",".join(METRICS) + "\n0,0")
+        (tmp_path / "metrics.csv").write_text(",".join(COLUMNS) + "\n0,0")
 
 
 def test_the_code_of_an_environment_that_cannot_be_made(tmp_path):

@@ -14,30 +14,20 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.analysis.folders import SHORT, append
 from tests.properties.profile import examples
 
 from skillsd.analysis import Run
 from skillsd.analysis.index import Index
-from skillsd.callbacks.log import COLUMNS as METRICS
+from skillsd.callbacks.log import COLUMNS
 from skillsd.errors import ConfigError
 from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.trajectory import COUNTS, FIELDS, Trajectory, Turn
 
-SHORT = Trajectory(
-    0, "t1", 0, 7, "Solve it.", (1, 2, 3), (4, 5, 9, 9, 6, 9, 9), (True, True, False, False, True, False, False),
-    (-0.5, -0.25, 0.0, 0.0, -1.0, 0.0, 0.0), (Turn("s0", "up", 0.0), Turn("s1", "left", 1.0)), 1.0, 1.0, True, "done", 3,
-    final_observation="s2",
-)  # fmt: skip
-
 
 def numbered(n: int) -> list[Trajectory]:
     return [replace(SHORT, iteration=i // 4, member=i % 4, reward=i / 8, skill_id=i or None) for i in range(n)]
-
-
-def append(path: Path, rows: list[Trajectory], mode: str = "a") -> None:
-    with path.open(mode) as f:
-        f.writelines(t.to_json() + "\n" for t in rows)
 
 
 @pytest.fixture
@@ -217,8 +207,8 @@ def test_the_bank(run):
 
 def test_metrics_panel_and_configuration(run):
     assert run.metrics.empty and run.panel == {} and run.config == {"seed_everything": 7, "model": {"class_path": "X"}}
-    row = dict.fromkeys(METRICS, "0.1") | {"iteration": "0", "epoch": "0", "loss/total": repr(0.1 + 0.2), "teacher/k3": ""}
-    (run.folder / "metrics.csv").write_text(",".join(METRICS) + "\n" + ",".join(row.values()) + "\n")
+    row = dict.fromkeys(COLUMNS, "0.1") | {"iteration": "0", "epoch": "0", "loss/total": repr(0.1 + 0.2), "teacher/k3": ""}
+    (run.folder / "metrics.csv").write_text(",".join(COLUMNS) + "\n" + ",".join(row.values()) + "\n")
     (run.folder / "panel.json").write_text('{"before": {"n": 3, "success": 0.5, "success_interval": [0, 1], "levels": []}}')
     run.refresh()
     assert run.metrics.loc[0, "loss/total"] == 0.1 + 0.2 and pd.isna(run.metrics.loc[0, "teacher/k3"]) and run.panel["before"]["n"] == 3
@@ -227,7 +217,7 @@ def test_metrics_panel_and_configuration(run):
         f.write(",".join(row.values()) + "\n" + "2,0,0.1")  # one is under way
     run.refresh()
     assert len(run.metrics) == 2 and run.metrics["teacher/gap_mean"].isna().tolist() == [False, True]
-    (run.folder / "metrics.csv").write_text(",".join(METRICS) + "\n")  # begun
+    (run.folder / "metrics.csv").write_text(",".join(COLUMNS) + "\n")  # begun
     run.refresh()
     assert len(run.metrics) == 0 and run.metrics["loss/total"].tolist() == []
     (run.folder / "metrics.csv").write_text("")

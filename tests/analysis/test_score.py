@@ -21,10 +21,6 @@ from skillsd.files.durable import DamagedError
 from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-]
 SKILL = Skill("it worked", "mind the wall", "go left")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.analysis.test_run import METRICS, SHORT, append
+from tests.analysis.folders import SHORT, append, write_metrics
 
 from skillsd import cli
 from skillsd.files.run_folder import write_record
@@ -31,8 +31,7 @@ def folder(tmp_path: Path) -> Path:
     rows[1] = replace(rows[1], success=False, turns=(Turn(EVIL, "a [b] c", 0.0),), instruction=EVIL, final_observation=EVIL)
     rows[2:4] = [replace(t, success=False, finish_reason="failed", failure=f"raised: {EVIL}") for t in rows[2:4]]
     append(tmp_path / "trajectories.jsonl", rows)
-    lines = [dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "reward/success": f"0.{i + 1}25"} for i in (0, 1)]
-    (tmp_path / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in lines)]) + "\n")
+    write_metrics(tmp_path, [{"reward/success": "0.125"}, {"reward/success": "0.225"}])
     result = {"n": 3, "pass_at": {"1": 0.5}, "levels": [{"completion": 0.75}] * 3}
     panel = {when: {**result, "success": s, "success_interval": [s / 2, 0.9]} for when, s in (("before", 0.25), ("after", 0.5))}
     (tmp_path / "panel.json").write_text(json.dumps(panel))
@@ -62,12 +61,14 @@ def words(text: str) -> list[list[str]]:
 
 def test_the_trend_is_of_many_iterations(shown, folder):
     """The means of the first and the last ones, whatever a single one is; a gap that no teacher was scored for is none."""
-    rows = [
-        dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "reward/success": str(float(i in (0, 3, 11)))} for i in range(12)
-    ]
-    for row in rows:
-        row |= {"teacher/k3": str(int(int(row["iteration"]) > 8)), "teacher/gap_mean": str(float(int(row["iteration"]) > 8))}
-    (folder / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in rows)]) + "\n")
+    success, scored = [i in (0, 3, 11) for i in range(12)], [i > 8 for i in range(12)]
+    write_metrics(
+        folder,
+        [
+            {"reward/success": str(float(s)), "teacher/k3": str(int(k)), "teacher/gap_mean": str(float(k))}
+            for s, k in zip(success, scored, strict=True)
+        ],
+    )
     lines = words(shown())
     assert ["first", "5", "last", "5"] in lines and ["reward/success", "0.400", "0.200"] in lines
     assert ["teacher/gap_mean", "-", "1.000"] in lines

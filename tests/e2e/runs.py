@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 import yaml
 from tests.conftest import SHAPE, WIDE
+from tests.e2e.commands import boards, metrics
+from tests.ranks import near
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from skillsd.files.checkpoint import newest_good, read_checkpoint
@@ -234,8 +235,7 @@ class Run:
         return self._killed()
 
     def rows(self) -> list[dict[str, str]]:
-        path = self.folder / "metrics.csv"
-        return list(csv.DictReader(path.open())) if path.is_file() else []
+        return metrics(self.folder) if (self.folder / "metrics.csv").is_file() else []
 
     def has_rows(self, n: int) -> bool:
         return self.folder.is_dir() and len(self.rows()) >= n
@@ -276,19 +276,7 @@ def build_faults(folder: Path) -> Path | None:
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:
     """Equal to the bit, and where not."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
+    near(a, b, 0.0, where)
 
 
 def overlay(
@@ -297,10 +285,6 @@ def overlay(
     callbacks: Sequence[dict[str, Any]] = (), data: dict[str, Any] | None = None, log: dict[str, Any] | None = None, **model: Any,
 ) -> Path:  # fmt: skip
     """Everything tiny; `bank`, `teacher`, `checkpoint`, `panel` and `log` are arguments of their callbacks."""
-    env = {
-        "size": 6, "boxes": 1, "difficulties": {"short": {"lengths": [3, 6]}}, "splits": {"train": {"short": 8}, "test": {"short": 6}},
-        "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
-    }  # fmt: skip
     model = {
         "policy": {"model": "nano", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "init": None}},
         "objective": {"distillation_weight": 0.05},
@@ -318,7 +302,7 @@ def overlay(
         "panel": panel or {},
         "checkpoint": checkpoint or {},
         "model": model,
-        "data": {"env_kwargs": env, "batch_tasks": 3, "group_size": 2, "actor": actor, "rollout": {"max_rows": 4}, **(data or {})},
+        "data": {"env_kwargs": boards(8, 6), "batch_tasks": 3, "group_size": 2, "actor": actor, "rollout": {"max_rows": 4}, **(data or {})},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path

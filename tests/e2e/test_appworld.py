@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.e2e.commands import metrics, panel, trajectories
 
 from skillsd import cli
 from skillsd.data import RolloutData
 from skillsd.files.run_folder import read_validations
-from skillsd.trajectory import Trajectory
 from skillsd_appworld import paths
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,18 +54,18 @@ def finished(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def test_skill_sd_iterations_on_the_real_engine(finished):
     folder, _ = finished
-    played = [Trajectory.from_json(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    played = trajectories(folder)
     assert len(played) == 2 * 3 * 2 and {len(t.turns) for t in played} == {2}
     for t in played:
         assert t.instruction == "Use the APIs." and "\nTask: " in t.turns[0].observation
         assert t.finish_reason == "horizon" and "no code" in t.turns[1].observation and t.failure == ""
         assert 0 < t.completion < 1 and t.reward == t.completion  # doing nothing passes some tests, not all
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    rows = metrics(folder)
     assert len(rows) == 2 and all(math.isfinite(float(r["loss/total"])) and float(r["rollout/failed"]) == 0 for r in rows)
     assert float(rows[0]["skills/bank"]) + float(rows[0]["skills/failed"]) == 6
-    panel = json.loads((folder / "panel.json").read_text())
     for when in ("before", "after"):
-        assert panel[when]["task_goal_completion"] == panel[when]["scenario_goal_completion"] == 0 and panel[when]["n"] == 3
+        result = panel(folder)[when]
+        assert result["task_goal_completion"] == result["scenario_goal_completion"] == 0 and result["n"] == 3
 
 
 def test_validate(finished, capsys):
@@ -128,6 +121,6 @@ def test_ground_truth_is_the_engine_s_own_solution(finished, tmp_path, monkeypat
     rules = "{class_path: skillsd.skills.RulesSummariser, init_args: {unsolved_workflow: '{workflow}', solved_workflow: '{workflow}'}}"
     flags = [f"--skills.summariser={rules}", "--skills.context=skillsd.skills.GroundTruthContext", "--trainer.max_epochs=1"]
     assert cli.main(["fit", "-c", "appworld", "-c", str(overlay), f"--trainer.default_root_dir={tmp_path / 'run'}", *flags]) == 0
-    (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+    (row,) = metrics(tmp_path / "run")
     assert float(row["teacher/skill_share"]) == 1 and float(row["teacher/dropped_rows"]) == 0 and float(row["teacher/k3"]) > 0
     assert len(workflows) == 3 and all("apis." in text for text in workflows.values())

@@ -11,7 +11,6 @@ makes one sampled token differ; the message then says so.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import sys
@@ -26,6 +25,7 @@ from zlib import crc32
 import pytest
 import torch
 import yaml
+from tests.e2e.commands import boards, metrics, trajectories
 from tests.tolerance import ROUNDING
 
 from skillsd import cli
@@ -55,19 +55,10 @@ TINY: dict[str, Any] = {
         "optimizer": {"lr": 5e-4, "warmup_steps": 0, "schedule": "constant"},
     },
     "data": {
-        "env_kwargs": {
-            "size": 6, "boxes": 3, "difficulties": {"short": {"lengths": [2, 5]}},
-            "splits": {"train": {"short": 12}, "test": {"short": 2}},
-            "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
-        },
-        "batch_tasks": 4, "group_size": 4,
+        "env_kwargs": boards(12, 2, lengths=(2, 5), boxes=3), "batch_tasks": 4, "group_size": 4,
     },
 }  # fmt: skip
 slow = pytest.mark.slow
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-]
 
 Prompts = set[tuple[int, ...]]
 
@@ -126,10 +117,9 @@ def fit(method: str, folder: Path) -> Run:
             assert cli.main(["fit", *flags, f"--trainer.default_root_dir={folder / 'run'}"]) == 0
         finally:
             torch.set_num_threads(threads)
-    rows = list(csv.DictReader((folder / "run" / "metrics.csv").open()))
+    rows = metrics(folder / "run")
     played: list[list[Trajectory]] = [[] for _ in rows]
-    for line in (folder / "run" / "trajectories.jsonl").read_text().splitlines():
-        t = Trajectory.from_json(line)
+    for t in trajectories(folder / "run"):
         played[t.iteration].append(t)
     used = {t.skill_id for p in played for t in p} - {None}
     with SkillBank(folder / "run" / "bank.sqlite", read_only=True) as bank:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,17 @@ def servers() -> Iterator[tuple[Server, Server]]:
     yield both
     for server in both:
         server.close()
+
+
+@pytest.fixture
+def two_runs(servers: tuple[Server, Server], tmp_path: Path) -> Callable[..., list[Run]]:
+    """Settings of `overlay` -> two runs of them, one by each of the servers."""
+
+    def make(names: str = "whole killed", **settings: Any) -> list[Run]:
+        file = overlay(tmp_path / "overlay.yaml", **settings)
+        return [Run(tmp_path / name, server, file) for name, server in zip(names.split(), servers, strict=True)]
+
+    return make
 
 
 MOMENTS: list[tuple[str, int, bool]] = [
@@ -77,10 +88,9 @@ def tear(run: Run) -> None:
     temporary(run.folder / "checkpoints" / "last.ckpt").write_bytes(b"PK")
 
 
-def test_one_kill(servers: tuple[Server, Server], tmp_path: Path) -> None:
+def test_one_kill(two_runs: Callable[..., list[Run]]) -> None:
     """The short version; also: running again, and what is refused."""
-    file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"])
-    whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
+    whole, killed = two_runs(**VARIANTS["rules"])
     whole.fit()
     killed.kill("skillsd.callbacks.log:RunLog.on_train_batch_end", 4, True)
     tear(killed)
@@ -105,13 +115,12 @@ def test_one_kill(servers: tuple[Server, Server], tmp_path: Path) -> None:
     assert_equal(killed.record(), record)
 
 
-def test_skills_of_another_run(servers: tuple[Server, Server], tmp_path: Path) -> None:
+def test_skills_of_another_run(two_runs: Callable[..., list[Run]], tmp_path: Path) -> None:
     """They are there in the first iteration, and again after every kill, also one before the first checkpoint."""
     from skillsd.analysis.skills import skills
     from skillsd.skills.exchange import FORMAT
 
-    file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"] | {"trainer": {"max_epochs": 1}})  # 3 iterations
-    whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
+    whole, killed = two_runs(**VARIANTS["rules"] | {"trainer": {"max_epochs": 1}})  # 3 iterations
     texts = {"success_analysis": "solved", "mistake_analysis": "none", "golden_workflow": "up"}
     lines = [json.dumps({"format": FORMAT, "task_id": f"train-{i:04d}", "source_iteration": 5} | texts) for i in (*range(8), 99)]
     (tmp_path / "skills.jsonl").write_text("\n".join(lines))
@@ -149,10 +158,9 @@ def test_a_second_fit_beside_a_running_one(servers: tuple[Server, Server], tmp_p
     assert_equal(second.record(), record)
 
 
-def test_a_new_learning_rate_holds(servers: tuple[Server, Server], tmp_path: Path) -> None:
+def test_a_new_learning_rate_holds(two_runs: Callable[..., list[Run]]) -> None:
     """Lightning alone would go on with the checkpoint's."""
-    file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"])
-    run, other = (Run(tmp_path / n, s, file) for n, s in zip(("run", "other"), servers, strict=True))
+    run, other = two_runs("run other", **VARIANTS["rules"])
     run.kill("skillsd.callbacks.log:RunLog.on_train_batch_end", 4, True)
     shutil.copytree(run.folder, other.folder)
     run.resume()
@@ -165,10 +173,9 @@ def test_a_new_learning_rate_holds(servers: tuple[Server, Server], tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["hindsight", "off_policy_dynamic"])
-def test_one_kill_of_other_methods(servers: tuple[Server, Server], tmp_path: Path, variant: str) -> None:
+def test_one_kill_of_other_methods(two_runs: Callable[..., list[Run]], variant: str) -> None:
     """Where the teacher's prompts are made of the rollout, or the teacher's weights make it."""
-    file = overlay(tmp_path / "overlay.yaml", **VARIANTS[variant])
-    whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
+    whole, killed = two_runs(**VARIANTS[variant])
     whole.fit()
     killed.kill("skillsd.learner:Learner._step", 5, True)
     killed.resume()
@@ -244,10 +251,9 @@ def test_equal_adapters_that_are_not_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.torture] if v not in ("ema", "base") else []) for v in VARIANTS])
-def test_kills(servers: tuple[Server, Server], tmp_path: Path, variant: str) -> None:
+def test_kills(two_runs: Callable[..., list[Run]], variant: str) -> None:
     """Killed at every kind of moment, one after the other, in one run; in the other variants at a few. `make torture` does more."""
-    file = overlay(tmp_path / "overlay.yaml", **VARIANTS[variant])
-    whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
+    whole, killed = two_runs(**VARIANTS[variant])
     whole.fit()
     moments = {"ema": MOMENTS, "hindsight": FEW + CURVE, "off_policy_dynamic": FEW[1:]}.get(variant, FEW)
     for i, bomb in enumerate(moments):
@@ -264,10 +270,9 @@ def test_kills(servers: tuple[Server, Server], tmp_path: Path, variant: str) -> 
 
 
 @pytest.mark.slow
-def test_random_moments(servers: tuple[Server, Server], tmp_path: Path) -> None:
+def test_random_moments(two_runs: Callable[..., list[Run]]) -> None:
     """Killed from outside, whatever it is doing."""
-    file = overlay(tmp_path / "overlay.yaml", **VARIANTS["ema"])
-    whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
+    whole, killed = two_runs(**VARIANTS["ema"])
     whole.fit()
     draw, kills = random.Random(1), 0
     for goal in (0, 1, 3, 4, 6, 8, 9):
@@ -307,10 +312,9 @@ def test_every_checkpoint(servers: tuple[Server, Server], tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_command(tmp_path: Path, servers: tuple[Server, Server]) -> None:
+def test_command(two_runs: Callable[..., list[Run]]) -> None:
     """The command itself, killed during its first checkpoints."""
-    file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"])
-    whole, killed = (Run(tmp_path / n, s, file) for n, s in zip(("whole", "killed"), servers, strict=True))
+    whole, killed = two_runs(**VARIANTS["rules"])
     whole.fit()
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'envs'}"}
     command = [sys.executable, "-m", "skillsd", *killed.args("--ckpt_path", "last")]

@@ -1,10 +1,9 @@
 """A fit on a base that is split over two ranks: the run is that of one rank with the whole base."""
 
-import csv
-
 import lightning as L
 import pytest
 import torch
+from tests.e2e.commands import boards, metrics
 from tests.ranks import Ranks, torchrun
 from tests.tolerance import ROUNDING
 
@@ -19,10 +18,7 @@ from skillsd.rollout import RolloutSettings
 from skillsd.skills import BaseSummariser
 from skillsd.skills.callback import SkillBankCallback
 
-LEVELS = dict(
-    size=6, boxes=3, difficulties={"short": {"lengths": [4, 8]}}, splits={"train": {"short": 6}, "test": {"short": 3}}, max_turns=5,
-    action_format="bare", prompts={"instruction": ""},
-)  # fmt: skip
+LEVELS = boards(6, 3, lengths=(4, 8), boxes=3, max_turns=5)
 
 
 def work(folder, ranks, steps, ckpt_path):
@@ -48,8 +44,7 @@ def fit(tmp_path):
 
     def fitted(folder, ranks, steps, ckpt_path=None):
         server.run("tests.e2e.test_shard:work", str(folder), ranks, steps, ckpt_path, environments=torchrun(ranks))
-        with (folder / "metrics.csv").open() as f:
-            rows = [{k: float(v) for k, v in row.items() if v and not k.startswith(("time/", "memory/"))} for row in csv.DictReader(f)]
+        rows = [{k: float(v) for k, v in row.items() if v and not k.startswith(("time/", "memory/"))} for row in metrics(folder)]
         return rows, read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
 
     yield fitted

@@ -23,7 +23,6 @@ from skillsd.module import SkillSD
 from skillsd.policy.nano import TEMPLATE, build_tokenizer
 from skillsd.trajectory import Task
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*in eval mode at the start")
 TASKS = [Task("a", "train"), Task("b", "train", options={"board": "#"})]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from tests.analysis.test_run import METRICS, SHORT, append
+from tests.analysis.folders import SHORT, append, write_metrics
 from tests.test_cli import Run as Fit
 from werkzeug.serving import make_server
 
@@ -36,8 +36,7 @@ def hostile(folder: Path) -> Path:
     ]  # fmt: skip
     rows.append(replace(rows[-1], member=2, finish_reason="failed", failure=f"raised: {EVIL}", success=False, reward=0.0))
     append(folder / "trajectories.jsonl", rows)
-    lines = [dict.fromkeys(METRICS, "") | {"iteration": str(i), "epoch": "0", "reward/success": "0.5"} for i in range(2)]
-    (folder / "metrics.csv").write_text("\n".join([",".join(METRICS), *(",".join(row.values()) for row in lines)]) + "\n")
+    write_metrics(folder, [{"reward/success": "0.5"}] * 2)
     clean = EVIL.replace("\ud800", "")
     with SkillBank(folder / "bank.sqlite") as bank:
         bank.insert([Skill(clean, clean, clean, clean), Skill(clean + " a", clean, clean + " b", "another")], 0)

@@ -8,13 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.analysis.test_run import append
+from tests.analysis.folders import append
 from tests.analysis.view.browser import chromium
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-]
 PAGES = ("", "tasks", "trajectory/5?heat=none", "skills", "skill/1", "skills/compare?a=1&b=2", "compare")
 # The least contrast of any text with what is behind it (WCAG 2).
 CONTRAST = """() => {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from html import unescape
-from html.parser import HTMLParser
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.analysis.folders import Page
 from tests.analysis.view.conftest import TOKEN
 
 from skillsd import cli
@@ -20,10 +20,6 @@ from skillsd.analysis.view.app import create_app
 from skillsd.analysis.view.site import Site
 from skillsd.files.run_folder import write_record
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-]
 PAGES = ("", "?all=1", "tasks", "trajectory/0", "trajectory/4", "skills", "skills?q=script", "skill/1", "skills/compare?a=1&b=2", "compare")
 
 
@@ -40,18 +36,6 @@ def get(client):
         return str(answer.text)
 
     return get
-
-
-class Markup(HTMLParser):
-    """Elements and their attributes."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, Any]]] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.found.append((tag, dict(attrs)))
 
 
 def cells(html: str) -> list[list[str]]:
@@ -116,7 +100,7 @@ def test_bad_arguments(site, capsys, args, says):
 @pytest.mark.parametrize("path", PAGES)
 def test_planted_markup_is_text(get, path):
     html = get(f"hostile/{path}")
-    markup = Markup(html).found
+    markup = Page(html).elements
     assert [a["src"].rpartition("/")[2] for tag, a in markup if tag == "script"] == ["view.js"]
     assert not [(tag, name) for tag, a in markup for name in a if name.startswith("on")]
     assert not [a for tag, a in markup if tag == "img" and not a["src"].startswith("data:image/png")]
@@ -336,7 +320,7 @@ def test_two_pages_that_show_both_runs_wait_for_each_other_and_end(site):
 @pytest.mark.parametrize("path", PAGES)
 def test_a_key_does_one_thing(get, site, path):
     n = site.runs["real"].run.trajectories["skill_id"].last_valid_index()
-    keys = [a["data-key"] for _, a in Markup(get(f"real/{path}".replace("trajectory/4", f"trajectory/{n}"))).found if "data-key" in a]
+    keys = [a["data-key"] for _, a in Page(get(f"real/{path}".replace("trajectory/4", f"trajectory/{n}"))).elements if "data-key" in a]
     assert len(keys) == len(set(keys)) and not {"j", "k", "?"} & set(keys)
 
 
