@@ -12,15 +12,14 @@ from threading import Lock
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
-import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run
+from skillsd.statistics import t_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito (2008) without yellow: distinct with any colour vision."""
@@ -58,42 +57,20 @@ def curve(run: Run, name: str, window: int | None = None) -> pd.DataFrame:
     """
     values = run.metrics[name]
     values = values[values.abs() <= _LARGEST]  # what is not finite, or overflows an axis, leaves a gap
-    n, window = _end(run), window or _window(run)
+    n, window = int(run.metrics.index.max()) + 1 if len(run.metrics) else 1, window or _window(run)
     if name in EPISODE_METRICS and not run.trajectories.empty:
-        return _over_groups(run, EPISODE_METRICS[name], window)
-    place = values.index // window
-    mean = values.groupby(place).mean()
-    return _frame(mean, np.full(len(mean), np.nan), window, n)
-
-
-def _end(run: Run) -> int:
-    """The iteration after the last."""
-    return int(run.metrics.index.max()) + 1 if len(run.metrics) else 0
+        played = run.trajectories[run.trajectories["finish_reason"] != "failed"]
+        groups = played[EPISODE_METRICS[name]].astype(float).groupby([played["iteration"], played["task_id"]]).mean()
+        bounds = (-math.inf, math.inf) if name == "reward/mean" else (0.0, 1.0)
+        points = {k: t_interval(g.tolist(), bounds=bounds) for k, g in groups.groupby(groups.index.get_level_values("iteration") // window)}
+    else:
+        points = {k: (g.mean(), math.nan, math.nan) for k, g in values.groupby(values.index // window)}
+    ends = pd.Index([min((k + 1) * window, n) - 1 for k in points], name="iteration", dtype=int)
+    return pd.DataFrame(list(points.values()), ends, ["mean", "low", "high"], dtype=float)
 
 
 def _window(run: Run) -> int:
     return max(1, math.ceil(len(run.metrics) / POINTS))
-
-
-def _over_groups(run: Run, name: str, window: int) -> pd.DataFrame:
-    played = run.trajectories
-    played = played[played["finish_reason"] != "failed"]
-    groups = played[name].astype(float).groupby([played["iteration"], played["task_id"]]).mean()
-    place = groups.index.get_level_values("iteration") // window
-    found = groups.groupby(place).agg(["mean", "std", "size"])
-    size = found["size"].to_numpy(dtype=float)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        spread = scipy.stats.t.ppf(0.975, size - 1) * found["std"].to_numpy() / np.sqrt(size)
-    frame = _frame(found["mean"], spread, window, _end(run))
-    return frame if name == "reward" else frame.clip(0.0, 1.0)
-
-
-def _frame(mean: pd.Series[Any], spread: np.ndarray, window: int, n: int) -> pd.DataFrame:
-    last = np.minimum((mean.index.to_numpy(dtype=int) + 1) * window, max(n, 1)) - 1
-    values = mean.to_numpy(dtype=float)
-    return pd.DataFrame(
-        {"mean": values, "low": values - spread, "high": values + spread}, index=pd.Index(last, name="iteration", dtype=int)
-    )
 
 
 def curves(runs: Mapping[str, Run], name: str, title: str | None = None) -> Figure:
