@@ -36,7 +36,7 @@ GROUP = "skillsd.doctor"
 KEYS = ("check", "state", "detail", "fix")
 STATES = {"ok": "green", "limited": "yellow", "optional": "blue", "missing": "red"}
 HUB_SECONDS = 2.5
-"""Most that the hub is waited for."""
+"""The longest wait for the hub."""
 
 Row = dict[str, str]
 Finding = tuple[str, str, str]

@@ -1,7 +1,7 @@
-"""Several processes, one run: which one this is, its share of the work, and what they tell each other.
+"""Several processes of one run: the rank of this one, its share of the work, and the collectives.
 
-Ranks wait for each other here, on the CPU, and as long as it takes: one may play an episode of forty turns while the others have none.
-Whether a rank is gone is another question (callbacks/watchdog.py). Without torch.distributed there is one rank, 0.
+Ranks wait for each other on the CPU, for as long as it takes: one may play an episode of forty turns while the others have none. Ranks
+that have ended are found by callbacks/watchdog.py. Without torch.distributed there is one rank, 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from skillsd.errors import ConfigError
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 POLLS = 0.001, 0.05
-"""Seconds between two looks whether the others have come: the first ones, and at most."""
+"""Seconds between two looks whether all ranks have come: at first, and at most."""
 _BY_HAND = "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"
 _NUMBERS = "RANK", *_BY_HAND, "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"
 _SIZES = "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"
@@ -216,7 +216,7 @@ def _is_initialized() -> bool:
 
 
 def _own_index() -> int:
-    """Among those who have met: a launcher's number means nothing to a run of one."""
+    """This rank's number in a run of several, 0 in a run of one, whatever number a launcher gave."""
     return rank() if world() > 1 else 0
 
 
@@ -229,7 +229,7 @@ def _gloo_group() -> Any:
 
 
 def _wait_for_all() -> None:
-    """Wait for the others with open ears: a collective that waits by itself hears no signal, Ctrl-C or SIGTERM, before they come."""
+    """Wait for the other ranks so that Ctrl-C and SIGTERM still work: a blocking collective reacts to no signal before they come."""
     here, pause = dist.barrier(group=_gloo_group(), async_op=True), POLLS[0]
     while not here.is_completed():
         time.sleep(pause)

@@ -1,4 +1,4 @@
-"""Where each line of trajectories.jsonl begins, and what it says beside its tokens and texts."""
+"""The lines of trajectories.jsonl: where each begins, and its numbers; tokens and texts stay on the disk."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from skillsd.errors import ConfigError
 from skillsd.trajectory import Trajectory, outline
 
 _TAIL = 64
-"""Bytes; what ends a file that was read before, to see whether it was cut back and written anew."""
+"""So many of the last bytes that were read are kept, to see whether the file was cut back and written anew."""
 MAX_LINE = 1 << 26
-"""Bytes of a line; a trajectory of 100,000 tokens has a tenth of them."""
+"""Longest line, in bytes; a trajectory of 100,000 tokens has a tenth of them."""
 
 
 class Index:
@@ -38,10 +38,10 @@ class Index:
         self.starts, self._tail = [0], b""
 
     def _opened(self) -> AbstractContextManager[BinaryIO | None]:
-        """The file, once for the look whether it stands and for what is read of it; None if it is missing."""
+        """The open file; None if it is missing."""
         return self.path.open("rb") if self.path.is_file() else nullcontext()
 
-    def _stands(self, f: BinaryIO | None) -> bool:
+    def _is_unchanged(self, f: BinaryIO | None) -> bool:
         """Return whether the file still begins with what was read of it."""
         if f is None:
             return not self.rows
@@ -59,7 +59,7 @@ class Index:
         """
         n = len(self.rows)
         with self._opened() as f:
-            cut = not self._stands(f)
+            cut = not self._is_unchanged(f)
             if cut:
                 self._forget()
             if f is not None:
@@ -87,7 +87,7 @@ class Index:
         if not 0 <= number < len(self.rows):
             raise IndexError(f"trajectory {number}: {self.path} has {len(self.rows)}")
         with self._opened() as f:
-            if f is None or not self._stands(f):
+            if f is None or not self._is_unchanged(f):
                 raise ConfigError(f"{self.path} was cut back since it was read, by a run that goes on: read it again (refresh).")
             f.seek(self.starts[number])
             line = f.read(self.starts[number + 1] - self.starts[number])

@@ -12,12 +12,11 @@ import pandas as pd
 from skillsd.errors import ConfigError
 
 TEACHER_METRICS = ["teacher/gap_mean", "teacher/gap_std", "teacher/health"]
-"""What a teacher makes of an iteration's tokens: metrics.csv has 0 where none was scored, which would read as agreement."""
+"""Columns that are 0 in metrics.csv where the teacher scored no token, which would read as agreement; they are NaN here."""
 
 
 def read_metrics(path: Path, whole: bool = True) -> pd.DataFrame:
-    """A row an iteration, all of them numbers, to the bit; NaN where nothing was measured, and where no
-    teacher was scored (TEACHER_METRICS). A line without its end is still being written.
+    """A row an iteration, all numbers, to the bit; NaN where nothing was measured. A line without its end is still being written.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""What notebooks begin with: less noise, and a run to look at. Imports little, so that it comes before what is noisy."""
+"""What notebooks begin with: fewer warnings, and a run to look at. It imports little, so that it can come before what warns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The panel's results as a table, for whoever shows them, and what is printed at the end of a run."""
+"""The panel's results as a table, for the terminal, reports and the viewer, and what is printed at the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's environment offers for the eye: a picture of an observation, and the language of its actions."""
+"""Pictures of observations, drawn by a run's environment, and the language of its actions."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Pictures:
     actions in `metadata["action_language"]`.
 
     Args:
-        run: The run, whose environment is imported and made: look at what people you trust have handed on. One that cannot be made here
-            (its engine is missing, say) has no pictures.
+        run: The run. Its environment is imported and made, so look only at runs of people you trust. An environment that cannot be made
+            here (its engine is missing, say) gives no pictures.
     """
 
     def __init__(self, run: Run) -> None:

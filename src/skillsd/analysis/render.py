@@ -73,7 +73,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def entities(text: str) -> str:
-    """`text` in one line that Markdown shows as it is, behind another word: what would be taken for markup becomes a numeric entity."""
+    """`text` in one line that Markdown shows as it is: characters that would be taken for markup become numeric entities."""
     return _MARKS.sub(lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
 
 
@@ -84,7 +84,7 @@ def fenced(text: str, language: str = "") -> Markup:
 
 
 def prepare(env: Environment) -> None:
-    """Give an environment what the templates use. It must escape; Markup alone is not data."""
+    """Give a Jinja environment what the templates use. It must escape every text; only Markup is inserted as it is."""
     env.trim_blocks = env.lstrip_blocks = True
     env.finalize = lambda x: visible(x) if type(x) is str else x
     env.filters |= {

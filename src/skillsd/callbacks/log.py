@@ -1,4 +1,4 @@
-"""The record of a run: metrics.csv, trajectories.jsonl, and what its loggers get beside the numbers."""
+"""The record of a run: metrics.csv, trajectories.jsonl, and what TensorBoard shows beside the numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its numbers. `writers` is empty without its logger, and then nothing of this is made."""
+"""What TensorBoard shows of a run beside its numbers: an episode, skills, histograms, hyper-parameters."""
 
 from __future__ import annotations
 

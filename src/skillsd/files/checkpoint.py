@@ -18,7 +18,7 @@ from skillsd.files.run_folder import CHECKPOINTS
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 MIDWAY = "midway"
-"""Key of a checkpoint that somebody has saved after an update, before what records the iteration had its turn."""
+"""Key of a checkpoint that was saved in the middle of an iteration: after its update, before its record."""
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Tensor, torch.nn.Parameter})
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 
@@ -102,12 +102,12 @@ def _why(e: Exception) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """The iteration that a checkpoint was written after, without a look at its tensors; None if it can't be read."""
+    """The iteration after which a checkpoint was written, without reading its tensors; None if it cannot be read."""
     return _glance(path)[0]
 
 
 def _glance(path: Path) -> tuple[int | None, bool]:
-    """The same, and whether the checkpoint was saved in the middle of an iteration."""
+    """The iteration of a checkpoint, and whether it was saved in the middle of one; (None, False) if it cannot be read."""
     try:
         found = _read(str(path), mmap=True, map_location="cpu")
         return int(found["global_step"]), bool(found.get(MIDWAY))

@@ -1,4 +1,4 @@
-"""A path as a person writes it, read once: where it comes in."""
+"""Paths as people write them, read once, where they enter the program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_path(given: str | Path, key: str) -> Path:
 
 
 def read_text_path(given: str, key: str) -> str:
-    """The same of what need not be a path: text that does not begin with ~ stays as it is, to the letter."""
+    """The same for a setting that may be another name than a path: text that does not begin with ~ stays as it is."""
     return str(read_path(given, key)) if given.startswith("~") else given
 
 

@@ -192,7 +192,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def acting(self, adapter: str | None) -> Iterator[None]:
-        """One adapter, or the untouched base (None), for inference: no gradient, no dropout, no checkpointing. The student after it.
+        """One adapter, or the untouched base (None), for inference: no gradient, no dropout, no checkpointing. Then the student is active.
 
         Raises:
             ConfigError: out of memory, with a sharded base: other ranks wait in a forward that cannot be repeated.
@@ -295,7 +295,7 @@ class Policy(nn.Module):
         return parallel.all_reduce_max(n) if self.sharded else n
 
     def idle(self, grad: bool = False) -> Tensor:
-        """Takes part in a forward of `score` on other ranks, with the student's gradient or without: 0, for a backward with theirs."""
+        """Take part in other ranks' forward of `score`, with the student's gradient or without; returns a 0 whose backward joins theirs."""
         with torch.set_grad_enabled(grad):
             return self.score("student", [TokenSequence([0], [0], [True])]).logp.sum() * 0.0
 

@@ -25,10 +25,10 @@ WATCHED = (*FILES, VALIDATIONS_FILE)
 
 
 class OpenRun:
-    """A run, what draws its observations, and what scores its tokens.
+    """A run that is shown, with its environment, which draws observations, and its model, which scores tokens.
 
     Attributes:
-        name: In addresses.
+        name: The run's name in addresses.
         lock: Held while its frames are read.
         stamp: Changes when a file of the run has changed.
     """
@@ -43,7 +43,7 @@ class OpenRun:
         self.pictures = Pictures(self.run)
 
     def update(self) -> str:
-        """Forget what was read of files that have changed; the new stamp. Raises ConfigError if there are none any more."""
+        """Forget what was read of files that have changed, and return the new stamp. Raises ConfigError if no file is left."""
         stamps = []
         for name in WATCHED:
             if name.endswith("-shm"):  # readers write into it
@@ -67,7 +67,7 @@ class OpenRun:
         return f"{datetime.fromtimestamp(max(times)):%Y-%m-%d %H:%M:%S}" if times else ""
 
     def once(self, key: Any, make: Callable[[], T], version: Any = None) -> T:
-        """What `make` gives, until a file changes, or until another `version` is asked for."""
+        """The result of `make`, kept until a file changes or another `version` is asked for."""
         version = self.stamp if version is None else version
         with self.lock:
             if key not in self._made or self._made[key][0] != version:
@@ -76,8 +76,9 @@ class OpenRun:
             return found
 
     def scored(self, key: Any, ask: Callable[[Scorer], T]) -> T:
-        """What `ask` gives of the run's newest checkpoint, kept by `key` until there is a newer one. The pages wait for no score: the model
-        has a Run of its own.
+        """The result of `ask` for the run's newest checkpoint, kept by `key` until there is a newer one.
+
+        Other pages do not wait for it: the model has a Run of its own.
 
         Raises:
             ConfigError: there is no checkpoint yet, or its model cannot be had here.
