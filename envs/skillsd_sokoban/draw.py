@@ -24,7 +24,7 @@ _SLAB, _JOINT = 0xE6DDCB, 0xD3C8B3
 _BRICKS, _MORTAR = (0x6B7592, 0x5F6984, 0x707B99, 0x646E8A), 0x434B61
 _RING = 0xD0405C
 _WOOD = 0xD9A15B, 0xC28643, 0x87572A  # planks, frame, outline
-_DONE = 0x7DBB73, 0x589A55, 0x2F6136  # the same, on a target
+_WOOD_ON_TARGET = 0x7DBB73, 0x589A55, 0x2F6136  # the same, on a target
 _SKIN, _CAP, _PEAK, _SHIRT, _TROUSERS, _INK = 0xF3C9A0, 0xE2502F, 0xAD3418, 0x2F7ED8, 0x1D4C94, 0x1F2536
 
 
@@ -72,7 +72,7 @@ def _blocks(lengths: list[int]) -> Iterator[tuple[int, int]]:
 @lru_cache(maxsize=1)
 def _tiles() -> Image:
     """[2 * len(SYMBOLS), CELL, CELL, 3]: a tile for each symbol, then the same ones in the shadow of a wall."""
-    layers: list[list[Callable[[NDArray], None]]] = [[_wall], [], [_target], [_box], [_player], [_done], [_target, _player]]
+    layers: list[list[Callable[[NDArray], None]]] = [[_wall], [], [_target], [_box], [_player], [_box_on_target], [_target, _player]]
     out = []
     for shadow in (False, True):
         for things in layers:  # in the order of SYMBOLS
@@ -147,8 +147,8 @@ def _box(canvas: NDArray, planks: int = _WOOD[0], frame: int = _WOOD[1], outline
             _paint(canvas, _disc(x, y, 0.9), outline)
 
 
-def _done(canvas: NDArray) -> None:
-    _box(canvas, *_DONE)
+def _box_on_target(canvas: NDArray) -> None:
+    _box(canvas, *_WOOD_ON_TARGET)
 
 
 def _player(canvas: NDArray) -> None:

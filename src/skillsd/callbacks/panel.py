@@ -123,7 +123,7 @@ class Panel(L.Callback):
                 parallel.print_rank_zero(f"panel {when}: {count(len(loader.rows), 'episode')}")
             else:
                 task = bar.add_task(f"panel {when}", total=len(loader.rows))
-                loader.progress = lambda _, done, __: bar.update(task, completed=done)
+                loader.progress = lambda _, played, __: bar.update(task, completed=played)
             for batch in loader:
                 played += batch
         result = summarise(played, _scenarios(trainer))

@@ -64,10 +64,10 @@ class ProgressLog(L.Callback):
         if hasattr(data, "progress"):
             data.progress = None
 
-    def playing(self, what: str, done: int, n: int) -> None:
+    def playing(self, what: str, played: int, n: int) -> None:
         """Say that so many of an iteration's or a panel's n episodes are played; called often."""
-        if self.every is not None and done < n and self.clock() - self.latest >= WITHIN * self.every:
-            self._say(f"{what}: {done} of {count(n, 'episode')} played")
+        if self.every is not None and played < n and self.clock() - self.latest >= WITHIN * self.every:
+            self._say(f"{what}: {played} of {count(n, 'episode')} played")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step, total = trainer.global_step, trainer.estimated_stepping_batches

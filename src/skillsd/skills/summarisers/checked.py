@@ -71,7 +71,7 @@ class CheckedSummariser:
 
     def collect(self) -> list[Finished]:
         """What is ready. The failures are counted here: what was submitted, less what is taken."""
-        done, self._lost = self._lost, []
+        ready, self._lost = self._lost, []
         given: list[Finished] = self._tried("collect", lambda: list(self.inner.collect()), [])
         for item in given:
             try:
@@ -83,8 +83,8 @@ class CheckedSummariser:
                 continue
             del self._open[iteration]
             skills = [s for key, source in sources.items() if (s := _taken(by_source.get(key), source)) is not None]
-            done.append(Finished(iteration, skills, len(sources) - len(skills)))
-        return done
+            ready.append(Finished(iteration, skills, len(sources) - len(skills)))
+        return ready
 
     def drain(self) -> None:
         """As `Summariser.drain`."""

@@ -47,7 +47,7 @@ def _blocks(texts: Sequence[str]) -> list[str]:
     """The instruction unless it is empty, then the turns, each under its headings; a final observation is in the last turn's block."""
     blocks = [f"[Instruction]\n{texts[0]}"] if texts[0] else []
     pairs = zip(texts[1::2], texts[2::2], strict=False)
-    blocks += [f"[Turn {n}: environment]\n{seen}\n[Turn {n}: agent]\n{done}" for n, (seen, done) in enumerate(pairs, 1)]
+    blocks += [f"[Turn {n}: environment]\n{seen}\n[Turn {n}: agent]\n{action}" for n, (seen, action) in enumerate(pairs, 1)]
     if len(texts) % 2 == 0:
         blocks[-1] += f"\n[After the last turn: environment]\n{texts[-1]}"
     return blocks
