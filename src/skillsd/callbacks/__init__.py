@@ -11,6 +11,7 @@ from skillsd.callbacks.panel import Panel
 from skillsd.callbacks.progress import ProgressLog
 from skillsd.callbacks.resume import RunCheckpoint
 from skillsd.callbacks.teacher import TeacherSync
+from skillsd.callbacks.trackio import TrackioLogger
 from skillsd.callbacks.watchdog import PeerWatch
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "RunCheckpoint",
     "RunLog",
     "TeacherSync",
+    "TrackioLogger",
     "export_adapter",
 ]

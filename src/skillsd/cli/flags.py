@@ -75,7 +75,7 @@ _NEW = "it is new in this Lightning, and not known to work with skillsd: leave i
 
 HELP = {
     "trainer.default_root_dir": "The run folder, on a disk of this machine or one that is mounted. Default: the present folder.",
-    "trainer.logger": "A logger or several; null (or true) is TensorBoard in the run folder, false is none.",
+    "trainer.logger": "A logger or several, beside TensorBoard in the run folder; null (or true) is TensorBoard alone, false is none.",
     "trainer.limit_val_batches": "How much of the panel Lightning's validation plays: a share, or a number of batches of 4 x "
     "data.rollout.max_rows episodes. null: all of it under `validate`, nothing in a fit, where panel.every plays it.",
     "ckpt_path": "A checkpoint, or `last`: the run folder's newest that is whole.",

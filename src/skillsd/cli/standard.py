@@ -140,10 +140,7 @@ def complete(config: dict[str, Any], made: dict[str, L.Callback], model: L.Light
     if pretrains and config["enable_checkpointing"]:
         raise ConfigError("trainer.enable_checkpointing: pre-training writes its model when it ends, and no checkpoints: leave it out.")
     config["enable_checkpointing"] = not pretrains and config["enable_checkpointing"] is not False
-    if config["logger"] is True or (config["logger"] is None and not pretrains):
-        folder = config["default_root_dir"] or "."
-        config["logger"] = TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)
-    config["logger"] = config["logger"] or False
+    config["logger"] = _loggers(config["logger"], config["default_root_dir"] or ".", pretrains)
     if command in ("fit", "pretrain"):
         if config["limit_val_batches"] is None and not pretrains:
             config["limit_val_batches"] = 0  # the panel is played by its callback
@@ -155,6 +152,16 @@ def complete(config: dict[str, Any], made: dict[str, L.Callback], model: L.Light
     if config["profiler"] in list(written):
         config["profiler"] = written[config["profiler"]](filename="profile")
     return config
+
+
+def _loggers(given: Any, folder: str, pretrains: bool) -> Any:
+    """TensorBoard in the run folder, and beside it those that are given; False without any."""
+    if given in (False, []) or (given is None and pretrains):
+        return False
+    own = [] if given in (None, True) else given if isinstance(given, list) else [given]
+    if any(isinstance(logger, TensorBoardLogger) for logger in own):
+        return own
+    return [TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False), *own]
 
 
 def check_trainer(trainer: L.Trainer, model: L.LightningModule) -> None:
