@@ -25,13 +25,15 @@ from skillsd.policy import Policy
 from skillsd.policy.load import load_tokenizer
 from skillsd.rollout import Background, Chat, Collector, RolloutSettings
 from skillsd.skills import Skill, Summariser
-from skillsd.skills.selection import ACTOR_NEEDS_SKILL, SkillSelection
+from skillsd.skills.context import GroupContext, NoContext
+from skillsd.skills.selection import SkillSelection
 from skillsd.stream import GroupStream, Progress
 from skillsd.tasks import read_tasks
 from skillsd.testing import check_before_run
 from skillsd.trajectory import Task
 
 log = logging.getLogger(__name__)
+ACTOR_NEEDS_SKILL = "data.actor is {}, which needs a skill before the rollout: set skills.context to skillsd.skills.BankContext."
 
 
 class RolloutData(L.LightningDataModule):
@@ -207,9 +209,15 @@ class RolloutData(L.LightningDataModule):
         """Take who chooses skills for the teachers; the skill callback calls it before training.
 
         Raises:
-            ConfigError: It cannot serve `actor`.
+            ConfigError: `actor` needs a skill and none is chosen before the rollout, or its use means nothing.
         """
-        selection.check_actor(self.actor)
+        if self.actor != "student" and isinstance(selection.context, GroupContext | NoContext):
+            raise ConfigError(ACTOR_NEEDS_SKILL.format(self.actor))
+        refused = {"half_with_skill": ("gap", "next_visit"), "student_with_skill": ("gap",)}.get(self.actor, ())
+        if (estimate := selection.bank_settings["value_estimate"]) in refused:
+            raise ConfigError(
+                f"skills.value_estimate is {estimate}, which means nothing where data.actor is {self.actor}: set it to source."
+            )
         selection.bind(self.generate, self.solution, self.together)
         self.selection = selection
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,11 +26,7 @@ from skillsd.files.checkpoint import how_to_resume
 from skillsd.objective import Terms
 from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import OUT_OF_MEMORY, Policy
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+from skillsd.policy.memory import peak_gib
 
 log = logging.getLogger(__name__)
 
@@ -289,12 +284,3 @@ def _reduce(update: Update, params: Sequence[nn.Parameter]) -> None:
     update.gaps = torch.stack([u.gaps for u in updates]).sum(0)
     update.max_drift, update.peak_gib = max(u.max_drift for u in updates), max(u.peak_gib for u in updates)
     update.tokens = [pair for u in updates for pair in u.tokens]
-
-
-def peak_gib(device: torch.device) -> float:
-    """Most memory since the start, GiB: what PyTorch reserved on a GPU, else the process's resident set (nan where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

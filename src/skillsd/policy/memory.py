@@ -1,14 +1,22 @@
-"""What a run takes of a GPU's memory, from shapes alone: estimates on the safe side, which benchmarks/iteration.py --cap checks."""
+"""What a run takes of memory: estimates on the safe side, from shapes alone (benchmarks/iteration.py --cap checks them); and its peak."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from skillsd.policy.policy import Policy
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 WORK = 3 << 27
 """Bytes for libraries' workspaces, recorded graphs and what is lost between blocks: 0.375 GiB."""
@@ -143,3 +151,12 @@ def _kv_shape(config: Any) -> tuple[int, int]:
     """Heads of keys and values, and their dimension."""
     heads = config.num_attention_heads
     return getattr(config, "num_key_value_heads", None) or heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory since the start, GiB: what PyTorch reserved on a GPU, else the process's resident set (nan where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -148,7 +148,7 @@ class Chat:
 
     def turn_ids_many(self, observations: Sequence[str], stopped: Sequence[bool]) -> list[list[int]]:
         """`turn_ids` of each. Not to be changed."""
-        tails = self.encode_many([self._tail_text(o) for o in observations])
+        tails = self.encode_many([self._guarded(self._tail, o) for o in observations])
         n = len(self.closing_ids)
         return [ids[n:] if s else ids for ids, s in zip(tails, stopped, strict=True)]
 
@@ -158,9 +158,6 @@ class Chat:
 
     def _decode(self, ids: tuple[int, ...]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def _tail_text(self, observation: str) -> Text:
-        return self._guarded(self._tail, observation)
 
     def _tail(self, observation: str) -> str:
         if self._around is not None:

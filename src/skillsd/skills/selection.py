@@ -109,18 +109,6 @@ class SkillSelection:
         if isinstance(self.context, GroundTruthContext):
             self.context.bind(partial(solution, summariser=self.checked))
 
-    def check_actor(self, actor: str) -> None:
-        """Refuse an actor with a skill (`data.actor`) where none is chosen before the rollout, or its use means nothing.
-
-        Raises:
-            ConfigError: That.
-        """
-        if actor != "student" and isinstance(self.context, GroupContext | NoContext):
-            raise ConfigError(ACTOR_NEEDS_SKILL.format(actor))
-        refused = {"half_with_skill": ("gap", "next_visit"), "student_with_skill": ("gap",)}.get(actor, ())
-        if (estimate := self.bank_settings["value_estimate"]) in refused:
-            raise ConfigError(f"skills.value_estimate is {estimate}, which means nothing where data.actor is {actor}: set it to source.")
-
     # -- before a rollout, and after it ------------------------------------------------------------------------------------
 
     def choose(
@@ -220,6 +208,3 @@ class SkillSelection:
             size = len(self.bank)
         size, self.failed = parallel.broadcast((size, self.failed))
         return size
-
-
-ACTOR_NEEDS_SKILL = "data.actor is {}, which needs a skill before the rollout: set skills.context to skillsd.skills.BankContext."
