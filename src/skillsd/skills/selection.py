@@ -132,10 +132,9 @@ class SkillSelection:
                     skill = None if t in self.chosen else self.context(self.bank, t, every, seed, epoch)
                     if skill is not None and skill.skill_id is not None:
                         self.chosen[t] = skill
-                if isinstance(self.context, BankContext) and (
-                    left := [t for t in task_ids if t not in self.chosen and self.bank.skills(t)]
-                ):
-                    raise RuntimeError(f"task {left[0]} has {len(self.bank.skills(left[0]))} skills, and its teacher got none")
+                for t in task_ids:
+                    if t not in self.chosen and isinstance(self.context, BankContext) and (n := len(self.bank.skills(t))):
+                        raise RuntimeError(f"task {t} has {n} skills, and its teacher got none")
                 skills = [self.chosen.get(t) for t in task_ids]
                 found = [(None, "") if skill is None else (skill.skill_id, self._text(skill)) for skill in skills]
         return parallel.broadcast(found)
