@@ -34,7 +34,7 @@ class Batch:
         sampled_by_teacher: Rows whose tokens the teacher sampled (Eq. 13), bool [R].
         train_mask: Rows that train, bool [R]: with an action, not failed, and not in a group that the filter leaves out.
         teacher_mask: Those of them that a teacher scores, bool [R]; none where lambda is 0.
-        groups: The iteration's groups, as all that follows also of a batch of some rows.
+        groups: The iteration's groups. They and all that follows are the whole iteration's, also in a batch of some rows.
         dropped_rows: How many more rows a teacher would score if its prompt fitted into the context.
         n_actions: N of Eq. 3-14, the action tokens of all rows that train, at least 1.
         weight: lambda.

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], object]
 """Called often, with what is played, how many of its episodes are finished, and how many there are."""
 Launch = tuple[list[Task], list[tuple[int | None, str]], Callable[[], tuple[list[Trajectory], float]]]
-"""An iteration whose rollout has begun, or begins with the call, which waits for what this rank's share has played, and its seconds: its
-tasks, and their skills' ids and texts."""
+"""An iteration under way: its tasks, the id and text of each one's skill, and a call that waits for this rank's share of the episodes and
+gives them with the seconds they took. Without staleness the call plays them."""
 
 
 class Source(Protocol):
