@@ -2,81 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tests.fork_server import ForkServer
 from tests.tolerance import ROUNDING
 
 from skillsd.skills import SkillBank
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 150
 """Seconds after which a rank that hangs is killed."""
 
-SERVER = f"""
-import importlib, json, os, signal, sys, time, traceback
-import torch
-torch.set_num_threads(1)
-for name in ("skillsd.cli", "skillsd_sokoban", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard"):
-    importlib.import_module(name)
 
-def work(target, args, environment, log, result):
-    os.environ.update(environment)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1), os.dup2(out, 2)
-    module, _, name = target.partition(":")
-    code = 3
-    try:
-        torch.save(getattr(importlib.import_module(module), name)(*args), result)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
-
-for line in sys.stdin:
-    target, args, ranks = json.loads(line)
-    left, codes, until = dict(), dict(), time.monotonic() + {LIMIT}
-    for i, rank in enumerate(ranks):
-        pid = os.fork()
-        if not pid:
-            work(target, args, *rank)
-        left[pid] = i
-    while left:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[left.pop(pid)] = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() > until:
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-        else:
-            time.sleep(0.01)
-    print(json.dumps([codes[i] for i in range(len(ranks))]), flush=True)
-"""
-
-
-class Ranks:
-    """The process that forks.
+class Ranks(ForkServer):
+    """Ranks of this host, forked by one process.
 
     Attributes:
         logs: What each rank of the last job has printed.
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder, self.logs = folder, [""]
-        path = ":".join(filter(None, (*(str(ROOT / x) for x in ("src", "envs", "")), os.environ.get("PYTHONPATH"))))
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
-        )
 
     def run(self, target: str, *args: Any, environments: Sequence[dict[str, str]] = ({},), codes: Sequence[int] | None = None) -> list[Any]:
         """Call `module:function` with args (JSON) once for each of the environments, all at one time; what each returns, None if nothing.
@@ -86,17 +37,12 @@ class Ranks:
         files = [(self.folder / f"{i}.log", self.folder / f"{i}.pt") for i in range(len(environments))]
         for _, result in files:
             result.unlink(missing_ok=True)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        ranks = [(env, str(log), str(result)) for env, (log, result) in zip(environments, files, strict=True)]
-        self.process.stdin.write(json.dumps([target, args, ranks]) + "\n")
-        self.process.stdin.flush()
-        found = json.loads(self.process.stdout.readline())
+        children = [(env, str(log), str(result)) for env, (log, result) in zip(environments, files, strict=True)]
+        self.fork(target, args, children, LIMIT)
+        found = self.join()
         self.logs = [log.read_text() for log, _ in files]
         assert found == list(codes or [0] * len(files)), f"{found}\n" + "\n".join(x[-3000:] for x in self.logs)
         return [torch.load(result) if result.is_file() else None for _, result in files]
-
-    def close(self) -> None:
-        self.process.communicate()
 
 
 def torchrun(ranks: int = 2) -> list[dict[str, str]]:

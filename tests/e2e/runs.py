@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import json
 import os
 import re
@@ -11,8 +13,10 @@ import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,72 +24,15 @@ import torch
 import yaml
 from tests.conftest import SHAPE, WIDE
 from tests.e2e.commands import boards, metrics
+from tests.fork_server import ROOT, ForkServer, python
 from tests.ranks import near
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from skillsd import cli
 from skillsd.files.checkpoint import newest_good, read_checkpoint
 from skillsd.policy.nano import build_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 9  # 3 epochs of 8 tasks, 3 an iteration: the last one of an epoch is a partial one
-
-SERVER = """
-import ctypes, importlib, json, os, signal, sys
-from functools import wraps
-import torch
-torch.set_num_threads(1)
-from skillsd import cli
-for name in ("skillsd_sokoban", "skillsd.skills.callback", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard"):
-    importlib.import_module(name)
-
-def bomb(where, calls, after):
-    # SIGKILL in the n-th call of a function, before or after it has done its work.
-    module, _, name = where.partition(":")
-    *path, last = name.split(".")
-    owner = importlib.import_module(module)
-    for part in path:
-        owner = getattr(owner, part)
-    work, left = getattr(owner, last), [calls]
-    @wraps(work)
-    def fused(*args, **kwargs):
-        left[0] -= 1
-        result = work(*args, **kwargs) if left[0] or after else None
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(owner, last, fused)
-
-def command(args, log, fuse, fault):
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1), os.dup2(out, 2)
-    sys.argv = ["skillsd"]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    if fuse:
-        bomb(*fuse)
-    if fault:
-        library = ctypes.CDLL(None)
-        library.fault_arm(fault[0].encode(), fault[1], fault[2], fault[3])
-    code = 3
-    try:
-        code = cli.main(args)
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    sys.stdout.flush()
-    if fault:
-        library.fault_first.restype = ctypes.c_char_p
-        print("disk calls:", library.fault_count(), library.fault_hits(), library.fault_first().decode(), flush=True)
-    os._exit(code)
-
-if sys.argv[1:]:
-    command(*json.loads(sys.argv[1]))
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        command(*json.loads(line))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 
 Bomb = tuple[str, int, bool]
 """Function, which of its calls in the process, and whether its work is done first."""
@@ -93,8 +40,50 @@ Fault = tuple[str, int, int, int]
 """Folder, which of the calls that change something in it fails (0: none), with what errno, and whether all after it fail too."""
 
 
-class Server:
-    """A process with everything imported that forks one for each command: an import takes longer than a run of this size.
+def plant(where: str, calls: int, after: bool) -> None:
+    """SIGKILL this process in the n-th call of a function, before or after it has done its work."""
+    module, _, name = where.partition(":")
+    *path, last = name.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    function, left = getattr(owner, last), calls
+
+    @wraps(function)
+    def bombed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        result = function(*args, **kwargs) if left or after else None
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, last, bombed)
+
+
+def command(args: list[str], bomb: Bomb | None, fault: Fault | None) -> None:
+    """`skillsd ARGS` in this process, which ends with it."""
+    sys.argv = ["skillsd"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    if bomb:
+        plant(*bomb)
+    library = ctypes.CDLL(None)
+    if fault:
+        library.fault_arm(fault[0].encode(), *fault[1:])
+    code = 3
+    try:
+        code = cli.main(args)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    if fault:
+        library.fault_first.restype = ctypes.c_char_p
+        print("disk calls:", library.fault_count(), library.fault_hits(), library.fault_first().decode(), flush=True)
+    os._exit(code)
+
+
+class Server(ForkServer):
+    """Runs one command after another, each in a process of its own.
 
     Args:
         preload: A shared library that stands in for functions of libc (`faults.c`).
@@ -103,33 +92,17 @@ class Server:
 
     def __init__(self, preload: Path | None = None, environment: dict[str, str] | None = None) -> None:
         self.preload = preload
-        more = {"CUDA_VISIBLE_DEVICES": ""} | (environment or {})  # on a CPU numbers are equal to the bit
-        self.process = self._python(more if preload is None else more | {"LD_PRELOAD": str(preload)})
+        super().__init__(__name__, environment=(environment or {}) | ({} if preload is None else {"LD_PRELOAD": str(preload)}))
 
-    def start(self, args: list[str], log: Path, fuse: Bomb | None = None, fault: Fault | None = None) -> int:
+    def start(self, args: list[str], log: Path, bomb: Bomb | None = None, fault: Fault | None = None) -> int:
         """Begin a command; its pid."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([args, str(log), fuse, fault]) + "\n")
-        self.process.stdin.flush()
-        return int(self._line())
+        (pid,) = self.fork(f"{__name__}:command", [args, bomb, fault], [({}, str(log), os.devnull)])
+        return pid
 
     def wait(self) -> int:
         """Its exit status."""
-        return int(self._line())
-
-    def close(self) -> None:
-        self.process.communicate()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def _python(self, env: dict[str, str], *args: str) -> subprocess.Popen[str]:
-        path = ":".join(filter(None, (*(str(ROOT / x) for x in ("src", "envs", "")), os.environ.get("PYTHONPATH"))))
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | env
-        return subprocess.Popen(
-            [sys.executable, "-c", SERVER, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
-        )
+        (code,) = self.join()
+        return code
 
 
 class Fresh(Server):
@@ -138,8 +111,10 @@ class Fresh(Server):
     def __init__(self) -> None:
         self.preload = None
 
-    def start(self, args: list[str], log: Path, fuse: Bomb | None = None, fault: Fault | None = None) -> int:
-        self.process = self._python({}, json.dumps([args, str(log), fuse, fault]))
+    def start(self, args: list[str], log: Path, bomb: Bomb | None = None, fault: Fault | None = None) -> int:
+        job = json.dumps([f"{__name__}:command", [args, bomb, fault], {}, str(log), os.devnull])
+        code = "import json, sys; from tests.fork_server import work; work(*json.loads(sys.argv[1]))"
+        self.process = python("-c", code, job, environment={})
         return self.process.pid
 
     def wait(self) -> int:
