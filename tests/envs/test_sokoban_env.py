@@ -7,7 +7,6 @@ from gymnasium.error import ResetNeeded
 from skillsd.testing import check_text_env
 from skillsd_sokoban.actions import Actions
 from skillsd_sokoban.prompts import DEFAULTS
-from skillsd_sokoban.settings import SOURCES
 
 BOARD = "#######\n#PXO__#\n#__XO_#\n#_____#\n#######"
 UP, DOWN, LEFT, RIGHT = range(4)
@@ -72,7 +71,7 @@ def test_a_box_is_not_pushed_into_a_box():
     assert env.step("right")[0].splitlines()[1] == "#PXX_#"
 
 
-def test_reward_and_end():
+def test_a_solved_level_pays_1_and_ends():
     env = make()
     env.reset(options={"board": BOARD})
     plan = env.unwrapped.solution()
@@ -130,7 +129,7 @@ def test_unreadable_action_costs_a_turn_and_says_why():
         ("", None),
     ],
 )
-def test_fenced_answers(answer, moves):
+def test_fenced_answers_are_read(answer, moves):
     assert Actions("fenced", 1).read(answer) == moves
 
 
@@ -147,7 +146,7 @@ def test_fenced_answers(answer, moves):
         ("", None),
     ],
 )
-def test_bare_answers(answer, moves):
+def test_bare_answers_are_read(answer, moves):
     assert Actions("bare", 1).read(answer) == moves
 
 
@@ -209,7 +208,7 @@ def test_prompts_can_be_replaced():
     assert set(DEFAULTS) == {"instruction", "observation", "invalid"}
 
 
-def test_tasks():
+def test_tasks_are_listed_in_the_order_of_their_split():
     env = make(difficulties={"a": {"lengths": [2, 4]}, "b": {"lengths": [8, 9]}}, splits={"dev": {"b": 2, "a": 1}}).unwrapped
     assert env.tasks("dev") == [
         {"task_id": "dev-0000", "split": "dev", "difficulty": "b"},
@@ -233,7 +232,7 @@ def test_tasks():
         ({"board": "####\n#TP#\n####"}, "solved already"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make().reset(options=options)
 
@@ -269,13 +268,9 @@ def test_bad_options(options, message):
         ({"distance_reward": float("inf")}, "distance_reward"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
-
-
-def test_default_difficulties_fit_their_source():
-    assert set(SOURCES) == {"solver", "reverse_play", "boxoban"}
 
 
 def test_large_levels_fall_back_to_search():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -16,72 +14,10 @@ from skillsd.policy.nano import build_tokenizer
 from skillsd.rollout.chat import Chat
 from skillsd.skills import BankContext, BaseSummariser, GroundTruthContext, RulesSummariser, Skill, SkillBank, Summariser
 from skillsd.skills.callback import SkillBankCallback
-from skillsd.skills.skill import FIELDS, MAX_ANSWER_CHARS, MAX_ANSWER_FIELD_CHARS, MAX_CHARS
 from skillsd.skills.summarisers import CheckedSummariser, Finished, analyst_messages
 
-CONTROL = ("<|im_start|>", "<|im_end|>")
 
-
-def answer(**texts: Any) -> str:
-    return json.dumps({**dict.fromkeys(FIELDS, "x"), **texts})
-
-
-# -- answers of language models ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("x" * 100_000, "100000 characters is not read"),
-        (answer() + " " * MAX_ANSWER_CHARS, "is not read: at most 64000$"),
-        (answer(golden_workflow="x" * (MAX_ANSWER_FIELD_CHARS + 1)), "golden_workflow has 4001 characters, more than 4000"),
-        (answer().replace('"x"', "NaN", 1), "must be a string, not float"),
-        (answer().replace('"x"', "-Infinity", 1), "must be a string, not float"),
-        (answer().replace('"x"', "1e999999", 1), "must be a string, not float"),
-        (answer().replace('"x"', "9" * 5000, 1), "found 0"),  # an int that Python refuses to read
-        (answer().replace('"x"', "[" * 20_000, 1), "found 0"),
-        (answer(mistake_analysis="\0\x1b\x07"), "mistake_analysis is empty"),
-        (answer(mistake_analysis="\ud800"), "lone surrogate"),
-        (answer(task_id="other", source_reward=9), "unexpected: source_reward, task_id"),
-        ("[" + answer() + "," + answer() + "]", "found 2"),
-    ],
-)
-def test_answers_that_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        Skill.parse(text)
-
-
-@pytest.mark.parametrize("text", ['{"a":' * 12_000, '{"a":[' * 10_000, '{"a":{"b":"' * 5_000, "{" * 64_000, '{"a":[' * 900 + "0," * 29_000])
-def test_no_answer_takes_long_to_read(text):
-    started = time.process_time()
-    with pytest.raises(ValueError, match="found 0"):
-        Skill.parse(text)
-    assert time.process_time() - started < 2
-
-
-def test_bounds_are_inclusive():
-    longest = "x" * MAX_ANSWER_FIELD_CHARS
-    assert Skill.parse(answer(**dict.fromkeys(FIELDS, longest))).texts == (longest,) * 3
-    assert Skill("a", "b", "x" * MAX_CHARS).admitted().golden_workflow == "x" * MAX_CHARS
-    with pytest.raises(ValueError, match="success_analysis has 24001 characters"):
-        Skill("x" * (MAX_CHARS + 1), "b", "c").admitted()
-
-
-@pytest.mark.parametrize("text", ["先推左边的箱子", "Толкни ящик 🙂", "أولا", "{0.__class__} {golden_workflow} %s $x {{", "a\n\tb"])
-def test_other_languages_and_braces_are_data(text):
-    skill = Skill.parse(answer(golden_workflow=text))
-    assert skill.golden_workflow == text and skill.render("{golden_workflow}|{success_analysis}") == f"{text}|x"
-    bank = SkillBank()
-    (number,) = bank.insert([Skill(*skill.texts, "t")], 0)
-    assert bank.get(number).golden_workflow == text
-
-
-def test_what_drives_a_terminal_is_taken_out():
-    skill = Skill.parse(answer(golden_workflow="a\x1b[31mred\x00\x9b2J\r\u202eb\x7f"))
-    assert skill.golden_workflow == "a [31mred  2J  b"
-
-
-def test_a_skill_by_field_is_bounded_too(make_trajectory):
+def test_a_skill_asked_by_field_is_bounded(make_trajectory):
     base = BaseSummariser(form="fields")
     base.bind(lambda asked, *_: ["fine", "fine", "x" * 5000] if base.max_new_tokens == 512 else ["\x1bfine"] * 3)
     assert base.summarise([make_trajectory()]) == [None]
@@ -208,7 +144,7 @@ def test_a_summariser_that_raises_is_counted_and_the_next_one_counts(make_trajec
         checked.summarise([make_trajectory()])
 
 
-def test_every_failure_is_said_with_its_place_and_cut(make_trajectory, caplog):
+def test_every_failure_is_logged_with_its_method_and_cut_short(make_trajectory, caplog):
     third: Any = Third(RuntimeError("x" * 600))
     third.submit = third.drain = third.close = third._say
     third.rows, rows, checked = (), [make_trajectory()], CheckedSummariser(third)
@@ -222,7 +158,7 @@ def test_every_failure_is_said_with_its_place_and_cut(make_trajectory, caplog):
     assert caplog.messages == ["the summariser returned 0 summaries of 1 trajectories: none is taken"]
 
 
-def test_what_is_left_out_is_said_and_the_rest_is_taken(make_trajectory, caplog):
+def test_skills_that_are_left_out_are_logged_and_the_rest_is_taken(make_trajectory, caplog):
     caplog.set_level("INFO")
     rows = [make_trajectory(member=m) for m in (0, 1)]
     skills = [good(rows[0]), good(rows[1], "x" * 100_000)]
@@ -242,7 +178,7 @@ def test_a_skill_of_the_ground_truth_is_checked_too(make_trajectory, given):
     assert callback.selection.texts([[make_trajectory()]], 0) == [[""]]
 
 
-def test_the_run_goes_on_and_counts(make_trajectory):
+def test_a_run_goes_on_past_a_summariser_that_raises_and_counts_its_failures(make_trajectory):
     callback = SkillBankCallback(Third(RuntimeError("broken")), BankContext())  # type: ignore[arg-type]
     callback.selection.bank = SkillBank()
     third: Any = callback.selection.summariser
@@ -256,7 +192,7 @@ def test_the_run_goes_on_and_counts(make_trajectory):
         assert outputs["metrics"].measured | {"time/summary_s": 0} == {"skills/failed": so_far, "skills/bank": 0, "time/summary_s": 0}
 
 
-def test_ours_are_unchanged_by_the_check(make_trajectory):
+def test_the_check_changes_no_skill_of_the_package_s_summarisers(make_trajectory):
     rows = [make_trajectory(task, m) for task in ("t2", "t1") for m in (1, 0)] + [make_trajectory("t3", pairs=())]
     ours, checked = RulesSummariser(), CheckedSummariser(RulesSummariser())
     ours.submit(3, rows)

@@ -2,14 +2,19 @@
 
 import inspect
 import json
+import time
 
 import pytest
 
-from skillsd.skills import FIELDS, SKILL_TEMPLATE, Skill
-from skillsd.skills.skill import without_thoughts
+from skillsd.skills import FIELDS, SKILL_TEMPLATE, Skill, SkillBank
+from skillsd.skills.skill import MAX_ANSWER_CHARS, MAX_ANSWER_FIELD_CHARS, MAX_CHARS, without_thoughts
 
 GOOD = {"success_analysis": "go", "mistake_analysis": "no {x}", "golden_workflow": "a, b"}
 TEXT = json.dumps(GOOD)
+
+
+def answer(**texts):
+    return json.dumps({**GOOD, **texts})
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,6 @@ def test_parse_allows_raw_line_breaks_in_strings():
         ("x" * 81, r"found 0 in 'x{80}\.\.\.'$"),
         (TEXT[:-5], "found 0"),
         (TEXT + TEXT, "found 2"),
-        ('{"a":' * 5000, "found 0"),
         (json.dumps({**GOOD, "extra": "x"}), "; unexpected: extra"),
         (json.dumps({"success_analysis": "x"}), "; missing: mistake_analysis, golden_workflow"),
         (TEXT[:-1] + ', "golden_workflow": "c"}', "; repeated: golden_workflow"),
@@ -56,11 +60,52 @@ def test_parse_allows_raw_line_breaks_in_strings():
         (json.dumps({**GOOD, "golden_workflow": {"a": 1}}), "golden_workflow must be a string"),
         (json.dumps({**GOOD, "mistake_analysis": " \n"}), "mistake_analysis is empty"),
         (TEXT.replace('"go"', '"\\ud800"'), "lone surrogate"),
+        ("x" * 100_000, "100000 characters is not read"),
+        (TEXT + " " * MAX_ANSWER_CHARS, "is not read: at most 64000$"),
+        (answer(golden_workflow="x" * (MAX_ANSWER_FIELD_CHARS + 1)), "golden_workflow has 4001 characters, more than 4000"),
+        (TEXT.replace('"go"', "NaN"), "must be a string, not float"),
+        (TEXT.replace('"go"', "-Infinity"), "must be a string, not float"),
+        (TEXT.replace('"go"', "1e999999"), "must be a string, not float"),
+        (TEXT.replace('"go"', "9" * 5000), "found 0"),  # an int that Python refuses to read
+        (TEXT.replace('"go"', "[" * 20_000), "found 0"),
+        (answer(mistake_analysis="\0\x1b\x07"), "mistake_analysis is empty"),
+        (answer(task_id="other", source_reward=9), "unexpected: source_reward, task_id"),
+        (f"[{TEXT},{TEXT}]", "found 2"),
     ],
 )
 def test_parse_says_what_is_wrong(answer, message):
     with pytest.raises(ValueError, match=message):
         Skill.parse(answer)
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 12_000, '{"a":[' * 10_000, '{"a":{"b":"' * 5_000, "{" * 64_000, '{"a":[' * 900 + "0," * 29_000])
+def test_no_answer_takes_long_to_read(text):
+    started = time.process_time()
+    with pytest.raises(ValueError, match="found 0"):
+        Skill.parse(text)
+    assert time.process_time() - started < 2
+
+
+def test_bounds_of_texts_are_inclusive():
+    longest = "x" * MAX_ANSWER_FIELD_CHARS
+    assert Skill.parse(answer(**dict.fromkeys(FIELDS, longest))).texts == (longest,) * 3
+    assert Skill("a", "b", "x" * MAX_CHARS).admitted().golden_workflow == "x" * MAX_CHARS
+    with pytest.raises(ValueError, match="success_analysis has 24001 characters"):
+        Skill("x" * (MAX_CHARS + 1), "b", "c").admitted()
+
+
+@pytest.mark.parametrize("text", ["先推左边的箱子", "Толкни ящик 🙂", "أولا", "{0.__class__} {golden_workflow} %s $x {{", "a\n\tb"])
+def test_other_languages_and_braces_are_data(text):
+    skill = Skill.parse(answer(golden_workflow=text))
+    assert skill.golden_workflow == text and skill.render("{golden_workflow}|{success_analysis}") == f"{text}|go"
+    bank = SkillBank()
+    (number,) = bank.insert([Skill(*skill.texts, "t")], 0)
+    assert bank.get(number).golden_workflow == text
+
+
+def test_control_characters_are_taken_out():
+    skill = Skill.parse(answer(golden_workflow="a\x1b[31mred\x00\x9b2J\r\u202eb\x7f"))
+    assert skill.golden_workflow == "a [31mred  2J  b"
 
 
 def test_render_fills_the_template_and_leaves_braces_in_texts_alone():
@@ -82,7 +127,7 @@ def test_texts_are_replaced_together():
         skill.with_texts(["a", "b"])
 
 
-def test_defaults():
+def test_a_new_skill_s_defaults():
     """A new skill was never used, has one source, and no reward."""
     given = {name: p.default for name, p in inspect.signature(Skill).parameters.items() if p.default is not p.empty}
     assert {name for name, value in given.items() if value} == {"sources"} and given["sources"] == 1

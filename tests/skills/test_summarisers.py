@@ -1,7 +1,6 @@
 """Summaries by rules and by the policy's own model: what they say, what they are asked, and what is refused."""
 
 import inspect
-import itertools
 import json
 import random
 from functools import partial
@@ -93,7 +92,7 @@ def test_default_texts_are_readable_and_do_not_sell_failure():
     assert "FAILED" in skill.golden_workflow and "50%" in skill.success_analysis
 
 
-def test_the_default_words(make_trajectory):
+def test_the_words_of_default_skills_and_prompts_are_those_on_record(make_trajectory):
     """What skills are made with, unless set otherwise, is part of a run: whoever changes a word changes results, and this file."""
     solved = make_trajectory(pairs=[("s0", "up"), ("s1", "down"), ("s0", "left")])
     unsolved = make_trajectory(pairs=[("s0", "up"), ("s0", "left")], completion=0.5)
@@ -134,7 +133,7 @@ def test_a_pattern_that_finds_nothing_in_its_group_finds_no_action():
     assert digest.actions == ("up",) and digest.unparsed == 1
 
 
-def test_rules_interface(make_trajectory):
+def test_rules_are_a_summariser_whose_skills_come_in_order(make_trajectory):
     rules = RulesSummariser()
     assert isinstance(rules, Summariser) and not rules.asynchronous
     group = [make_trajectory(task, member) for task in ("t2", "t1") for member in (1, 0)]
@@ -173,17 +172,6 @@ def test_base_asks_the_bound_model(make_trajectory, caplog):
         base.summarise(group)
 
 
-def test_base_defaults_and_least_settings():
-    assert {name: p.default for name, p in inspect.signature(BaseSummariser).parameters.items()} == dict(
-        max_new_tokens=512, batch_size=None, template=None, system=SYSTEM_PROMPT, max_chars=24_000, form="json", questions=None
-    )
-    least = BaseSummariser(max_new_tokens=1, batch_size=1)
-    assert (least.max_new_tokens, least.batch_size) == (1, 1)
-    for bad in ({"max_new_tokens": 0}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="max_new_tokens and batch_size must be >= 1"):
-            BaseSummariser(**bad)
-
-
 def test_prompt_carries_what_the_analyst_needs(make_trajectory):
     system, user = analyst_messages(make_trajectory(pairs=[("map {x}", "go"), ("map 2", "on")], completion=0.5))
     assert system["role"] == "system" and user["role"] == "user"
@@ -195,35 +183,32 @@ def test_prompt_carries_what_the_analyst_needs(make_trajectory):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{nothing} {conversation}", r"its fields are conversation, result, steps, completion; double other braces"),
-        ("{", "cannot be filled"),
-        ("{conversation[1]}", "cannot be filled"),
-        ("{conversation} {result[7]}", "cannot be filled"),  # of `solved`
-        ("no conversation", "no {conversation}"),
+        ({"max_new_tokens": 0}, "max_new_tokens and batch_size must be >= 1"),
+        ({"batch_size": 0}, "max_new_tokens and batch_size must be >= 1"),
+        ({"max_chars": MIN_CHARS - 1}, f"max_chars must be >= {MIN_CHARS}, got {MIN_CHARS - 1}"),
+        ({"form": "xml"}, "one of json, fields"),
+        ({"questions": {"golden_workflow": "How?"}}, "set form to fields"),
+        ({"form": "fields", "questions": {"plan": "How?"}}, "names plan: the fields are success_analysis"),
+        ({"template": "no conversation"}, "summary template .*no {conversation}"),
+        ({"template": "{"}, "summary template .*cannot be filled"),
+        ({"template": "{conversation[1]}"}, "summary template .*cannot be filled"),
+        ({"template": "{conversation} {result[7]}"}, "summary template .*cannot be filled"),  # only `not solved` is that long
+        ({"template": "{nothing} {conversation}"}, "its fields are conversation, result, steps, completion; double other braces"),
+        ({"template": "{conversation} {question}"}, "completion; double other braces"),
+        ({"form": "fields", "template": "{question}"}, "no {conversation}"),
+        ({"form": "fields", "template": "{conversation}"}, "summary template .*no {question}"),
+        ({"form": "fields", "template": "{conversation} {question[1]}"}, "summary template .*cannot be filled"),
+        ({"form": "fields", "template": "{conversation} {question} {plan}"}, "completion, question; double other braces"),
     ],
 )
-def test_prompt_template_is_checked(bad, message):
-    with pytest.raises(ValueError, match=f"summary template .*{message}"):
-        BaseSummariser(template=bad)
+def test_bad_settings_of_an_analyst_say_what_to_do(bad, message):
+    with pytest.raises(ValueError, match=message):
+        BaseSummariser(**bad)
 
 
-def test_a_question_s_template_is_checked():
-    for bad, message in (("{conversation} {question[1]}", "cannot be filled"), ("{conversation}", "no {question}")):
-        with pytest.raises(ValueError, match=f"summary template .*{message}"):
-            BaseSummariser(template=bad, form="fields")
-
-
-def test_the_least_budget():
-    BaseSummariser(max_chars=MIN_CHARS)
-    with pytest.raises(ValueError, match=f"max_chars must be >= {MIN_CHARS}, got {MIN_CHARS - 1}"):
-        BaseSummariser(max_chars=MIN_CHARS - 1)
-
-
-@pytest.mark.parametrize(("n", "observation_chars", "action_chars"), list(itertools.product([1, 3, 40], [10, 5_000], [10, 5_000])))
-def test_conversation_keeps_its_budget(make_trajectory, n, observation_chars, action_chars):
-    pairs = [(f"o{i}" + "x" * observation_chars + f"O{i}", f"a{i}" + "y" * action_chars + f"A{i}") for i in range(n)]
-    text = conversation(make_trajectory(pairs=pairs), 6_000)
-    assert len(text) <= 6_100
-    assert "o0" in text and f"A{n - 1}" in text and "Solve it." in text
-    whole = len(conversation(make_trajectory(pairs=pairs), 10**6)) <= 6_000
-    assert ("left out" in text) != whole
+def test_an_analyst_s_defaults_and_least_settings():
+    assert {name: p.default for name, p in inspect.signature(BaseSummariser).parameters.items()} == dict(
+        max_new_tokens=512, batch_size=None, template=None, system=SYSTEM_PROMPT, max_chars=24_000, form="json", questions=None
+    )
+    least = BaseSummariser(max_new_tokens=1, batch_size=1, max_chars=MIN_CHARS)
+    assert (least.max_new_tokens, least.batch_size, least.max_chars) == (1, 1, MIN_CHARS)

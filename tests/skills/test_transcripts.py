@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 from tests.skills.chat_server import ANSWER
+from tests.skills.conftest import _trajectory
 
 from skillsd.engines.noise import stream_key
 from skillsd.skills import BaseSummariser
 from skillsd.skills.skill import FIELDS
 from skillsd.skills.summarisers import FIELD_QUESTIONS, analyst_messages
 from skillsd.skills.summarisers.transcript import MIN_CHARS, MIN_KEPT, _limit, conversation, shorten
-from skillsd.trajectory import Trajectory, Turn
 
 RULES = "RULES-BEGIN\n" + "Write one python block each turn. Only print() shows anything. Look the APIs up before use.\n" * 42 + "RULES-END"
 TASK = "TASK-BEGIN My name is Ada Stone. What is the most played song of my library? TASK-END"
@@ -41,8 +41,7 @@ def code_transcript(n=40, member=0, seed=0, instruction=RULES):
 
 
 def episode(pairs, instruction=RULES, member=0):
-    turns = tuple(Turn(observation, action, 0.0) for observation, action in pairs)
-    return Trajectory(3, "t1", member, 7, instruction, (1,), (2,), (True,), (-0.5,), turns, 0.5, 0.5, False, "done")
+    return _trajectory(pairs=pairs, instruction=instruction, member=member, completion=0.5)
 
 
 def test_a_long_transcript_keeps_rules_task_and_end():
@@ -120,14 +119,6 @@ def test_a_long_first_observation_keeps_both_ends():
     assert len(text) <= 24_000 and RULES in text and TASK in text and "ENVIRONMENT" in text
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 40])
-@pytest.mark.parametrize("max_chars", [MIN_CHARS, 6_000, 24_000])
-def test_any_number_of_turns(n, max_chars):
-    text = conversation(code_transcript(n), max_chars)
-    assert len(text) <= max_chars and "RULES-BEGIN" in text and "RULES-END" in text
-    assert n == 0 or ("TASK-BEGIN" in text and "LAST-END" in text)
-
-
 def test_the_last_answer_of_the_environment_stands_at_the_end():
     t = replace(code_transcript(), final_observation="END-BEGIN " + "You have won. " * 1000 + "END-END")
     assert conversation(replace(t, turns=t.turns[-1:])).endswith("END-END")
@@ -136,7 +127,7 @@ def test_the_last_answer_of_the_environment_stands_at_the_end():
     assert len(conversation(t, MIN_CHARS)) <= MIN_CHARS and "After the last turn" not in conversation(replace(t, turns=()))
 
 
-def test_what_fits_exactly_is_not_touched():
+def test_a_conversation_that_fits_exactly_is_whole():
     for n in (0, 1, 3):
         whole = conversation(code_transcript(n), 10**6)
         assert conversation(code_transcript(n), len(whole)) == whole
@@ -189,7 +180,7 @@ def test_braces_and_fields_in_a_transcript_are_text(form):
     assert skill.render().count(TRAPS) == (0 if form == "json" else 3)
 
 
-def test_json_from_forty_turns():
+def test_a_json_summary_of_forty_turns_fits():
     base, asked = BaseSummariser(), []
     base.bind(lambda messages, *_: [asked.append(m) or f"Let me see.\n```json\n{ANSWER}\n```" for m in messages])
     (skill,) = base.summarise([code_transcript()])
@@ -232,21 +223,3 @@ def test_questions_can_be_set():
     assert skill.texts == (FIELD_QUESTIONS["success_analysis"], FIELD_QUESTIONS["mistake_analysis"], "How {so}?")
     (message,) = analyst_messages(code_transcript(1), "{conversation}|{question}", "", question="why")
     assert message["content"].endswith("|why")
-
-
-@pytest.mark.parametrize(
-    ("bad", "says"),
-    [
-        ({"form": "xml"}, "one of json, fields"),
-        ({"questions": {"golden_workflow": "How?"}}, "set form to fields"),
-        ({"form": "fields", "questions": {"plan": "How?"}}, "names plan: the fields are success_analysis"),
-        ({"form": "fields", "template": "{conversation}"}, "no {question}"),
-        ({"form": "fields", "template": "{question}"}, "no {conversation}"),
-        ({"form": "fields", "template": "{conversation} {question} {plan}"}, "completion, question; double other braces"),
-        ({"template": "{conversation} {question}"}, "completion; double other braces"),
-        ({"max_chars": MIN_CHARS - 1}, "max_chars must be >= 1000"),
-    ],
-)
-def test_bad_settings_say_what_to_do(bad, says):
-    with pytest.raises(ValueError, match=says):
-        BaseSummariser(**bad)
