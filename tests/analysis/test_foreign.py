@@ -12,7 +12,6 @@ import pytest
 from tests.analysis.folders import SHORT
 from tests.analysis.view.conftest import hostile
 
-from skillsd import cli
 from skillsd.analysis import Run
 from skillsd.analysis.index import MAX_LINE
 from skillsd.analysis.view import pages
@@ -35,11 +34,10 @@ def folder(tmp_path: Path) -> Path:
     return hostile(tmp_path / "foreign")
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    assert cli.main([str(a) for a in args]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
-    return err
+def page_of(folder: Path, path: str) -> Any:
+    """The viewer's answer for one of the run's pages."""
+    with Site([folder]) as site:
+        return create_app(site, "t").test_client().get(f"/t/run/{folder.name}/{path}", headers={"Host": "localhost:1"})
 
 
 @pytest.mark.parametrize(
@@ -52,10 +50,10 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("rewritten", [False, True])
-def test_a_trajectory_of_other_values_is_named(folder, capsys, field, value, rewritten):
+def test_a_trajectory_of_other_values_is_named(folder, command, field, value, rewritten):
     line = json.dumps(ROW | {field: value}, separators=None if rewritten else (",", ":"))
     (folder / "trajectories.jsonl").write_text(f"{json.dumps(ROW)}\n{line}\n")
-    said = refused(capsys, "show", folder)
+    said = command("show", folder, code=2)
     assert "trajectories.jsonl:2" in said and field in said and len(said) < 1000
 
 
@@ -71,10 +69,10 @@ def test_a_trajectory_s_inside_is_checked_when_it_is_read(field, value):
         Trajectory.from_json(json.dumps(ROW | {field: value}))
 
 
-def test_a_line_without_an_end_is_not_read_whole(folder, capsys):
+def test_a_line_without_an_end_is_not_read_whole(folder, command):
     with (folder / "trajectories.jsonl").open("wb") as f:
         f.truncate(8 * MAX_LINE)
-    assert str(MAX_LINE) in refused(capsys, "show", folder)
+    assert str(MAX_LINE) in command("show", folder, code=2)
 
 
 @pytest.mark.parametrize(
@@ -120,28 +118,25 @@ def test_a_difference_that_is_none_is_named(folder, difference):
         "iteration,epoch\n0,1e300\n",
     ],
 )
-def test_metrics_of_other_columns_are_named(folder, capsys, text):
+def test_metrics_of_other_columns_are_named(folder, command, text):
     (folder / "metrics.csv").write_text(text)
-    assert "metrics.csv" in refused(capsys, "show", folder)
+    assert "metrics.csv" in command("show", folder, code=2)
 
 
-def test_metrics_that_no_axis_holds_leave_gaps(folder, capsys):
+def test_metrics_that_no_axis_holds_leave_gaps(folder, command):
     odd = {"loss/total": "1e308", "time/rollout_s": "inf", "reward/success": "-inf", "memory/peak_gib": "nan"}
     names = [*COLUMNS, "$\\frac{$", *(f"c{i}" for i in range(150))]
     rows = [dict.fromkeys(names, "1") | {"iteration": str(i), "epoch": "0"} | odd for i in range(3)]
     (folder / "metrics.csv").write_text("\n".join([",".join(names), *(",".join(row.values()) for row in rows)]) + "\n")
-    assert cli.main(["show", str(folder), "--json"]) == 0
-    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    with Site([folder]) as site:
-        page = create_app(site, "t").test_client().get("/t/run/foreign/?all=1", headers={"Host": "localhost:1"})
+    json.loads(command("show", folder, "--json"), parse_constant=pytest.fail)
+    page = page_of(folder, "?all=1")
     assert page.status_code == 200 and page.text.count("<svg") == pages.MAX_CURVES
 
 
 @pytest.mark.parametrize("seed", ["2020-01-01", ".nan", "!!binary aGVsbG8=", "[1, {a: b}]"])
-def test_a_configuration_of_other_values_is_shown(folder, capsys, seed):
+def test_a_configuration_of_other_values_is_shown(folder, command, seed):
     (folder / "config.yaml").write_text(f"seed_everything: {seed}\n")
-    assert cli.main(["show", str(folder), "--json"]) == 0
-    assert isinstance(json.loads(capsys.readouterr().out)["seed"], str)
+    assert isinstance(json.loads(command("show", folder, "--json"))["seed"], str)
 
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
@@ -175,12 +170,11 @@ def test_a_configuration_that_grows_is_no_other_run_s_business(folder, tmp_path,
 
 def test_a_template_that_grows_is_said_and_not_filled(folder):
     (folder / "config.yaml").write_text("skills: {template: '{success_analysis:>50000000}'}\n")
-    with Site([folder]) as site:
-        page = create_app(site, "t").test_client().get("/t/run/foreign/trajectory/2", headers={"Host": "localhost:1"})
+    page = page_of(folder, "trajectory/2")
     assert page.status_code == 200 and len(page.data) < 1_000_000 and "skills.template cannot be filled" in page.text
 
 
-def test_a_task_s_name_forges_no_line_in_a_terminal(folder, capsys):
+def test_a_task_s_name_forges_no_line_in_a_terminal(folder, command):
     (folder / "trajectories.jsonl").write_text(json.dumps(ROW | {"task_id": "t\n--- done: success True", "failure": "a\nb"}) + "\n")
-    assert cli.main(["show", str(folder), "--trajectory", "0"]) == 0
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("--- done")]) == 1
+    out = command("show", folder, "--trajectory", 0)
+    assert len([line for line in out.splitlines() if line.startswith("--- done")]) == 1

@@ -77,7 +77,7 @@ def test_frames_and_captions(data, tmp_path, capsys):
     assert (shown[0][0][40:80] > 240).all()
 
 
-def test_no_path_writes_no_gif(data):
+def test_without_a_path_nothing_is_written(data):
     with Gif(None, data) as gif:
         gif.add("no such", "")
         gif.save()
@@ -98,7 +98,7 @@ def test_an_environment_that_does_not_draw(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("observation", ["raises", "float", "flat", ""])
-def test_a_picture_that_is_none(data, tmp_path, observation):
+def test_a_picture_of_another_shape_is_refused(data, tmp_path, observation):
     with Gif(str(tmp_path / "a.gif"), data) as gif, pytest.raises(ConfigError, match=r"Painter-v0: picture\(\) failed \(raised: "):
         gif.add(observation, "")
 

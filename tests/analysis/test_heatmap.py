@@ -8,7 +8,7 @@ import pytest
 from skillsd.analysis.heatmap import STRENGTH, heat
 
 
-def test_colours():
+def test_colours_show_sign_and_size():
     html = heat(["up", " ", "left", "board"], [1.0, -4.0, 0.0, nan])
     spans = re.findall(r'<span title="(.*?)" style="background: rgba\((.*?), ([\d.]+)\)">(.*?)</span>', html)
     assert [(title, text) for title, _, _, text in spans] == [("+1.000", "up"), ("-4.000", " "), ("+0.000", "left")]
@@ -26,7 +26,7 @@ def test_text_is_escaped():
     assert "<script" not in html and "<b>" not in html and "&lt;script&gt;" in html
 
 
-def test_what_does_not_fit():
+def test_texts_and_values_of_different_numbers_are_refused():
     with pytest.raises(ValueError, match="2 texts and 1 values"):
         heat(["a", "b"], [0.0])
     with pytest.raises(ValueError, match="limit > 0"):

@@ -19,7 +19,7 @@ def made(folder: Path) -> Path:
     return folder
 
 
-def test_which_run_is_opened(tmp_path, monkeypatch):
+def test_open_run_finds_the_usual_place_or_the_one_that_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("SKILLSD_RUN", raising=False)
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")

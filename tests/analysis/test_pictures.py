@@ -30,7 +30,7 @@ def pictures(tmp_path):
     return pictures
 
 
-def test_a_board(pictures):
+def test_a_board_is_drawn_by_the_environment(pictures):
     kwargs = {"size": 6, "boxes": 1, "separator": " "}
     env = gymnasium.make(SOKOBAN, render_mode="rgb_array", **kwargs)
     observation, _ = env.reset(seed=3)

@@ -31,7 +31,7 @@ def run(tmp_path):
     return Run(tmp_path)
 
 
-def test_interval_over_groups(run):
+def test_a_curve_s_interval_is_over_groups(run):
     c = plots.curve(run, "reward/mean")
     assert c.index.tolist() == [0, 1, 2]
     for i in (0, 1):
@@ -62,7 +62,7 @@ def test_svg_is_the_same_for_the_same_and_takes_the_pages_ink(run):
     assert {"iteration", "reward/mean", "a", "<b>"} <= set(texts)
 
 
-def test_png(run):
+def test_a_png_has_a_white_background(run):
     figure = plots.curves({"a": run}, "loss/total")
     with Image.open(BytesIO(plots.png(figure))) as image:
         assert image.format == "PNG" and image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)

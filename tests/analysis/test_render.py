@@ -64,7 +64,7 @@ def test_html_is_escaped():
     assert "<pre>\n\n x</pre>" in written("folded('t', x)", "html", x="\n x")  # a reader drops a <pre>'s first line feed
 
 
-def test_both_forms_of_a_table():
+def test_a_table_is_the_same_in_markdown_and_html():
     t = Table(("n", "x|y"), [("<i>", "2")])
     assert written("table(t)", t=t).splitlines() == ["| n | x&#124;y |", "| --- | ---: |", "| &#60;i&#62; | 2 |"]
     page = written("table(t)", "html", t=t)

@@ -76,7 +76,7 @@ def test_a_pair_shares_its_noise(run, scorer, monkeypatch):
     assert not frames[0].equals(frames[1])
 
 
-def test_who_acts(scorer):
+def test_the_chosen_adapter_acts(scorer):
     teacher, base = (replay(scorer, range(1, N + 1), members=1, temperature=0.0, adapter=a) for a in ("teacher", None))
     assert not teacher.equals(base)
     pd.testing.assert_frame_equal(teacher, replay(scorer, range(1, N + 1), members=1, temperature=0.0, seed=5))  # both are greedy
@@ -93,7 +93,7 @@ def test_tasks_of_a_file_bring_their_boards(run, scorer, monkeypatch, tmp_path):
     assert set(frame["task_id"]) == {"a", "b"} and set(frame["finish_reason"]) <= {"done", "horizon"}
 
 
-def test_what_cannot_be_replayed(scorer):
+def test_bad_members_tasks_and_skills_are_refused(scorer):
     with pytest.raises(ConfigError, match="members: 0 episodes"):
         replay(scorer, [1], members=0)
     with pytest.raises(ConfigError, match="tasks: 1 tasks for 2 skills"):
@@ -103,7 +103,7 @@ def test_what_cannot_be_replayed(scorer):
     assert replay(scorer, []).empty and paired(replay(scorer, [])).empty
 
 
-def test_differences_by_hand():
+def test_differences_are_those_worked_out_by_hand():
     def rows(task, skill, *successes, end="done"):
         return [(task, skill, m, bool(s), s / 2, 3 + s, end) for m, s in enumerate(successes)]
 

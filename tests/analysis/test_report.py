@@ -101,7 +101,7 @@ def cells(markdown: str) -> dict[str, list[str]]:
     return {row[0].strip(): row[1:] for row in rows}
 
 
-def test_the_numbers(reported):
+def test_the_report_s_numbers_are_the_run_s(reported):
     folder, page, text = reported
     run, found = Run(folder), cells(text)
     for when in ("before", "after"):
@@ -120,7 +120,7 @@ def test_the_numbers(reported):
     assert curve(run, "reward/success")["low"].notna().any() and "Bands are 95% intervals" in page
 
 
-def test_the_trajectories_and_skills(reported):
+def test_the_report_shows_chosen_trajectories_and_used_skills(reported):
     folder, page, text = reported
     run = Run(folder)
     numbers = [int(n) for n in re.findall(r"^### Trajectory (\d+): ", text, flags=re.MULTILINE)]
@@ -174,7 +174,7 @@ def test_the_same_folder_gives_the_same_bytes(reported, tmp_path, capsys):
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
-def test_what_the_run_has_recorded(folder):
+def test_the_report_names_recorded_versions_and_times(folder):
     (folder / "adapter" / "student").mkdir(parents=True)
     (folder / "adapter" / "student" / "README.md").write_text("trained with Skill-SD by skillsd 9.8.7\nfor 3 iterations")
     (folder / "adapter" / "student" / "adapter_config.json").write_text('{"peft_version": "0.0.1"}')
@@ -212,7 +212,7 @@ def test_secrets_are_left_out(folder, monkeypatch):
     )
 
 
-def test_what_is_long_is_cut(folder):
+def test_long_texts_and_many_turns_are_cut(folder):
     turns = tuple(Turn(f"o{k} " + "y" * MAX_CHARS * (k == 1), f"act{k}", 0.0) for k in range(100))
     append(folder / "trajectories.jsonl", [replace(SHORT, iteration=3, turns=turns)])
     page, text = written(folder)
@@ -245,7 +245,7 @@ def test_the_code_of_an_environment_that_cannot_be_made(tmp_path):
     assert '<span class="k">for</span>' in page and "```python\nfor x in y:\n" in text and "<b>" not in page
 
 
-def test_the_rule():
+def test_the_chosen_trajectories_follow_the_rule():
     def frame(*rows: tuple[int, int, int | None]) -> pd.DataFrame:
         made = pd.DataFrame(rows, columns=["iteration", "success", "skill_id"])
         return made.astype({"success": bool, "skill_id": "Int64"})
@@ -262,7 +262,7 @@ def test_the_rule():
 
 
 @pytest.mark.parametrize(("args", "message"), [(["--nosuch"], "unrecognized arguments"), (["-o", "FILE"], "-o: FILE is a file")])
-def test_what_is_refused(folder, args, message, monkeypatch):
+def test_bad_flags_are_refused(folder, args, message, monkeypatch):
     monkeypatch.chdir(folder)
     Path("FILE").touch()
     with pytest.raises(ConfigError, match=message):
@@ -270,7 +270,7 @@ def test_what_is_refused(folder, args, message, monkeypatch):
     assert not (folder / "report").exists()
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_a_report(tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(cli, "rows", lambda network: asked.append(network) or CHECKS)
     assert cli.main(["report", str(tmp_path)]) == 2 and "is no run folder" in capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_a_damaged_line_is_named(run):
         run.trajectory(4)
 
 
-def test_trajectories(run):
+def test_trajectories_are_a_frame_that_stays_until_refreshed(run):
     frame = run.trajectories
     assert frame.index.name == "trajectory" and list(frame.columns) == [*FIELDS, *COUNTS]
     assert frame["reward"].tolist() == [i / 8 for i in range(6)] and frame["member"].tolist() == [0, 1, 2, 3, 0, 1]
@@ -155,7 +155,7 @@ def test_trajectories(run):
         run.trajectories  # noqa: B018
 
 
-def test_turns_and_tokens(run):
+def test_turns_and_tokens_are_rows_of_their_trajectories(run):
     turns = run.turns([1, 3])
     assert turns.to_dict("list") == {
         "trajectory": [1, 1, 3, 3], "turn": [0, 1, 0, 1], "observation": ["s0", "s1"] * 2, "action": ["up", "left"] * 2,
@@ -169,7 +169,7 @@ def test_turns_and_tokens(run):
     assert list(run.turns([])) == list(turns) and list(run.tokens([])) == list(tokens)
 
 
-def test_the_bank(run):
+def test_events_and_skills_are_the_bank_s(run):
     def skill(text: str, task_id: str, reward: float) -> Skill:
         return Skill(text, text, text, task_id, source_reward=reward, source_completion=reward, source_member=2)
 
@@ -205,7 +205,7 @@ def test_the_bank(run):
         run.events  # noqa: B018
 
 
-def test_metrics_panel_and_configuration(run):
+def test_metrics_panel_and_configuration_are_the_files(run):
     assert run.metrics.empty and run.panel == {} and run.config == {"seed_everything": 7, "model": {"class_path": "X"}}
     row = dict.fromkeys(COLUMNS, "0.1") | {"iteration": "0", "epoch": "0", "loss/total": repr(0.1 + 0.2), "teacher/k3": ""}
     (run.folder / "metrics.csv").write_text(",".join(COLUMNS) + "\n" + ",".join(row.values()) + "\n")
@@ -257,7 +257,7 @@ def test_a_folder_with_an_imported_bank_alone(tmp_path):
     assert run.skills["inserted"].tolist() == [-1] and run.metrics.empty and run.trajectories.empty and run.config == {}
 
 
-def test_what_is_no_run_folder(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"is no run folder .*name one that fit has made"):
         Run(tmp_path)
     with pytest.raises(AttributeError, match="nosuch"):

@@ -48,7 +48,7 @@ def test_who_sampled_the_tokens_gives_them_the_recorded_log_probs(run, scorer):
         assert "".join(scorer.texts(number)) == scorer.policy.tokenizer.decode(run.trajectory(number).token_ids)
 
 
-def test_a_character_of_several_tokens_is_told_with_the_last():
+def test_a_character_of_several_tokens_is_shown_at_the_last():
     """Bytes as tokens."""
 
     def decode(ids):
@@ -74,7 +74,7 @@ def test_a_skill_stands_in_front_of_the_prompt(run, scorer):
     assert np.nanmax(abs(found - scorer.logprobs(1, None))) > 1e-3
 
 
-def test_a_skill_of_the_bank(run, scorer):
+def test_a_bank_s_skill_scores_as_its_text(run, scorer):
     known = run.skills.index[0]
     row = run.skills.loc[known]
     same = Skill(row["success_analysis"], row["mistake_analysis"], row["golden_workflow"])
@@ -100,7 +100,7 @@ def test_without_a_skill_it_is_the_prompt_on_record(run, scorer):
     assert again.logprobs(len(lines)).shape == (0,) and again.logprobs(len(lines), skill=SKILL).shape == (0,)
 
 
-def test_adapters_from_elsewhere(run, scorer):
+def test_exported_adapters_score_as_the_checkpoint_s(run, scorer):
     exported = Scorer(run, run.folder / "adapter" / "student")
     for adapter in ("student", "teacher"):
         np.testing.assert_allclose(exported.logprobs(0, adapter), scorer.logprobs(0), atol=ROUNDING)
@@ -108,7 +108,7 @@ def test_adapters_from_elsewhere(run, scorer):
     np.testing.assert_array_equal(named.logprobs(0), scorer.logprobs(0))
 
 
-def test_what_cannot_be_scored(run, scorer, tmp_path):
+def test_a_run_without_the_right_adapters_is_refused(run, scorer, tmp_path):
     with pytest.raises(ConfigError, match="nosuch: no adapters there: name a checkpoint or a PEFT folder"):
         Scorer(run, tmp_path / "nosuch")
     write_record(tmp_path)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.analysis.folders import SHORT, append, write_metrics
 
-from skillsd import cli
 from skillsd.files.run_folder import write_record
 from skillsd.files.run_lock import RunLock
 from skillsd.skills import Skill, SkillBank
@@ -44,14 +45,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    def shown(*args: str) -> str:
-        assert cli.main(["show", str(folder), *args]) == 0
-        out, err = capsys.readouterr()
-        assert err == "" and "\x1b" not in out
-        return out
-
-    return shown
+def shown(folder: Path, command: Callable[..., str]) -> Callable[..., str]:
+    """`skillsd show` of that run."""
+    return partial(command, "show", folder)
 
 
 def words(text: str) -> list[list[str]]:
@@ -59,7 +55,7 @@ def words(text: str) -> list[list[str]]:
     return [line.translate({ord(c): " " for c in "│┃"}).split() for line in text.splitlines()]
 
 
-def test_the_trend_is_of_many_iterations(shown, folder):
+def test_the_trend_averages_first_and_last_iterations(shown, folder):
     """The means of the first and the last ones, whatever a single one is; a gap that no teacher was scored for is none."""
     success, scored = [i in (0, 3, 11) for i in range(12)], [i > 8 for i in range(12)]
     write_metrics(
@@ -75,7 +71,7 @@ def test_the_trend_is_of_many_iterations(shown, folder):
     assert json.loads(shown("--json"))["averaged"] == 5
 
 
-def test_a_run_that_goes_on_says_so(shown, folder):
+def test_a_run_in_progress_is_shown_as_running(shown, folder):
     """And one that was killed does not, although its lock is still there."""
     lock = RunLock(folder)
     assert f"running now: process {os.getpid()} on " in shown() and json.loads(shown("--json"))["running"]
@@ -85,7 +81,7 @@ def test_a_run_that_goes_on_says_so(shown, folder):
     assert "running" not in shown() and json.loads(shown("--json"))["running"] is None
 
 
-def test_a_run(shown, folder):
+def test_show_prints_a_run_s_own_numbers(shown, folder):
     text = shown()
     assert "2 iterations, 6 trajectories of 2 tasks (4 done, 2 failed)" in " ".join(text.split())
     lines = words(text)
@@ -101,7 +97,7 @@ def test_a_run(shown, folder):
     assert seen["finish_reasons"] == {"done": 4, "failed": 2}
 
 
-def test_a_trajectory(shown):
+def test_show_prints_a_trajectory(shown):
     text = shown("--trajectory", "1")
     assert text.startswith("trajectory 1: iteration 0, task t1, member 1, no skill\n")
     evil = "\\x1b[31m[bold]red[/bold] :smile: \\ud800"
@@ -114,7 +110,7 @@ def test_a_trajectory(shown):
     assert not {"token_ids", "prompt_ids", "logprobs", "action_mask"} & seen.keys()
 
 
-def test_a_task(shown):
+def test_show_prints_a_task_s_groups(shown):
     assert json.loads(shown("--task", "t1", "--json")) == {
         "task_id": "t1",
         "groups": [
@@ -127,7 +123,7 @@ def test_a_task(shown):
     assert any(line[:5] == ["1", "1", "2", "of", "2"] for line in lines) and any("equal)" in line for line in lines)
 
 
-def test_the_skills(shown):
+def test_show_prints_the_skills(shown):
     seen = json.loads(shown("--skills", "--json"))
     assert [(s["skill_id"], s["uses"], s["evicted"], s["mean_reward"]) for s in seen] == [(1, 0, 0, 0.5), (2, 1, None, 1.0)]
     assert seen[0]["golden_workflow"] == "go [bold]red[/bold] left" and seen[1]["inserted"] == 0
@@ -144,18 +140,12 @@ def test_the_skills(shown):
         (["--nosuch"], "unrecognized arguments: --nosuch .*`skillsd show --help`"),
     ],
 )
-def test_what_is_not_there(folder, capsys, args, message):
-    assert cli.main(["show", str(folder), *args]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("error: ")
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(said)
+def test_show_refuses_what_is_not_there(shown, args, message):
+    assert re.search(message, shown(*args, code=2))
 
 
-def test_a_run_that_has_just_begun(tmp_path, capsys):
-    assert cli.main(["show", str(tmp_path / "nosuch")]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+def test_a_run_that_has_just_begun(tmp_path, command):
+    assert "is no run folder" in command("show", tmp_path / "nosuch", code=2)
     write_record(tmp_path)
     (tmp_path / "config.yaml").touch()
-    assert cli.main(["show", str(tmp_path)]) == 0
-    assert "0 iterations, 0 trajectories of 0 tasks" in " ".join(capsys.readouterr().out.split())
+    assert "0 iterations, 0 trajectories of 0 tasks" in " ".join(command("show", tmp_path).split())

@@ -62,7 +62,7 @@ def test_more_clusters_than_skills_that_differ_are_no_warning():
 
 
 @pytest.mark.parametrize("texts", [{}, {1: ("!", "?", "..."), 2: ("-", "-", "-")}])
-def test_nothing_to_compare(texts: dict[int, tuple[str, str, str]]):
+def test_no_skills_have_no_neighbours(texts: dict[int, tuple[str, str, str]]):
     index = SkillIndex(skills(texts))
     assert index.search("left").empty and index.clusters(3).tolist() == [0] * len(texts)
     assert all(index.neighbours(skill_id).empty for skill_id in texts)
@@ -73,7 +73,7 @@ def test_unknown_words_find_nothing():
     assert SkillIndex(skills()).search("").empty
 
 
-def test_numbers_that_make_no_sense():
+def test_impossible_numbers_are_refused():
     with pytest.raises(ConfigError, match=r"n: -1 .*0 or more"):
         SkillIndex(skills()).search("left", n=-1)
     with pytest.raises(ConfigError, match=r"n: 0 .*1 or more"):

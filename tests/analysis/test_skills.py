@@ -6,13 +6,13 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from skillsd import cli
 from skillsd.files.run_folder import write_record
 from skillsd.skills import Skill, SkillBank
 from skillsd.skills.tables import BEFORE
@@ -32,14 +32,9 @@ def bank(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def skills(capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*args: object, code: int = 0) -> str:
-        assert cli.main(["skills", *map(str, args)]) == code
-        out, err = capsys.readouterr()
-        assert "\x1b" not in out + err and (err == "") == (code == 0) and err.count("\n") == (code != 0)
-        return err or out
-
-    return run
+def skills(command: Callable[..., str]) -> Callable[..., str]:
+    """`skillsd skills ARGS`."""
+    return partial(command, "skills")
 
 
 def held(path: Path) -> dict[str, list[str]]:
@@ -94,7 +89,7 @@ def test_a_file_that_cannot_be_written(skills, bank, tmp_path):
         assert "-o: " in skills("export", bank, "-o", out, code=2)
 
 
-def test_a_pipe(skills, bank, tmp_path, monkeypatch):
+def test_skills_are_imported_from_a_pipe(skills, bank, tmp_path, monkeypatch):
     lines = skills("export", bank, "--all")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines.encode())))
     assert "imported 3 new skills of 2 tasks" in skills("import", tmp_path / "new", "-")
@@ -132,7 +127,7 @@ def test_a_run_that_has_begun_is_left_alone(skills, bank, tmp_path):
     assert "has begun" in skills("import", other, file, code=2) and not (other / "bank.sqlite").exists()
 
 
-def test_what_is_no_bank_and_no_file(skills, bank, tmp_path):
+def test_a_path_that_is_no_bank_or_file_is_refused(skills, bank, tmp_path):
     (empty := tmp_path / "empty.jsonl").write_text("\n")
     (foreign := tmp_path / "foreign").write_text("no bank" * 100)
     for args, said in (
@@ -150,7 +145,7 @@ def test_what_is_no_bank_and_no_file(skills, bank, tmp_path):
         assert re.search(said, skills(*args, code=2)), args
 
 
-def test_search(skills, bank):
+def test_search_finds_the_most_similar_skills(skills, bank):
     found = json.loads(skills("search", bank.parent, "left red", "--json"))
     assert [(s["skill_id"], s["evicted"]) for s in found] == [(3, None)] and found[0]["mistake_analysis"] == EVIL
     assert 0 < found[0]["similarity"] < 1

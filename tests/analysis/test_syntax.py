@@ -26,7 +26,7 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("language", ["", "python", "no such language", "<b>"])
-def test_the_text_stays(text, language):
+def test_highlighting_an_action_changes_no_text(text, language):
     html = syntax.action(text, language)
     assert plain(html) == syntax.visible(text)
     assert set(re.findall(r"<(\w+)", html)) <= {"span"}
@@ -35,12 +35,12 @@ def test_the_text_stays(text, language):
 @pytest.mark.parametrize(
     "text", [*TEXTS, '{"a": [1, "<b>"]}', "{'a': None}", "Traceback (most recent call last):\n  File \"x\"\nKeyError: '<b>'", "[" * 9000]
 )
-def test_an_output_stays(text):
+def test_highlighting_an_output_changes_no_text(text):
     html = syntax.output(text)
     assert plain(html) == syntax.visible(text) and set(re.findall(r"<(\w+)", html)) <= {"span"}
 
 
-def test_what_is_highlighted():
+def test_code_and_json_are_highlighted_and_prose_is_not():
     assert '<span class="nb">print</span>' in syntax.action("print(1)", "python")
     assert "<span" not in syntax.action("print(1)")
     fenced = syntax.action("print this:\n```python\nprint(1)\n```\nprint", "")

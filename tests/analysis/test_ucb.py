@@ -57,7 +57,7 @@ def test_scores_are_the_bank_s_at_that_moment(tmp_path, value_estimate, unused_f
     assert frame["iteration"].is_monotonic_increasing and frame["score"].nunique() > 10
 
 
-def test_of_some_tasks_and_by_another_rule(tmp_path):
+def test_scores_can_be_of_some_tasks_and_by_another_rule(tmp_path):
     played(tmp_path, "source", "first", 2.0)
     run = Run(tmp_path)
     assert set(ucb_scores(run, ["b"])["task_id"]) == {"b"} and ucb_scores(run, []).empty

@@ -68,7 +68,7 @@ def test_skill_sd_iterations_on_the_real_engine(finished):
         assert result["task_goal_completion"] == result["scenario_goal_completion"] == 0 and result["n"] == 3
 
 
-def test_validate(finished, capsys):
+def test_validate_prints_goal_completions(finished, capsys):
     _, overlay = finished
     assert cli.main(["validate", "-c", "appworld", "-c", str(overlay), "--trainer.default_root_dir", str(overlay.parent / "other")]) == 0
     out = capsys.readouterr().out

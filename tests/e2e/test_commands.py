@@ -43,7 +43,7 @@ def test_every_method_runs(output_of, tmp_path, name):
     assert (name in ("opid", "rlsd")) == any(r["teacher/shift"] > 0 for r in rows)
 
 
-def test_validate(run, output_of, tmp_path):
+def test_validate_plays_the_panel_of_a_checkpoint(run, output_of, tmp_path):
     files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "validations.jsonl"}
     out = output_of("validate", run, "--ckpt_path", "last")
     (record,) = read_validations(run)
@@ -78,7 +78,7 @@ def test_sampled_attempts_and_seeds(output_of, tmp_path):
     assert levels[:4] == first  # the same noise, whatever else is played
 
 
-def test_export(run, output_of, tmp_path):
+def test_the_exported_adapter_is_the_run_s(run, output_of, tmp_path):
     out = output_of("export", run, "--out", str(tmp_path / "exported"))
     assert out.strip().endswith(f"adapter: {tmp_path / 'exported'}")
     ids = torch.tensor([trajectories(run)[0].prompt_ids])

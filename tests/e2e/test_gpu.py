@@ -26,7 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def test_a_fit(whole: Run) -> None:
+def test_a_fit_trains_and_the_kernels_agree(whole: Run) -> None:
     """It trains, and what the kernels recorded is what the learner computes, up to bfloat16."""
     rows = whole.rows()
     assert len(rows) == 9 and all(math.isfinite(float(row["loss/total"])) for row in rows)
@@ -35,7 +35,7 @@ def test_a_fit(whole: Run) -> None:
     assert "rollout.kernels" not in text, "the log says why the kernels stand aside"
 
 
-def test_killed_and_continued(whole: Run, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(whole: Run, tmp_path: Path) -> None:
     """In an update, in a rollout, and with the log ahead of the checkpoint."""
     killed = Run(tmp_path / "killed", Fresh(), whole.overlay)
     for where, calls, after in (
@@ -48,7 +48,7 @@ def test_killed_and_continued(whole: Run, tmp_path: Path) -> None:
     close_on_a_gpu(killed.record(), whole.record())
 
 
-def test_the_export(whole: Run) -> None:
+def test_the_exported_adapter_is_the_run_s(whole: Run) -> None:
     """PEFT makes of the base as its users load it, and of the adapter, what the run had."""
     model = str(whole.overlay.with_name("qwen3"))
     ours = Policy(PolicySettings(model=model, quantise="nf4", lora=LoraSettings(r=4, alpha=8)), "cuda")

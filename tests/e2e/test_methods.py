@@ -142,7 +142,7 @@ def plain(run: Callable[[str], Run]) -> dict[str, tuple[int, ...]]:
 # -- the files --------------------------------------------------------------------------------------------------------------
 
 
-def test_names():
+def test_every_method_has_a_record():
     assert sorted(p.name for p in METHODS.iterdir()) == sorted(f"{n}.yaml" for n in NAMES)
     assert sorted(json.loads(RECORD.read_text())) == sorted(NAMES)
 
@@ -311,7 +311,7 @@ def test_the_weight_of_rlsd_falls(run):
 
 @slow
 @pytest.mark.parametrize("method", NAMES)
-def test_who_acts_with_a_skill(run, plain, method):
+def test_only_four_methods_act_with_a_skill(run, plain, method):
     """What stands in trajectories.jsonl as the actor's prompt: the plain one, but for four methods once there are skills."""
     for i, played in enumerate(run(method).played):
         for t in played:
@@ -323,7 +323,7 @@ def test_who_acts_with_a_skill(run, plain, method):
 
 @slow
 @pytest.mark.parametrize("method", NAMES)
-def test_whom_the_loss_moves(run, plain, method):
+def test_the_loss_scores_under_the_prompt_of_evaluation(run, plain, method):
     """The student is scored, with gradient, under the prompt it acts under at evaluation: also where the teacher rolled out."""
     r = run(method)
     for i, (played, scored) in enumerate(zip(r.played, r.scored, strict=True)):
@@ -350,7 +350,7 @@ def test_whom_the_loss_moves(run, plain, method):
 
 @slow
 @pytest.mark.parametrize("method", [m for m in NAMES if m not in ("no_skill", "no_skill_trace_gate", *AFTERWARDS)])
-def test_whose_skill_it_is(run, method):
+def test_a_skill_is_the_task_s_own_but_in_the_control(run, method):
     """The task's own; another's in the control."""
     r = run(method)
     pairs = [(t.task_id, r.lenders[t.skill_id]) for p in r.played for t in p if t.skill_id is not None]

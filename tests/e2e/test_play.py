@@ -68,7 +68,7 @@ def hosted(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     del gymnasium.registry["skillsd_test/Hosted-v0"]
 
 
-def test_play(run, output_of, tmp_path):
+def test_play_prints_an_episode_of_the_chosen_weights_and_skill(run, output_of, tmp_path):
     plain = output_of("play", tmp_path / "none", "--level", "1")
     start = "weights: nano, as it starts (no checkpoint); skill: none\n"
     assert plain.startswith(f"{start}task test-0001 short\n--- turn 1\n######") and "--- skill" not in plain
@@ -168,7 +168,7 @@ BAD_PLAY: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_PLAY)
-def test_play_what_is_not_there(tmp_path, capsys, hosted, name):
+def test_play_refuses_what_is_not_there(tmp_path, capsys, hosted, name):
     flags, message = BAD_PLAY[name]
     assert command("play", tmp_path / "none", hosted, *flags) == 2
     out, err = capsys.readouterr()

@@ -194,7 +194,7 @@ def test_recorded_episodes_give_the_same_gradient_and_bank(one: tuple[Pair, dict
     assert run.printed[0].count(f"iteration {STEPS} of {STEPS}") == 1 and run.printed[1] == ""  # one log
 
 
-def test_played_on_two(one: tuple[Pair, dict[str, Any]], two: Pair) -> None:
+def test_two_ranks_leave_what_one_leaves(one: tuple[Pair, dict[str, Any]], two: Pair) -> None:
     """The same episodes, numbers, bank and panel; one log; one TensorBoard, with both ranks' tokens."""
     alone, _ = one
     same(two.left(), alone.left())
@@ -226,7 +226,7 @@ def tensorboard(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     }
 
 
-def test_resumed_on_another_number_of_ranks(one: tuple[Pair, dict[str, Any]], two: Pair) -> None:
+def test_a_run_resumes_on_another_number_of_ranks(one: tuple[Pair, dict[str, Any]], two: Pair) -> None:
     """Before the last iteration, in the middle of an epoch: on two what one began, on one what two began."""
     for began, flags, ranks in ((one[0], PAIR, torchrun()), (two, (), None)):
         run = began.copy(f"{began.folder.name}-resumed")
@@ -235,7 +235,7 @@ def test_resumed_on_another_number_of_ranks(one: tuple[Pair, dict[str, Any]], tw
         same(run.left(), one[0].left())
 
 
-def test_validated_on_two(one: tuple[Pair, dict[str, Any]], ranks: Ranks) -> None:
+def test_two_ranks_validate_as_one(one: tuple[Pair, dict[str, Any]], ranks: Ranks) -> None:
     alone, _ = one
     folder = alone.folder.with_name("validated")
     shutil.copytree(alone.folder, folder)
@@ -250,7 +250,7 @@ def test_validated_on_two(one: tuple[Pair, dict[str, Any]], ranks: Ranks) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]], ids=["lightning", "torchrun"])
-def test_real_launchers(one: tuple[Pair, dict[str, Any]], start: list[str]) -> None:
+def test_real_launchers_print_each_line_once(one: tuple[Pair, dict[str, Any]], start: list[str]) -> None:
     """Lightning starts the second process itself, torchrun both: the first iteration is that of one rank, and each line is there once."""
     alone, _ = one
     run = alone.new(f"real-{len(start)}")

@@ -88,7 +88,7 @@ def tear(run: Run) -> None:
     temporary(run.folder / "checkpoints" / "last.ckpt").write_bytes(b"PK")
 
 
-def test_one_kill(two_runs: Callable[..., list[Run]]) -> None:
+def test_a_killed_run_ends_as_one_that_was_not(two_runs: Callable[..., list[Run]]) -> None:
     """The short version; also: running again, and what is refused."""
     whole, killed = two_runs(**VARIANTS["rules"])
     whole.fit()
@@ -115,7 +115,7 @@ def test_one_kill(two_runs: Callable[..., list[Run]]) -> None:
     assert_equal(killed.record(), record)
 
 
-def test_skills_of_another_run(two_runs: Callable[..., list[Run]], tmp_path: Path) -> None:
+def test_imported_skills_are_there_after_every_kill(two_runs: Callable[..., list[Run]], tmp_path: Path) -> None:
     """They are there in the first iteration, and again after every kill, also one before the first checkpoint."""
     from skillsd.analysis.skills import skills
     from skillsd.skills.exchange import FORMAT
@@ -137,7 +137,7 @@ def test_skills_of_another_run(two_runs: Callable[..., list[Run]], tmp_path: Pat
     assert {float(row["teacher/skill_share"]) for row in record["metrics"]} == {1.0}
 
 
-def test_a_second_fit_beside_a_running_one(servers: tuple[Server, Server], tmp_path: Path) -> None:
+def test_a_second_fit_beside_a_running_one_is_refused(servers: tuple[Server, Server], tmp_path: Path) -> None:
     """It is refused with the first one's process, which goes on; what is killed owns nothing any more."""
     file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"])
     first, second = (Run(tmp_path / "run", s, file) for s in servers)
@@ -173,7 +173,7 @@ def test_a_new_learning_rate_holds(two_runs: Callable[..., list[Run]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["hindsight", "off_policy_dynamic"])
-def test_one_kill_of_other_methods(two_runs: Callable[..., list[Run]], variant: str) -> None:
+def test_killed_runs_of_other_methods_end_as_ones_that_were_not(two_runs: Callable[..., list[Run]], variant: str) -> None:
     """Where the teacher's prompts are made of the rollout, or the teacher's weights make it."""
     whole, killed = two_runs(**VARIANTS[variant])
     whole.fit()
@@ -189,7 +189,7 @@ def test_one_kill_of_other_methods(two_runs: Callable[..., list[Run]], variant: 
         assert [float(row["teacher/skill_share"]) for row in record["metrics"]] == [0] * 3 + [1] * 6
 
 
-def test_base_summariser_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_asks_for_the_same_summaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The nano model never writes JSON; a stand-in does, from what names the noise. In process, ended by an exception."""
     from skillsd import cli
     from skillsd.callbacks import RunLog
@@ -231,7 +231,7 @@ def test_base_summariser_that_answers(tmp_path: Path, monkeypatch: pytest.Monkey
     assert record["metrics"][-1]["skills/failed"] == "0.0"
 
 
-def test_equal_adapters_that_are_not_one() -> None:
+def test_a_checkpoint_keeps_whether_both_adapters_are_scored() -> None:
     """After a step without a gradient the tensors are equal, and yet both adapters are scored: a checkpoint keeps that."""
     from skillsd.module import SkillSD
     from skillsd.policy import PolicySettings
@@ -251,7 +251,7 @@ def test_equal_adapters_that_are_not_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.torture] if v not in ("ema", "base") else []) for v in VARIANTS])
-def test_kills(two_runs: Callable[..., list[Run]], variant: str) -> None:
+def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(two_runs: Callable[..., list[Run]], variant: str) -> None:
     """Killed at every kind of moment, one after the other, in one run; in the other variants at a few. `make torture` does more."""
     whole, killed = two_runs(**VARIANTS[variant])
     whole.fit()
@@ -270,7 +270,7 @@ def test_kills(two_runs: Callable[..., list[Run]], variant: str) -> None:
 
 
 @pytest.mark.slow
-def test_random_moments(two_runs: Callable[..., list[Run]]) -> None:
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(two_runs: Callable[..., list[Run]]) -> None:
     """Killed from outside, whatever it is doing."""
     whole, killed = two_runs(**VARIANTS["ema"])
     whole.fit()
@@ -283,7 +283,7 @@ def test_random_moments(two_runs: Callable[..., list[Run]]) -> None:
 
 
 @pytest.mark.torture
-def test_every_checkpoint(servers: tuple[Server, Server], tmp_path: Path) -> None:
+def test_a_run_goes_on_from_every_checkpoint(servers: tuple[Server, Server], tmp_path: Path) -> None:
     """A finished run, continued from each of its checkpoints, ends as it did; so does one that is stopped after every iteration."""
     constant = {"optimizer": {"lr": 2e-3, "schedule": "constant"}}  # a cosine's length is the run's, which max_steps changes
     file = overlay(tmp_path / "overlay.yaml", **VARIANTS["rules"], **constant)
@@ -312,7 +312,7 @@ def test_every_checkpoint(servers: tuple[Server, Server], tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_command(two_runs: Callable[..., list[Run]]) -> None:
+def test_the_command_killed_during_its_first_checkpoints_goes_on(two_runs: Callable[..., list[Run]]) -> None:
     """The command itself, killed during its first checkpoints."""
     whole, killed = two_runs(**VARIANTS["rules"])
     whole.fit()

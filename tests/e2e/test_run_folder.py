@@ -22,7 +22,7 @@ KEYS = """iteration task_id member seed instruction prompt_ids token_ids action_
 skill_id failure final_observation crc32""".split()
 
 
-def test_the_run_folder(finished):
+def test_a_run_folder_holds_these_files_rows_and_skills(finished):
     assert sorted(p.name for p in finished.iterdir()) == [
         "adapter", "bank.sqlite", "checkpoints", "config.yaml", "metrics.csv", "panel.json", "run.json", "tensorboard", "trajectories.jsonl"
     ]  # fmt: skip
@@ -49,7 +49,7 @@ def test_the_run_folder(finished):
         assert len(bank) == float(rows[-1]["skills/bank"]) > 0 and len(bank.tasks()) == 5
 
 
-def test_steps_tokens_and_seconds(finished):
+def test_steps_and_tokens_are_those_of_the_record(finished):
     """What an iteration cost, against the record: turns, tokens with their prompts, tokens that the learner scored, and times."""
     rows, played = metrics(finished), trajectories(finished)
     with SkillBank(finished / "bank.sqlite", read_only=True) as bank:
@@ -123,7 +123,7 @@ def test_the_progress_bar_and_a_profile(output_of, tmp_path, monkeypatch):
         assert any(part in name for name in names), part
 
 
-def test_the_closing_table_and_running_again(run, output_of):
+def test_a_finished_run_that_is_run_again_prints_its_table(run, output_of):
     """A finished run plays nothing: it prints its table."""
     before = unchanged(run)
     out = output_of("fit", run, "--ckpt_path", "last")

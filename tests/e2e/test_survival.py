@@ -55,7 +55,7 @@ def finished(whole: Run, run: Run) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("code", "lasting"), [(errno.ENOSPC, True), (errno.EIO, False)])
-def test_a_disk_that_fails(whole: Run, run: Run, code: int, lasting: bool) -> None:
+def test_a_run_survives_a_disk_that_fails(whole: Run, run: Run, code: int, lasting: bool) -> None:
     """At a few of the calls that change a file; `make torture` goes through all of them."""
     if run.server.preload is None:
         pytest.skip("needs Linux and a C compiler")
@@ -89,7 +89,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen(finished: Run) -> None:
             read_checkpoint(path)
 
 
-def test_a_damaged_checkpoint(whole: Run, finished: Run) -> None:
+def test_after_a_damaged_checkpoint_the_previous_one_is_taken(whole: Run, finished: Run) -> None:
     folder = finished.folder / "checkpoints"
     flip(folder / "last.ckpt", 5000)
     text = finished.resume()
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint(whole: Run, finished: Run) -> None:
         newest_good(folder)
 
 
-def test_an_older_checkpoint_without_a_checksum(finished: Run) -> None:
+def test_a_checkpoint_without_a_checksum_is_taken_if_it_is_whole(finished: Run) -> None:
     path = finished.folder / "checkpoints" / "last.ckpt"
     torch.save(read_checkpoint(path), path)
     assert newest_good(path.parent) == path
@@ -114,7 +114,7 @@ def test_an_older_checkpoint_without_a_checksum(finished: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "trajectories.jsonl"])
-def test_a_damaged_log(whole: Run, finished: Run, name: str) -> None:
+def test_a_damaged_log_is_named(whole: Run, finished: Run, name: str) -> None:
     path = finished.folder / name
     good = path.read_bytes()
     flip(path, 400)
@@ -127,7 +127,7 @@ def test_a_damaged_log(whole: Run, finished: Run, name: str) -> None:
     assert len(lines) == (1 + 3 if name == "metrics.csv" else 16)
 
 
-def test_a_damaged_line_of_trajectories(finished: Run) -> None:
+def test_a_damaged_line_of_trajectories_is_named(finished: Run) -> None:
     path = finished.folder / "trajectories.jsonl"
     good = path.read_bytes()
     assert len(Recorded(finished.folder).trajectories) == 16
@@ -138,7 +138,7 @@ def test_a_damaged_line_of_trajectories(finished: Run) -> None:
         path.write_bytes(good)
 
 
-def test_a_damaged_adapter(whole: Run, finished: Run) -> None:
+def test_a_damaged_adapter_is_named(whole: Run, finished: Run) -> None:
     folder = finished.folder / "adapter" / "student"
     check_folder(folder)
     flip(folder / "adapter_model.safetensors", 3000)

@@ -16,7 +16,7 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, list_session_groups
 from tensorboard.plugins.hparams import backend_context as hparams_context
-from tests.e2e.commands import TINY, metrics, panel, trajectories
+from tests.e2e.commands import TINY, command, metrics, panel, trajectories
 
 from skillsd.callbacks import tensorboard
 from skillsd.metrics import METRICS
@@ -30,7 +30,7 @@ def events_of(folder: Path) -> EventAccumulator:
     return events.Reload()
 
 
-def test_tensorboard(finished):
+def test_tensorboard_holds_each_metric_where_it_was_measured(finished):
     events = events_of(finished)
     scalars = set(events.Tags()["scalars"])
     assert set(METRICS) - scalars == set()
@@ -44,7 +44,10 @@ def test_tensorboard(finished):
     shares = events.Scalars("panel/success")
     assert [shares[k].value for k in (0, -1)] == pytest.approx([panel(finished)[when]["success"] for when in ("before", "after")])
     assert shares[0].step == 0
-    # An episode and the bank's skills, at each epoch's start.
+
+
+def test_tensorboard_holds_an_episode_its_boards_and_the_bank_at_each_epoch_s_start(finished):
+    events = events_of(finished)
     first = [next(t for t in trajectories(finished) if t.iteration == i) for i in (0, 2)]
     texts = {
         name: [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(f"{name}/text_summary")]
@@ -66,14 +69,17 @@ def test_tensorboard(finished):
         assert all(r[4] == bank.get(int(r[0])).golden_workflow for r in rows)
 
 
-def test_tensorboard_compares_runs(finished, output_of, tmp_path):
-    """Token histograms agree with metrics.csv; TensorBoard's own plugin finds what two runs differ in and what each came to."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "a").symlink_to(finished)
-    other = tmp_path / "runs" / "b"
-    output_of("fit", other, "-c", "method/trace_gate", "--skills.min_reward=null", "--log.histogram_every=1", "--trainer.max_steps=3")
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three iterations of trace_gate, whose frozen teacher speaks to all, with histograms at each."""
+    folder = tmp_path_factory.mktemp("traced") / "run"
+    flags = ["--skills.min_reward=null", "--log.histogram_every=1", "--trainer.max_steps=3"]
+    assert command("fit", folder, "-c", "method/trace_gate", *flags) == 0
+    return folder
 
-    events, rows = events_of(other), metrics(other)
+
+def test_histograms_of_tokens_agree_with_the_metrics(finished, traced):
+    events, rows = events_of(traced), metrics(traced)
     assert len(rows) == 3
     histograms = {name: {e.step: e.histogram_value for e in events.Histograms(f"tokens/{name}")} for name in ("gap", "log_rho")}
     assert list(histograms["gap"]) == [1, 2]  # nobody has a skill yet, and the teacher is the student
@@ -83,13 +89,19 @@ def test_tensorboard_compares_runs(finished, output_of, tmp_path):
         rho = histograms["log_rho"][i]
         assert rho.num == n == sum(rho.bucket)
         assert max(-rho.min, rho.max) == pytest.approx(float(r["policy/logp_drift_max"]))
-        if i:  # the frozen teacher speaks to all
+        if i:
             gap, mean, std = histograms["gap"][i], float(r["teacher/gap_mean"]), float(r["teacher/gap_std"])
             assert gap.num == n == sum(gap.bucket) and gap.min <= mean <= gap.max
             assert gap.sum / n == pytest.approx(mean, rel=1e-4) and gap.sum_squares / n == pytest.approx(std**2 + mean**2, rel=1e-4)
     assert histograms["gap"][2].min < 0 < histograms["gap"][2].max  # skills of the first epoch
     assert [e.step for e in events_of(finished).Histograms("tokens/log_rho")] == [0]  # every 10 by default
 
+
+def test_tensorboard_s_own_plugin_compares_runs(finished, traced, tmp_path):
+    """It finds what two runs differ in and what each came to."""
+    (tmp_path / "runs").mkdir()
+    for name, folder in (("a", finished), ("b", traced)):
+        (tmp_path / "runs" / name).symlink_to(folder)
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs"))
     runs.Reload()
     hparams, ctx = hparams_context.Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(tmp_path)))), RequestContext()
@@ -104,14 +116,14 @@ def test_tensorboard_compares_runs(finished, output_of, tmp_path):
     )  # fmt: skip
     groups = list_session_groups.Handler(ctx, hparams, "", request).run().session_groups
     assert [g.name for g in groups] == ["a/tensorboard", "b/tensorboard"]
-    for group, folder, gate in zip(groups, (finished, other), ("null", "skillsd.objective.TraceGate"), strict=True):
+    for group, folder, gate in zip(groups, (finished, traced), ("null", "skillsd.objective.TraceGate"), strict=True):
         assert group.hparams[f"{where}.gate"].string_value == gate
         values = {v.name.tag: v.value for v in group.metric_values}
         after = panel(folder)["after"]
         assert (values["final/success"], values["final/completion"]) == pytest.approx((after["success"], after["completion"]))
 
 
-def test_a_panel_in_between(output_of, tmp_path):
+def test_a_panel_at_every_epoch_is_logged(output_of, tmp_path):
     output_of("fit", tmp_path / "run", "--trainer.limit_val_batches=1.0", "--trainer.check_val_every_n_epoch=1")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -119,7 +131,7 @@ def test_a_panel_in_between(output_of, tmp_path):
     assert list(panel(tmp_path / "run")) == ["before", "after", "difference"]
 
 
-def test_any_logger(output_of, tmp_path):
+def test_another_logger_gets_the_numbers(output_of, tmp_path):
     folder = tmp_path / "run"
     logger = tmp_path / "logger.yaml"
     made = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": "csv", "version": ""}}

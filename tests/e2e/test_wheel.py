@@ -50,7 +50,7 @@ def venv(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_contents(dist: Path) -> None:
+def test_wheel_and_sdist_hold_the_package_and_its_data(dist: Path) -> None:
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     inside = set(zipfile.ZipFile(wheel).namelist())
     environments = {path.parent.name for path in ROOT.glob("envs/*/__init__.py")}
@@ -67,18 +67,18 @@ def test_contents(dist: Path) -> None:
     assert {"LICENSE", "README.md", "CITATION.cff", "Makefile", "constraints.txt", "conf/sokoban.yaml", "tests/e2e/test_wheel.py"} <= names
 
 
-def test_paths(venv: Path, tmp_path: Path) -> None:
+def test_nothing_of_the_clone_is_imported(venv: Path, tmp_path: Path) -> None:
     code = "import skillsd, skillsd_sokoban; print(skillsd.__file__, skillsd_sokoban.__file__, skillsd.conf_dir())"
     for path in run(venv / "bin" / "python", "-c", code, cwd=tmp_path).split():
         assert Path(path).is_relative_to(venv.resolve())
 
 
-def test_version(venv: Path, tmp_path: Path) -> None:
+def test_the_version_is_printed(venv: Path, tmp_path: Path) -> None:
     import skillsd
 
     assert skillsd.__version__ in run(venv / "bin" / "python", "-m", "skillsd", "--version", cwd=tmp_path)
 
 
-def test_fit(venv: Path, tmp_path: Path) -> None:
+def test_a_fit_runs_from_an_empty_folder(venv: Path, tmp_path: Path) -> None:
     run(venv / "bin" / "skillsd", *FIT, cwd=tmp_path)
     assert (tmp_path / RUN / "adapter" / "student" / "adapter_config.json").is_file()

@@ -17,13 +17,13 @@ from skillsd.testing import check_text_env
 from skillsd_appworld import AppWorldEnv, paths
 
 
-def test_the_contract(appworld):
+def test_the_contract_is_kept(appworld):
     env = gymnasium.make("skillsd_appworld:skillsd/AppWorld-v0", max_turns=3, limit=1, turn_seconds=20)
     check_text_env(env, split="dev")
     env.close()
 
 
-def test_the_tasks(env):
+def test_tasks_come_in_scenarios_tiers_and_families(env):
     sizes = {split: len(env.tasks(split)) for split in ("train", "dev", "test")}
     assert sum(sizes.values()) >= 120 and min(sizes.values()) >= 24
     listed = [t for split in sizes for t in env.tasks(split)]
@@ -39,7 +39,7 @@ def test_the_tasks(env):
         env.tasks("test_normal")
 
 
-def test_a_choice_of_tasks(make_env):
+def test_tasks_are_chosen_by_tier_number_and_seed(make_env):
     env = make_env(difficulties=[1, "3"], limit=5)
     assert [t["difficulty"] in ("1", "3") for t in env.tasks("train")] == [True] * 5
     _, info = env.reset(seed=3, options={"split": "test"})
@@ -54,7 +54,7 @@ def test_a_choice_of_tasks(make_env):
             env.reset(options=options)
 
 
-def test_the_turns(make_env):
+def test_turns_run_code_and_show_its_output(make_env):
     env = make_env(max_turns=4, max_chars=200)
     observation, info = env.reset(options={"task_id": task_of(env, 1)})
     assert observation.startswith("I am your supervisor: ") and "\nTask: " in observation and "@" in observation
@@ -95,7 +95,7 @@ def test_the_task_that_the_processes_warm_up_with(env):
 
 
 @pytest.mark.parametrize("tier", [1, 2, 3])
-def test_scores(env, tier):
+def test_a_task_scores_its_solution_idleness_a_wrong_answer_and_damage(env, tier):
     """The solution, doing nothing, a wrong answer, and a change that nobody asked for."""
     task_id = task_of(env, tier)
 
@@ -139,7 +139,7 @@ def test_scores(env, tier):
     assert not extra["success"] and len(extra["tests_missed"]) == 1
 
 
-def test_the_effort_s_completion(make_env):
+def test_completion_by_effort_is_0_for_doing_nothing(make_env):
     env = make_env(completion="effort", max_turns=1)
     env.reset(options={"task_id": task_of(env, 1)})
     _, reward, *_, info = env.step("nothing")
@@ -158,7 +158,7 @@ def test_the_explorer_finds_its_way(make_env):
         assert len(seen) == 5 and "access_token" in seen[3] and not truncated and not info["success"] and reward < 1, seen
 
 
-def test_many_at_once(make_env: Callable[..., AppWorldEnv]):
+def test_episodes_side_by_side_do_not_see_each_other(make_env: Callable[..., AppWorldEnv]):
     """Episodes side by side do not see each other, and give what one after another would."""
     envs = [make_env() for _ in range(4)]
     tasks = random.Random(0).sample(envs[0].tasks("test"), 4)

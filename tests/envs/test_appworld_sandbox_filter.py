@@ -28,7 +28,7 @@ def run(code, number, *arguments, arch):
 
 
 @pytest.mark.parametrize("machine", syscalls.MACHINES)
-def test_filter(machine):
+def test_the_filter_allows_and_refuses_these_calls(machine):
     arch = syscalls.MACHINES[machine][1]
     allow, eperm, enosys, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
     sealed, landlocked = (syscalls.program(machine, 4321, files=files) for files in (False, True))

@@ -14,7 +14,7 @@ pytestmark = needs_seccomp
 
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("files", FILES)
-def test_no_other_process(place, files, user):
+def test_no_other_process_is_started(place, files, user):
     out = place.play(
         """
         out["refused"] = {name: attempt(action) for name, action in {
@@ -96,7 +96,7 @@ def test_dies_if_its_parent_is_gone_already(place):
 
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("namespace", [True, False])
-def test_no_network(place, namespace, user):
+def test_no_network_is_reached(place, namespace, user):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         out = place.play(
@@ -130,7 +130,7 @@ def test_no_network(place, namespace, user):
     assert out["pair"] == ["done", "PermissionError"] and out["talk"] == "x"
 
 
-def test_the_rest_of_the_kernel(place):
+def test_system_calls_that_are_not_needed_are_refused(place):
     names = syscalls.numbers(REFUSED, os.uname().machine)
     out = place.play(
         f"""

@@ -9,7 +9,7 @@ from tests.envs.sandboxed import PROBE, USERS, needs_seccomp, sandbox
 pytestmark = needs_seccomp
 
 
-def test_memory(place):
+def test_memory_is_limited(place):
     out = place.play(
         """
         out["big"] = [attempt(lambda: bytearray(512 << 20)), attempt(lambda: [bytearray(1 << 20) for _ in range(512)])]
@@ -35,7 +35,7 @@ def test_threads_share_the_memory(place):
     assert place.play(code, memory_mb=256)["half"] == "done"  # glibc would have set 64 MiB aside for each thread
 
 
-def test_processor_time(place):
+def test_processor_time_is_limited(place):
     out = place.play("signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", cpu_s=1)
     assert out == {"status": -signal.SIGKILL}
 
@@ -59,7 +59,7 @@ def test_limits_are_final(place, user):
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_number_of_threads(place, user):
+def test_the_number_of_threads_is_limited(place, user):
     """Also root's, whom the kernel does not count: by a real user id of its own, with which files stay readable."""
     out = place.play(
         """

@@ -45,7 +45,7 @@ def forward_distance(level, player, boxes):
     return None
 
 
-def test_text_and_back():
+def test_a_level_is_its_text():
     level = Level.from_text(MAP)
     assert level.text() == MAP
     assert Level.from_text(level.text(" "), " ") == level
@@ -65,12 +65,12 @@ def test_text_and_back():
         ("####\n#P_#\n####", "as many boxes"),
     ],
 )
-def test_bad_maps(text, message):
+def test_bad_maps_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         Level.from_text(text)
 
 
-def test_symmetries():
+def test_symmetric_levels_share_form_bucket_and_distance():
     level = Level.from_text("#####\n#PXO#\n#___#\n#_#_#\n#___#\n#####")
     images = level.symmetries()
     assert len(set(images)) == 8
@@ -82,7 +82,7 @@ def test_symmetries():
 
 
 @pytest.mark.parametrize("boxes", [1, 2, 3])
-def test_solver_against_brute_force(boxes, monkeypatch):
+def test_the_solver_agrees_with_brute_force(boxes, monkeypatch):
     env = make(boxes=boxes, difficulties={"all": {"lengths": [1, 60]}})
     chance = random.Random(boxes)
     unsolvable = 0
@@ -201,7 +201,7 @@ def test_a_split_that_cannot_be_filled_is_refused(arguments, message):
         make(**arguments).tasks(next(iter(arguments["splits"])))
 
 
-def test_boxoban_files(tmp_path):
+def test_boxoban_files_are_read(tmp_path):
     (tmp_path / "a.txt").write_text(BOXOBAN)
     first, second = read_boxoban(tmp_path / "a.txt")
     assert first.text() == "#####\n#PXO#\n#___#\n#####"
@@ -211,7 +211,7 @@ def test_boxoban_files(tmp_path):
         list(read_boxoban(tmp_path / "bad.txt"))
 
 
-def test_boxoban_source(tmp_path):
+def test_boxoban_levels_are_split_by_their_form(tmp_path):
     to_boxoban = str.maketrans("_OXPTS", " .$@*+")
     made = [Level.from_text(make().stream("train" if i % 2 else "test", i)["board"]) for i in range(16)]
     (tmp_path / "hard").mkdir()

@@ -46,7 +46,7 @@ def test_what_could_not_be_read_back_is_never_written(value: Any, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_state_that_holds_itself() -> None:
+def test_a_state_that_holds_itself_is_refused() -> None:
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(ConfigError, match="hyper_parameters"):
@@ -69,7 +69,7 @@ def test_the_newest_is_what_the_content_says(tmp_path: Path, capsys: pytest.Capt
         newest_good(tmp_path)
 
 
-def test_a_whole_file_that_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_file_of_other_content_is_not_called_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, odd, foreign = save(tmp_path / "good.ckpt", 1), tmp_path / "odd.ckpt", tmp_path / "foreign.ckpt"
     torch.save(state(5, callbacks={"Mine": {"best": np.float64(0.5)}}), odd)  # as an older version of this program wrote it
     torch.save({"epoch": 1}, foreign)

@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_its_episodes(run: Run, flag: str, said: str) -> None
     assert run.files() == before
 
 
-def test_what_may_change_is_said(run: Run, tmp_path: Path) -> None:
+def test_other_settings_are_printed(run: Run, tmp_path: Path) -> None:
     """And a base that was moved is the same base; only what changed is said."""
     shutil.move(tmp_path / "m1", tmp_path / "elsewhere")
     flags = ["--trainer.max_epochs=2", "--model.optimizer.lr=0.1", "--model.policy.model=./elsewhere"]
@@ -143,7 +143,7 @@ class OtherData(RolloutData):
     """A user's own class, whose state is not under the name of the one that the run began with."""
 
 
-def test_the_position_is_not_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_data_class_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run.files()
     monkeypatch.setattr(cli_configured, "EXPERIMENT", (SkillSD, OtherData))
     line = run.refuses("--ckpt_path", "last", "--trainer.max_epochs=2")

@@ -33,6 +33,6 @@ def test_paths_of_a_policy(monkeypatch):
     assert (settings.model, settings.lora.init, settings.chat_template) == ("./m1", "nano-recover", "qwen3")
 
 
-def test_a_home_that_is_not_there():
+def test_a_home_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"^out: ~nobody-of-this-name/x"):
         read_path("~nobody-of-this-name/x", "out")

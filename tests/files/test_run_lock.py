@@ -41,7 +41,7 @@ def test_one_owner_at_a_time_and_no_trace(tmp_path):
     assert folder.is_dir() and not list(folder.iterdir())
 
 
-def test_a_dead_owner_is_none(tmp_path):
+def test_a_dead_owner_s_lock_is_taken(tmp_path):
     leave(tmp_path, replace(ME, pid=1))  # pid 1 lives, and does not hold the lock
     RunLock(tmp_path).release()
     leave(tmp_path, replace(ME, boot="before the machine was started again"))
@@ -96,7 +96,7 @@ def test_an_owner_on_another_host(tmp_path):
 
 
 @pytest.mark.parametrize("locked", [True, False, None])
-def test_is_alive(locked):
+def test_an_owner_is_alive_while_it_locks_or_beats(locked):
     here = replace(ME, pid=os.getppid())
     assert is_alive(here, ME, locked, 0.0, True) is (locked is not False)  # where there is no flock, the process tells
     assert is_alive(replace(ME, pid=2**22 + 1), ME, locked, 0.0, False) is (locked is True)
@@ -133,7 +133,7 @@ def test_an_owner_shows_that_it_is_alive_and_ends_when_it_has_lost_the_folder(tm
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
 
 
-def test_places_that_cannot_be_a_run_folder(tmp_path):
+def test_places_that_cannot_be_a_run_folder_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")

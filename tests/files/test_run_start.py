@@ -76,7 +76,7 @@ def test_a_run_is_refused_and_begun_anew_with_what_was_imported(run):
     assert left(run) == ["-1", "0"]
 
 
-def test_what_was_not_imported_goes(run):
+def test_skills_that_were_not_imported_go(run):
     for iterations in ((0, 1), ()):
         fill(run, *iterations)
         (run / "metrics.csv").write_text("x")
@@ -102,7 +102,7 @@ def test_a_run_with_a_checkpoint_is_continued_or_discarded(run, place):
     assert names(run) == [] and read_record(run) == RunRecord()
 
 
-def test_another_folder_for_checkpoints(run, tmp_path_factory):
+def test_another_folder_for_checkpoints_is_refused_to_a_run_that_goes_on(run, tmp_path_factory):
     """A run that goes on has its checkpoints where they are; a folder that holds others' takes no run's."""
     disk = tmp_path_factory.mktemp("disk")
     assert plan(run, "last", False, imported, disk).fresh  # there is none yet
@@ -236,7 +236,7 @@ def test_validations_alone_are_no_run(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_format(tmp_path):
+def test_another_format_is_refused(tmp_path):
     check_format(tmp_path)
     (tmp_path / "metrics.csv").write_text("x")
     for record in (None, '{"format": 999}', "{", "[]", '{"format": 2}'):

@@ -92,7 +92,7 @@ def names(said: str, entries: list[tuple[tuple[str, ...], str | None, Any]]) -> 
 @pytest.mark.filterwarnings("ignore")
 @examples(8)
 @given(ENTRIES)
-def test_any_value_under_any_key(run, entries):
+def test_any_value_is_taken_or_refused_with_its_key(run, entries):
     code, said = run(yaml.safe_dump(overlay(entries), allow_unicode=True))
     check(code, said)
     assert code == 0 or names(said, entries), said
@@ -101,7 +101,7 @@ def test_any_value_under_any_key(run, entries):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("class_path", ["os.system", "skillsd.objective.FullReverseKL"])
 @pytest.mark.parametrize("key", ["model.policy.lora", "model.policy", "model.objective", "data.rollout"])
-def test_another_class_for_a_dataclass(run, key, class_path):
+def test_another_class_for_a_dataclass_is_refused(run, key, class_path):
     code, said = run(yaml.safe_dump(overlay([(tuple(key.split(".")), "class_path", class_path)])))
     assert code == 2 and said.startswith(f"error: {key}: ") and class_path in said
     assert "set_parsing_settings" not in said  # the fix is the user's, not the parser's
@@ -113,7 +113,7 @@ TOKENS = ["\n", ": ", "- ", " ", "\t", *"trainer model data : { } [ ] &a *a | ' 
 @pytest.mark.filterwarnings("ignore")
 @examples(8)
 @given(st.lists(st.sampled_from(TOKENS) | st.text(max_size=3), max_size=10).map("".join))
-def test_any_text(run, text):
+def test_any_text_is_taken_or_refused_in_one_line(run, text):
     check(*run(text))
 
 
@@ -121,7 +121,7 @@ def test_any_text(run, text):
 @pytest.mark.parametrize(
     "text", [b"\xff", b"trainer: {max_epochs: ${", b"skills: {template: '${'}", b"a: &x [*x]", b"- 1", b"3", b"? [1]\n: 2"]
 )
-def test_no_configuration(run, text):
+def test_a_file_that_is_no_configuration_is_refused(run, text):
     code, said = run(text)
     check(code, said)
     assert code == 2

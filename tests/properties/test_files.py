@@ -12,7 +12,7 @@ from skillsd.study.settings import read_settings
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xc0]", b"-1", b"[1]", b"[" * 100_000])
-def test_a_damaged_panel(tmp_path, content):
+def test_a_damaged_panel_is_named(tmp_path, content):
     (tmp_path / "panel.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"trainer\.default_root_dir: .*panel\.json is damaged"):
         read_panel(tmp_path)

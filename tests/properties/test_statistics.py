@@ -15,7 +15,7 @@ P = st.floats(0, 1)
 
 @examples(200)
 @given(st.integers(0, 5000), st.integers(1, 5000), st.floats(0.1, 5))
-def test_wilson(successes, n, z):
+def test_a_wilson_interval_holds_its_share_and_widens(successes, n, z):
     successes = min(successes, n)
     low, high = wilson_interval(successes, n, z)
     assert 0 <= low <= successes / n <= high <= 1 and low < high
@@ -30,7 +30,7 @@ def test_wilson(successes, n, z):
 
 @examples(60)
 @given(VALUES, st.integers(0, 5), st.floats(0.5, 0.9))
-def test_bootstrap(values, seed, level):
+def test_a_bootstrap_interval_is_ordered_and_repeatable(values, seed, level):
     mean, low, high = bootstrap_mean(values, seed, 500, level)
     close = 1e-9 * max(map(abs, values), default=0) + 1e-12
     assert min(values) - close <= low <= high <= max(values) + close
@@ -81,7 +81,7 @@ def test_holm(p):
 
 @examples(40)
 @given(st.floats(0.2, 5), st.floats(0.2, 2), st.floats(0.3, 0.95))
-def test_power(effect, sd, power):
+def test_more_power_or_a_smaller_effect_needs_more_seeds(effect, sd, power):
     n = power_n(effect, sd, power)
     assert n >= 2 and n == power_n(-effect, sd, power)
     assert power_n(effect * 1.5, sd, power) <= n <= power_n(effect, sd * 1.5, power)

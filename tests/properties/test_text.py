@@ -70,7 +70,7 @@ def test_code_of_an_answer(noise, code, language):
 
 @examples(200)
 @given(ANY)
-def test_what_is_printed_is_text(text):
+def test_printable_text_stays_as_it_is(text):
     shown = printable(text)
     shown.encode()
     assert printable(shown) == shown
@@ -79,7 +79,7 @@ def test_what_is_printed_is_text(text):
 
 @examples(100)
 @given(st.integers(3, 7), st.integers(3, 7), st.data())
-def test_boards(height, width, data):
+def test_a_board_is_its_text(height, width, data):
     """A random room reads back from its text; any line changed gives a level or a ValueError."""
     cells = [(r, c) for r in range(1, height - 1) for c in range(1, width - 1)]
     rows = [["#"] * width for _ in range(height)]
@@ -158,7 +158,7 @@ def test_trajectories_come_back(t, data):
 
 
 @pytest.mark.parametrize("line", ["", "0", "null", "[]", "{}", '{"turns": 1}', '{"turns": [1]}', "[" * 100_000])
-def test_no_trajectory(line):
+def test_a_line_that_is_no_trajectory_is_refused(line):
     with pytest.raises(ValueError, match="the line is no"):
         Trajectory.from_json(line)
 

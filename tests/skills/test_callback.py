@@ -123,7 +123,7 @@ def test_hindsight_waits_for_this_iteration_s_summaries(groups):
     assert callback.selection.texts(groups(2), 2) == [["t1.0.2", "t1.1.2"], ["t2.0.2", "t2.1.2"]]
 
 
-def test_hindsight_that_fails_says_nothing(groups):
+def test_a_failed_hindsight_summary_leaves_the_context_empty(groups):
     """A blank summary is counted; an attempt without turns, or one that the environment gave up, is not summarised."""
     (a, b), (c, d) = groups(0)
     blank = replace(a, turns=tuple(replace(t, action=" ") for t in a.turns))
@@ -173,7 +173,7 @@ def test_a_transcript_is_the_conversation(make_trajectory):
     assert len(text) < 24_200 and "do 0" in text and "do 59" in text and "left out" in text
 
 
-def test_templates_are_checked():
+def test_a_template_with_other_fields_is_refused():
     for key, fields in (
         ("template", "success_analysis, mistake_analysis, golden_workflow"),
         ("transcript_template", "transcript, actions"),
@@ -188,7 +188,7 @@ def test_templates_are_checked():
     assert Skill("a", "b", "c").render(default.template).startswith("# Notes") and default.transcript_template == TRANSCRIPT_TEMPLATE
 
 
-def test_defaults():
+def test_the_defaults_of_the_bank_are_these():
     """What a configuration gets that names none of them."""
     given = {name: p.default for name, p in inspect.signature(SkillBankCallback).parameters.items() if p.default is not None}
     assert given == {"capacity": 8, "eviction": "worst", "value_estimate": "source", "refresh": "epoch"}
@@ -218,7 +218,7 @@ def test_another_value_estimate_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["epoch", "iteration"])
-def test_when_prompts_are_chosen(make_skill, when):
+def test_a_first_skill_is_shown_at_once_and_another_when_prompts_are_chosen_anew(make_skill, when):
     """A first skill that comes late is shown at once; another one for a task that has one, when the prompts are chosen anew."""
     callback = make(None, refresh=when)
     bank: Any = callback.selection.bank
@@ -235,7 +235,7 @@ def test_when_prompts_are_chosen(make_skill, when):
 
 
 @pytest.mark.parametrize(("value_estimate", "means"), [("source", [1.0, 1.0]), ("next_visit", [0.75, 0.5]), ("gap", [3.0, -1.0])])
-def test_a_use_is_recorded(groups, tmp_path, value_estimate, means):
+def test_a_use_is_recorded_once_a_group_with_its_reward_or_gap(groups, tmp_path, value_estimate, means):
     """Once a group, with the mean reward of those that count and the group's own gap."""
     callback = started(tmp_path, value_estimate=value_estimate)
     bank: Any = callback.selection.bank
@@ -249,14 +249,14 @@ def test_a_use_is_recorded(groups, tmp_path, value_estimate, means):
         end(callback, rows, skills=[1, 3], gaps=[3.0])
 
 
-def test_a_group_of_one(groups):
+def test_hindsight_works_for_a_group_of_one(groups):
     (a, _), _ = groups(0)
     callback = make(HindsightContext())
     assert callback.selection.texts([[a]], 0) == [["t1.0.0"]] and end(callback, [[a]], 0)["skills/bank"] == 1
 
 
 @pytest.mark.parametrize("context", [BankContext, HindsightContext])
-def test_seconds_of_summaries(groups, context, monkeypatch):
+def test_the_seconds_logged_are_those_that_training_waited(groups, context, monkeypatch):
     """What training waited for in each iteration by itself, before the update or after it."""
     callback = make(context())
     queue: Any = callback.selection.summariser
@@ -267,12 +267,12 @@ def test_seconds_of_summaries(groups, context, monkeypatch):
     assert len(queue.submitted) == 2
 
 
-def test_answers_alone_have_spaces_between_them(make_trajectory):
+def test_actions_of_a_transcript_have_spaces_between_them(make_trajectory):
     callback = make(SiblingContext(), transcript_template="{actions}|")
     assert callback.selection.texts([[make_trajectory(), make_trajectory(member=1)]], 0) == [["up left|", "up left|"]]
 
 
-def test_a_summariser_gets_the_model_s_voice(groups):
+def test_a_summariser_is_bound_to_the_model(groups):
     callback = make(None)
     callback.selection.summariser = callback.selection.checked.inner = BaseSummariser()
     texts = {"success_analysis": "a", "mistake_analysis": "b", "golden_workflow": "go"}
@@ -365,7 +365,7 @@ def test_a_summariser_is_tried_before_a_run_that_uses_it():
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_the_end_says_that_nothing_was_ever_summarised(groups, caplog, fails):
+def test_the_end_of_training_warns_if_nothing_was_ever_summarised(groups, caplog, fails):
     class Failing(Queue):
         def summarise(self, trajectories: Any) -> Any:
             if fails:

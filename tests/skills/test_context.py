@@ -30,7 +30,7 @@ def lenders(bank, seed, epoch, tasks=TASKS):
     return {task_id: skill.task_id if skill else None for task_id, skill in skills.items()}
 
 
-def test_own_and_none(bank):
+def test_the_bank_s_context_shows_the_task_s_own_skill_or_none(bank):
     assert all(isinstance(context, PrivilegedContext) for context in (BankContext(), NoContext(), ShuffledContext()))
     assert BankContext()(bank, "t3", TASKS, 0, 0) == bank.retrieve("t3")
     assert BankContext()(bank, "t8", TASKS, 0, 0) is None
@@ -63,7 +63,7 @@ def test_shuffled_depends_on_seed_and_epoch_not_on_order(bank):
     assert lenders(bank, 1, 0) != lenders(bank, 2, 0)
 
 
-def test_shuffled_alone_has_none(make_skill):
+def test_a_task_alone_in_the_bank_has_no_other_s_skill(make_skill):
     bank = SkillBank()
     bank.insert([make_skill("a", "t1")], 0)
     assert lenders(bank, 0, 0, ["t1", "t2"]) == {"t1": None, "t2": None}
@@ -75,13 +75,13 @@ def test_shuffled_alone_has_none(make_skill):
 
 
 @pytest.mark.parametrize("kind", [HindsightContext, SiblingContext, GroundTruthContext])
-def test_before_the_rollout_they_choose_nothing(bank, kind):
+def test_contexts_of_attempts_choose_nothing_before_the_rollout(bank, kind):
     context = kind()
     assert isinstance(context, PrivilegedContext) and context(bank, "t3", TASKS, 0, 0) is None
     assert context.needs_skills == (kind is HindsightContext)
 
 
-def test_hindsight_is_one_s_own(make_trajectory, make_skill):
+def test_hindsight_shows_each_attempt_its_own_skill(make_trajectory, make_skill):
     group = [make_trajectory(member=m) for m in range(3)]
     skills = [make_skill("a"), None, make_skill("c")]
     assert list(HindsightContext().choose(group, skills)) == skills

@@ -25,7 +25,7 @@ def bank(make_skill):
         yield bank
 
 
-def test_there_and_back(bank, make_skill):
+def test_skills_written_as_lines_are_read_back(bank, make_skill):
     held = [make_skill("é \n", task_id="t2", reward=0.1), make_skill("b", iteration=5)]  # \x1b commands a terminal
     assert from_lines(lines(bank)) == held
     assert from_lines(lines(bank, evicted=True)) == [make_skill("a", reward=0.5, iteration=4, source_member=1), *held]
@@ -87,7 +87,7 @@ def test_no_line_is_read_whole_that_is_too_long():
     assert max(map(len, bounded_lines(file))) == MAX_LINE + 1
 
 
-def test_a_line_by_hand(make_skill):
+def test_a_line_written_by_hand_is_read(make_skill):
     (skill,) = from_lines([json.dumps(GOOD | {"source_reward": 1, "uses": "many"}).encode()])
     assert skill == replace(make_skill(), success_analysis="s", mistake_analysis="m", golden_workflow="g", task_id="t", source_reward=1.0)
     assert isinstance(skill.source_reward, float)

@@ -35,7 +35,7 @@ def group(make_trajectory):
     return group
 
 
-def test_success_in_order(make_summariser, group):
+def test_skills_come_in_order_of_task_and_member(make_summariser, group):
     summariser = make_summariser()
     assert isinstance(summariser, Summariser) and summariser.asynchronous
     summariser.submit(4, group("b", "a", members=2)[::-1])
@@ -144,7 +144,7 @@ def test_a_wrong_key_is_not_tried_again(make_summariser, group, server):
     assert len(summariser.last_error) < 500  # a server may say more than a log should hold
 
 
-def test_time_limit_and_whole_iterations(make_summariser, group, server):
+def test_a_request_that_hangs_is_given_up_and_iterations_stay_whole_and_in_order(make_summariser, group, server):
     server.plan = {"slow": ["hang", "good"], "dead": ["hang"]}
     summariser = make_summariser(timeout_s=0.4, retries=1)
     start = time.monotonic()
@@ -180,7 +180,7 @@ def test_own_waits_do_not_move_the_limit_and_who_is_given_up_is_replaced(make_su
     assert eventually(lambda: len(workers()) == 1)
 
 
-def test_close_gives_up(make_summariser, group, server, caplog):
+def test_close_gives_up_what_is_open(make_summariser, group, server, caplog):
     server.plan = {"a": ["hang"]}
     summariser = make_summariser(max_workers=1)
     summariser.submit(0, group("a", "b"))
@@ -197,7 +197,7 @@ def test_no_server_is_a_failure_not_an_error(group):
     summariser.close()
 
 
-def test_what_cannot_pass_is_asked_once(make_summariser, group, server):
+def test_an_error_that_cannot_pass_is_asked_once(make_summariser, group, server):
     server.plan = {"a": ["stream"], "b": [404]}
     summariser = make_summariser()
     assert summariser.summarise(group("a", "b")) == [None, None] and server.tries == {"a": 1, "b": 1}

@@ -81,7 +81,7 @@ def test_a_key_that_no_header_carries_is_refused(monkeypatch, key):
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000/v1", "localhost/v1", "http:/x", "ftp://x/v1", "http://h:99999/v1", "http://[::1", "http://h /v1"]
 )
-def test_what_is_no_address_is_refused(url):
+def test_an_address_that_is_none_is_refused(url):
     with pytest.raises(ValueError, match="base_url"):
         OpenAISummariser("m", url)
 
@@ -92,7 +92,7 @@ def test_arguments_that_are_not_the_users_are_refused(request_):
         OpenAISummariser("m", "http://127.0.0.1:9/v1", request=request_)
 
 
-def test_defaults():
+def test_the_defaults_of_an_endpoint_are_these():
     defaults = {name: p.default for name, p in inspect.signature(OpenAISummariser).parameters.items() if name != "model"}
     assert defaults == dict(
         base_url=None, api_key_env="OPENAI_API_KEY", max_workers=8, timeout_s=60.0, retries=3, backoff_s=1.0, template=USER_PROMPT,

@@ -19,7 +19,7 @@ from skillsd.skills.retrieval import scores
         (0.25, 3, 9, 0.0, 0.25),
     ],
 )
-def test_score_by_hand(mean, n, total, c, score):
+def test_a_score_is_the_one_worked_out_by_hand(mean, n, total, c, score):
     assert ucb_score(mean, n, total, c) == pytest.approx(score, abs=1e-6)
 
 
@@ -29,7 +29,7 @@ def test_score_refuses_impossible_counts(n, total):
         ucb_score(0.0, n, total)
 
 
-def test_nothing_to_select():
+def test_no_skills_select_none():
     assert select([]) is None
 
 
@@ -75,7 +75,7 @@ def test_an_unused_skill_may_count_as_used_once(make_skill):
     assert select([good, failed, fair], c=0.76, unused_first=False) is fair
 
 
-def test_scores_are_what_select_goes_by(make_skill):
+def test_scores_are_ucb_and_infinite_for_an_unused_skill(make_skill):
     skills = [
         make_skill("often", skill_id=1, uses=3, mean_reward=0.5),
         make_skill("once", skill_id=2, uses=1, mean_reward=0.0),

@@ -185,7 +185,7 @@ def test_a_key_in_the_configuration_is_refused(clean, tmp_path, tiny_model, caps
     assert KEY[::-1] not in line
 
 
-def test_what_only_has_the_name_of_a_secret_is_data(clean, caplog, monkeypatch):
+def test_a_value_that_only_has_a_secret_s_name_is_data(clean, caplog, monkeypatch):
     """A path in CACHE_KEY and a password that is a word stop no run and are masked in no data; what a key of ours holds is refused."""
     monkeypatch.setenv("CACHE_KEY", "/home/me/cache")
     monkeypatch.setenv("POSTGRES_PASSWORD", "password1234")
@@ -204,7 +204,7 @@ def test_what_only_has_the_name_of_a_secret_is_data(clean, caplog, monkeypatch):
     assert without_keys(f"{KEY} {KEY[:-1]} {KEY}") == f"[{NAME}] {KEY[:-1]} [{NAME}]"
 
 
-def test_request_settings_that_only_sound_like_keys(monkeypatch):
+def test_request_settings_that_only_sound_like_keys_are_taken(monkeypatch):
     pytest.importorskip("openai")
     from skillsd.skills import OpenAISummariser
 
@@ -215,7 +215,7 @@ def test_request_settings_that_only_sound_like_keys(monkeypatch):
         OpenAISummariser("m", "http://127.0.0.1:9/v1", request={"extra_body": {"api-key": "x"}})
 
 
-def test_what_the_server_says_is_stripped_of_the_key(clean, server, make_trajectory, monkeypatch):
+def test_a_server_s_answer_is_stripped_of_the_key(clean, server, make_trajectory, monkeypatch):
     pytest.importorskip("openai")
     from skillsd.skills import OpenAISummariser
 
@@ -229,7 +229,7 @@ def test_what_the_server_says_is_stripped_of_the_key(clean, server, make_traject
     assert not any(p.decode() in skill.render() + made.last_error for p in pieces())
 
 
-def test_what_is_taken_out(clean, monkeypatch):
+def test_held_secrets_and_their_ends_are_replaced_by_their_names(clean, monkeypatch):
     hold_secret("A", "abcdefghijklmnop")
     assert redacted("x abcdefghijklmnop y") == "x [A] y" and redacted("abcdefgh") == "[A]" and redacted("abcdefg") == "abcdefg"
     assert redacted("Bearer abcdefghij… and ijklmnop!") == "Bearer [A]… and [A]!" and redacted("abcdefghijklmnop" * 2) == "[A]" * 2

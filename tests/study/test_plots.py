@@ -27,7 +27,7 @@ def test_seeds_that_end_at_different_iterations():
     assert _over_seeds(curves, "other", "env_steps", "y").empty
 
 
-def test_fifteen_methods_are_told_apart():
+def test_fifteen_methods_have_lines_of_their_own():
     methods = [f"m{i}" for i in range(15)]
     drawn = styles(StudySettings(configs=["x"], methods={m: [] for m in methods}, baseline="m3"))
     assert drawn["m3"]["color"] == "black" and len({(s["color"], s.get("linestyle", "-")) for s in drawn.values()}) == 15

@@ -63,7 +63,7 @@ def panels(finished_study: Any) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("metric", ["success", "completion"])
-def test_the_numbers(finished_study, studies, panels, metric):
+def test_the_report_s_numbers_are_those_of_the_run_folders(finished_study, studies, panels, metric):
     shutil.copytree(finished_study.folder, studies.folder)
     flags = ("--controls={shuffled: skillsd}", "--set.trainer.max_epochs=3", f"--metric={metric}", "--only_report=true")
     assert studies(*flags, methods=METHODS, seeds=SEEDS) == 0
@@ -99,7 +99,7 @@ def test_cost_and_health(finished_study):
     assert health["skillsd"] == ["0.500", "0.250", "n/a", "n/a", "0.250"] and health["grpo"][1] == "n/a"
 
 
-def test_what_it_must_state(finished_study):
+def test_the_report_states_what_was_run(finished_study):
     head = sections((finished_study.folder / "report.md").read_text())["head"]
     commits = sorted({c for m in METHODS for s in SEEDS for c in finished_study.record(m, s)["commits"]})
     for part in (
@@ -117,7 +117,7 @@ def test_what_it_must_state(finished_study):
     assert "WARNING" not in head or len(commits) > 1
 
 
-def test_what_spoils_a_comparison_is_said(studies):
+def test_the_report_warns_of_what_spoils_a_comparison(studies):
     assert studies(seeds=(0,)) == 0
     studies.plan = {"n": 5}
     assert studies(seeds=(0, 1)) == 0

@@ -40,7 +40,7 @@ def full(n: int) -> list[list[float | str]]:
     ]
 
 
-def test_a_row(tmp_path):
+def test_a_row_is_the_run_s_sums_and_means(tmp_path):
     row = read_cell(cell(tmp_path, full(24))).row
     assert (row["method"], row["seed"], row["iterations"], row["wall_s"], row["panel_n"]) == ("m", 3, 24, 12.5, 2)
     assert (row["before_success"], row["after_success"], row["before_completion"], row["after_completion"]) == (0.25, 0.5, 0.75, 0.75)
@@ -52,7 +52,7 @@ def test_a_row(tmp_path):
     assert row["grad_ratio"] == pytest.approx(0.2)
 
 
-def test_a_curve(tmp_path):
+def test_a_curve_counts_steps_tokens_and_seconds(tmp_path):
     curve = read_cell(cell(tmp_path, full(5), during={"2": {"success": 0.3, "completion": 0.4}})).curve
     assert curve["iteration"].tolist() == [0, 1, 2, 3, 4, 5]
     assert curve["env_steps"].tolist() == [0, 7, 15, 24, 34, 45] and curve["tokens"].tolist() == [0, 130, 260, 390, 520, 650]
@@ -77,14 +77,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_damaged_file_is_told_with_its_fix(tmp_path, case):
+def test_a_damaged_file_is_named_with_its_fix(tmp_path, case):
     columns, rows, message = BROKEN[case]
     made = cell(tmp_path, rows, columns)
     with pytest.raises(ConfigError, match=f"{message}.*delete the folder"):
         read_cell(made)
 
 
-def test_no_file(tmp_path):
+def test_missing_metrics_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"metrics\.csv cannot be read \(FileNotFoundError\)"):
         read_metrics(tmp_path)
 

@@ -176,7 +176,7 @@ def test_more_methods_and_seeds_may_be_added_or_left_out(studies):
     assert cells_of(studies) == [("grpo", "1"), ("shuffled", "1")]
 
 
-def test_what_no_study_made_is_refused(studies):
+def test_a_cell_that_no_study_made_is_refused(studies):
     folder = studies.folder / "cells/grpo/seed-0"
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text("")

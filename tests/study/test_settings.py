@@ -63,7 +63,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_mistakes(case):
+def test_mistakes_are_named_with_their_key(case):
     changes, message = BAD[case]
     with pytest.raises(ConfigError, match=message):
         StudySettings(**{**GOOD, **changes})
@@ -85,7 +85,7 @@ def test_a_missing_file_is_named_with_its_key():
         (["--methods={grpo: []}", "--configs=[nosuch]"], "configs: there is no file nosuch"),
     ],
 )
-def test_the_command_tells_one_line(flags, message, capsys, tmp_path, monkeypatch):
+def test_the_command_s_errors_are_one_line(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SKILLSD_DEBUG", raising=False)
     assert cli.main(["study", *flags]) == 2

@@ -69,7 +69,7 @@ def test_each_rule_about_a_control(case):
     assert part in about_control(comparison, method)
 
 
-def test_all_sentences():
+def test_a_verdict_is_all_its_sentences_in_order():
     sentences = verdict([BETTER, WORSE, UNCLEAR, SAME, ONE, NONE], [control((0.02, 0.03), 0.01)])
     assert sentences[0] == (
         "Of 6 methods compared with the baseline: 1 beats it, 1 is worse, 2 cannot be told from it, 2 could not be tested."
@@ -79,6 +79,6 @@ def test_all_sentences():
     assert verdict([], []) == []
 
 
-def test_numbers_as_text():
+def test_p_values_and_points_are_written_so():
     assert [p_value(p) for p in (0.0625, 0.05, 0.00099, 1.0, nan)] == ["0.0625", "0.05", "< 0.001", "1", "n/a"]
     assert points(0.0123, -0.0004, nan) == "+1.2 [-0.0, n/a]"

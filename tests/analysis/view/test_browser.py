@@ -55,7 +55,7 @@ def heading(page: Any) -> str:
     return str(page.inner_text("h1"))
 
 
-def test_click_through(page, address):
+def test_every_page_is_reached_by_clicking(page, address):
     page.goto(f"{address}/")
     assert page.url == f"{address}/run/real/" and heading(page) == "real"
     assert page.locator("figure svg").count() >= 6 and "held-out episodes" in page.inner_text("main")
@@ -81,7 +81,7 @@ def test_click_through(page, address):
     assert heading(page) == "hostile"
 
 
-def test_filter(page, address, site):
+def test_a_filter_is_in_the_address(page, address, site):
     page.goto(f"{address}/run/real/tasks")
     names = sorted(set(site.runs["real"].run.trajectories["task_id"]))
     page.fill("input[name=q]", names[1])
@@ -92,7 +92,7 @@ def test_filter(page, address, site):
     assert page.locator("[data-row]").all_inner_texts() == [names[1]] and page.input_value("input[name=q]") == names[1]
 
 
-def test_keys(page, address, site):
+def test_keys_move_and_open(page, address, site):
     page.goto(f"{address}/run/real/")
     page.keyboard.press("2")
     page.wait_for_url("**/tasks")
@@ -117,7 +117,7 @@ def test_keys(page, address, site):
     assert page.url.partition("?")[0].endswith("/trajectory/1")
 
 
-def test_deep_link(page, address):
+def test_a_link_opens_a_turn_with_its_heatmap(page, address):
     page.goto(f"{address}/run/real/trajectory/3?heat=none#turn-1")
     assert heading(page).startswith("Trajectory 3 ") and page.locator(".action span[title]").count() > 0
     assert page.locator("#turn-1").is_visible()

@@ -57,13 +57,13 @@ def test_without_the_token_there_is_nothing(client, path):
     assert answer.status_code == 404 and "real" not in answer.text and TOKEN not in answer.text
 
 
-def test_another_host_is_told_nothing(get):
+def test_another_host_gets_nothing(get):
     """A page elsewhere whose name is made to point to this machine."""
     get("real/", 404, host="evil.example:1")
     get("real/", 200, host="localhost:8000")
 
 
-def test_headers(client):
+def test_headers_forbid_foreign_content(client):
     answer = client.get(f"/{TOKEN}/run/real/", headers={"Host": "127.0.0.1:1"})
     policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
     assert policy["default-src"] == "'none'" and policy["script-src"] == "'self'" and answer.headers["Referrer-Policy"] == "no-referrer"
@@ -111,7 +111,7 @@ def test_planted_markup_is_text(get, path):
 # -- the run's own numbers -------------------------------------------------------------------------------------------------------------
 
 
-def test_tasks(get, site):
+def test_tasks_show_the_run_s_numbers(get, site):
     run = Run(site.runs["real"].run.folder)
     html = get("real/tasks")
     rows = {row[0]: row for row in cells(html)[1:]}
@@ -155,7 +155,7 @@ def test_pages_of_a_long_table(get, monkeypatch, site):
 
 
 @pytest.mark.parametrize("kind", ["none", "skill", "shuffled"])
-def test_the_teachers_view(get, site, kind):
+def test_the_heatmap_is_the_teacher_s_gap(get, site, kind):
     run = Run(site.runs["real"].run.folder)
     known = run.trajectories[run.trajectories["skill_id"].notna()]
     n = int(known.index[-1])
@@ -187,7 +187,7 @@ def test_a_run_without_a_checkpoint_is_not_scored(get):
     assert "names no policy" in get("hostile/trajectory/0?heat=none", 500)
 
 
-def test_a_skill(get, site):
+def test_a_skill_s_page_shows_its_texts_uses_and_source(get, site):
     run = site.runs["real"].run
     used = int(run.retrievals["skill_id"].iloc[0])
     html = get(f"real/skill/{used}")
@@ -205,7 +205,7 @@ def test_two_skills_marked():
     assert pages._marked("a a", "a a") == ("a a", "a a")
 
 
-def test_compare():
+def test_the_difference_of_two_panels_is_paired():
     def panel(*success: bool, attempts: int = 1) -> Any:
         levels = [{"task_id": f"t{i}", "member": m, "seed": 0, "success": s} for i, s in enumerate(success) for m in range(attempts)]
         return SimpleNamespace(panel={"after": {"levels": levels}})
@@ -224,7 +224,7 @@ def test_settings_that_differ(get):
 
 
 @pytest.mark.parametrize("path", ["nobody/", "real/trajectory/99999", "real/skill/99999", "real/skills/compare?a=1&b=99999"])
-def test_what_is_not_there(get, path):
+def test_what_is_not_there_is_404(get, path):
     assert "<h1>404</h1>" in get(path, 404)
 
 
@@ -264,7 +264,7 @@ def test_a_run_without_its_bank(another):
         get(path)
 
 
-def test_odd_configurations(another):
+def test_pages_open_with_odd_configurations(another):
     folder, get = another
     for text in ("skills: null\ndata: null\nmodel: null\n", "data: 5\nmodel: {policy: x}\nskills: [1]\n", ""):
         write_record(folder)
@@ -273,7 +273,7 @@ def test_odd_configurations(another):
             get(path)
 
 
-def test_a_damaged_panel_is_told(another):
+def test_a_damaged_panel_is_named(another):
     folder, get = another
     (folder / "panel.json").write_text('{"after": {"n": 3}}')
     assert "panel.json is damaged (after has no success)" in unescape(get("", 500))
