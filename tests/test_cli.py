@@ -24,10 +24,6 @@ from skillsd.errors import ConfigError
 from skillsd.optimizer import OptimizerSettings
 from skillsd.skills import SkillBank
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-]
 ENV = {
     "size": 5, "boxes": 1, "difficulties": {"short": {"lengths": [2, 4]}}, "splits": {"train": {"short": 2}, "test": {"short": 2}},
     "max_turns": 2, "action_format": "bare", "prompts": {"instruction": ""},

@@ -30,11 +30,7 @@ from skillsd.policy import PolicySettings
 from skillsd.pretrain import Cloning
 from skillsd.rollout import RolloutSettings
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-    pytest.mark.filterwarnings("ignore:.*deterministic"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 OTHER: dict[str, Any] = {
     "precision": "bf16-mixed", "fast_dev_run": True, "limit_train_batches": 1, "overfit_batches": 2, "limit_test_batches": 3,
     "limit_predict_batches": 3, "val_check_interval": 0.5, "num_sanity_val_steps": 2, "accumulate_grad_batches": 4,

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from tests.test_cli import Run, finished, pytestmark, run
+from tests.test_cli import Run, finished, run
 
 from skillsd import cli
 from skillsd.analysis.metrics import read_metrics
@@ -24,7 +24,7 @@ from skillsd.files.run_lock import RunLock
 from skillsd.signals import guarded
 from skillsd.skills import SkillBank
 
-__all__ = ["finished", "pytestmark", "run"]
+__all__ = ["finished", "run"]
 
 
 class Saver(L.Callback):

@@ -29,10 +29,6 @@ from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.load import load_base, load_tokenizer
 from skillsd.skills.callback import SkillBankCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-]
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.test_cli import Run, finished, pytestmark, run
+from tests.test_cli import Run, finished, run
 
 from skillsd import cli
 from skillsd.files.durable import is_sealed
 from skillsd.files.run_folder import RunRecord, read_record
 from skillsd.files.run_lock import RunLock
 
-__all__ = ["finished", "pytestmark", "run"]
+__all__ = ["finished", "run"]
 
 
 @pytest.fixture

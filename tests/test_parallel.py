@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from tests.e2e.runs import assert_equal
 from tests.ranks import Ranks, bank_rows, near, torchrun
-from tests.test_data import TEMPLATE, make_data, rules
+from tests.sokoban import TEMPLATE, make_data, rules
+from tests.training import quiet_trainer
 
 from skillsd import cli
 from skillsd import parallel as r
@@ -137,10 +138,9 @@ def trained(folder: str) -> dict[str, list[dict[str, Any]]]:
         )  # fmt: skip
         policy.load_adapter_state(start)
         module.policy, policy.teacher_is_student, watch = policy, True, Watch()
-        trainer = L.Trainer(
-            accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-            default_root_dir=f"{folder}/{name}", callbacks=[TeacherSync(), bank, watch],
+        trainer = quiet_trainer(
+            TeacherSync(), bank, watch, devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2,
+            default_root_dir=f"{folder}/{name}",
         )  # fmt: skip
         trainer.fit(module, datamodule=make_data(**settings))
         found[name] = watch.seen

@@ -18,9 +18,6 @@ from skillsd.policy import Footprint, Policy, PolicySettings
 from skillsd.policy.shard import Shards
 from skillsd.policy.training_kernels import TrainingKernels
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-]
 ROWS = 2, 3  # of each rank
 
 

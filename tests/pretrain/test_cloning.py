@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from tests.tolerance import close
+from tests.training import quiet_trainer
 
 from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings
@@ -15,11 +16,6 @@ from skillsd.pretrain import Cloning, DemonstrationData, DemonstrationSettings
 from skillsd.rollout import RolloutSettings
 from skillsd.skills import RulesSummariser
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*Trying to infer the `batch_size`"),
-]
 KWARGS: dict[str, Any] = {
     "size": 5, "boxes": 1, "difficulties": {"short": {"lengths": [3, 5]}}, "splits": {"pretrain": {"short": 1}, "test": {"short": 3}},
     "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
@@ -46,11 +42,7 @@ class Losses(L.Callback):
 
 def fit(module: Cloning, data: DemonstrationData, folder: Any, epochs: int, **kwargs: Any) -> tuple[L.Trainer, list[float]]:
     losses = Losses()
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, callbacks=[losses],
-        **({"limit_val_batches": 0} | kwargs),
-    )  # fmt: skip
+    trainer = quiet_trainer(losses, max_epochs=epochs, num_sanity_val_steps=0, default_root_dir=folder, **kwargs)
     torch.manual_seed(0)
     trainer.fit(module, datamodule=data)
     return trainer, losses.seen
@@ -97,10 +89,7 @@ def test_lora_writes_an_adapter_to_start_from(tiny_model, tmp_path):
 
     data = make_data(demonstrations=DemonstrationSettings(episodes=2, skill_share=1.0))
     losses = Losses()
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=6, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0, default_root_dir=tmp_path, callbacks=[losses, Base()],
-    )  # fmt: skip
+    trainer = quiet_trainer(losses, Base(), max_epochs=6, default_root_dir=tmp_path)
     trainer.fit(module, datamodule=data)
     assert losses.seen[-1] < losses.seen[0]
     after = dict(module.policy.named_parameters())

@@ -7,8 +7,9 @@ import lightning as L
 import pytest
 import torch
 from tests.engines.fake_server import serving
-from tests.test_data import ENV, KWARGS
+from tests.sokoban import ENV, KWARGS
 from tests.tolerance import ROUNDING
+from tests.training import quiet_trainer
 
 from skillsd.data import RolloutData
 from skillsd.engines.noise import stream_key
@@ -19,11 +20,6 @@ from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import TokenSequence
 from skillsd.rollout import RolloutSettings
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
-    pytest.mark.filterwarnings("ignore:.*Trying to infer the `batch_size`"),
-]
 SHAPED = KWARGS | {"distance_reward": 0.1, "invalid_penalty": 0.1, "splits": {"train": {"short": 4}, "test": {"short": 1}}}
 """Rewards that differ within each group; an epoch has two iterations."""
 
@@ -78,10 +74,7 @@ def fit(make_policy, tmp_path):
         module.policy = policy
         settings = RolloutSettings(max_turn_tokens=2, max_rows=8, **rollout)
         data = RolloutData(ENV, SHAPED, batch_tasks=2, group_size=2, rollout=settings)
-        L.Trainer(
-            accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[look],
-        ).fit(module, datamodule=data)  # fmt: skip
+        quiet_trainer(look, max_epochs=epochs, default_root_dir=tmp_path).fit(module, datamodule=data)
         return look
 
     return run
@@ -120,7 +113,7 @@ def test_without_staleness_it_is_the_default_engine(fit, tiny_model):
 
 
 @pytest.mark.parametrize("staleness", [1, 2])
-def test_staleness(fit, tiny_model, staleness, new_threads):
+def test_rollouts_lag_by_the_staleness_and_the_loss_knows_it(fit, tiny_model, staleness, new_threads):
     """Iteration j is sampled with the version after j - s updates, over an epoch's end too; the loss knows, and the drift shows it."""
     with serving(tiny_model("qwen3")) as (server,):
         look = fit(epochs=2, lr=1e-2, engine="servers", servers=[server.url], staleness=staleness, env_workers=1)
@@ -133,7 +126,7 @@ def test_staleness(fit, tiny_model, staleness, new_threads):
     assert not new_threads()
 
 
-def test_it_goes_on_meanwhile(fit, tiny_model):
+def test_the_next_rollout_runs_during_the_update(fit, tiny_model):
     """The next iteration's turns are answered while this one's update has not begun."""
     with serving(tiny_model("qwen3")) as (server,):
         look, ahead = Look(), []
@@ -151,7 +144,7 @@ def test_it_goes_on_meanwhile(fit, tiny_model):
 
 
 @pytest.mark.parametrize("when", ["foreground", "background"])
-def test_the_last_server_is_lost(fit, tiny_model, when, new_threads):
+def test_losing_the_last_server_ends_the_run(fit, tiny_model, when, new_threads):
     """A line that says what to do; nothing hangs, whoever was waiting for it."""
     with serving(tiny_model("qwen3")) as (server,):
         look, staleness = Look(), int(when == "background")
@@ -162,7 +155,7 @@ def test_the_last_server_is_lost(fit, tiny_model, when, new_threads):
     assert not new_threads()
 
 
-def test_an_error_in_the_middle(fit, tiny_model, new_threads):
+def test_an_error_ends_the_rollout_in_the_background(fit, tiny_model, new_threads):
     """The rollout in the background ends, though a server takes its time."""
     hold = threading.Event()
     with serving(tiny_model("qwen3")) as (server,):
