@@ -234,6 +234,17 @@ def test_a_first_skill_is_shown_at_once_and_another_when_prompts_are_chosen_anew
     assert shown(True) == ["b.", "c."]
 
 
+def test_a_skill_is_read_once(make_skill, monkeypatch):
+    """When it is chosen; the iterations of its epoch take it from there."""
+    callback = make(None)
+    bank: Any = callback.selection.bank
+    bank.insert([make_skill("a"), make_skill("b")], 0)
+    read, skill = [], bank._ledger.skill
+    monkeypatch.setattr(bank._ledger, "skill", lambda *args: read.append(args[0]) or skill(*args))
+    assert chosen(callback) == chosen(callback, anew=False) == [(1, "a."), (None, "")]
+    assert read == [1]
+
+
 @pytest.mark.parametrize(("value_estimate", "means"), [("source", [1.0, 1.0]), ("next_visit", [0.75, 0.5]), ("gap", [3.0, -1.0])])
 def test_a_use_is_recorded_once_a_group_with_its_reward_or_gap(groups, tmp_path, value_estimate, means):
     """Once a group, with the mean reward of those that count and the group's own gap."""
