@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from skillsd.config_errors import lacks
+from skillsd.config_errors import imported, lacks
 from skillsd.errors import Parser, no_module
 from skillsd.methods import merge
 
@@ -86,7 +85,7 @@ def refused_class(message: str) -> str:
     )
     given = wanted and re.search(r"Given value: .*?(\w+(?:\.\w+)+)", message[wanted.end() :])
     if wanted and given:
-        path, kind = given[1], _imported(given[1])
+        path, kind = given[1], imported(given[1])
         full = next((base for key in KEYS for base in key.bases if base.rpartition(".")[2] == wanted[1]), wanted[1])
         return _lacking(path, kind, full) if full else _abstract(path, kind)
     if found := re.search(r"No module named '([\w.]+)'", message):
@@ -100,7 +99,7 @@ def _abstract(path: str, kind: Any) -> str:
 
 
 def _lacking(path: str, kind: Any, full: str) -> str:
-    base, source = _imported(full), COMPLETE.get(full, full)
+    base, source = imported(full), COMPLETE.get(full, full)
     if not inspect.isclass(kind):
         return f"{path} is no class: name one that inherits from {source}."
     if not getattr(base, "_is_protocol", False):
@@ -113,11 +112,6 @@ def _lacking(path: str, kind: Any, full: str) -> str:
             if has != wants:
                 return f"{path}.{method} takes ({has}) and should take ({wants}): name its parameters so. Annotations are not compared."
     return ""
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(sys.modules.get(module), name, None)
 
 
 def config(args: Sequence[str], read: Callable[[str], Mapping[str, Any]]) -> None:

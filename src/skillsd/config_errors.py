@@ -32,7 +32,7 @@ def refuse_nulls(config: Mapping[str, Any], types: Mapping[str, type]) -> None:
     """jsonargparse takes a null for "not given", whatever the key's type; the class would get it, and fail now or in the middle of a run.
 
     Args:
-        config: Of a subcommand, nested; its class paths have been imported.
+        config: The configuration of a subcommand, nested; its class paths have been imported.
         types: The classes behind its keys at the top.
 
     Raises:
@@ -78,7 +78,7 @@ def _nulls(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _nulls(item, Any, f"{key}[{i}]")
     elif isinstance(value, Mapping):
         try:
-            kind = _imported(value["class_path"]) if "class_path" in value else _plain(hint)
+            kind = imported(value["class_path"]) if "class_path" in value else _plain(hint)
             hints = get_type_hints(kind.__init__)
             defaults = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
         except (AttributeError, ImportError, KeyError, NameError, TypeError, ValueError):
@@ -90,10 +90,10 @@ def _nulls(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any]]:
                 yield from _nulls(inner, hints[name], f"{key}.{name}")
 
 
-def _imported(path: str) -> Any:
-    """A class by its path. KeyError or AttributeError if the parser has not taken it: nothing is imported here."""
+def imported(path: str) -> Any:
+    """A class by its path; None if the parser has not taken it: nothing is imported here."""
     module, _, name = path.rpartition(".")
-    return getattr(sys.modules[module], name)
+    return getattr(sys.modules.get(module), name, None)
 
 
 def lacks(given: Any, protocol: Any) -> list[str]:
@@ -142,7 +142,7 @@ def refusing(error: BaseException, config: Mapping[str, Any]) -> str:
 
     Args:
         error: What came out of jsonargparse's `instantiate`.
-        config: Of a subcommand, nested.
+        config: The configuration of a subcommand, nested.
     """
     named: list[str] = []
     node: Any = config

@@ -38,7 +38,7 @@ def bootstrap_mean(
 
     Args:
         values: One number an item (a level's paired difference, say), at least one.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
         draws: Number of resamples.
         level: Coverage.
         bounds: What a single item can be at least and at most: 0 and 1 for a share.

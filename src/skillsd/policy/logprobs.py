@@ -92,7 +92,7 @@ def compare(
     Args:
         head: One for both.
         student, teacher: Last hidden states [N, H].
-        divergence: Of two log-softmaxes (student's, teacher's) [n, V] to [n]; it is called again in the backward pass.
+        divergence: Takes two log-softmaxes (student's, teacher's) [n, V] to [n]; it is called again in the backward pass.
         temperature: Divides the logits of both, > 0.
         chunk: Positions per piece.
 

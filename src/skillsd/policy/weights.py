@@ -130,7 +130,7 @@ def digest(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> str:
     """Which weights these are, whatever their folder is called and however they are split over files.
 
     Args:
-        config: Of the model, as transformers' `to_diff_dict` gives it.
+        config: The model's configuration, as transformers' `to_diff_dict` gives it.
         tensors: As `model_tensors` finds them.
 
     Returns:

@@ -42,8 +42,7 @@ def study(args: Sequence[str], find: FindConfig, fit: Sequence[str] = FIT, grace
     runner.run()
     for cell in runner.failed:
         print(f"failed: {cell} (exit code {cell.record()['exit_code']}), {cell.folder / 'cell.log'}:\n{runner.tail(cell)}")
-    if runner.left():
-        left = runner.left()
+    if left := runner.left():
         verb = "is" if left == 1 else "are"
         print(f"{left} of {count(len(cells), 'cell')} {verb} left: the same command continues.", flush=True)
     if runner.signal:
