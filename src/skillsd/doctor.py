@@ -213,10 +213,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 
 def doctor(args: Sequence[str]) -> None:
-    """Print the rows as a table, or as JSON.
-
-    Args:
-        args: What follows `skillsd doctor`.
+    """`skillsd doctor ARGS`: print the rows as a table, or as JSON.
 
     Raises:
         ConfigError: unknown arguments.

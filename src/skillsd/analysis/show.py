@@ -27,10 +27,7 @@ _SHOWN = ("reward/success", "reward/mean", "loss/total", "teacher/gap_mean", "po
 
 
 def show(args: Sequence[str]) -> None:
-    """Print a run, one of its trajectories, a task's groups or its skills.
-
-    Args:
-        args: What follows `skillsd show`.
+    """`skillsd show ARGS`: print a run, one of its trajectories, a task's groups or its skills.
 
     Raises:
         ConfigError: unknown arguments, no run folder, a damaged file, or nothing of that name.

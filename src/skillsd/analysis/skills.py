@@ -29,10 +29,7 @@ _BANK_HELP = f"a run folder (trainer.default_root_dir), also one that is trainin
 
 
 def skills(args: Sequence[str]) -> None:
-    """Write a bank's skills as JSON lines, put such lines into the bank of a run that has not begun, or search a bank.
-
-    Args:
-        args: What follows `skillsd skills`.
+    """`skillsd skills ARGS`: write a bank's skills as JSON lines, let a run begin with such lines, or search a bank.
 
     Raises:
         ConfigError: unknown arguments, no bank or a damaged one, a bad line, or a run that has begun.

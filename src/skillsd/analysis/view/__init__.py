@@ -19,10 +19,7 @@ HOST = "127.0.0.1"
 
 
 def view(args: Sequence[str]) -> None:
-    """Serve run folders until Ctrl-C.
-
-    Args:
-        args: What follows `skillsd view`.
+    """`skillsd view ARGS`: serve run folders until Ctrl-C.
 
     Raises:
         ConfigError: unknown arguments, no run folder, or the port is taken.
