@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c c
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-# What differs on a GPU: policy, rollout and kernels, and whole runs.
-GPU_TESTS := tests/policy tests/engines tests/e2e/test_gpu.py
+# What differs on a GPU: kernels, policy and engines, and whole runs.
+GPU_TESTS := tests/kernels tests/policy tests/engines tests/e2e/test_gpu.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

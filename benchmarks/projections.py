@@ -16,9 +16,9 @@ import multiprocessing
 import torch
 from benchmarks.random_model import QWEN3
 
-from skillsd.policy.kernels.projections import Plan, plan, project_all
-from skillsd.policy.kernels.reference import Lora, Nf4Weight, Projection
-from skillsd.policy.kernels.workspace import Workspace
+from skillsd.kernels.projections import Plan, plan, project_all
+from skillsd.kernels.reference import Lora, Nf4Weight, Projection
+from skillsd.kernels.workspace import Workspace
 
 
 def layer(n: int, k: int, rank: int) -> Projection:

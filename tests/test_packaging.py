@@ -75,7 +75,12 @@ def test_imports_neither_torch_nor_lightning(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
-    [("skillsd_sokoban", {"numpy", "gymnasium"}), ("skillsd_appworld", {"gymnasium"}), ("skillsd.objective", {"torch"})],
+    [
+        ("skillsd_sokoban", {"numpy", "gymnasium"}),
+        ("skillsd_appworld", {"gymnasium"}),
+        ("skillsd.objective", {"torch"}),
+        ("skillsd.kernels", {"torch", "triton"}),
+    ],
 )
 def test_imports_only(package: str, allowed: set[str]) -> None:
     graph = grimp.build_graph(package.partition(".")[0], include_external_packages=True, cache_dir=None)

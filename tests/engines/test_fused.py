@@ -19,7 +19,7 @@ from skillsd.policy import DecodingKernels, TokenSequence, decoding_kernels
 
 pytest.importorskip("triton")
 
-from skillsd.policy.kernels import projections
+from skillsd.kernels import projections
 
 GPU = torch.cuda.is_available()
 SETTINGS = dict(quantise="nf4", dtype="bfloat16" if GPU else "float32", device="cuda" if GPU else "cpu", shape=WIDE)
@@ -59,7 +59,7 @@ def test_kernels_are_what_decodes(make_policy, always, monkeypatch):
     policy = make_policy("qwen3", **SETTINGS)
     for name in ("projections.project_all", "attention.attend", *(f"elementwise.{n}" for n in ("rms_norm", "rotate", "silu_mul", "write"))):
         with monkeypatch.context() as m:
-            m.setattr(f"skillsd.policy.kernels.{name}", lambda *a, **k: 1 / 0)
+            m.setattr(f"skillsd.kernels.{name}", lambda *a, **k: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 play(policy, engine=InProcessEngine(policy), rows=1, longest_prompt=4, turns=1, limit=2)
     play(policy, engine=InProcessEngine(policy), rows=1, longest_prompt=4, turns=1, limit=2)
@@ -82,11 +82,11 @@ def test_layers_without_adapter_and_unquantised_ones(make_policy, always):
 
 
 def test_long_prompts_go_the_usual_way(make_policy, always, monkeypatch):
-    monkeypatch.setattr("skillsd.policy.kernels.projections.MOST_ROWS", 12)
+    monkeypatch.setattr("skillsd.kernels.projections.MOST_ROWS", 12)
     policy = make_policy(**SETTINGS)
     rows = []
     run = projections.project_all
-    monkeypatch.setattr("skillsd.policy.kernels.projections.project_all", lambda x, *a: (rows.append(len(x)), run(x, *a))[1])
+    monkeypatch.setattr("skillsd.kernels.projections.project_all", lambda x, *a: (rows.append(len(x)), run(x, *a))[1])
     assert_scored_alike(policy, "student", play(policy, slots=4, **(SHORT | {"rows": 4})), CLOSE)
     assert rows and max(rows) <= 12
 

@@ -8,15 +8,15 @@ import torch
 from tests.conftest import WIDE
 from tests.tolerance import ROUNDING
 
+from skillsd.kernels import reference
 from skillsd.policy import LoraSettings, Policy, PolicySettings, TokenSequence, micro_batches
-from skillsd.policy.kernels import reference
 from skillsd.policy.logprobs import selected_logprobs
 from skillsd.policy.packed import pack
 from skillsd.policy.training_kernels import TrainingKernels, blocks
 
 pytest.importorskip("triton")
 
-from skillsd.policy.kernels import training
+from skillsd.kernels import training
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from skillsd.errors import ConfigError
+from skillsd.kernels.reference import COLUMNS, COUNT, START
 from skillsd.policy import cache_bytes
-from skillsd.policy.kernels.reference import COLUMNS, COUNT, START
 
 
 class SlotCache(Cache):
@@ -61,7 +61,7 @@ class SlotCache(Cache):
 
         Args:
             first: Row b lies in slot first + b, unless `write` is set.
-            table: int64 [B, COLUMNS], a row table (`skillsd.policy.kernels.reference`).
+            table: int64 [B, COLUMNS], a row table (`skillsd.kernels.reference`).
             width: New ids of a row, padding included.
             longest: Most tokens of a row in its slot.
 

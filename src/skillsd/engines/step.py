@@ -18,13 +18,13 @@ from torch import Tensor
 from skillsd.engines.cache import SlotCache
 from skillsd.engines.engine import CacheFull
 from skillsd.engines.noise import sample, uniforms
+from skillsd.kernels.reference import COLUMNS, COUNT, SLOT, START
 from skillsd.policy import CacheBudget, DecodingKernels, Policy
-from skillsd.policy.kernels.reference import COLUMNS, COUNT, SLOT, START
 
 log = logging.getLogger(__name__)
 
 KEY, POSITION, HEAD = COLUMNS, COLUMNS + 1, COLUMNS + 2
-"""A packed step is a row of a row table (`skillsd.policy.kernels.reference`), then the noise's key and position, then its ids."""
+"""A packed step is a row of a row table (`skillsd.kernels.reference`), then the noise's key and position, then its ids."""
 WIDTHS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # new ids of a row; a longer prompt takes the dynamic path
 MAX_FED_TOKENS = 4096  # tokens of a recorded forward, padding included: more keep a GPU busy for longer than launching them takes
 MAX_GRAPHS = 128

@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from skillsd.errors import ConfigError
-from skillsd.policy.kernels import why_not
-from skillsd.policy.kernels.reference import COLUMNS, Lora, Nf4Weight, Projection
-from skillsd.policy.kernels.workspace import Workspace
+from skillsd.kernels import why_not
+from skillsd.kernels.reference import COLUMNS, Lora, Nf4Weight, Projection
+from skillsd.kernels.workspace import Workspace
 from skillsd.policy.lora import linear_forward, nf4_weight
 from skillsd.policy.module_patching import Replacement, linear_of
 
@@ -49,7 +49,7 @@ class DecodingKernels(Replacement):
     """
 
     def __init__(self, base: Any) -> None:
-        from skillsd.policy.kernels import attention, elementwise, projections
+        from skillsd.kernels import attention, elementwise, projections
 
         super().__init__(base, ATTENTION)
         self.workspace = Workspace(next(base.parameters()).device)

@@ -19,8 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from skillsd.policy.kernels import reference
-from skillsd.policy.kernels.reference import NF4, Nf4Weight
+from skillsd.kernels import reference
+from skillsd.kernels.reference import NF4, Nf4Weight
 from skillsd.policy.module_patching import linear_of
 
 Lowered = dict[tuple[int, str], tuple[Tensor, Tensor]]
@@ -72,7 +72,7 @@ def _weight(linear: Any) -> Callable[[torch.dtype], Tensor]:
     if state is None:
         return lambda dtype: linear.weight.to(dtype)
     if (packed := nf4_weight(linear)) is not None:
-        from skillsd.policy.kernels.dequantise import dequantise
+        from skillsd.kernels.dequantise import dequantise
 
         return lambda dtype: dequantise(packed, dtype)
     return lambda dtype: dequantize_4bit(linear.weight.data, state).to(dtype)

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from skillsd.policy.kernels import reference
+from skillsd.kernels import reference
 
 ROTARY = "apply_rotary_pos_emb"
 Function = Callable[..., Any]

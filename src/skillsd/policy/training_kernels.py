@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from skillsd.errors import ConfigError
-from skillsd.policy.kernels import why_not
+from skillsd.kernels import why_not
 from skillsd.policy.lora import Lowered, linear_forward
 from skillsd.policy.module_patching import Replacement
 
@@ -43,7 +43,7 @@ class TrainingKernels(Replacement):
     """
 
     def __init__(self, base: Any) -> None:
-        from skillsd.policy.kernels import training
+        from skillsd.kernels import training
 
         config = base.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}

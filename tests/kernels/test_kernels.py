@@ -6,12 +6,12 @@ import pytest
 import torch
 from tests.tolerance import ROUNDING
 
-from skillsd.policy.kernels import reference, why_not
-from skillsd.policy.kernels.reference import NF4, Lora, Nf4Weight, Projection
-from skillsd.policy.kernels.workspace import Workspace
+from skillsd.kernels import reference, why_not
+from skillsd.kernels.reference import NF4, Lora, Nf4Weight, Projection
+from skillsd.kernels.workspace import Workspace
 
 pytest.importorskip("triton")
-from skillsd.policy.kernels import attention, elementwise, projections
+from skillsd.kernels import attention, elementwise, projections
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -84,7 +84,7 @@ def test_reference_reads_bitsandbytes():
     """The layout of packed weights and nested scales is bitsandbytes' own."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from skillsd.policy.kernels.dequantise import dequantise
+    from skillsd.kernels.dequantise import dequantise
     from skillsd.policy.lora import nf4_weight
 
     w = torch.randn(96, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(DEVICE, torch.bfloat16)
@@ -224,9 +224,9 @@ def test_silu_mul():
 
 def test_why_not(monkeypatch):
     assert why_not(torch.device("cpu"), torch.bfloat16) == "there is no NVIDIA GPU"
-    monkeypatch.setattr("skillsd.policy.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("skillsd.kernels.find_spec", lambda name: None)
     assert why_not(torch.device("cuda"), torch.bfloat16) == "Triton is not installed"
-    monkeypatch.setattr("skillsd.policy.kernels.find_spec", lambda name: object())
+    monkeypatch.setattr("skillsd.kernels.find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "NVIDIA T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5))

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skillsd.policy.kernels import reference
-from skillsd.policy.kernels.workspace import Workspace
+from skillsd.kernels import reference
+from skillsd.kernels.workspace import Workspace
 
 KEYS = 64  # keys of one step
 MAX_SPLITS = 16

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from skillsd.policy.kernels import elementwise, interpreted
+from skillsd.kernels import elementwise, interpreted
 
 
 @triton.jit(do_not_specialize=["ROWS"])

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skillsd.policy.kernels import interpreted
-from skillsd.policy.kernels.elementwise import EXACT
-from skillsd.policy.kernels.reference import BLOCK, NF4, OUTER, Nf4Weight
+from skillsd.kernels import interpreted
+from skillsd.kernels.elementwise import EXACT
+from skillsd.kernels.reference import BLOCK, NF4, OUTER, Nf4Weight
 
 _TABLES: dict[torch.device, Tensor] = {}
 

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skillsd.policy.kernels import interpreted
-from skillsd.policy.kernels.reference import NF4, Projection
-from skillsd.policy.kernels.workspace import Workspace
+from skillsd.kernels import interpreted
+from skillsd.kernels.reference import NF4, Projection
+from skillsd.kernels.workspace import Workspace
 
 MOST_ROWS = 128
 MOST_LAYERS = 3

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skillsd.policy.kernels import interpreted, reference
+from skillsd.kernels import interpreted, reference
 
 EXACT = {} if interpreted() else {"enable_fp_fusion": False}
 """Products and sums are each rounded to the tensors' dtype, as the model's own are."""
