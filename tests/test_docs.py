@@ -1,0 +1,72 @@
+"""The pages' own code and commands: what a reader copies must run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gymnasium
+import pytest
+
+from skillsd.cli import main
+from skillsd.metrics import METRICS
+from skillsd.tasks import read_tasks
+from skillsd.testing import check_text_env
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+
+
+@pytest.fixture
+def game(tmp_path, monkeypatch) -> Path:
+    """A folder with the files that docs/your-environment.md and docs/own-tasks.md tell a reader to write."""
+    for page, language, name in (
+        ("your-environment.md", "python", "guess.py"),
+        ("your-environment.md", "yaml", "guess.yaml"),
+        ("own-tasks.md", "json", "numbers.jsonl"),
+    ):
+        (tmp_path / name).write_text(blocks(page, language)[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_game_keeps_the_contract(game):
+    check_text_env(gymnasium.make("guess:Guess-v0"))
+    check_text_env(gymnasium.make("guess:Guess-v0", max_turns=2), actions=["3", "nothing"])
+    assert len((game / "guess.py").read_text().splitlines()) <= 45
+
+
+def test_the_game_is_played_from_its_configuration(game, capsys):
+    assert main(["play", "-c", "guess.yaml", "--policy", "oracle", "--level", "3"]) == 0
+    assert "Find my number" in (out := capsys.readouterr().out) and "success True" in out
+    assert main(["play", "-c", "guess.yaml", "--data.tasks_file", "numbers.jsonl", "--task", "high", "--policy", "oracle"]) == 0
+    assert "> 19" in capsys.readouterr().out
+    assert [t.options for t in read_tasks("numbers.jsonl", "train", "train_split")] == [{"number": 10}, {"number": 2}]
+
+
+def links(page: Path) -> list[str]:
+    """Where a page's links and pictures lead within the repository."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return [link for link in found if not link.startswith(("http", "#", "mailto"))]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}, link
+
+
+def test_every_column_of_the_record_is_explained():
+    page = (DOCS / "results-of-a-run.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z_]+/[a-z0-9_]+)` \|", page, re.M) == list(METRICS)
