@@ -7,8 +7,10 @@ from pathlib import Path
 
 import gymnasium
 import pytest
+import yaml
 
 from skillsd.cli import main
+from skillsd.config_errors import leaves
 from skillsd.metrics import METRICS
 from skillsd.tasks import read_tasks
 from skillsd.testing import check_text_env
@@ -68,5 +70,19 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_column_of_the_record_is_explained():
-    page = (DOCS / "results-of-a-run.md").read_text(encoding="utf-8")
+    page = (DOCS / "results-of-a-run.md").read_text(encoding="utf-8").partition("## Every column")[2]
     assert re.findall(r"^\| `([a-z_]+/[a-z0-9_]+)` \|", page, re.M) == list(METRICS)
+
+
+KEY = r"(?<![\w./])((?:model|data|trainer|teacher|skills|log|panel|checkpoint)\.[a-z_]+(?:\.[a-z_]+)*)(?![\w.]*\.md)"
+
+
+def test_every_key_that_pages_name_is_one(capsys):
+    assert main(["fit", "-c", "sokoban", "--print_config"]) == 0
+    known = {key for key, _ in leaves(yaml.safe_load(capsys.readouterr().out))}
+    known |= {key.rpartition(".")[0] for key in known} | {f"model.objective.{name}" for name in ("loss", "advantage", "multiplier", "gate")}
+    rows = [line for line in (DOCS / "coming-from.md").read_text().splitlines() if line.startswith("| `")]
+    ours = [key for row in rows for key in re.findall(KEY, row.rsplit(" | ", 1)[1])]
+    for page in ("your-model.md", "troubleshooting.md", "your-environment.md", "own-tasks.md", "glossary.md"):
+        ours += re.findall(KEY, (DOCS / page).read_text(encoding="utf-8"))
+    assert len(ours) > 80 and [key for key in ours if key not in known] == []
