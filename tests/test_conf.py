@@ -188,14 +188,14 @@ def test_they_are_set_in_a_file_and_by_flags(fit, tmp_path):
     file.write_text("teacher: {mode: ema, rate: 0.5}\nskills: {capacity: 3, refresh: iteration, template: '{golden_workflow}'}\n")
     base, cli = fit(["sokoban.yaml"]), fit(["sokoban.yaml", str(file)])
     assert (sync(cli).mode, sync(cli).rate, sync(cli).every) == ("ema", 0.5, 1)
-    assert (bank(cli).bank_settings["capacity"], bank(cli).refresh_when, bank(cli).template) == (3, "iteration", "{golden_workflow}")
+    assert (bank(cli).bank_settings["capacity"], bank(cli).refresh, bank(cli).template) == (3, "iteration", "{golden_workflow}")
     assert bank(cli).summariser._solved == bank(base).summariser._solved  # the rest stays
     assert bank(cli).transcript_template == bank(base).transcript_template == "solved none : {actions}\n"
     flags = ["--teacher.rate=0.25", "--skills.context=skillsd.skills.NoContext", "--skills.capacity=null", "--skills.template=null"]
     both = fit(["sokoban.yaml", str(file)], *flags)
     assert (sync(both).mode, sync(both).rate) == ("ema", 0.25)
     assert isinstance(bank(both).context, NoContext) and bank(both).bank_settings["capacity"] is None
-    assert (bank(both).template, bank(both).refresh_when) == (SKILL_TEMPLATE, "iteration")
+    assert (bank(both).template, bank(both).refresh) == (SKILL_TEMPLATE, "iteration")
     assert sync(fit(["sokoban.yaml"], "--teacher.mode=ema")).mode == "ema"
     context = "--skills.context={class_path: skillsd.skills.BankContext, init_args: {c: 0.5}}"
     assert bank(fit(["sokoban.yaml"], context)).context.c == 0.5
@@ -379,7 +379,7 @@ def test_the_paper_s_setting(fit):
     assert (model.optim.weight_decay, model.settings.quantise, model.settings.lora.r, model.settings.lora.alpha) == (0.0, "nf4", 16, 32)
     assert read("sokoban-paper.yaml")["model"]["policy"]["model"] == "Qwen/Qwen3-4B-Instruct-2507"
     callback = bank(cli)
-    assert callback.context.c == 2**0.5 and callback.refresh_when == "iteration" and callback.template == SKILL_TEMPLATE
+    assert callback.context.c == 2**0.5 and callback.refresh == "iteration" and callback.template == SKILL_TEMPLATE
     assert isinstance(callback.summariser, RulesSummariser) and callback.summariser._solved == RulesSummariser()._solved
 
 
