@@ -1,4 +1,4 @@
-"""Functions on several CPU ranks of this host: one process imports everything and forks the ranks of each job, told what torchrun would."""
+"""Functions on several CPU ranks of this host: one process imports everything and forks each job's ranks in torchrun's environment."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ def test_packaged_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_configuration_in_parts(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text("optimizer: {lr: 1e-4}")
-    (tmp_path / "mine.yaml").write_text("model: model.yaml\ndata: {env: x:Y-v0}")
-    assert find(str(tmp_path / "mine.yaml")).config == {"model": {"optimizer": {"lr": 1e-4}}, "data": {"env": "x:Y-v0"}}
+    (tmp_path / "own.yaml").write_text("model: model.yaml\ndata: {env: x:Y-v0}")
+    assert find(str(tmp_path / "own.yaml")).config == {"model": {"optimizer": {"lr": 1e-4}}, "data": {"env": "x:Y-v0"}}
     assert find("{a: 1}").config == {"a": 1}
 
 

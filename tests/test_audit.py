@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(not AUDIT.is_file(), reason="an sdist has no .ci
 def audit(tmp_path: Path, body: str, **more: str) -> tuple[int, str]:
     (tmp_path / "pip_audit.py").write_text(f"import sys, time\nif __name__ == '__main__':\n    {body}\n")
     env = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), **more}
-    done = subprocess.run([str(AUDIT)], env=env, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout + done.stderr
+    completed = subprocess.run([str(AUDIT)], env=env, capture_output=True, text=True, timeout=60)
+    return completed.returncode, completed.stdout + completed.stderr
 
 
 def reports(*rows: object) -> str:

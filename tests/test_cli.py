@@ -1,4 +1,4 @@
-"""The command line in-process: what bad input is told, and that it leaves nothing behind."""
+"""The command line in-process: bad input gets one line that names the key, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Run:
         return code
 
     def refuses(self, *flags: str, command: str = "fit") -> str:
-        """The one line that bad input is told."""
+        """The one line that bad input is answered with."""
         assert self(*flags, command=command) == 2, self.out
         assert self.err.startswith("error: ") and self.err.endswith("\n") and self.err.count("\n") == 1, self.err
         return self.err
@@ -206,7 +206,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
-    flags, told = BAD[name]
+    flags, message = BAD[name]
     (tmp_path / "empty").mkdir()
     (tmp_path / "rewriting.jinja").write_text(REWRITING)
     (tmp_path / "broken.yaml").write_text("data: [\n")
@@ -219,19 +219,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
     (tmp_path / "wrong.yaml").write_text("data: {rollout: {max_rows: x}}\n")
     before = sorted(tmp_path.rglob("*"))
     line = run.refuses(*flags)
-    assert re.search(told, line), line
+    assert re.search(message, line), line
     assert sorted(tmp_path.rglob("*")) == before  # no run folder, nothing else
 
 
 def test_bad_commands(capsys):
-    for args, told in (
+    for args, message in (
         (["nosuch"], "nosuch"), (["fit"], "data.env"), (["fit", "-c", "nosuch"], "nosuch"), (["--nosuch"], "--nosuch"),
         (["shwo", "runs/a"], "show"), (["-c", "sokoban", "fit"], "skillsd fit -c sokoban"),
         (["study", "-c", "sokoban"], "sokoban is no study"),
     ):  # fmt: skip
         assert cli.main(args) == 2
         out, err = capsys.readouterr()
-        assert err.startswith("error: ") and told in err and err.strip().count("\n") == 0 and out == ""
+        assert err.startswith("error: ") and message in err and err.strip().count("\n") == 0 and out == ""
 
 
 def test_alone_it_shows_its_help(capsys):
@@ -263,8 +263,8 @@ def test_any_part_of_a_run_counts(run):
         assert name in run.refuses()
         assert run.files() == {name: b"precious"}
         (run.folder / name).unlink()
-    (run.folder / "notes.txt").write_text("mine")  # somebody's own file is no run, and stays
-    assert run() == 0 and run.files()["notes.txt"] == b"mine"
+    (run.folder / "notes.txt").write_text("kept")  # somebody's own file is no run, and stays
+    assert run() == 0 and run.files()["notes.txt"] == b"kept"
 
 
 def make_database(path: Path) -> None:

@@ -341,7 +341,7 @@ def test_a_study_s_cells(fit, name, monkeypatch):
 
 
 def test_null_in_a_flag(fit):
-    """Of settings within settings and of classes too; a later flag counts."""
+    """Settings within settings and classes have their defaults too; a later flag counts."""
     flags = ["--model.policy.lora.init=null", "--model.objective.gate", "null"]
     cli = fit(["sokoban.yaml"], *flags, "--model.optimizer.lr=1e-3")
     assert cli.model.settings.lora.init is None and cli.model.objective.gate is None and cli.model.optim.lr == 1e-3
@@ -398,9 +398,9 @@ PAIRS = [
 @pytest.mark.parametrize(("experiment", "pretraining"), PAIRS)
 def test_an_agent_is_trained_on_the_texts_it_was_taught(experiment, pretraining):
     """Skills, prompts, answers and the horizon: in pre-training as in reinforcement learning."""
-    taught, trained = read(pretraining)["data"], read(experiment)["data"]
-    assert (taught["rules"], taught["template"]) == skill_texts(experiment)
-    shown = {**taught["env_kwargs"], **taught.get("panel_env_kwargs", {})}
+    cloned, trained = read(pretraining)["data"], read(experiment)["data"]
+    assert (cloned["rules"], cloned["template"]) == skill_texts(experiment)
+    shown = {**cloned["env_kwargs"], **cloned.get("panel_env_kwargs", {})}
     assert [shown.get(k) for k in ("action_format", "separator", "prompts", "max_turns")] == [
         trained["env_kwargs"].get(k) for k in ("action_format", "separator", "prompts", "max_turns")
     ]

@@ -38,13 +38,13 @@ REFUSED: dict[str, tuple[bytes, list[str]]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_names_file_line_and_cure(tmp_path: Path, name: str) -> None:
-    content, told = REFUSED[name]
-    path = tmp_path / "mine.yaml"
+    content, parts = REFUSED[name]
+    path = tmp_path / "own.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as e:
         read_config(path)
     said = str(e.value)
-    assert said.startswith(str(path)) and "\n" not in said and all(part in said for part in told), said
+    assert said.startswith(str(path)) and "\n" not in said and all(part in said for part in parts), said
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ TAKEN: dict[str, tuple[bytes, Any]] = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_is_taken(tmp_path: Path, name: str) -> None:
     content, value = TAKEN[name]
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "own.yaml"
     path.write_bytes(content)
     assert read_config(path)["a"] == value
 

@@ -137,8 +137,8 @@ def test_a_stdout_that_takes_no_more(monkeypatch, capfd, command):
 
 def test_streams_that_were_closed_are_no_file_s_number(tmp_path):
     code = "from skillsd.__main__ import open_streams; open_streams(); print('x'); f = open('file', 'w'); assert f.fileno() > 2"
-    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code], cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
+    completed = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code], cwd=tmp_path)
+    assert completed.returncode == 0 and (tmp_path / "file").read_bytes() == b""
 
 
 @pytest.mark.parametrize(("raises", "code"), [(KeyboardInterrupt, 130), (OSError(errno.EACCES, "no", "libtorch.so"), 2)])

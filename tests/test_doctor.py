@@ -135,7 +135,7 @@ def test_packages_that_are_not_there(monkeypatch):
     assert doctor.openai() == ("optional", "only for OpenAISummariser", "pip install 'openai>=2'")
     assert doctor.tensorboard()[0] == "missing" and doctor.tensorboard()[2].startswith("pip install 'tensorboard>=")
     assert doctor.bitsandbytes()[0] == "missing" and doctor.bitsandbytes()[2].startswith("pip install 'bitsandbytes<")
-    assert doctor.triton()[0] == "optional" and doctor.triton()[2] == ""  # nothing to be done on a CPU
+    assert doctor.triton()[0] == "optional" and doctor.triton()[2] == ""  # nothing is needed on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert doctor.triton()[2].startswith("pip install 'triton")
 
@@ -235,10 +235,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_provider_that_fails_is_one_row(provider, tell, name):
-    code, told = BROKEN[name]
+    code, message = BROKEN[name]
     provider(f"broken_{name}", code)
     row = found(f"broken_{name}", json.loads(tell("--json")))
-    assert row["state"] == "missing" and told in row["detail"] and f"broken_{name}:checks" in row["detail"] and "\n" not in row["detail"]
+    assert row["state"] == "missing" and message in row["detail"] and f"broken_{name}:checks" in row["detail"] and "\n" not in row["detail"]
 
 
 def test_appworld_s_entry_point():

@@ -62,5 +62,5 @@ def test_a_locale_that_is_not_utf8_changes_no_text(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
     env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": os.pathsep.join(sys.path)}
     args = [*(str(tmp_path / name) for name in files), " ".join(str(ord(c)) for c in LATIN)]
-    done = subprocess.run([sys.executable, "-c", READ, *args], env=env, capture_output=True, encoding="utf-8", errors="replace")
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run([sys.executable, "-c", READ, *args], env=env, capture_output=True, encoding="utf-8", errors="replace")
+    assert completed.returncode == 0, completed.stderr

@@ -35,10 +35,10 @@ OTHER: dict[str, Any] = {
     "precision": "bf16-mixed", "fast_dev_run": True, "limit_train_batches": 1, "overfit_batches": 2, "limit_test_batches": 3,
     "limit_predict_batches": 3, "val_check_interval": 0.5, "num_sanity_val_steps": 2, "accumulate_grad_batches": 4,
     "gradient_clip_val": 0.5, "gradient_clip_algorithm": "value", "use_distributed_sampler": False, "barebones": True,
-    "sync_batchnorm": True, "reload_dataloaders_every_n_epochs": 1, "enable_autolog_hparams": False, "model_registry": "mine",
+    "sync_batchnorm": True, "reload_dataloaders_every_n_epochs": 1, "enable_autolog_hparams": False, "model_registry": "registry",
     "optimizer": "torch.optim.Adam", "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR"},
 }  # fmt: skip
-"""Of each parameter that is refused a value that means something."""
+"""For each parameter that is refused, a value that means something."""
 
 
 # -- the table --------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class Saver(L.Callback):
     """Saves in its turn, before the iteration is recorded."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "mine.ckpt")
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "extra.ckpt")
 
 
 @pytest.fixture
@@ -87,13 +87,13 @@ def test_a_checkpoint_in_the_middle_of_an_iteration_is_no_run_s(run: Run, capsys
     callbacks = '[{"class_path": "tests.test_lost.Saver"}]'
     assert run(f"--trainer.callbacks={callbacks}") == 0, run.err
     place, before = run.folder / "checkpoints", run.files()
-    assert read_checkpoint(place / "mine.ckpt")["global_step"] == read_checkpoint(place / "last.ckpt")["global_step"] == 1
-    assert run(f"--ckpt_path={place}/mine.ckpt", "--trainer.max_epochs=2") == 2 and "error: ckpt_path: " in run.err
+    assert read_checkpoint(place / "extra.ckpt")["global_step"] == read_checkpoint(place / "last.ckpt")["global_step"] == 1
+    assert run(f"--ckpt_path={place}/extra.ckpt", "--trainer.max_epochs=2") == 2 and "error: ckpt_path: " in run.err
     assert run.files() == before
     (place / "last.ckpt").rename(place / "z.ckpt")  # of two of one iteration the first by name
-    assert newest_good(place) == place / "z.ckpt" and "mine.ckpt" in capsys.readouterr().err
+    assert newest_good(place) == place / "z.ckpt" and "extra.ckpt" in capsys.readouterr().err
     (place / "z.ckpt").unlink()
-    with pytest.raises(DamagedError, match=r"mine\.ckpt"):
+    with pytest.raises(DamagedError, match=r"extra\.ckpt"):
         newest_good(place)
 
 
@@ -101,7 +101,7 @@ def test_one_kind_of_folder_is_not_replaced_by_another(ended: Run, tmp_path: Pat
     """However whole both are; and where a run writes nothing else is put."""
     assert ended("--out=exported", command="export") == 0 and cli.main(["report", str(ended.folder), "-o", "report"]) == 0
     before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
-    inside = [f"{ended.folder}/{name}" for name in ("adapter/student", "adapter/mine", "checkpoints", "tensorboard/mine")]
+    inside = [f"{ended.folder}/{name}" for name in ("adapter/student", "adapter/extra", "checkpoints", "tensorboard/extra")]
     for out in ("report", *inside):
         assert "out: " in ended.refuses(f"--out={out}", command="export"), out
     for out in ("exported", *inside):

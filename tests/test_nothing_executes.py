@@ -328,13 +328,13 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert all(key.name in out and all(path in out for path in (*key.bases, *key.shipped)) for key in KEYS) and "--print_config" in out
     (tmp_path / "evil_shown.py").write_text("open('called', 'w')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    mine = {
+    config = {
         "skills": {"context": "evil_shown.Context", "summariser": {"class_path": "skillsd.skills.BaseSummariser"}},
         "trainer": {"callbacks": [{"class_path": "evil_shown.Call", "init_args": {"inner": {"class_path": "evil_shown.Inner"}}}]},
         "data": {"env": "evil_shown:X-v0"},
     }
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
-    assert cli.main(["config", "-c", "sokoban", "-c", "mine.yaml"]) == 0
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["config", "-c", "sokoban", "-c", "own.yaml"]) == 0
     rows = capsys.readouterr().out.splitlines()
     for name, path in (("skills.context", "Context"), ("trainer.callbacks", "Call"), ("trainer.callbacks[0].init_args.inner", "Inner")):
         assert any(r.startswith(f"{name} ") and f"evil_shown.{path}  <- neither" in r for r in rows), name
@@ -342,9 +342,9 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert any(r.startswith("skills.summariser ") and r.endswith("skillsd.skills.BaseSummariser") for r in rows)
     assert not any("RulesSummariser" in r or "callbacks.Panel" in r for r in rows)  # overlaid
     assert not (tmp_path / "called").exists() and "evil_shown" not in sys.modules
-    for flags, told in ((["-c", "nosuch.yaml"], "no such file"), (["--nosuch"], "nosuch"), (["-c", "list.yaml"], "mapping")):
+    for flags, message in ((["-c", "nosuch.yaml"], "no such file"), (["--nosuch"], "nosuch"), (["-c", "list.yaml"], "mapping")):
         (tmp_path / "list.yaml").write_text("[1]")
-        assert cli.main(["config", *flags]) == 2 and told in capsys.readouterr().err
+        assert cli.main(["config", *flags]) == 2 and message in capsys.readouterr().err
 
 
 def test_an_overlay_with_another_class_starts_anew():

@@ -1,4 +1,4 @@
-"""A class of the user's that does not fit its key is told what it lacks; one that fits is taken, whatever its annotations."""
+"""For a class of the user's that does not fit its key the error says what it lacks; one that fits is taken, whatever its annotations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skillsd.class_paths import KEYS
 from skillsd.errors import ConfigError
 from skillsd.skills.callback import SkillBankCallback
 
-MINE = """
+SOURCE = """
 from skillsd import Gate, Signal, Summariser, SynchronousSummariser
 
 class Bare:
@@ -39,49 +39,49 @@ class FromProtocol(Summariser):
 class Half(SynchronousSummariser):
     pass
 
-class Apart:
+class Unrelated:
     pass
 
 def function():
     pass
 """
 REFUSED = {
-    "skills.summariser=mine.Bare": ["skills.summariser", "mine.Bare lacks close and drain", "skillsd.skills.SynchronousSummariser"],
-    "skills.summariser=mine.Renamed": ["skills.summariser", "mine.Renamed.submit", "number", "iteration"],
-    "skills.summariser=mine.Half": ["skills.summariser", "mine.Half lacks summarise"],
-    "skills.summariser=mine.function": ["skills.summariser", "mine.function"],
+    "skills.summariser=own_classes.Bare": ["skills.summariser", "lacks close and drain", "skillsd.skills.SynchronousSummariser"],
+    "skills.summariser=own_classes.Renamed": ["skills.summariser", "own_classes.Renamed.submit", "number", "iteration"],
+    "skills.summariser=own_classes.Half": ["skills.summariser", "own_classes.Half lacks summarise"],
+    "skills.summariser=own_classes.function": ["skills.summariser", "own_classes.function"],
     "skills.summariser=absent.X": ["skills.summariser", "absent", "PYTHONPATH"],
-    "skills.context=mine.Apart": ["skills.context", "lacks __call__", "skillsd.skills.GroupContext"],
-    "model.objective.loss=mine.Apart": ["model.objective.loss", "skillsd.objective.Signal"],
-    "model.objective.gate=mine.Apart": ["model.objective.gate", "skillsd.objective.Gate"],
-    "trainer.callbacks+=mine.Apart": ["trainer.callbacks", "lightning.pytorch.Callback"],
-    "trainer.logger=mine.Apart": ["trainer.logger", "lightning.pytorch.loggers.Logger"],
+    "skills.context=own_classes.Unrelated": ["skills.context", "lacks __call__", "skillsd.skills.GroupContext"],
+    "model.objective.loss=own_classes.Unrelated": ["model.objective.loss", "skillsd.objective.Signal"],
+    "model.objective.gate=own_classes.Unrelated": ["model.objective.gate", "skillsd.objective.Gate"],
+    "trainer.callbacks+=own_classes.Unrelated": ["trainer.callbacks", "lightning.pytorch.Callback"],
+    "trainer.logger=own_classes.Unrelated": ["trainer.logger", "lightning.pytorch.loggers.Logger"],
 }  # fmt: skip
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(MINE)
+def own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_classes.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.delitem(sys.modules, "own_classes", raising=False)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("flag", REFUSED)
-def test_what_a_class_lacks_is_said(mine: None, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+def test_what_a_class_lacks_is_said(own_classes: None, capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert cli.main(["fit", "-c", "sokoban", f"--{flag}"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and all(part in err for part in REFUSED[flag]), err
 
 
-def test_annotations_are_not_compared(mine: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_annotations_are_not_compared(own_classes: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", "-c", "sokoban", "--skills.summariser=mine.Whole", "--print_config"])
-    assert stop.value.code == 0 and "class_path: mine.Whole" in capsys.readouterr().out
+        cli.main(["fit", "-c", "sokoban", "--skills.summariser=own_classes.Whole", "--print_config"])
+    assert stop.value.code == 0 and "class_path: own_classes.Whole" in capsys.readouterr().out
 
 
-def test_a_method_of_the_protocol_itself_does_nothing(mine: None) -> None:
-    import mine as module  # type: ignore[import-not-found]
+def test_a_method_of_the_protocol_itself_does_nothing(own_classes: None) -> None:
+    import own_classes as module  # type: ignore[import-not-found]
 
     with pytest.raises(ConfigError, match=r"skills\.summariser: FromProtocol lacks close and collect and drain and submit"):
         SkillBankCallback(module.FromProtocol())

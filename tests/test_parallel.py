@@ -69,7 +69,7 @@ and at first both without a gradient."""
 # -- on the ranks -------------------------------------------------------------------------------------------------------------
 
 
-def told() -> dict[str, Any]:
+def exchanged() -> dict[str, Any]:
     """What a rank learns from another."""
     before = (r.rank(), r.world(), r.is_rank_zero(), r.name())
     dist.init_process_group("gloo")
@@ -81,12 +81,12 @@ def told() -> dict[str, Any]:
     r.all_reduce_sum([])
     whole = torch.tensor([2**62 + me])
     r.all_reduce_sum([whole])
-    mine = {"rank": me}
-    found = r.gather(mine)
+    value = {"rank": me}
+    found = r.gather(value)
     return {
         "before": before, "after": (me, r.world(), r.is_rank_zero(), r.name()), "share": list(r.share(5)),
         "theirs": list(r.share(5, of=1 - me)),
-        "balanced": r.balanced([1, 5, 2, 2]), "sums": sums, "whole": whole, "gathered": found, "own": found[me] is mine,
+        "balanced": r.balanced([1, 5, 2, 2]), "sums": sums, "whole": whole, "gathered": found, "own": found[me] is value,
         "ragged": r.gather("x" * (1 + 1000 * me)), "broadcast": r.broadcast(("from", me)), "again": r.gather(None),
         "most": r.all_reduce_max(3 - me),
     }  # fmt: skip
@@ -256,7 +256,7 @@ def test_alone():
 
 
 def test_two_tell_each_other(ranks: Ranks):
-    both = ranks.run("tests.test_parallel:told", environments=torchrun())
+    both = ranks.run("tests.test_parallel:exchanged", environments=torchrun())
     assert [x["before"] for x in both] == [(0, 1, True, ""), (1, 1, False, "rank 1: ")]
     assert [x["after"] for x in both] == [(0, 2, True, ""), (1, 2, False, "rank 1: ")]
     assert [x["share"] for x in both] == [[0, 1], [2, 3, 4]] == [x["theirs"] for x in reversed(both)]

@@ -74,7 +74,7 @@ DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
 
 
 def test_t_interval_against_known_quantiles():
-    """Of t with 2 and 4 degrees of freedom: 4.302653 and 2.776445."""
+    """Quantiles of t with 2 and 4 degrees of freedom: 4.302653 and 2.776445."""
     assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.302653 / sqrt(3), 2 + 4.302653 / sqrt(3)), abs=1e-6)
     x = [0.61, 0.64, 0.6, 0.66, 0.63]
     mean = sum(x) / 5

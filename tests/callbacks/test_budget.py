@@ -53,9 +53,9 @@ def test_it_counts_on_in_a_resumed_run():
     again.load_state_dict(first.state_dict())
     again.on_train_start(t, None)  # type: ignore[arg-type]
     assert not t.should_stop and play(again, t, (4,)) and again.used == 10
-    done, t = EnvStepBudget(10), trainer()
-    done.load_state_dict(again.state_dict())
-    done.on_train_start(t, None)  # type: ignore[arg-type]
+    reached, t = EnvStepBudget(10), trainer()
+    reached.load_state_dict(again.state_dict())
+    reached.on_train_start(t, None)  # type: ignore[arg-type]
     assert t.should_stop  # it is finished
     more, t = EnvStepBudget(11), trainer()
     more.load_state_dict(again.state_dict())

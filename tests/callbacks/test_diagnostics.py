@@ -113,10 +113,10 @@ def test_skills_that_the_model_cannot_read():
     """Nano knows some sixty words; the default texts of skills have others."""
     plain, shown = group(0.0, 1.0), metrics(skills=1.0)
     skill = (UNK, 2, UNK, 3, UNK)
-    told = replace(plain, teacher_prompts=((*skill, 1, 2, 3, 4),) * 2)
-    assert "60%" in cannot_read_skills(after(1, [told], shown)) and cannot_read(after(1, [told], shown)) == ""
+    skilled = replace(plain, teacher_prompts=((*skill, 1, 2, 3, 4),) * 2)
+    assert "60%" in cannot_read_skills(after(1, [skilled], shown)) and cannot_read(after(1, [skilled], shown)) == ""
     readable = replace(plain, teacher_prompts=((5, 6, 1, 2, 3, 4),) * 2)
-    silent = [([plain], shown), ([readable], shown), ([told], metrics()), ([told], metrics(weight=0.0, skills=1.0))]
+    silent = [([plain], shown), ([readable], shown), ([skilled], metrics()), ([skilled], metrics(weight=0.0, skills=1.0))]
     assert all(cannot_read_skills(after(1, groups, numbers)) == "" for groups, numbers in silent)
 
 

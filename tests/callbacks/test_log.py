@@ -25,9 +25,9 @@ def test_tokens_are_kept_for_tensorboard_alone(tmp_path):
             out += [i] * module.learner.keep_tokens
         return out
 
-    told = TensorBoardLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")
-    assert asked(RunLog(), *told) == [0, 10, 20] and asked(RunLog(histogram_every=7), *told) == [0, 7, 14]
-    assert asked(RunLog(), told[1]) == asked(RunLog()) == asked(RunLog(histogram_every=0), *told) == []
+    loggers = TensorBoardLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")
+    assert asked(RunLog(), *loggers) == [0, 10, 20] and asked(RunLog(histogram_every=7), *loggers) == [0, 7, 14]
+    assert asked(RunLog(), loggers[1]) == asked(RunLog()) == asked(RunLog(histogram_every=0), *loggers) == []
     with pytest.raises(ConfigError, match=r"^log.histogram_every is -1: give 0 \(never\)"):
         RunLog(histogram_every=-1)
 

@@ -197,18 +197,18 @@ def test_before_and_after(tmp_path, capsys):
 
 def test_scenarios_come_from_the_data_module(tmp_path, capsys):
     """Into panel.json, the loggers, and one line on the terminal; from before and after training and from validation."""
-    told: dict[str, Any] = {}
+    logged: dict[str, Any] = {}
     episodes = scored({"a": "11", "b": "10"})
     want = {"success": 0.75, "completion": 0.75, "task_goal_completion": 0.75, "scenario_goal_completion": 0.5}
     trainer = stand_in(tmp_path, [episodes[:3], episodes[3:]])
-    trainer.loggers = [SimpleNamespace(log_metrics=lambda metrics, step: told.update(metrics))]
+    trainer.loggers = [SimpleNamespace(log_metrics=lambda metrics, step: logged.update(metrics))]
     callback = Panel(before=False)
     callback.on_train_start(trainer, None)
     callback.on_train_end(trainer, None)
-    assert told == {f"panel/{k}": v for k, v in want.items()}
+    assert logged == {f"panel/{k}": v for k, v in want.items()}
     line = capsys.readouterr().out.splitlines()[-1] + "\n"  # after how many episodes there are, as a log file shows no bar
     assert line == "panel after: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in want.items()) + "\n"
-    told.clear()
+    logged.clear()
     trainer.state, trainer.ckpt_path = SimpleNamespace(fn="validate"), None
     settings = {
         "env_id": "e",
@@ -222,8 +222,8 @@ def test_scenarios_come_from_the_data_module(tmp_path, capsys):
     callback.on_validation_start(trainer, None)
     for i, batch in enumerate((episodes[:3], episodes[3:])):
         callback.on_validation_batch_end(trainer, None, None, batch, i)
-    callback.on_validation_epoch_end(trainer, SimpleNamespace(log=lambda k, v, **_: told.update({k: v})))
-    assert told == {f"panel/{k}": v for k, v in want.items()} | {"panel/pass@1": 0.75}
+    callback.on_validation_epoch_end(trainer, SimpleNamespace(log=lambda k, v, **_: logged.update({k: v})))
+    assert logged == {f"panel/{k}": v for k, v in want.items()} | {"panel/pass@1": 0.75}
     result = summarise(episodes, scenarios_of(episodes)) | {"device": "cpu"}
     (record,) = read_validations(tmp_path)
     assert read_panel(tmp_path) == {"after": result} and result.items() <= record.items()
@@ -267,8 +267,8 @@ def test_a_learning_curve(tmp_path, capsys):
     assert callback.result == read_panel(tmp_path)["before"]  # the curve is nobody's last result
     callback.on_train_end(at(tmp_path, 9, panel(1.0, 1.0)), None)
     assert list(read_panel(tmp_path)) == ["before", "during", "after", "difference"] and read_panel(tmp_path)["during"] == during
-    told = [line for line in capsys.readouterr().out.splitlines() if "success" in line]
-    assert [line.partition(":")[0] for line in told] == [
+    lines = [line for line in capsys.readouterr().out.splitlines() if "success" in line]
+    assert [line.partition(":")[0] for line in lines] == [
         "panel before", "panel after 3 iterations", "panel after 6 iterations", "panel after"
     ]  # fmt: skip
 

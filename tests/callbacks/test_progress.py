@@ -92,8 +92,8 @@ def test_the_first_the_last_and_one_in_ten_seconds(capsys: pytest.CaptureFixture
     assert [line.partition(":")[0] for line in lines] == [f"iteration {k} of 25" for k in (1, 11, 21, 25)]
     assert lines[1].endswith("solved 0.500, loss 0.25, 1 s each, about 14 s left") and "left" not in lines[-1]
     run(ProgressLog(), [60.0], 1)
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration")]
-    assert told == ["iteration 1 of 1: solved 0.500, loss 0.25, 60 s each"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration")]
+    assert lines == ["iteration 1 of 1: solved 0.500, loss 0.25, 60 s each"]
     run(ProgressLog(every=None), [1.0, 2.0], 2)
     assert "iteration" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"ProgressLog\.every is -1"):

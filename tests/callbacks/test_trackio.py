@@ -1,4 +1,4 @@
-"""What Trackio is told, by a module that stands for it."""
+"""What Trackio receives, seen by a module that stands for it."""
 
 import sys
 from types import SimpleNamespace

@@ -77,7 +77,7 @@ def test_a_store_that_does_not_answer(last, gone):
 
 
 def test_a_child_process(monkeypatch):
-    """Of Lightning's launcher: soon, whatever its number says. One that has ended well has done so together with this rank."""
+    """A child of Lightning's launcher is missed soon, whatever its number says. One that ended well ended together with this rank."""
     watch = watching(None, {0: (1, 0.0), 1: (1, 0.0), 2: (1, 0.0)})
     watch.children = [SimpleNamespace(poll=lambda: 0), SimpleNamespace(poll=lambda: -9)]
     assert watch._lost_ranks(0.0) == [2]

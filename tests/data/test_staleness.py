@@ -25,7 +25,7 @@ SHAPED = KWARGS | {"distance_reward": 0.1, "invalid_penalty": 0.1, "splits": {"t
 
 
 class Look(L.Callback):
-    """Of every iteration: the batch, the student's version at its start, the gradient asked for by hand, and that of training."""
+    """Keeps of every iteration the batch, the student's version at its start, the gradient asked for by hand, and that of training."""
 
     def __init__(self) -> None:
         self.batches, self.versions, self.wanted, self.grads, self.metrics = [], [], [], [], []

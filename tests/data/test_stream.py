@@ -64,7 +64,7 @@ def test_a_stream_goes_on_where_it_stood(set_up_data):
 
 
 def test_rollout_seconds_leave_out_what_is_done_between_two(set_up_data):
-    """Of each iteration by itself: what is done between two of them is not counted."""
+    """Each iteration counts its own; what happens between two of them is not counted."""
     data = set_up_data(batch_tasks=2)
     collect, seconds = data.collector.collect, []
 

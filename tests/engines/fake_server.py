@@ -1,5 +1,5 @@
 """As much of a vLLM 0.24 server as the client touches: threads of the standard library, a model of its own that reads adapters from the
-folders it is told of, and `skillsd.engines.vllm_noise`'s own processor for the draws."""
+folders that it loads, and `skillsd.engines.vllm_noise`'s own processor for the draws."""
 
 import json
 import threading

@@ -27,7 +27,7 @@ def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_pr
         scripts.append([[rng.randrange(5, 60) for _ in range(n)] for n in sizes])
     order = list(range(rows))
     random.Random(seed).shuffle(order)
-    done, running = {}, {}
+    finished, running = {}, {}
     while order or running:
         while order and len(running) < slots:
             running[order.pop()] = ([], [], [], 0)
@@ -38,7 +38,7 @@ def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_pr
             if turn:
                 tokens += scripts[row][turn]
                 mask += [False] * len(scripts[row][turn])
-        random.Random(len(done)).shuffle(requests)
+        random.Random(len(finished)).shuffle(requests)
         for request, c in zip(requests, session.turn(requests), strict=True):
             tokens, mask, logps, turn = running[request.row]
             assert 1 <= len(c.token_ids) <= limit and c.stopped == (c.token_ids[-1] in policy.stop_ids)
@@ -50,8 +50,8 @@ def play(policy, adapter="student", temperature=1.0, rows=7, slots=3, longest_pr
         for row in [row for row, (*_, turn) in running.items() if turn == len(scripts[row])]:
             tokens, mask, logps, _ = running.pop(row)
             session.forget([row])
-            done[row] = TokenSequence(scripts[row][0], tokens, mask), logps
-    return [done[row] for row in range(rows)]
+            finished[row] = TokenSequence(scripts[row][0], tokens, mask), logps
+    return [finished[row] for row in range(rows)]
 
 
 def assert_scored_alike(policy, adapter, played, atol=ROUNDING, temperature=1.0):

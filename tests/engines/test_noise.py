@@ -83,7 +83,7 @@ def test_never_an_id_of_probability_zero(vocabulary):
 
 
 def test_two_levels_draw_what_one_does():
-    """Of a large vocabulary; on the boundary between two tokens rounding may decide otherwise, which nobody meets by chance."""
+    """The vocabulary is large; on the boundary between two tokens rounding may decide otherwise, which nobody meets by chance."""
     g = torch.Generator().manual_seed(0)
     p = torch.softmax(torch.randn(1000, 9001, generator=g) * 4, -1)
     u = torch.rand(1000, 1, generator=g, dtype=torch.float64)

@@ -173,7 +173,7 @@ def test_none_is_left_for_a_moment(two, engine):
 
 
 def test_a_server_that_has_forgotten_the_adapter(policy, two, engine):
-    """Started anew in no time, or unloaded by somebody else: it is told once more."""
+    """Started anew in no time, or unloaded by somebody else: the adapter is loaded once more."""
     session = engine.open(1.0)
     for s in two:
         s.adapters.clear()
@@ -309,7 +309,7 @@ def test_a_hostile_server(policy, two, caplog, kind, monkeypatch):
 
 
 def test_a_log_prob_that_is_nan(policy, two, engine):
-    """Of broken weights: an answer, which the collector counts as the model's failure, and no server's fault."""
+    """Broken weights give such an answer, which the collector counts as the model's failure, and no server's fault."""
     logits, session = two[0].model.logits, engine.open(1.0)
     two[0].model.logits = lambda *a: logits(*a) * float("nan")
     (said,) = session.turn([Request(0, [5, 6], 0, 0, 1)])

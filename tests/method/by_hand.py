@@ -35,7 +35,7 @@ class FullRow:
 
     @property
     def old(self) -> Tensor:
-        """Of the student at the rollout: Eq. 13 has today's where the teacher sampled."""
+        """Log-probs of the student at the rollout: Eq. 13 has today's where the teacher sampled."""
         return self.logp(self.student).detach() if self.group.sampled_by_teacher else self.recorded
 
     def grpo(self, shift: Tensor | float = 0.0) -> Tensor:

@@ -68,7 +68,7 @@ class Batch:
         return objective.total(objective.terms(**self.inputs(objective) | changes), n or int(self.mask.sum()))
 
     def gradient(self, objective: Objective, n: int | None = None, **changes: Any) -> Tensor:
-        """Of `loss` in the logits, [B, T, V]."""
+        """Gradient of `loss` in the logits, [B, T, V]."""
         return torch.autograd.grad(self.loss(objective, n, **changes), self.logits)[0]
 
 

@@ -39,7 +39,7 @@ def test_with_the_whole_vocabulary_sdpo_is_exact(pairs, k, alpha):
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_buckets_never_raise_a_divergence(pairs, k, alpha):
-    """Data processing: what is told apart no longer cannot differ any more. And none is negative."""
+    """Data processing: merging outcomes cannot enlarge a divergence. And none is negative."""
     fewer, more = (TopKJSD(k=n, alpha=alpha).divergence(*pairs) for n in (k, k + 1))
     assert (fewer <= more + 1e-12).all() and (fewer >= -1e-12).all() and (fewer < more - 1e-3).any()
 

@@ -377,7 +377,7 @@ def test_the_weight_is_that_of_iteration_0_unless_told(batch):
 def test_optional_inputs(batch):
     """Without a word about it: the student sampled, all rows have a teacher, none succeeded, nobody acted under the other view."""
     few = ("logp", "logp_old", "logp_teacher", "mask", "advantage")
-    told = {
+    extras = {
         "logp_behaviour": batch.logp_old, "teacher_mask": torch.ones(7, dtype=torch.bool), "success": torch.zeros(7, dtype=torch.bool),
         "return_gap": torch.full((7,), math.nan, dtype=torch.float64),
     }  # fmt: skip
@@ -390,7 +390,7 @@ def test_optional_inputs(batch):
 
     o = Objective(loss=Seen(), gate=OutcomeGate())
     x = {k: v for k, v in batch.inputs(o).items() if k in few}
-    assert torch.equal(o.terms(**x).distillation, o.terms(**x, **told).distillation)
+    assert torch.equal(o.terms(**x).distillation, o.terms(**x, **extras).distillation)
     for name in ("logp_behaviour", "success", "return_gap", "row", "advantage"):
         torch.testing.assert_close(getattr(seen[0], name), getattr(seen[1], name), equal_nan=True, check_dtype=False)
     assert torch.equal(seen[0].row, batch.mask.nonzero()[:, 0]) and seen[0].divergence is None
@@ -462,7 +462,7 @@ def test_a_signal_inherits_its_places():
 
 
 def test_metrics_by_hand(batch, objective):
-    """Of the batch, whatever the algorithm; `shift` and `clip_fraction` are of the advantages that were used."""
+    """Metrics of the batch, whatever the algorithm; `shift` and `clip_fraction` are of the advantages that were used."""
     x = batch.inputs(objective)
     terms = objective.terms(**x)
     logp, old, tea = (x[k].detach() for k in ("logp", "logp_old", "logp_teacher"))

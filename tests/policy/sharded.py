@@ -28,13 +28,13 @@ def two_ranks(tmp_path):
 
 def batches(rank, size=2):
     rows = sequences(sum(ROWS))
-    mine = rows[: ROWS[0]] if rank == 0 else rows[ROWS[0] :]
-    return [mine[i : i + size] for i in range(0, len(mine), size)]
+    local_rows = rows[: ROWS[0]] if rank == 0 else rows[ROWS[0] :]
+    return [local_rows[i : i + size] for i in range(0, len(local_rows), size)]
 
 
 def learn(policy, parts):
     """AdamW's step on micro-batches, in rounds that all ranks agree on: log-probs, the gradient, that of the gap alone, and weights."""
-    params, logps, apart = policy.student_parameters(), [], None
+    params, logps, separate = policy.student_parameters(), [], None
     for i in range(policy.agree(len(parts))):
         if i < len(parts):
             student, teacher = policy.score("student", parts[i]).logp, policy.score("teacher", parts[i]).logp
@@ -45,14 +45,14 @@ def learn(policy, parts):
             policy.idle()
         with policy.recomputing():
             grads = torch.autograd.grad(gap, params, retain_graph=True, allow_unused=True)
-        apart = [a + g for a, g in zip(apart or [torch.zeros_like(p) for p in params], grads, strict=True)]
+        separate = [a + g for a, g in zip(separate or [torch.zeros_like(p) for p in params], grads, strict=True)]
         with policy.recomputing():
             (gap + loss).backward()
     if policy.sharded:
-        for t in (*(p.grad for p in params), *apart):
+        for t in (*(p.grad for p in params), *separate):
             dist.all_reduce(t)
     torch.optim.AdamW(params, 1e-2).step()
-    return logps, [p.grad for p in params], apart, {k: x for k, x in policy.adapter_state().items() if x.is_floating_point()}
+    return logps, [p.grad for p in params], separate, {k: x for k, x in policy.adapter_state().items() if x.is_floating_point()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -63,18 +63,18 @@ def test_a_step_of_the_sharded_policy_is_that_of_the_whole(make_policy, two_rank
 
     def work(rank):
         sharded = make_policy(shard=True, gradient_checkpointing=checkpointing)
-        mine = sum(p.to_local().numel() for p in sharded.base.parameters() if hasattr(p, "to_local"))
-        return mine, Footprint(sharded), learn(sharded, batches(rank))
+        n_local = sum(p.to_local().numel() for p in sharded.base.parameters() if hasattr(p, "to_local"))
+        return n_local, Footprint(sharded), learn(sharded, batches(rank))
 
-    told = two_ranks(work)
+    by_rank = two_ranks(work)
     layers = sum(p.numel() for n, p in plain.base.get_decoder().layers.named_parameters() if "lora_" not in n)
-    assert sum(mine for mine, *_ in told) == layers
-    assert sum(f.weights for _, f, _ in told) == 2 * Footprint(plain).weights - 4 * layers
-    assert told[0][1].gathered == 3 * 4 * layers // 2 and not Footprint(plain).gathered
-    logps = [x for _, _, (logps, *_) in told for x in logps]
+    assert sum(n_local for n_local, *_ in by_rank) == layers
+    assert sum(f.weights for _, f, _ in by_rank) == 2 * Footprint(plain).weights - 4 * layers
+    assert by_rank[0][1].gathered == 3 * 4 * layers // 2 and not Footprint(plain).gathered
+    logps = [x for _, _, (logps, *_) in by_rank for x in logps]
     for a, b in zip(logps, want[0], strict=True):
         close(a, b)
-    for _, _, got in told:
+    for _, _, got in by_rank:
         for a, b in zip((*got[1], *got[2]), (*want[1], *want[2]), strict=True):
             assert (a - b).norm() <= ROUNDING * max(w.norm() for w in want[1])
         for k, v in got[3].items():
@@ -120,9 +120,9 @@ def test_an_error_leaves_the_others_alone(make_policy, two_ranks):
 
     def work(rank):
         policy = make_policy(shard=True)
-        with pytest.raises(ConfigError, match=r"policy\.shard: out of memory") as told, policy.together(), policy.acting("student"):
+        with pytest.raises(ConfigError, match=r"policy\.shard: out of memory") as raised, policy.together(), policy.acting("student"):
             raise torch.OutOfMemoryError("no")
-        return str(told.value), policy.agree(3 + rank)
+        return str(raised.value), policy.agree(3 + rank)
 
     assert [n for _, n in two_ranks(work)] == [4, 4]
 

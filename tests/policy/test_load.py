@@ -48,9 +48,9 @@ def test_chat_template(tiny_model, tmp_path):
         Chat(packaged, [packaged.eos_token_id])  # its closing mark is no token of this model
     packaged.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     Chat(packaged, [packaged.eos_token_id])  # prefix-preserving
-    mine = tmp_path / "mine.jinja"
-    mine.write_text("{{ messages }}")
-    assert load_tokenizer(PolicySettings(model=model, chat_template=str(mine))).chat_template == "{{ messages }}"
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    assert load_tokenizer(PolicySettings(model=model, chat_template=str(template))).chat_template == "{{ messages }}"
 
 
 def test_a_model_without_a_template(tiny_model, tmp_path):

@@ -194,11 +194,11 @@ def test_two_backwards_of_one_checkpointed_forward(both, once):
     for policy in policies:
         logp, params = policy.score("student", rows_of(RAGGED)).logp, policy.student_parameters()
         with policy.recomputing() if once else nullcontext():
-            apart = torch.autograd.grad(logp[:2].sum(), params, retain_graph=True)
+            of_two_rows = torch.autograd.grad(logp[:2].sum(), params, retain_graph=True)
         with policy.recomputing() if once else nullcontext():
             logp.sum().backward()
         assert policy.training_kernels is None or not policy.training_kernels.active
-        found.append([*apart, *(p.grad for p in params)])
+        found.append([*of_two_rows, *(p.grad for p in params)])
     close = dict(atol=0.3, rtol=0.1) if GPU else dict(atol=5e-5, rtol=1e-3)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, **close)

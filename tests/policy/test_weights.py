@@ -116,7 +116,7 @@ def test_an_adapter_is_no_base(model: Path) -> None:
         make(model)
 
 
-@pytest.mark.parametrize("name", [None, "mine.jinja"])
+@pytest.mark.parametrize("name", [None, "own.jinja"])
 def test_a_template_that_does_not_parse(model: Path, tmp_path: Path, name: str | None) -> None:
     path = tmp_path / name if name else model / "chat_template.jinja"
     path.write_text("{% for %}")
