@@ -64,7 +64,7 @@ appworld: $(VENV)/.installed  ## set AppWorld up in .appworld: its own interpret
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)"
 
 clean:  ## remove build outputs and caches (keeps .venv, .appworld and runs/)
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf dist build mutants .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src envs tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:

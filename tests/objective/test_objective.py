@@ -191,7 +191,7 @@ def test_divergences_are_losses_only(placement, signal):
     ],
 )
 def test_a_place_that_the_class_does_not_write_is_refused(placement, signal, instead):
-    with pytest.raises(ValueError, match=rf"{KEY}\.{placement}: {type(signal).__name__} is no {placement}: .*{instead}"):
+    with pytest.raises(ValueError, match=rf"{KEY}\.{placement}: {type(signal).__name__} is no {placement}: (give it as|it has) {instead}"):
         Objective(**{placement: signal})
 
 

@@ -61,6 +61,7 @@ def test_capacity(make_skill, eviction, kept):
     assert bank.insert(new, 0) == [1, 2, 3, 4]
     assert texts(bank) == kept
     assert bank.stats()["evicted"] == 2 and bank.get(2).golden_workflow == "b."
+    assert [event.kind for event in bank.events()] == ["insert"] * 3 + ["evict", "insert", "evict"]
 
 
 def test_worst_may_be_the_newcomer_and_other_tasks_are_untouched(make_skill):
@@ -97,6 +98,8 @@ def test_value_estimates(make_skill):
             bank.record_use(1, 1, reward=reward, gap=gap)
             means[value_estimate].append(bank.get(1).mean_reward)
         assert bank.get(1).uses == 2 and bank.stats()["mean_uses"] == 2
+    *_, used = bank.events()
+    assert (used.kind, used.reward, used.gap, used.total_before) == ("use", 0.25, 0.75, -0.25)
     assert means == {"source": [0.5, 0.5, 0.5], "next_visit": [0.5, 1.0, 0.625], "gap": [0.0, -0.25, 0.25]}
 
 
@@ -131,12 +134,14 @@ def test_bad_calls_change_nothing(make_skill):
     before = answers(bank)
     for error, named, call in (
         (ValueError, "source_reward", lambda: bank.insert([make_skill("b"), make_skill("c", reward=float("nan"))], 5)),
+        (ValueError, "source_completion", lambda: bank.insert([Skill("a", "b", "c", "t1", source_completion=float("inf"))], 5)),
         (ValueError, "task_id", lambda: bank.insert([make_skill("b"), Skill("a", "b", "c")], 5)),
         (ValueError, "iteration 4", lambda: bank.insert([make_skill("b")], 4)),
         (KeyError, "2", lambda: bank.record_use(2, 5, gap=0.0)),
         (KeyError, "0", lambda: bank.record_use(0, 5, gap=0.0)),
         (ValueError, "gap", lambda: bank.record_use(1, 5, reward=0.0)),
         (ValueError, "gap", lambda: bank.record_use(1, 5, gap=float("inf"))),
+        (ValueError, "reward", lambda: bank.record_use(1, 5, reward=float("nan"), gap=0.0)),  # though nobody needs it
         (ValueError, "skill 1", lambda: bank.record_use(1, 5, gap=1e308)),  # the sum is infinite
         (ValueError, "iteration 4", lambda: bank.record_use(1, 4, gap=1.0)),
         (ValueError, "checkpoint", lambda: bank.cut(3, expect=1)),
@@ -255,3 +260,11 @@ def test_unused_skills_come_first_unless_it_is_said(make_skill):
     bank.record_use(1, 1, reward=1.0)
     bank.record_use(1, 2, reward=1.0)
     assert bank.retrieve("t1").skill_id == 2 and bank.retrieve("t1", c=0.0, unused_first=False).skill_id == 1
+
+
+def test_rewards_of_uses_add_up_to_nothing_where_the_source_s_counts(make_skill):
+    bank = SkillBank(value_estimate="source")
+    bank.insert([make_skill("a")], 0)
+    for _ in range(2):
+        bank.record_use(1, 1, reward=1.0, gap=1.0)
+    assert [event.total_before for event in bank.events()] == [None, 0.0, 0.0]

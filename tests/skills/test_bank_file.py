@@ -136,7 +136,7 @@ def test_sync_flushes_the_file_and_its_wal(tmp_path, make_skill, monkeypatch):
 def test_what_a_reader_may_not_do(tmp_path, make_skill):
     filled(tmp_path / "bank.sqlite", make_skill)
     with SkillBank(tmp_path / "bank.sqlite", read_only=True) as view:
-        assert view.cut(99) == 0  # nothing to forget
+        assert view.cut(99) == 0 and view.insert([], 99) == []  # nothing to do
         with pytest.raises(OSError, match=r"bank\.sqlite: the bank was opened read-only"):
             view.insert([make_skill("x")], 99)
 
@@ -282,6 +282,13 @@ def test_a_bank_that_cannot_be_closed_loses_nothing(tmp_path, make_skill):
     with SkillBank(path) as again:
         assert len(again) == 60
     assert not path.with_name("bank.sqlite-wal").exists()
+
+
+def test_the_end_of_a_block_raises_what_the_closing_does(tmp_path, make_skill):
+    bank = SkillBank(tmp_path / "bank.sqlite", capacity=None)
+    bank.insert([make_skill(f"skill {i} " * 20) for i in range(60)], 0)
+    with pytest.raises(OSError, match=r"bank\.sqlite: "), files_of(bank.path.stat().st_size), bank:
+        pass
 
 
 def test_an_error_is_told_before_that_of_the_closing(tmp_path, make_skill):

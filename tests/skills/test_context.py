@@ -132,3 +132,19 @@ def test_ground_truth_is_the_same_for_all_and_asked_for_once(make_trajectory, ma
             group = [make_trajectory(task_id, member) for member in range(3)]
             assert list(context.choose(group, [make_skill("own")] * 3)) == [skill] * 3
     assert asked == ["t1", "t2"]  # also what is not known
+
+
+@pytest.mark.parametrize("kind", [BankContext, ShuffledContext])
+@pytest.mark.parametrize("settings", [{"c": 0.25, "unused_first": True}, {"c": 0.5, "unused_first": False}])
+def test_the_settings_of_the_choice_reach_the_bank(bank, kind, settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bank, "retrieve", lambda task_id, *given: asked.append(given))
+    kind(**settings)(bank, "t3", TASKS, 0, 0)
+    assert asked == [tuple(settings.values())]
+
+
+def test_a_task_without_a_lender_asks_the_bank_for_nothing(make_skill, monkeypatch):
+    bank = SkillBank()
+    bank.insert([make_skill("a", "t1")], 0)
+    monkeypatch.setattr(bank, "retrieve", lambda *given: pytest.fail("nobody lends"))
+    assert ShuffledContext()(bank, "t1", ["t1", "t2"], 0, 0) is None

@@ -3,12 +3,13 @@
 import io
 import json
 from dataclasses import asdict, replace
+from itertools import islice
 
 import pytest
 
 from skillsd.errors import ConfigError
 from skillsd.skills import SkillBank
-from skillsd.skills.exchange import FORMAT, MAX_LINE, bounded_lines, from_lines, to_lines
+from skillsd.skills.exchange import FORMAT, MAX_LINE, MAX_TASK_ID, bounded_lines, from_lines, to_lines
 from skillsd.skills.skill import MAX_CHARS
 
 
@@ -91,3 +92,26 @@ def test_a_line_written_by_hand_is_read(make_skill):
     (skill,) = from_lines([json.dumps(GOOD | {"source_reward": 1, "uses": "many"}).encode()])
     assert skill == replace(make_skill(), success_analysis="s", mistake_analysis="m", golden_workflow="g", task_id="t", source_reward=1.0)
     assert isinstance(skill.source_reward, float)
+
+
+def test_what_is_written_unless_it_is_said(bank):
+    assert list(to_lines(bank)) == list(to_lines(bank, evicted=False)) != list(to_lines(bank, evicted=True))
+
+
+@pytest.mark.parametrize(("field", "most"), [("source_reward", 2.0**53), ("source_member", 2**53)])
+def test_the_largest_number(field, most):
+    assert getattr(from_lines([json.dumps(GOOD | {field: most - 1}).encode()])[0], field) == most - 1
+    with pytest.raises(ConfigError, match=field):
+        from_lines([json.dumps(GOOD | {field: most}).encode()])
+
+
+def test_the_longest_task_and_line():
+    line = json.dumps(GOOD | {"task_id": "t" * MAX_TASK_ID}).encode()
+    assert len(from_lines([line.ljust(MAX_LINE)])[0].task_id) == MAX_TASK_ID
+    for long in (line.ljust(MAX_LINE + 1), json.dumps(GOOD | {"task_id": "t" * (MAX_TASK_ID + 1)}).encode()):
+        with pytest.raises(ConfigError, match="line 1"):
+            from_lines([long])
+
+
+def test_lines_end_with_the_file():
+    assert list(islice(bounded_lines(io.BytesIO(b"a\nb")), 9)) == [b"a\n", b"b"]

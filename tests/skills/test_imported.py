@@ -3,7 +3,7 @@
 import pytest
 
 from skillsd.skills import SkillBank
-from skillsd.skills.imported import counted, cut_to_imported, earlier
+from skillsd.skills.imported import counted, cut_to_imported, earlier, in_use
 from skillsd.skills.tables import BEFORE
 
 
@@ -57,3 +57,12 @@ def test_what_is_imported_is_older_than_a_run(make_skill):
         assert bank.retrieve("t1").success_analysis == "late!"
         bank.insert([make_skill("own", iteration=0)], 0)
         assert bank.retrieve("t1").success_analysis == "own!"
+
+
+def test_a_bank_is_in_use_while_somebody_else_has_it_open(tmp_path, make_skill):
+    path = tmp_path / "bank.sqlite"
+    assert not in_use(path) and not path.exists()
+    with SkillBank(path) as bank:
+        bank.insert([make_skill("a")], 0)
+        assert in_use(path)
+    assert not in_use(path)

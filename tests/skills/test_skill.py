@@ -163,3 +163,19 @@ def test_plain_answers_lose_the_thoughts_in_front_alone():
     for text in (quoting, f"<think>x</think>\n<think>y</think>{quoting}", f"x</think>{quoting}"):
         assert without_thoughts(text).strip() == quoting
     assert without_thoughts("<think>x") == ""
+
+
+def test_spaces_around_a_text_do_not_count_to_its_length():
+    long = "x" * MAX_ANSWER_FIELD_CHARS
+    assert Skill.parse(json.dumps(GOOD | {"success_analysis": f" {long}\n"})).success_analysis == long
+
+
+def test_thoughts_that_began_in_the_prompt_may_be_followed_by_more():
+    assert Skill.parse(f"{{}} </think> so <think> {TEXT} or </think> {TEXT}") == Skill("go", "no {x}", "a, b")
+
+
+def test_braces_that_cost_their_square_are_not_read_to_the_end():
+    nested = '{"a":' * 800  # each of them is read to the end of all: 1,600,000 characters
+    assert Skill.parse('{"a":' * 80 + "!" + TEXT) == Skill("go", "no {x}", "a, b")
+    with pytest.raises(ValueError, match="found 0"):
+        Skill.parse(nested + "!" + TEXT)

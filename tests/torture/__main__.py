@@ -255,8 +255,8 @@ def longer(a: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def mutants(a: argparse.Namespace, folder: Path) -> list[Row]:
-    """Changes to objective/ and skills/ that their tests must notice."""
-    return _command("mutants", "tests/torture/mutate.py", "objective", "skills", f"--jobs={a.jobs}")
+    """Changes to objective/ and skills/ that their tests must notice, by mutmut."""
+    return _command("mutants", "tests/torture/mutants.py", f"--jobs={a.jobs}")
 
 
 PARTS = {
