@@ -389,3 +389,12 @@ def test_the_end_of_training_warns_if_nothing_was_ever_summarised(groups, caplog
     caplog.clear()
     callback.on_train_end(at(1), None)  # type: ignore[arg-type]
     assert [("the reason" in m, str(callback.selection.failed) in m) for m in caplog.messages] == [(True, True)] * fails
+
+
+def test_a_bank_that_is_not_the_checkpoint_s_is_refused(tmp_path, make_skill):
+    with SkillBank(tmp_path / "bank.sqlite") as bank:
+        bank.insert([make_skill("a")], 0)
+    callback = SkillBankCallback(Queue())
+    callback.on_load_checkpoint(at(0), None, {"skill_bank": {"iteration": 1, "position": 2, "prompts": {}, "failed": 0}})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^skills: .*checkpoint"):
+        callback.on_fit_start(at(1, tmp_path), None)  # type: ignore[arg-type]
