@@ -170,12 +170,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no number": (["--data.group_size=many"], r"data\.group_size: Expected: int"),
     "null for a number": (
         ["--model.optimizer.warmup_steps", "null"],
-        r"model\.optimizer\.warmup_steps is null and takes none: give its value, of type int",
+        r"model\.optimizer\.warmup_steps: it is null",
     ),
     "no arguments of a class": (["-c", "odd.yaml"], r"data\.env_kwargs\.size\.class_path\.init_args is no mapping"),
     "a list for arguments": (["-c", "list.yaml"], r"teacher is no mapping"),
     "null for a dataclass": (["--model.policy.lora=null"], r"model\.policy\.lora: null is no value"),
-    "null for a choice": (["--model.optimizer.schedule=null"], r"optimizer\.schedule is null .*one of constant, cosine"),
+    "null for a choice": (["--model.optimizer.schedule=null"], r"model\.optimizer\.schedule: it is null"),
     "a class that cannot be built": (
         ["--trainer.callbacks+={class_path: skillsd.callbacks.RunCheckpoint, init_args: {every_n_train_steps: -2}}"],
         r"trainer\.callbacks: .*-2",

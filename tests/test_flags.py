@@ -88,6 +88,21 @@ def test_help_and_print_config_show_what_works(capsys):
     assert "--optimizer" not in shown and "--lr_scheduler" not in shown and all(f"--{key}." in shown for key in STANDARD)
 
 
+def test_help_lists_settings_and_opens_with_those_of_skillsd(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    shown = capsys.readouterr().out
+    keys = ["model.optimizer.lr", "model.objective.clip_low", "data.rollout.max_rows", "trainer.max_epochs"]
+    assert [shown.find(f"--{key} ") for key in keys] == sorted(shown.index(f"--{key} ") for key in keys)
+    assert "torch.optim" not in shown
+
+
+def test_pretraining_names_its_own_key(capsys):
+    """RolloutSettings stand under `model` there."""
+    assert cli.main(["pretrain", "-c", "pretrain/nano-sokoban", "--model.rollout.env_timeout=-1"]) == 2
+    assert "model.rollout.env_timeout" in capsys.readouterr().err
+
+
 def test_a_parameter_of_a_later_lightning_is_refused(monkeypatch):
     given = table.trainer_parameters()
 

@@ -206,6 +206,7 @@ def _untyped(line: str) -> str:
     """A parser's line about a type, without Python's notation."""
     line = re.sub(r"^Expected a <class '(\w+)'>", r"Expected: \1", line)
     line = re.sub(r"^Expected a typing\.Literal\[(.+?)\]", r"Expected one of \1", line)
+    line = re.sub(r"^Expected:? (.+)\. Got value: None$", r"it is null and takes none: give \1, or leave it out", line)
     return re.sub(
         r"^Expected a dot import path string: (.+)", r"\1 is the name of no class: give its path (`skillsd config` lists them)", line
     )

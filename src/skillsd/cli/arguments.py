@@ -25,8 +25,8 @@ ALONE = ("-h", "--help", "--print_config", "--version")
 CONFIG = ("-c", "--config")
 CONFIGURED = ("fit", "pretrain", "validate", "export", "play", "serve")
 """Commands that a configuration describes."""
-SPELLED_OUT: dict[str, Any] = {"model": {"objective": {}, "optimizer": {}}, "data": {"rollout": {}}}
-"""Groups of settings that an experiment may leave out: named, so that --print_config and config.yaml hold their defaults."""
+EXAMPLES = {"model": "model.optimizer", "data": "data.rollout"}
+"""The keys whose settings are a class's arguments, each with a key below it."""
 
 
 class Argument(NamedTuple):
@@ -127,8 +127,6 @@ def resolve(args: Sequence[str]) -> Request:
     if command in CONFIGURED:
         _check_command(command, named)
         named = put_method(named)
-        if command != "pretrain":
-            out.append(f"--config={as_yaml(SPELLED_OUT)}")
     for x in named:
         if isinstance(x, Named):
             out.append(f"--config={as_yaml(x.config)}")
@@ -140,7 +138,7 @@ def resolve(args: Sequence[str]) -> Request:
     flags = {x.flag: x.value for x in named if isinstance(x, Argument)}
     if command in CONFIGURED and not any(f in ALONE or f.endswith(".help") for f in flags):
         check_order(command, named)
-    if command == "study" and (other := next((x for x in named if isinstance(x, Named) and x.config.keys() & SPELLED_OUT.keys()), None)):
+    if command == "study" and (other := next((x for x in named if isinstance(x, Named) and x.config.keys() & EXAMPLES.keys()), None)):
         raise ConfigError(
             f"{other.name} is no study: it says {', '.join(other.config)}. Name it among the study's `configs` (conf/study/)."
         )
@@ -197,7 +195,7 @@ def of_run(folder: Path) -> Named:
     trainer = config.get("trainer") or {}
     was = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
     if isinstance(was, str):
-        config = {k: v if k in SPELLED_OUT else _following(v, was.rstrip("/"), 1) for k, v in config.items()}
+        config = {k: v if k in EXAMPLES else _following(v, was.rstrip("/"), 1) for k, v in config.items()}
     if isinstance(trainer, dict):
         config["trainer"] = {**(config.get("trainer") or {}), "default_root_dir": str(folder)}
     return Named(str(folder), config, folder)
@@ -258,12 +256,12 @@ def _check_command(command: str, named: Sequence[Named | Argument]) -> None:
 
 
 def _refuse_init_args(x: Named) -> None:
-    for key, groups in SPELLED_OUT.items():
+    for key, example in EXAMPLES.items():
         node = x.config.get(key)
         if isinstance(node, str) or (isinstance(node, Mapping) and node.keys() & {"class_path", "init_args"}):
             raise ConfigError(
                 f"{x.name}: {key}.class_path and {key}.init_args are no keys of this version: write the settings directly under `{key}:`, "
-                f"{key}.{next(iter(groups))} say."
+                f"{example} say."
             )
 
 

@@ -23,7 +23,7 @@ from skillsd.callbacks import RunCheckpoint
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.class_paths import refused_class
 from skillsd.cli.arguments import Request
-from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, check_values, correct_help
+from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, add_with_groups, check_values, correct_help
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete
 from skillsd.config_errors import leaves, parser_error, reading, refuse_nulls, refuse_shapes, refusing, specifying
@@ -91,10 +91,8 @@ class CLI(LightningCLI):
         add_seed(parser)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        add_trainer_arguments(parser)
-        model, data = self.classes
-        parser.add_lightning_class_args(model, "model", subclass_mode=False)
-        parser.add_lightning_class_args(data, "data", subclass_mode=False)
+        for key, kind in zip(("model", "data"), self.classes, strict=True):
+            add_with_groups(parser, kind, key)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key, kind in self.standard.items():
@@ -113,6 +111,7 @@ class CLI(LightningCLI):
             default=False,
             help="fit, validate: take the run folder from a process on another host, which is known to be dead",
         )
+        add_trainer_arguments(parser)  # last: help opens with keys of skillsd
         parser.link_arguments("seed_everything", "data.seed", apply_on="parse")
 
     def _parse_ckpt_path(self) -> None:
@@ -194,7 +193,9 @@ class CLI(LightningCLI):
         """Build everything; a class that refuses its arguments gives one line."""
         try:
             super().instantiate_classes()
-        except ConfigError:
+        except ConfigError as e:
+            if self.pretrains:  # which has the same settings under another key
+                raise ConfigError(str(e).replace("data.rollout.", "model.rollout.")) from e
             raise
         except Exception as e:
             known = isinstance(e, ValueError | TypeError | ImportError | MisconfigurationException)

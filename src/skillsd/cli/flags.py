@@ -11,7 +11,8 @@ import inspect
 from argparse import SUPPRESS, ArgumentTypeError
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import lightning as L
 import yaml
@@ -118,8 +119,19 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{key}", type=_refusing(refusal), default=SUPPRESS, help=SUPPRESS)
 
 
+def add_with_groups(parser: LightningArgumentParser, kind: type, key: str) -> None:
+    """Add a class's parameters below `key`. One that is `a dataclass | None` gets a key for each of its settings, which `--help` lists and
+    `--print_config` writes out; jsonargparse would hide them behind the null.
+    """
+    groups = {name: part for name, hint in get_type_hints(vars(kind)["__init__"]).items() for part in get_args(hint) if is_dataclass(part)}
+    for name, part in reversed(groups.items()):
+        parser.add_class_arguments(part, f"{key}.{name}", fail_untyped=False, sub_configs=True)
+    parser.add_class_arguments(kind, key, fail_untyped=False, sub_configs=True, skip=set(groups))
+
+
 def correct_help(parser: LightningArgumentParser, command: str) -> None:
-    """Put HELP in the place of Lightning's texts, in the parser of a command."""
+    """Put HELP in the place of Lightning's texts, in the parser of a command, and one line in the place of a page of flags."""
+    parser.usage = f"skillsd {command} -c FILE_OR_RUN [-c OVERLAY ...] [--KEY=VALUE ...]"
     for action in parser._actions:
         if action.dest in HELP and (action.dest != "ckpt_path" or command in CKPT_PATH):
             action.help = f"{HELP[action.dest]} {CKPT_PATH[command] if action.dest == 'ckpt_path' else ''}".strip()

@@ -35,7 +35,7 @@ class RolloutSettings(EngineSettings):
         super().__post_init__()
         for key in ("max_turn_tokens", "max_trajectory_tokens", "max_prompt_tokens", "max_observation_chars"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ConfigError(f"rollout.{key} is {getattr(self, key)}: give at least 1.")
+                raise ConfigError(f"data.rollout.{key} is {getattr(self, key)}: give at least 1.")
         if self.env_workers < 0:
             raise ConfigError(f"data.rollout.env_workers is {self.env_workers}: give 0 (no threads) or more.")
         if not 0 <= self.env_timeout < math.inf:
