@@ -245,6 +245,11 @@ def record(step: Callable[[], Tensor], pool: Any, side: Any) -> tuple[Callable[[
             step()
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             out = step()
+    except BaseException:
+        torch.cuda.set_stream(main)
+        generator = torch.cuda.default_generators[side.device.index]
+        generator.graphsafe_set_state(generator.clone_state())  # torch leaves it capturing, and then it refuses to draw
+        raise
     finally:
         torch.cuda.set_stream(main)  # after an error the capture's own context does not
         main.wait_stream(side)
