@@ -64,6 +64,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return make
 
 
+def randomise_adapters(policy: Policy, seed: int = 7) -> None:
+    """Give both adapters different values that change the output."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name in ("student", "teacher"):
+            for p in policy.adapter(name).values():
+                p.normal_(0, 0.1)
+    policy.student_changed()
+
+
 @pytest.fixture
 def make_policy(tiny_model: Callable[..., str]) -> Callable[..., Policy]:
     """A policy on a tiny model; with `randomise` both adapters hold different values that change the output."""
@@ -76,12 +86,7 @@ def make_policy(tiny_model: Callable[..., str]) -> Callable[..., Policy]:
         adapters = LoraSettings(**{"r": 4, "alpha": 8, **(lora or {})})
         policy = Policy(PolicySettings(model=tiny_model(architecture, shape), lora=adapters, **settings), device)
         if randomise:
-            torch.manual_seed(7)
-            with torch.no_grad():
-                for name in ("student", "teacher"):
-                    for p in policy.adapter(name).values():
-                        p.normal_(0, 0.1)
-            policy.student_changed()
+            randomise_adapters(policy)
         return policy
 
     return make

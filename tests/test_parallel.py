@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from tests.e2e.runs import assert_equal
 from tests.ranks import Ranks, bank_rows, near, torchrun
-from tests.sokoban import TEMPLATE, make_data, rules
+from tests.sokoban import KWARGS, TEMPLATE, make_data, rules
 from tests.training import quiet_trainer
 
 from skillsd import cli
@@ -40,10 +40,7 @@ from skillsd.skills import (
 from skillsd.skills.callback import SkillBankCallback
 from skillsd.strategy import check_strategy
 
-ENV: dict[str, Any] = {
-    "size": 6, "boxes": 3, "difficulties": {"short": {"lengths": [2, 5]}}, "splits": {"train": {"short": 3}, "test": {"short": 1}},
-    "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
-}  # fmt: skip
+ENV = KWARGS | {"size": 6, "boxes": 3, "splits": {"train": {"short": 3}, "test": {"short": 1}}, "max_turns": 6}
 LR = 1e-7
 """So small that what rounding does to an update is not seen in the next gradient: AdamW makes a whole step of the smallest gradient."""
 VARIANTS: dict[str, dict[str, Any]] = {

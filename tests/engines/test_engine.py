@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from tests.conftest import randomise_adapters
 from tests.tolerance import ROUNDING, close
 
 from skillsd.engines.engine import Request
@@ -267,11 +268,7 @@ def test_cuda_graphs_change_nothing(tiny_model, monkeypatch, caplog, architectur
     fixed = Stepper._fixed
     monkeypatch.setattr(Stepper, "_fixed", lambda self, *a: replayed.append(bool(self.graphs)) or fixed(self, *a))
     for seed, adapter in enumerate(("student", "teacher", None, "student", "student", "teacher")):
-        with torch.no_grad():
-            for name in ("student", "teacher"):
-                for p in policy.adapter(name).values():
-                    p.normal_(0, 0.1)
-        policy.student_changed()
+        randomise_adapters(policy, seed)
         got = play(policy, adapter, engine=engine, seed=seed)
         for (x, x_logps), (y, y_logps) in zip(got, play(policy, adapter, seed=seed, engine=InProcessEngine(policy, False)), strict=True):
             assert x == y

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.conftest import randomise_adapters
 from tests.engines.fake_server import serving
 from tests.engines.test_engine import assert_scored_alike, play
 from tests.tolerance import ROUNDING
@@ -11,14 +12,6 @@ from tests.tolerance import ROUNDING
 from skillsd.engines.engine import Request
 from skillsd.engines.in_process import InProcessEngine
 from skillsd.engines.vllm_server import VllmServers
-
-
-def randomise(policy, seed=7):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name in ("student", "teacher"):
-            for p in policy.adapter(name).values():
-                p.normal_(0, 0.1)
 
 
 @pytest.fixture(params=["in process", "servers"])
@@ -52,7 +45,7 @@ def test_an_update_is_seen(served):
     """Each update of an adapter, in place, reaches the next session; nothing of the earlier ones is left in a cache."""
     before = play(served.policy, engine=served.engine)
     for seed in (1, 2, 3):
-        randomise(served.policy, seed)
+        randomise_adapters(served.policy, seed)
         after = play(served.policy, engine=served.engine)
         assert_scored_alike(served.policy, "student", after)
     with pytest.raises(AssertionError):

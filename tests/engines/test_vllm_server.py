@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.conftest import randomise_adapters
 from tests.engines.fake_server import FakeServer, serving
 from tests.engines.test_engine import assert_scored_alike, play
-from tests.engines.test_engines import randomise
 from tests.tolerance import ROUNDING
 
 from skillsd.engines import vllm_server as module
@@ -92,7 +92,7 @@ def test_an_update_is_pushed(policy, two, engine):
     held = engine.open(1.0)
     (first,) = two[0].adapters
     engine.open(1.0)
-    randomise(policy, 1)
+    randomise_adapters(policy, 1)
     alike(play(policy, engine=engine), play(policy, engine=InProcessEngine(policy)))
     assert [s.loads for s in two] == [two[0].loads] * 2 and len(two[0].loads) == 2 and first in two[0].adapters
     (old,) = held.turn([Request(0, [5, 6, 7], 0, 0, 6)])
@@ -100,7 +100,7 @@ def test_an_update_is_pushed(policy, two, engine):
     assert old.logprobs != new.logprobs
     del held
     gc.collect()
-    randomise(policy, 2)
+    randomise_adapters(policy, 2)
     engine.open(1.0)
     assert all(first in s.unloads and len(s.adapters) == 1 for s in two)
     assert [p.name for p in folder.iterdir()] == list(two[0].adapters)
@@ -111,7 +111,7 @@ def test_an_update_is_pushed(policy, two, engine):
 def test_an_adapter_as_it_was(policy, engine):
     """In sessions of another thread, while it is learned on."""
     snapshot, before = engine.snapshot("student"), play(policy, engine=engine)
-    randomise(policy, 3)
+    randomise_adapters(policy, 3)
     after = []
     thread = threading.Thread(target=lambda: after.extend(play(policy, snapshot, engine=engine)))
     thread.start()
@@ -209,14 +209,14 @@ def test_a_rank_that_is_slow(policy, two, tmp_path):
     fast, slow = (VllmServers(policy, [s.url for s in two], folder=str(tmp_path), staleness=2) for _ in range(2))
     before, snapshot = play(policy, engine=fast, rows=3), slow.snapshot("student")
     for seed in (1, 2):
-        randomise(policy, seed)
+        randomise_adapters(policy, seed)
         fast.open(1.0)
     alike(play(policy, snapshot, engine=slow, rows=3), before)
     assert not any(s.unloads for s in two)
     for s in two:
         s.adapters.clear()  # one that was started anew needs the folder
     alike(play(policy, snapshot, engine=slow, rows=3), before)
-    randomise(policy, 3)
+    randomise_adapters(policy, 3)
     fast.open(1.0)
     assert not snapshot.folder.exists() and len(list(tmp_path.iterdir())) == 3
     fast.close(), slow.close()

@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from tests import sokoban
+from tests.sokoban import ENV, rules
 from tests.tolerance import close
 from tests.training import quiet_trainer
 
@@ -14,20 +16,16 @@ from skillsd.errors import ConfigError
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.pretrain import Cloning, DemonstrationData, DemonstrationSettings
 from skillsd.rollout import RolloutSettings
-from skillsd.skills import RulesSummariser
 
-KWARGS: dict[str, Any] = {
-    "size": 5, "boxes": 1, "difficulties": {"short": {"lengths": [3, 5]}}, "splits": {"pretrain": {"short": 1}, "test": {"short": 3}},
-    "max_turns": 6, "action_format": "bare", "prompts": {"instruction": ""},
+KWARGS = sokoban.KWARGS | {
+    "difficulties": {"short": {"lengths": [3, 5]}}, "splits": {"pretrain": {"short": 1}, "test": {"short": 3}}, "max_turns": 6,
 }  # fmt: skip
 
 
 def make_data(**settings: Any) -> DemonstrationData:
-    texts = {"solved_success": "solved", "solved_mistakes": "none", "unsolved_success": "unsolved", "unsolved_mistakes": "avoid"}
-    rules = RulesSummariser(joiner=" ", solved_workflow="{workflow}", unsolved_workflow="{workflow}", **texts)
     shown = DemonstrationSettings(episodes=2, noise=0.0)
     return DemonstrationData(
-        "skillsd_sokoban:skillsd/Sokoban-v0", KWARGS, rules, "{success_analysis} {mistake_analysis} : {golden_workflow}\n",
+        ENV, KWARGS, rules(), "{success_analysis} {mistake_analysis} : {golden_workflow}\n",
         **({"demonstrations": shown, "batch_size": 2} | settings),
     )  # fmt: skip
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests import sokoban
+from tests.sokoban import ENV, TEMPLATE, rules
 
 from skillsd.demonstration import demonstrate
 from skillsd.environment import make_env
@@ -15,17 +17,12 @@ from skillsd.policy.nano import build_tokenizer
 from skillsd.pretrain import DemonstrationSettings
 from skillsd.pretrain.demonstrations import Demonstrations, collate
 from skillsd.rollout import Chat
-from skillsd.skills import RulesSummariser
 from skillsd.trajectory import Turn
 
-ENV = "skillsd_sokoban:skillsd/Sokoban-v0"
-KWARGS: dict[str, Any] = {
-    "size": 5, "boxes": 1, "difficulties": {"short": {"lengths": [3, 8]}}, "splits": {"pretrain": {"short": 1}, "test": {"short": 2}},
-    "max_turns": 12, "action_format": "bare", "prompts": {"instruction": ""},
+KWARGS = sokoban.KWARGS | {
+    "difficulties": {"short": {"lengths": [3, 8]}}, "splits": {"pretrain": {"short": 1}, "test": {"short": 2}}, "max_turns": 12,
 }  # fmt: skip
-TEXTS = {"solved_success": "solved", "solved_mistakes": "none", "unsolved_success": "unsolved", "unsolved_mistakes": "avoid"}
-RULES = RulesSummariser(joiner=" ", solved_workflow="{workflow}", unsolved_workflow="{workflow}", **TEXTS)
-TEMPLATE = "skill {success_analysis} {mistake_analysis} : {golden_workflow}\n"
+RULES = rules()
 TOKENIZER = build_tokenizer()
 END = TOKENIZER.eos_token_id
 
