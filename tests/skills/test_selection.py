@@ -9,6 +9,8 @@ import pytest
 from skillsd.errors import ConfigError
 from skillsd.skills import BankContext, RulesSummariser, SkillBank
 from skillsd.skills.selection import SkillSelection
+from skillsd.skills.summarisers import Finished
+from skillsd.trajectory import Task, TrajectoryGroup
 
 
 def make(context: Any = None, summariser: Any = None) -> SkillSelection:
@@ -52,3 +54,23 @@ def test_skills_are_chosen_for_an_iteration_s_tasks(make_skill):
     asked.clear()
     assert selection.choose(["t1"], every, seed=5, epoch=7, epoch_start=False) == [(1, "a.")]
     assert [task_id for _, task_id, *_ in asked] == ["t3"]
+
+
+def test_a_selection_begins_with_nothing_chosen(make_skill):
+    """Also where its first iteration is not an epoch's: a run that goes on."""
+    selection = make()
+    selection.bank = SkillBank()
+    selection.bank.insert([make_skill("a")], 0)
+    assert selection.choose(["t1"], ["t1"], seed=0, epoch=0, epoch_start=False) == [(1, "a.")]
+
+
+def test_all_summaries_of_a_process_are_counted(make_skill, make_trajectory, monkeypatch):
+    selection = make()
+    selection.bank = SkillBank()
+    task = Task("t1")
+    for iteration, texts in enumerate(("ab", "c", "")):
+        finished = Finished(iteration, [make_skill(text) for text in texts], 1)
+        monkeypatch.setattr(selection.checked, "collect", lambda finished=finished: [finished])
+        group = TrajectoryGroup(task, (make_trajectory(iteration=iteration),), ((1,),), ((1,),), None)
+        assert selection.finish([group], [0.0], last=False)["skills/failed"] == iteration + 1
+    assert (selection.made, selection.failed, len(selection.bank)) == (3, 3, 3)
