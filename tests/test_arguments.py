@@ -86,7 +86,7 @@ def test_a_file_called_config_is_nobodys_run(tmp_path: Path) -> None:
     assert find(str(file)).run is None and find(str(file)).config["overwrite"] is True
 
 
-def test_what_is_no_name(run: str, tmp_path: Path) -> None:
+def test_a_wrong_run_name_is_refused(run: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for args, said in ((["empty"], "empty is a folder"), (["nosuch"], "nosuch"), ([run, "-c", "runs/new/../new"], "two runs")):
         with pytest.raises(ConfigError, match=said):
@@ -199,7 +199,7 @@ def test_settings_after_a_method_change_it_and_those_before_do_not_count(
         ("trainer.yaml", "give a name, or a mapping"),
     ],
 )
-def test_what_is_no_method(files: None, method: str, said: str) -> None:
+def test_a_wrong_method_is_refused(files: None, method: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve(["fit", "-c", "experiment.yaml", f"--method={method}"])
 

@@ -256,7 +256,7 @@ def test_an_earlier_run_is_kept(ended):
     assert "seed_everything: 5" in after["config.yaml"].decode()
 
 
-def test_any_part_of_a_run_counts(run):
+def test_a_folder_with_any_file_of_a_run_is_refused(run):
     for name in ("bank.sqlite", "metrics.csv"):
         run.folder.mkdir(exist_ok=True)
         (run.folder / name).write_text("precious")
@@ -370,12 +370,12 @@ def test_code_of_the_user_s_is_named_and_leaves_nothing(run, tmp_path, monkeypat
 # -- names and versions -----------------------------------------------------------------------------------------------------------
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"skillsd {__version__}\n"
 
 
-def test_messages_of_the_parser():
+def test_nested_parser_errors_become_one_line():
     nested = (
         "Parser key \"data\":\n  Does not validate against any of the Union subtypes\n  Errors:\n    - Problem with given class_path 'X':\n"
         "        Parser key \"rollout\":\n          Errors:\n            - Problem with given class_path 'Y':\n"

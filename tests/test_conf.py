@@ -113,7 +113,9 @@ def play(cli: Any) -> None:
         assert bool(t.instruction) == (data.env_kwargs.get("prompts") is None)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("method/")])  # those: test_a_method
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if not name.startswith("method/")]
+)  # those: test_a_method_file_sets_its_method_and_nothing_else
 def test_every_file_instantiates(fit, name, tmp_path, monkeypatch):
     cli = fit(["sokoban.yaml", name] if name.startswith(OVERLAYS) else [name])
     policy = configured(cli)
@@ -286,7 +288,7 @@ def test_every_method_is_listed():
 
 
 @pytest.mark.parametrize("experiment", ALL_EXPERIMENTS)
-def test_what_experiments_are(fit, experiment):
+def test_an_experiment_is_skill_sd_unless_another_was_confirmed(fit, experiment):
     """The paper's Skill-SD, but for the one where another setting was confirmed to be better."""
     cli = fit([experiment])
     assert method(cli) == SKILL_SD | (METHODS["trace_gate"] if experiment == "sokoban.yaml" else {})
@@ -294,7 +296,7 @@ def test_what_experiments_are(fit, experiment):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method(fit, name):
+def test_a_method_file_sets_its_method_and_nothing_else(fit, name):
     """It is what it is for, after the experiment that differs most from the paper, and it sets nothing else anywhere."""
     assert all(key.startswith("method.") for key in sets(f"method/{name}.yaml"))
     cli = fit(["sokoban.yaml", f"method/{name}.yaml"])
@@ -322,7 +324,7 @@ def kind(method: str) -> str:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_s_cells(fit, name, monkeypatch):
+def test_a_study_s_cell_trains_its_method(fit, name, monkeypatch):
     """Each is what its method is by itself, and plays the panel in between; it logs, and can be continued."""
     cells = make_cells(read_settings(["-c", str(CONF / name)]), lambda n: str(CONF / n))
     assert len({c.method for c in cells}) * len({c.seed for c in cells}) == len(cells)
@@ -340,7 +342,7 @@ def test_a_study_s_cells(fit, name, monkeypatch):
         assert panel.before and panel.after and panel.every > 0
 
 
-def test_null_in_a_flag(fit):
+def test_a_flag_can_set_null(fit):
     """Settings within settings and classes have their defaults too; a later flag counts."""
     flags = ["--model.policy.lora.init=null", "--model.objective.gate", "null"]
     cli = fit(["sokoban.yaml"], *flags, "--model.optimizer.lr=1e-3")
@@ -350,7 +352,7 @@ def test_null_in_a_flag(fit):
     assert last.model.settings.lora.init == "nano-recover"
 
 
-def test_where_cells_start(fit):
+def test_a_study_s_cells_start_from_its_agent(fit):
     """The first study was made of the agent as shipped, the confirmation of the one that recovers."""
     recovers = ("study/sokoban-confirm.yaml", "study/sokoban-shuffled.yaml")
     for name, init, lr in (("study/sokoban-nano.yaml", None, 2e-4), *((name, "nano-recover", 4e-4) for name in recovers)):

@@ -98,7 +98,7 @@ def test_the_machine_s_errors_say_what_is_known(number):
     assert line is not None and "run folder" not in line  # it may be stdout
 
 
-def test_memory_and_gpu():
+def test_memory_and_gpu_errors_are_explained():
     assert "memory" in (explain(MemoryError()) or "")
     assert "trainer.accelerator" in (explain(RuntimeError("CUDA error: no kernel image is available for execution on the device")) or "")
     assert explain(RuntimeError("CUDA error: device-side assert triggered")) is None

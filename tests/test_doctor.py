@@ -80,7 +80,7 @@ def test_the_table_says_the_same(tell):
         assert f" {row['state']} " in line and row["detail"][:20] in line
 
 
-def test_arguments(capsys, tell):
+def test_doctor_takes_no_unknown_argument(capsys, tell):
     assert cli.main(["doctor", "--nosuch"]) == 2 and cli.main(["doctor", "fit"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 2 and err.startswith("error: unrecognized arguments: --nosuch (`skillsd doctor --help`")
@@ -92,7 +92,7 @@ def test_arguments(capsys, tell):
 # -- single checks ------------------------------------------------------------------------------------------------------------
 
 
-def test_no_gpu(monkeypatch):
+def test_without_a_gpu_the_row_is_limited(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
@@ -105,7 +105,7 @@ def test_no_gpu(monkeypatch):
     assert "CUDA 13.0 finds no GPU" in doctor.gpu()[1]
 
 
-def test_gpus(monkeypatch):
+def test_every_gpu_is_listed(monkeypatch):
     card = SimpleNamespace(name="NVIDIA Nosuch", total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -113,7 +113,7 @@ def test_gpus(monkeypatch):
     assert doctor.gpu() == ("ok", "NVIDIA Nosuch, 24 GiB; NVIDIA Nosuch, 24 GiB", "")
 
 
-def test_nf4_that_does_not_run(monkeypatch):
+def test_nf4_that_fails_is_reported(monkeypatch):
     def broken(device: str) -> float:
         raise RuntimeError("no kernel\nimage")
 
@@ -201,7 +201,7 @@ def test_name_resolution_that_hangs(endpoint, monkeypatch):
     assert time.monotonic() - started < 1
 
 
-def test_offline(endpoint, monkeypatch):
+def test_offline_the_hub_is_not_asked(endpoint, monkeypatch):
     monkeypatch.setattr(doctor.hub, "ENDPOINT", "http://127.0.0.1:1")
     assert "Connection refused" in doctor.hub_access()[1]
     monkeypatch.setattr(doctor.hub, "HF_HUB_OFFLINE", True)
@@ -213,7 +213,7 @@ def test_offline(endpoint, monkeypatch):
 # -- rows of environments -----------------------------------------------------------------------------------------------------
 
 
-def test_an_environment_s_rows(provider, tell):
+def test_an_environment_adds_rows_of_its_own(provider, tell):
     provider("worlds", f"print('hello')\ndef checks():\n    print('looking')\n    return [{ROW!r}, {ROW | {'check': 'more'}!r}]\n")
     rows = json.loads(tell("--json"))
     assert found("worlds", rows) == ROW and found("more", rows) == ROW | {"check": "more"}

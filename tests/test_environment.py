@@ -141,7 +141,7 @@ def test_what_hangs_is_found_before_a_run(monkeypatch):
     assert error.value.kind == "hung" and "rollout.env_timeout" in str(error.value)
 
 
-def test_what_is_no_breach(monkeypatch):
+def test_numpy_values_are_taken(monkeypatch):
     """NumPy's scalars and texts are what they say, to the type; an episode may end as failed on actions that cannot be read."""
     said = {"success": np.bool_(True), "completion": np.float32(0.5), "instruction": np.str_("Löse es"), "valid": np.bool_(True)}
     monkeypatch.setattr(Rude, "says", {"reset": lambda: (np.str_("a"), said), "step": lambda: ("b", np.int64(1), np.bool_(True), 0, said)})
@@ -166,7 +166,7 @@ def test_a_run_asks_before_it_begins(stage, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("twice", [["a", "a"], ["a", "b", "a"]])
-def test_a_task_id_of_two_tasks(twice, tmp_path, monkeypatch, capsys):
+def test_a_repeated_task_id_is_refused(twice, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Rude, "says", {"tasks": lambda split: [{"task_id": name} for name in twice]})
     monkeypatch.chdir(tmp_path)
     assert cli.main(["play", "-c", "sokoban", f"--data.env={ENV}", "--data.env_kwargs={}", "--policy=oracle"]) == 2
@@ -223,7 +223,7 @@ def test_an_episode_that_is_cut():
     assert env.finish() == TimeStep("after up", "", 0.25, "length", 0.25, False, True)
 
 
-def test_what_it_offers():
+def test_optional_methods_are_found():
     env, plain = TextEnv(Asked()), make_env(ENV, {})
     assert env.offers("picture") and not plain.offers("picture") and not env.offers("stream")
     assert env.picture("start").shape == (2, 3, 3) and env.picture("x") is None and plain.picture("start") is None
@@ -233,7 +233,7 @@ def test_what_it_offers():
 # -- episodes without a model ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_demonstration(monkeypatch):
+def test_a_demonstration_plays_the_solution(monkeypatch):
     env = make_env(ENV, {})
     played, labels = demonstrate(env, Task("a"))
     assert played.turns == (Turn("start", "up", 1.0),) and labels == ["up"]

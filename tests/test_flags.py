@@ -115,7 +115,7 @@ def test_a_parameter_of_a_later_lightning_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", ["true", "false", "null", "-1", "4294967296", "1.5", "x"])
-def test_a_seed_is_a_number(seed):
+def test_a_seed_outside_32_bits_is_refused(seed):
     assert parser().parse_args(["--seed_everything=4294967295"]).seed_everything == 2**32 - 1
     with pytest.raises(ArgumentError, match="seed_everything"):
         parser().parse_args([f"--seed_everything={seed}"])
@@ -300,7 +300,7 @@ def test_what_changes_no_number(fit, caplog):
     assert "training_step" in Path("looked/tensorboard/fit-profile.txt").read_text(encoding="utf-8")
 
 
-def test_how_long_a_run_is(fit):
+def test_limits_of_a_run_s_length_combine(fit):
     """No end but a budget or the clock; a smallest length that a budget does not undercut."""
     less = ["--panel.enabled=false", "--adapter.enabled=false", "--trainer.logger=false"]
     budget = "--trainer.callbacks+={class_path: skillsd.callbacks.EnvStepBudget, init_args: {steps: 1}}"

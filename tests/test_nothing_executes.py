@@ -77,7 +77,7 @@ def test_the_sources_load_data_only():
         "A.from_pretrained(p, trust_remote_code=True)", "A.from_pretrained(p, trust_remote_code=flag)", "subprocess.run(t, shell=True)",
     ],
 )  # fmt: skip
-def test_the_search_finds(source):
+def test_calls_that_execute_code_are_found(source):
     assert findings(source)
     assert not findings("torch.load(p, weights_only=True); model.eval(); re.compile(p); np.load(p, allow_pickle=False); yaml.safe_load(t)")
 
@@ -265,7 +265,7 @@ def test_a_callback_that_calls_any_function(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "tag", ["!!python/object/apply:os.system [touch called]", "!!python/name:os.system", "!!python/object/new:os.system [x]"]
 )
-def test_yaml_tags(run, tmp_path, tag, capsys):
+def test_yaml_tags_that_make_objects_are_refused(run, tmp_path, tag, capsys):
     (tmp_path / "tag.yaml").write_text(f"trainer: {tag}\n")
     assert "could not determine a constructor" in run.refuses("-c", "tag.yaml")
     assert cli.main(["config", "-c", "tag.yaml"]) == 2 and "could not determine a constructor" in capsys.readouterr().err
@@ -281,7 +281,7 @@ def resolve(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def test_the_table_is_true():
+def test_bases_and_classes_of_the_table_exist_and_fit():
     """Bases and classes exist; what comes with skillsd is a subclass, or has the Protocol's methods; and all of it is listed."""
     for key in KEYS:
         bases = tuple(resolve(base) for base in key.bases)
@@ -321,7 +321,7 @@ def test_the_bases_are_those_of_the_parser():
             assert all(resolve(base).__name__ in text for base in key.bases), (key.name, text)
 
 
-def test_the_command(capsys, tmp_path, monkeypatch):
+def test_the_config_command_imports_no_class(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["config"]) == 0
     out = capsys.readouterr().out

@@ -245,14 +245,14 @@ def test_a_run_on_one_device_is_nobody_s_second_rank(monkeypatch):
     assert not r.is_rank_zero()
 
 
-def test_alone():
+def test_one_rank_exchanges_with_itself():
     alone, x = object(), torch.ones(2)
     assert r.gather(alone) == [alone] and r.broadcast(alone) is alone and r.all_reduce_max(4) == 4
     r.all_reduce_sum([x])
     assert x.tolist() == [1.0, 1.0] and list(r.share(3)) == [0, 1, 2] == r.balanced([1, 1, 1])
 
 
-def test_two_tell_each_other(ranks: Ranks):
+def test_two_ranks_share_gather_and_add_up(ranks: Ranks):
     both = ranks.run("tests.test_parallel:exchanged", environments=torchrun())
     assert [x["before"] for x in both] == [(0, 1, True, ""), (1, 1, False, "rank 1: ")]
     assert [x["after"] for x in both] == [(0, 2, True, ""), (1, 2, False, "rank 1: ")]
@@ -267,7 +267,7 @@ def test_two_tell_each_other(ranks: Ranks):
 
 
 @pytest.mark.parametrize("what", ["all_reduce_sum", "gather", "broadcast", "all_reduce_max"])
-def test_one_that_has_ended_is_missed(ranks: Ranks, what):
+def test_a_rank_that_has_ended_is_reported(ranks: Ranks, what):
     said, _ = ranks.run("tests.test_parallel:lost", what, environments=torchrun(), codes=(0, 7))
     assert said.startswith("another rank has ended") and "--ckpt_path last" in said
 
@@ -306,7 +306,7 @@ def both(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[s
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_contexts_and_actors(both, name):
+def test_each_context_and_actor_trains_the_same_on_two_ranks(both, name):
     one, two = both
     for x in two:
         near(x[name], one[name])  # what is played together differs, so does rounding

@@ -300,7 +300,7 @@ def test_no_entry_where_a_run_ends(tmp_path):
         Panel(every=-1)
 
 
-def test_switched_off(tmp_path):
+def test_a_panel_that_is_switched_off_plays_nothing(tmp_path):
     callback = Panel(before=False, after=False)
     callback.on_train_start(stand_in(tmp_path, [panel(1.0)]), None)
     callback.on_train_end(stand_in(tmp_path, [panel(1.0)]), None)

@@ -40,7 +40,7 @@ def outputs(success: float = 0.5, failed: float = 0.0, loss: float = 0.25) -> di
     return {"metrics": Metrics({"reward/success": success, "rollout/failed": failed, "loss/total": loss})}
 
 
-def test_how_much_is_left():
+def test_the_time_left_is_of_what_ends_first():
     """What ends first counts: the iterations, a budget of environment steps at the mean so far, or a time limit."""
     assert time_left(at(12), 2.0) == 72.0
     assert time_left(at(12, 48, budget(1000, 600)), 2.0) == 2.0 * 400 / 50
@@ -55,14 +55,14 @@ def test_how_much_is_left():
     ]
 
 
-def test_an_iteration_in_words():
+def test_an_iteration_is_summed_up_in_a_few_numbers():
     assert numbers(outputs()) == ["solved 0.500", "loss 0.25"]
     assert numbers(outputs(failed=0.25)) == ["solved 0.500", "25% of the episodes failed", "loss 0.25"]
     assert numbers(outputs(success=0.0, failed=1.0)) == ["100% of the episodes failed", "loss 0.25"]  # none was counted
     assert numbers({"loss": 1.5}) == numbers(1.5) == ["loss 1.5"] and numbers(None) == []
 
 
-def test_where_a_bar_is_seen():
+def test_a_bar_is_drawn_where_it_can_be_seen():
     def seen(bar: Any, **console: Any) -> bool:
         return draws_bar(at(0, progress_bar_callback=bar), lambda: Console(file=StringIO(), **console))
 

@@ -42,12 +42,12 @@ def once(watch: Any) -> None:
     watch.over = threading.Event()
 
 
-def test_patience():
+def test_a_patience_below_its_minimum_is_refused():
     with pytest.raises(ConfigError, match=r"PeerWatch.patience is 5: give more than 5 seconds"):
         PeerWatch(patience=5)
 
 
-def test_signs_of_life():
+def test_a_rank_without_a_sign_of_life_is_lost():
     now = time.monotonic()
     watch = watching({0: 7, 1: 3, 2: 4}, {0: (7, now - 40), 1: (3, now - 40), 2: (3, now - 40)})
     once(watch)
@@ -76,7 +76,7 @@ def test_a_store_that_does_not_answer(last, gone):
     assert watch.failed == gone
 
 
-def test_a_child_process(monkeypatch):
+def test_a_child_process_that_failed_is_lost(monkeypatch):
     """A child of Lightning's launcher is missed soon, whatever its number says. One that ended well ended together with this rank."""
     watch = watching(None, {0: (1, 0.0), 1: (1, 0.0), 2: (1, 0.0)})
     watch.children = [SimpleNamespace(poll=lambda: 0), SimpleNamespace(poll=lambda: -9)]

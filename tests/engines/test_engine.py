@@ -357,5 +357,5 @@ def test_a_turn_of_a_new_row_alone(make_policy, rows):
     assert old.token_ids == alone.turn([Request(0, [11], 0, 4, 4)])[0].token_ids
 
 
-def test_buckets():
+def test_a_bucket_is_a_power_of_two_times_the_smallest():
     assert [bucket(n, 8) for n in (1, 8, 9, 16, 17, 128)] == [8, 8, 16, 16, 32, 128]

@@ -147,7 +147,7 @@ def given(policy=None, device=CPU, vllm=Path(), **engine):
     return {a: b for a, b in pairwise(args) if a.startswith("--")}
 
 
-def test_options(tiny_model, tmp_path):
+def test_options_of_the_server_follow_the_policy(tiny_model, tmp_path):
     servers = dict(engine="servers", servers=["http://a:1"])
     assert given()["--dtype"] == "float32" and given()["--max-model-len"] == "2048" and given()["--max-loras"] == "2"
     assert given(PolicySettings(dtype="bfloat16"))["--dtype"] == "bfloat16"
@@ -182,7 +182,7 @@ def test_settings_that_cannot_be_served(key, settings, tmp_path):
         given(PolicySettings(**settings), vllm=tmp_path)
 
 
-def test_what_is_not_there(tmp_path):
+def test_a_missing_vllm_and_a_taken_port_are_refused(tmp_path):
     for python in (tmp_path / "nowhere", Path("/bin/false")):
         with pytest.raises(ConfigError, match=r"^python: "):
             find_vllm(str(python))

@@ -70,7 +70,7 @@ def test_rows_stay_and_spread(two, engine):
     assert len(two[1].asked[-1]["prompt"]) == 5, "all that the row has seen and sampled"
 
 
-def test_ranks_begin_elsewhere(policy, two, monkeypatch):
+def test_each_rank_begins_with_another_server(policy, two, monkeypatch):
     monkeypatch.setattr("skillsd.parallel.rank", lambda: 3)
     engine = VllmServers(policy, [s.url for s in two])
     engine.open(1.0).turn([Request(i, [10 + i, 6], i, 0, 2) for i in range(3)])
@@ -108,7 +108,7 @@ def test_an_update_is_pushed(policy, two, engine):
     assert not any(s.adapters for s in two) and not folder.exists()
 
 
-def test_an_adapter_as_it_was(policy, engine):
+def test_a_snapshot_keeps_an_adapter_as_it_was(policy, engine):
     """In sessions of another thread, while it is learned on."""
     snapshot, before = engine.snapshot("student"), play(policy, engine=engine)
     randomise_adapters(policy, 3)
@@ -123,7 +123,7 @@ def test_an_adapter_as_it_was(policy, engine):
         assert_scored_alike(policy, "student", after)
 
 
-def test_one_is_killed(policy, two, engine, caplog, monkeypatch):
+def test_turns_of_a_killed_server_are_asked_of_another(policy, two, engine, caplog, monkeypatch):
     """In the middle of turns: they are asked again of the other, with the same tokens; one line; and it is welcome back."""
     dying, n = two[1], []
 
@@ -152,7 +152,7 @@ def test_one_is_killed(policy, two, engine, caplog, monkeypatch):
         assert again.loads and again.asked and [r.message for r in caplog.records[1:]] == [f"data.rollout.servers: {dying.url} is back."]
 
 
-def test_all_are_lost(two, engine):
+def test_losing_all_servers_is_an_error(two, engine):
     session = engine.open(1.0)
     session.submit([Request(0, [5, 6], 0, 0, 2)])
     for s in two:
@@ -344,7 +344,7 @@ def test_an_adapter_that_a_server_refuses(policy, two, engine):
     assert [s.live for s in engine.servers] == [False, True] and "LoRA rank 4 is greater than 2" in engine.servers[0].reason
 
 
-def test_the_key(policy, monkeypatch):
+def test_the_api_key_is_sent_and_never_shown(policy, monkeypatch):
     monkeypatch.setenv("SERVERS", "sesame-sesame")
     with serving(policy.settings.model, key="sesame-sesame") as (s,):
         VllmServers(policy, [s.url + "/v1/"], key_env="SERVERS").close()

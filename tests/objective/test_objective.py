@@ -374,7 +374,7 @@ def test_the_weight_is_that_of_iteration_0_unless_told(batch):
     assert by_weight[None] == by_weight[0.5] and by_weight[0.25].item() == pytest.approx(by_weight[0.5].item() / 2, rel=1e-12)
 
 
-def test_optional_inputs(batch):
+def test_optional_inputs_have_neutral_defaults(batch):
     """Without a word about it: the student sampled, all rows have a teacher, none succeeded, nobody acted under the other view."""
     few = ("logp", "logp_old", "logp_teacher", "mask", "advantage")
     extras = {
@@ -442,7 +442,7 @@ def test_an_advantage_carries_no_gradient(batch):
         assert torch.equal(a, b)
 
 
-def test_an_own_gate(batch):
+def test_a_gate_of_one_s_own_is_applied(batch):
     odd = torch.arange(7) % 2 == 1
     o = Objective(distillation_weight=0.375, loss=Own(), gate=OwnGate())
     same = Objective(distillation_weight=0.375, loss=Own())

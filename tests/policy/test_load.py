@@ -86,7 +86,7 @@ def test_untrained_nano():
         Policy(PolicySettings(model="nano-untrained", quantise="nf4"))
 
 
-def test_a_bare_base(tiny_model):
+def test_a_base_without_adapters_has_no_gradient(tiny_model):
     policy = Policy(PolicySettings(model=tiny_model("qwen3"), context_length=100), adapters=False)
     assert policy.context_length == 100 and not any("lora" in n for n, _ in policy.named_parameters())
     for adapter in ("student", None):

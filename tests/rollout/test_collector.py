@@ -448,7 +448,7 @@ def test_a_failed_episode_counts_for_nothing(waiting):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_close(waiting, workers):
+def test_close_closes_every_environment_once(waiting, workers):
     """Every environment once, whatever one of them raises; the threads end; the next episodes get new environments."""
     collector = waiting({"close_error": OSError("stuck")}, env_workers=workers)
     want, before = play(collector, *NAMES[:3]), set(threading.enumerate())
