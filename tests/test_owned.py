@@ -12,8 +12,9 @@ import yaml
 from tests.test_cli import Run, finished, run
 
 from skillsd import cli
-from skillsd.files.durable import is_sealed
-from skillsd.files.run_folder import RunRecord, read_record
+from skillsd.errors import ConfigError
+from skillsd.files.durable import check_replaceable, is_sealed
+from skillsd.files.run_folder import ADAPTER_KIND, RunRecord, check_not_of_run, read_record
 from skillsd.files.run_lock import RunLock
 
 __all__ = ["finished", "run"]
@@ -29,7 +30,9 @@ def everything(folder: Path) -> dict[str, Any]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else p.is_symlink() for p in sorted(folder.rglob("*"))}
 
 
-def test_an_export_replaces_an_earlier_export_alone(ended: Run, tmp_path: Path) -> None:
+@pytest.fixture
+def precious(ended: Run, tmp_path: Path) -> dict[str, Any]:
+    """Files, links and folders of a user's beside a finished run: what is there before."""
     for name in ("thesis/chapter1.txt", "out.tmp/precious.txt", "out.skillsd-tmp/precious.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("precious")
@@ -37,15 +40,24 @@ def test_an_export_replaces_an_earlier_export_alone(ended: Run, tmp_path: Path) 
     (tmp_path / "link").symlink_to("thesis")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "empty").mkdir()
-    before = everything(tmp_path)
+    return everything(tmp_path)
+
+
+def test_places_that_an_export_is_not_put_in_are_refused(ended: Run, precious: dict[str, Any], tmp_path: Path) -> None:
     inside = (ended.folder, ended.folder.parent, ended.folder / "adapter", ended.folder / "metrics.csv", ended.folder / "model")
     for out in (".", "..", "thesis", "file", "file/x", "link", "dangling", "empty", "missing/x", "n" * 300, *map(str, inside)):
-        assert "out: " in ended.refuses(f"--out={out}", command="export"), out
-        assert "out: " in ended.refuses(f"--out={out}", "--overwrite=true", command="export"), out
-    assert everything(tmp_path) == before
+        with pytest.raises(ConfigError, match=r"^out: "):
+            check_not_of_run(Path(out), "out")
+            check_replaceable(Path(out), "out", ADAPTER_KIND)
+    for out in ("thesis", str(ended.folder / "model")):  # one of each check
+        assert "out: " in ended.refuses(f"--out={out}", command="export")
+        assert "out: " in ended.refuses(f"--out={out}", "--overwrite=true", command="export")
+    assert everything(tmp_path) == precious
 
+
+def test_an_export_replaces_an_earlier_export_alone(ended: Run, precious: dict[str, Any], tmp_path: Path) -> None:
     assert ended("--out=out", command="export") == 0, ended.err
-    assert is_sealed(tmp_path / "out") and {**everything(tmp_path), **before} == everything(tmp_path)
+    assert is_sealed(tmp_path / "out") and {**everything(tmp_path), **precious} == everything(tmp_path)
     made = everything(tmp_path)
     assert ended("--out=out", command="export") == 0 and everything(tmp_path) == made
     (tmp_path / "out" / "notes.txt").write_text("precious")
