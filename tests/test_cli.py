@@ -90,9 +90,11 @@ def ended(run: Run, finished: Path) -> Run:
 
 SPLITS = "--data.env_kwargs.splits="
 BAD: dict[str, tuple[list[str], str]] = {
-    "unknown key": (["--data.nosuch=1"], r"--data\.nosuch=1: there is no such key"),
+    "unknown key": (["--data.nosuch=1"], r"--data\.nosuch: there is no key data\.nosuch"),
     "unknown trainer key": (["--trainer.nosuch=1"], "--trainer.nosuch"),
-    "unknown nested key": (["--model.policy.nosuch=1"], r"--model\.policy\.nosuch=1: there is no such key"),
+    "a typo in a file": (["-c", "typo.yaml"], r"typo\.yaml: .*model\.optimizer\.lrr .*model\.optimizer\.lr\b"),
+    "a typo in a class": (["--model.objective.gate=skillsd.objective.TraceGat"], r"model\.objective\.gate: .*TraceGate"),
+    "unknown nested key": (["--model.policy.nosuch=1"], r"--model\.policy\.nosuch: there is no key model\.policy\.nosuch"),
     "unknown key of the environment": (["--data.env_kwargs.nosuch=1"], "'nosuch'"),
     "unknown class": (["--model.objective.gate=skillsd.objective.NoSuch"], r"model\.objective\.gate: .*NoSuch"),
     "unknown callback": (["--trainer.callbacks+=skillsd.callbacks.NoSuch"], "trainer.callbacks: .*NoSuch"),
@@ -190,7 +192,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "nothing under a key": (["-c", "bare.yaml"], r"trainer is null"),
     "a flag that names a key twice": (["--model.policy.lora={r: 2, r: 4}"], r"--model\.policy\.lora: the key r"),
     "an address as the run folder": (["--trainer.default_root_dir=s3://bucket/run"], r"trainer\.default_root_dir: s3://bucket/run "),
-    "no such class": (["--model.objective.gate=NoGate"], r"model\.objective\.gate: NoGate .*skillsd config"),
+    "no such class": (["--model.objective.gate=NoGate"], r"model\.objective\.gate: .*NoGate.*TraceGate"),
     "no number of epochs": (["--trainer.max_epochs=x"], r"trainer\.max_epochs: Expected"),
     "no temperature": (["--data.rollout.temperature=0"], r"rollout\.temperature"),
     "no checkpoint": (["--ckpt_path=nosuch.ckpt"], r"ckpt_path: no checkpoint at nosuch\.ckpt"),
@@ -211,6 +213,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
     (tmp_path / "rewriting.jinja").write_text(REWRITING)
     (tmp_path / "broken.yaml").write_text("data: [\n")
     (tmp_path / "odd.yaml").write_text("data: {env_kwargs: {size: {class_path: {class_path: x.Y, init_args: 3}}}}\n")
+    (tmp_path / "typo.yaml").write_text("model: {optimizer: {lrr: 1}}\n")
     (tmp_path / "list.yaml").write_text("teacher: [{class_path: x.Y, init_args: 3}]\n")
     (tmp_path / "class.yaml").write_text("model: {objective: {gate: {class_path: {a: 1}}}}\n")
     (tmp_path / "null.yaml").write_text('trainer: "\\0"\n')

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from skillsd.config_errors import imported, lacks
+from skillsd.config_errors import did_you_mean, imported, lacks
 from skillsd.errors import Parser, no_module
 from skillsd.methods import merge
 
@@ -91,6 +91,17 @@ def refused_class(message: str) -> str:
     if found := re.search(r"No module named '([\w.]+)'", message):
         return no_module(found[1])
     return ""
+
+
+def unknown_class(key: str, message: str) -> str:
+    """What to say where a key names a class that is not there; "" if the message is about something else, or skillsd has no such class."""
+    shipped = next((k.shipped for k in KEYS if k.name == key), ())
+    found = re.search(r"has no attribute '(\w+)'|Expected a dot import path string: (\w+)", message)
+    if not found or not shipped:
+        return ""
+    name, ours = found[1] or found[2], [path.rpartition(".")[2] for path in shipped]
+    package = shipped[0].rpartition(".")[0]
+    return f"there is no class {name}{did_you_mean(name, ours)}: give the path of one, {package}.X with X one of {', '.join(ours)} say."
 
 
 def _abstract(path: str, kind: Any) -> str:

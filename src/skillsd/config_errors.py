@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +16,9 @@ from skillsd.errors import ConfigError
 _CLASSES = ("logger", "strategy", "profiler", "summariser", "context", "loss", "advantage", "multiplier", "gate")
 """Keys that take a class path: the parser's errors leave out the `init_args` under them."""
 _SHOWN = "`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted"
+
+MAX_LISTED = 30
+"""Most names that a message lists."""
 
 
 def leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -26,6 +30,42 @@ def leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, value in inner.items():
         yield from leaves(value, f"{key}.{name}" if key else str(name))
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """Up to `n` of the known names that are spelled most like this one, the nearest first; none if all are far from it."""
+    return difflib.get_close_matches(name, list(known), n, 0.5)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest name as a question in brackets, with a space in front; "" if all are far from it."""
+    found = nearest(name, known, 1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def unknown_key(message: str) -> str:
+    """The dotted key that the parser does not know; "" if its message is about something else, or about an argument of a class."""
+    if _key(message):
+        return ""
+    if found := re.search(r"Group '(.+?)' does not accept option '(.+?)'", message):
+        return f"{found[1]}.{found[2]}"
+    found = re.match(r"unrecognized arguments: --([\w.]+)", message) or re.search(r"ption '([\w.]+)'(?: is not accepted)?", message)
+    return found[1] if found else ""
+
+
+def no_such_key(key: str, known: Iterable[str], command: str) -> str:
+    """What to say of a key that a command does not know, without where it stands.
+
+    Args:
+        key: Dotted.
+        known: All keys of the command, dotted.
+        command: Its name.
+    """
+    known = list(known)
+    group = key.rpartition(".")[0]
+    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group]
+    cure = f"{group} has {', '.join(beside)}." if group and 0 < len(beside) <= MAX_LISTED else f"skillsd {command} --help lists all keys."
+    return f"there is no key {key}{did_you_mean(key, known)}: {cure}"
 
 
 def refuse_nulls(config: Mapping[str, Any], types: Mapping[str, type]) -> None:

@@ -14,13 +14,13 @@ change it; those of earlier files are not the method's, and do not count.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from skillsd._conf import conf_dir
+from skillsd.config_errors import nearest
 from skillsd.config_file import read_config
 from skillsd.errors import ConfigError
 
@@ -51,7 +51,7 @@ def read_method(method: Any) -> dict[str, Any]:
         if not path.is_file():
             path = Path(method).expanduser()
         if not path.is_file():
-            near = difflib.get_close_matches(method, method_names(), 3, 0.5) or method_names()
+            near = nearest(method, method_names()) or method_names()
             raise ConfigError(f"method: {method[:200]} is no method that comes with skillsd, and no file. The nearest: {', '.join(near)}.")
         method = read_config(path, method).get("method")
     if not isinstance(method, Mapping):

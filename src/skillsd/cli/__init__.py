@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import logging
 import os
@@ -23,6 +22,7 @@ from skillsd.cli.arguments import CONFIG, arguments, find, packaged, resolve
 from skillsd.cli.configured import CLI, EXPERIMENT, PRETRAINING
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.values import correct_jsonargparse
+from skillsd.config_errors import did_you_mean
 from skillsd.diagnosis import explain, report, where
 from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, redacted
@@ -145,9 +145,7 @@ def run_configured(argv: list[str]) -> None:
     if argv[0] == "play" and not any(a.flag in ("", "-c", "--config") for a in arguments(argv[1:])):
         argv = ["play", "-c", "sokoban", *argv[1:]]
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{visible(argv[0])} is no command{meant}: skillsd {', '.join(COMMANDS)}.")
+        raise ConfigError(f"{visible(argv[0])} is no command{did_you_mean(argv[0], COMMANDS)}: skillsd {', '.join(COMMANDS)}.")
     if argv[0] in CONFIG and (command := next((x for x in argv if x in COMMANDS), "")):
         raise ConfigError(f"{argv[0]} stands before the command: skillsd {command} {' '.join(argv[:2])} ...")
     request = resolve(argv)

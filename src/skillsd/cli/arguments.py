@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillsd import conf_dir
-from skillsd.config_errors import leaves
+from skillsd.config_errors import leaves, nearest
 from skillsd.config_file import as_yaml, check_value, parse_config, read_config, read_whole
 from skillsd.errors import ConfigError
 from skillsd.files.paths import PATH_KEYS, read_path
@@ -59,16 +58,23 @@ class Request:
     run: Path | None = None
     """The run folder that is named."""
     flags: dict[str, str | None] = field(default_factory=dict)
-    configs: list[dict[str, Any]] = field(default_factory=list)
+    configs: list[Named] = field(default_factory=list)
     """What the files say, in their order."""
 
     def key_of(self, class_path: str) -> str:
         """The key that takes a class path in one of the files or flags; "" if none does."""
-        for config in self.configs:
-            for key, value in leaves(config):
+        for named in self.configs:
+            for key, value in leaves(named.config):
                 if value == class_path:
                     return key.removesuffix(".class_path")
         return next((f.removeprefix("--").removesuffix(".class_path") for f, value in self.flags.items() if value == class_path), "")
+
+    def place_of(self, key: str) -> str:
+        """Where a key is given: the name of the last file that has it, or its flag."""
+        for named in reversed(self.configs):
+            if any(f"{found}.".startswith(f"{key}.") for found, _ in leaves(named.config)):
+                return named.name
+        return f"--{key}"
 
 
 def arguments(args: Sequence[str]) -> list[Argument]:
@@ -142,7 +148,7 @@ def resolve(args: Sequence[str]) -> Request:
         raise ConfigError(
             f"{other.name} is no study: it says {', '.join(other.config)}. Name it among the study's `configs` (conf/study/)."
         )
-    return Request(out, next(iter(runs), None), flags, [x.config for x in named if isinstance(x, Named)])
+    return Request(out, next(iter(runs), None), flags, [x for x in named if isinstance(x, Named)])
 
 
 def find(name: str) -> Named:
@@ -163,7 +169,7 @@ def find(name: str) -> Named:
         raise ConfigError(f"{name} is a folder, and no run's (it has no {CONFIG_FILE}): name a configuration file, or a run folder.")
     if not file.exists():
         known = [str(p.relative_to(conf_dir()).with_suffix("")) for p in sorted(conf_dir().rglob("*.yaml"))]
-        near = difflib.get_close_matches(name.removeprefix("conf/").removesuffix(".yaml"), known, 3, 0.5) or ["sokoban", "appworld"]
+        near = nearest(name.removeprefix("conf/").removesuffix(".yaml"), known) or ["sokoban", "appworld"]
         raise ConfigError(f"{name}: there is no such file or run folder, and none of that name comes with skillsd: {', '.join(near)} do.")
     return Named(name, read_whole(file, name))
 

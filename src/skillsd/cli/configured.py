@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import re
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from skillsd import parallel
 from skillsd.analysis.panel import print_report
 from skillsd.callbacks import RunCheckpoint
 from skillsd.callbacks.run_config import SaveRunConfig
-from skillsd.class_paths import refused_class
+from skillsd.class_paths import refused_class, unknown_class
 from skillsd.cli.arguments import Request
 from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, add_with_groups, check_values, correct_help
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete
-from skillsd.config_errors import leaves, parser_error, reading, refuse_nulls, refuse_shapes, refusing, specifying
+from skillsd.config_errors import leaves, no_such_key, parser_error, reading, refuse_nulls, refuse_shapes, refusing, specifying, unknown_key
 from skillsd.data import RolloutData
 from skillsd.diagnosis import blame
 from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, secrets, without_keys
@@ -136,8 +136,12 @@ class CLI(LightningCLI):
                 raise ConfigError(f"{self.request.key_of(denied[1]) or 'config'}: {denied[1]} is not allowed: name another class.") from e
             if line.startswith('"config": '):  # jsonargparse names the flag, not the key
                 line = f"{reading(e) or 'config'}: its value cannot be read: {line[10:]}"
-            said = blame(e) or refused_class(str(e))
-            raise ConfigError(f"{line.partition(': ')[0]}: {said}" if said else line) from e
+            if (key := unknown_key(str(e))) and not self.request.command.startswith("-"):
+                known = [a.dest for a in self._parser(self.request.command)._actions if a.help != SUPPRESS]
+                raise ConfigError(f"{self.request.place_of(key)}: {no_such_key(key, known, self.request.command)}") from e
+            key = line.partition(": ")[0]
+            said = blame(e) or refused_class(str(e)) or unknown_class(key, str(e))
+            raise ConfigError(f"{key}: {said}" if said else line) from e
         except (ValueError, OmegaConfBaseException, RecursionError) as e:
             why = " ".join(str(e).split())
             if (key := reading(e)) and not isinstance(e, UnicodeDecodeError | OmegaConfBaseException):
