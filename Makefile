@@ -17,7 +17,7 @@ GPU_TESTS := tests/kernels tests/policy tests/engines tests/e2e/test_gpu.py
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install fit test check gpu-check torture lint audit build smollm2 appworld clean
+.PHONY: help install fit test check gpu-check torture lint docs audit build smollm2 appworld clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ fit: $(VENV)/.installed  ## train on Sokoban and print the table; again: continu
 test: $(VENV)/.installed-dev  ## run the tests that are not slow, in JOBS processes: under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not torture" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-check: lint audit  ## lint, import rules, types, citation, then all tests in JOBS processes, the slow ones and AppWorld's too
+check: lint docs audit  ## lint, import rules, types, citation, the pages, then all tests in JOBS processes, the slow ones and AppWorld's too
 	$(BIN)/python -m skillsd_appworld.install .appworld --pip-args="$(PIP_ARGS)" --optional
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not torture" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
@@ -48,6 +48,9 @@ lint: $(VENV)/.installed-dev  ## the checks that run no test: ruff, import rules
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+docs: $(VENV)/.installed-dev  ## build the pages and the API reference into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
 audit: $(VENV)/.installed-dev  ## known vulnerabilities in the pinned set, where an index answers
 	PYTHON=$(BIN)/python .ci/audit

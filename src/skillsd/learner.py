@@ -42,7 +42,7 @@ class Update:
         gaps: Sum over each row's action tokens of log pi_tea - log pi_stu, nats, float32 [R]; 0 in rows that no teacher scored.
         distillation_grad: The distillation term's own gradient, by parameter; empty where it was not asked for.
         sums: Sums over the N action tokens by name: both loss terms, entropy, and the objective's metrics.
-        max_drift: Largest |log pi now - log pi at the rollout|, nats.
+        max_drift: Largest absolute difference of log pi now and log pi at the rollout, nats.
         peak_gib: Most memory of any rank, GiB.
         teacher_s: Seconds of teacher scoring.
         grad_norm: Before clipping.

@@ -38,7 +38,7 @@ class OutcomeGate(Gate):
     against a solved one, or for an unsolved one, is wrong, and the student is pushed away from it: take a bounded signal (TopKJSD).
 
     Args:
-        indifference: Mean |d| up to which the teacher has no opinion, in nats.
+        indifference: Absolute value of the mean of d up to which the teacher has no opinion, in nats.
     """
 
     def __init__(self, indifference: float = 0.05) -> None:

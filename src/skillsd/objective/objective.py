@@ -28,7 +28,7 @@ class Terms:
         metrics: Name -> sum, detached.
         logp: The student's log-probs with gradient, [B, T], nats.
         gap: log pi_tea - log pi_stu, [B, T], nats; 0 in rows that no teacher scores.
-        max_drift: Largest |log pi now - log pi at the rollout| of an action token, nats, scalar.
+        max_drift: Largest absolute difference of log pi now and log pi at the rollout, of an action token, nats, scalar.
         teacher_s: Seconds of teacher scoring, where they are measured.
     """
 
