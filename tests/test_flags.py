@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from skillsd import cli
 from skillsd.callbacks import EnvStepBudget, Panel, PeerWatch, RunLog
 from skillsd.cli import flags as table
-from skillsd.cli.standard import STANDARD, UNFIT, check_trainer, complete, order_callbacks
+from skillsd.cli.standard import STANDARD, UNFIT, check_trainer, complete, complete_pretraining, order_callbacks
 from skillsd.errors import ConfigError
 from skillsd.module import SkillSD
 from skillsd.optimizer import OptimizerSettings
@@ -192,29 +192,27 @@ def trainer_config(**changes: Any) -> dict[str, Any]:
 
 
 def test_pretraining_has_none_of_them():
-    module = Cloning(PolicySettings("nano"))
-    made = complete(trainer_config(), standard(), module, "fit")
+    made = complete_pretraining(trainer_config())
     assert (
         names(made["callbacks"]) == ["ProgressLog", "MemoryPlan", "PeerWatch"] and not made["logger"] and not made["enable_checkpointing"]
     )
     assert made["limit_val_batches"] is None  # it plays its panel as Lightning's validation
     with pytest.raises(ConfigError, match=r"trainer\.enable_checkpointing"):
-        complete(trainer_config(enable_checkpointing=True), standard(), module, "fit")
+        complete_pretraining(trainer_config(enable_checkpointing=True))
 
 
 def test_other_commands_than_fit(tmp_path, capsys):
     """A validation plays the panel, whatever a fit does without."""
     made = standard() | {"panel": Panel(enabled=False), "log": RunLog(enabled=False)}
-    config = complete(trainer_config(limit_val_batches=0), made, SkillSD(PolicySettings("nano")), "validate")
+    config = complete(trainer_config(limit_val_batches=0), made, "validate")
     assert config["limit_val_batches"] is None and {"Panel"} == {"Panel", "RunLog"} & set(names(config["callbacks"]))
     assert capsys.readouterr().out == ""
 
 
 def test_plugins_are_cluster_environments():
-    module = SkillSD(PolicySettings("nano"))
-    complete(trainer_config(plugins=[LightningEnvironment()]), standard(), module, "fit")
+    complete(trainer_config(plugins=[LightningEnvironment()]), standard(), "fit")
     with pytest.raises(ConfigError, match=r"model\.policy\.dtype"):
-        complete(trainer_config(plugins=HalfPrecision("bf16-true")), standard(), module, "fit")
+        complete(trainer_config(plugins=HalfPrecision("bf16-true")), standard(), "fit")
 
 
 def test_a_run_without_an_end_has_no_cosine():

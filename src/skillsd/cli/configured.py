@@ -25,7 +25,7 @@ from skillsd.class_paths import refused_class, unknown_class
 from skillsd.cli.arguments import Request
 from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, add_with_groups, check_values, correct_help
 from skillsd.cli.owner import RunOwner
-from skillsd.cli.standard import STANDARD, check_trainer, complete
+from skillsd.cli.standard import STANDARD, check_trainer, complete, complete_pretraining
 from skillsd.config_errors import leaves, no_such_key, parser_error, reading, refuse_nulls, refuse_shapes, refusing, specifying, unknown_key
 from skillsd.data import RolloutData
 from skillsd.diagnosis import blame
@@ -212,7 +212,8 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         made = dict(zip(self._parser(self.subcommand).callback_keys, callbacks, strict=True))
-        trainer = super()._instantiate_trainer({**complete(config, made, self.model, str(self.subcommand)), **ALWAYS}, [])
+        config = complete_pretraining(config) if self.pretrains else complete(config, made, str(self.subcommand))
+        trainer = super()._instantiate_trainer({**config, **ALWAYS}, [])
         check_strategy(trainer.strategy)  # ranks of ddp_spawn and its like begin before any hook
         check_trainer(trainer, self.model)
         return trainer

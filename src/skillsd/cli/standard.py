@@ -109,43 +109,55 @@ def order_callbacks(
     return [*timers, *acting, *diagnostics, *lines, *first_of_checkpoints, *own, *recording, MemoryPlan(), *watch]
 
 
-def complete(config: dict[str, Any], made: dict[str, L.Callback], model: L.LightningModule, command: str) -> dict[str, Any]:
-    """The Trainer's arguments with what every run has; pre-training has no teacher, bank, record, panel or checkpoints of this kind.
+def complete(config: dict[str, Any], made: dict[str, L.Callback], command: str) -> dict[str, Any]:
+    """The Trainer's arguments of an experiment, with what every run has.
 
     Args:
         config: The arguments as they were given.
         made: The standard callbacks by key.
-        model: The module; `Cloning` pre-trains.
         command: `fit`, `validate`, ...
 
     Raises:
         ConfigError: see `order_callbacks`; or plugins that a run cannot have.
     """
-    pretrains = isinstance(model, Cloning)
-    config = config | {name: value for name, value in DEFAULTS.items() if config[name] is None}
-    _check_plugins(config["plugins"])
-    given = config["callbacks"] or []
     off = [key for key in made if not getattr(made[key], "enabled", True)]
     if config["enable_checkpointing"] is False:
         off.append("checkpoint")
-    if command == "fit" and off and not pretrains:
+    if command == "fit" and off:
         parallel.print_rank_zero(_unrecorded(off))
     if command == "validate":
         off = [key for key in off if key != "panel"]  # it is what a validation writes
-    if config["accelerator"] == "auto" and not torch.cuda.is_available():
-        config["accelerator"] = "cpu"  # Lightning would take others, which run none of this
-    config["callbacks"] = order_callbacks(
-        {} if pretrains else made, given if isinstance(given, list) else [given], off, config.pop("max_time", None)
-    )
-    if pretrains and config["enable_checkpointing"]:
-        raise ConfigError("trainer.enable_checkpointing: pre-training writes its model when it ends, and no checkpoints: leave it out.")
-    config["enable_checkpointing"] = not pretrains and config["enable_checkpointing"] is not False
-    config["logger"] = _loggers(config["logger"], config["default_root_dir"] or ".", pretrains)
-    if command in ("fit", "pretrain"):
-        if config["limit_val_batches"] is None and not pretrains:
+    config = _complete(config, made, off)
+    config["enable_checkpointing"] = config["enable_checkpointing"] is not False
+    config["logger"] = _loggers(True if config["logger"] is None else config["logger"], config["default_root_dir"] or ".")
+    if command == "fit":
+        if config["limit_val_batches"] is None:
             config["limit_val_batches"] = 0  # the panel is played by its callback
     elif config["limit_val_batches"] == 0:
         config["limit_val_batches"] = None  # meant for a fit
+    return config
+
+
+def complete_pretraining(config: dict[str, Any]) -> dict[str, Any]:
+    """The Trainer's arguments of a pre-training: no teacher, bank, record or panel, no checkpoints, and a logger only if one is given.
+
+    Raises:
+        ConfigError: as `complete`; or checkpoints are asked for.
+    """
+    if config["enable_checkpointing"]:
+        raise ConfigError("trainer.enable_checkpointing: pre-training writes its model when it ends, and no checkpoints: leave it out.")
+    config = _complete(config, {}, ())
+    return config | {"enable_checkpointing": False, "logger": _loggers(config["logger"] or False, config["default_root_dir"] or ".")}
+
+
+def _complete(config: dict[str, Any], made: dict[str, L.Callback], off: Sequence[str]) -> dict[str, Any]:
+    """What experiments and pre-training have in common."""
+    config = config | {name: value for name, value in DEFAULTS.items() if config[name] is None}
+    _check_plugins(config["plugins"])
+    given = config["callbacks"] or []
+    config["callbacks"] = order_callbacks(made, given if isinstance(given, list) else [given], off, config.pop("max_time", None))
+    if config["accelerator"] == "auto" and not torch.cuda.is_available():
+        config["accelerator"] = "cpu"  # Lightning would take others, which run none of this
     if config["profiler"] == "xla":
         raise ConfigError("trainer.profiler: xla profiles TPUs, which run no part of this: set it to simple, advanced or pytorch.")
     written = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}  # Lightning would log their tables, where nobody looks
@@ -154,11 +166,11 @@ def complete(config: dict[str, Any], made: dict[str, L.Callback], model: L.Light
     return config
 
 
-def _loggers(given: Any, folder: str, pretrains: bool) -> Any:
+def _loggers(given: Any, folder: str) -> Any:
     """TensorBoard in the run folder, and beside it those that are given; False without any."""
-    if given in (False, []) or (given is None and pretrains):
+    if given in (False, []):
         return False
-    own = [] if given in (None, True) else given if isinstance(given, list) else [given]
+    own = [] if given is True else given if isinstance(given, list) else [given]
     if any(isinstance(logger, TensorBoardLogger) for logger in own):
         return own
     return [TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False), *own]
