@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -33,6 +34,14 @@ def test_console_script() -> None:
     assert (
         script.load() is importlib.import_module("skillsd.__main__").main
     )  # which is light: it tells what fails while others are imported
+
+
+def test_every_module_at_the_top_is_described() -> None:
+    """The package's docstring says what each file and folder of the listing is for."""
+    top = {p.stem for p in Path(skillsd.__file__).parent.glob("*.py")} - {"__init__", "__main__"}
+    top |= {f"{p.parent.name}/" for p in Path(skillsd.__file__).parent.glob("*/__init__.py")}
+    described = set(re.findall(r"\w+/?", skillsd.__doc__ or ""))
+    assert top <= described
 
 
 def test_conf_dir_is_the_repository_s() -> None:

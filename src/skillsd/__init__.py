@@ -1,4 +1,12 @@
-"""skillsd: train multi-turn LLM agents with Skill-SD (arXiv:2604.10674). Importing this loads neither torch nor lightning."""
+"""skillsd: train multi-turn LLM agents with Skill-SD (arXiv:2604.10674). Importing this loads neither torch nor lightning.
+
+The method      module, learner, batch, optimizer, metrics, strategy; objective/, policy/, kernels/
+Its data        data, stream, panel_stream, environment, tasks, trajectory, demonstration; rollout/, engines/, skills/
+Around a run    trainer, callbacks/, files/, analysis/, study/, pretrain/, doctor
+Configuration   config_file (reads), config_errors (explains), methods (`method:`), class_paths (`skillsd config`), _conf; cli/
+Errors          errors (ConfigError, secrets), diagnosis (whose fault it is), bounded (files from elsewhere), timeouts, signals
+Small things    parallel (ranks), statistics, hashing (seeded orders), words (numbers in sentences), testing (checks an environment)
+"""
 
 import logging
 import os
