@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -93,3 +94,26 @@ def test_every_key_that_pages_name_is_one(capsys):
 def test_the_readme_has_the_experiment_of_the_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert blocks("your-environment.md", "yaml")[0] in text and len(text.splitlines()) <= 120
+
+
+def messages() -> str:
+    """Every text in the source, a line each; what is filled in stands as an ellipsis."""
+    found = []
+    for path in (ROOT / "src" / "skillsd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[a-z]", "…", node.value))
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize("page", ["troubleshooting.md", "your-model.md"])
+def test_the_messages_that_a_page_explains_exist(page):
+    rows = [row.split(" | ")[0] for row in (DOCS / page).read_text(encoding="utf-8").splitlines() if row.startswith("| `")]
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row) if len(re.findall(r"\b[a-z']{2,}\b", text)) >= 4]
+    texts = messages()
+    for text in quoted:
+        pattern = re.sub(r"\\\.\\\.\\\.|\b[A-Z]\b|\b[A-Z]{2,}\b", ".*", re.escape(text))
+        assert re.search(pattern.replace(r"\ .*", ".*"), texts), text
+    assert len(quoted) > 3
