@@ -113,9 +113,7 @@ def play(cli: Any) -> None:
         assert bool(t.instruction) == (data.env_kwargs.get("prompts") is None)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FILES if not name.startswith("method/")]
-)  # those: test_a_method_file_sets_its_method_and_nothing_else
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("method/")])  # a method has a test of its own
 def test_every_file_instantiates(fit, name, tmp_path, monkeypatch):
     cli = fit(["sokoban.yaml", name] if name.startswith(OVERLAYS) else [name])
     policy = configured(cli)
