@@ -63,7 +63,7 @@ KEYS = (
     Key("skills.summariser", ("skillsd.skills.Summariser",), tuple(f"skillsd.skills.{name}" for name in _SUMMARISERS)),
     Key("skills.context", ("skillsd.skills.PrivilegedContext",), tuple(f"skillsd.skills.{name}" for name in _CONTEXTS)),
     Key("trainer.callbacks", ("lightning.pytorch.Callback",), tuple(f"skillsd.callbacks.{name}" for name in _CALLBACKS)),
-    Key("trainer.logger", ("lightning.pytorch.loggers.Logger",)),
+    Key("trainer.logger", ("lightning.pytorch.loggers.Logger",), ("skillsd.callbacks.TrackioLogger",)),
     Key("trainer.accelerator", ("lightning.pytorch.accelerators.Accelerator",)),
     Key("trainer.strategy", ("lightning.pytorch.strategies.Strategy",)),
     Key("trainer.profiler", ("lightning.pytorch.profilers.Profiler",)),
