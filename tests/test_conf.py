@@ -396,7 +396,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("experiment", "pretraining"), PAIRS)
-def test_an_agent_is_trained_on_the_texts_it_was_taught(experiment, pretraining):
+def test_an_agent_is_trained_on_the_texts_of_its_pre_training(experiment, pretraining):
     """Skills, prompts, answers and the horizon: in pre-training as in reinforcement learning."""
     cloned, trained = read(pretraining)["data"], read(experiment)["data"]
     assert (cloned["rules"], cloned["template"]) == skill_texts(experiment)
@@ -406,7 +406,7 @@ def test_an_agent_is_trained_on_the_texts_it_was_taught(experiment, pretraining)
     ]
 
 
-def test_a_sibling_s_attempt_is_told_in_the_texts_it_was_taught(fit):
+def test_a_sibling_s_attempt_uses_the_texts_of_the_pre_training(fit):
     """An attempt that went straight to the solution reads like the skill of it."""
     turns = tuple(Turn(f"s{i}", a, 0.0) for i, a in enumerate(("up", "left", "up")))
     solved = Trajectory(0, "t", 0, 0, "", (1,), (2,), (True,), (-0.1,), turns, 1.0, 1.0, True, "done")
