@@ -9,6 +9,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "README.md", "results/*/*.md"]  # index.md includes the first
 html_theme = "furo"
 html_title = "skillsd"
+html_static_path, html_css_files = ["_static"], ["pages.css"]
 
 # Docstrings are Google's style in plain text, with code between single backticks.
 default_role = "code"
