@@ -63,7 +63,7 @@ def test_it_counts_on_in_a_resumed_run():
     assert not t.should_stop  # a larger budget goes on
 
 
-def test_whoever_stopped_the_run_before_is_heard():
+def test_a_stop_by_somebody_else_stays():
     callback, t = EnvStepBudget(100), trainer()
     t.should_stop = True
     callback.on_train_start(t, None)  # type: ignore[arg-type]

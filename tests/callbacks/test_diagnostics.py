@@ -69,7 +69,7 @@ def test_rewards_that_never_differ():
     assert counts.flat_iterations == 1 and flat_rewards(counts, over=True) == ""
 
 
-def test_rewards_that_cannot_be_told_apart():
+def test_rewards_without_differences_are_diagnosed():
     for rewards in ((0.1 + 0.2, 0.3), (1e16, 1e16 + 2, 1e16), (1e-12, 2e-12)):
         counts = after(1, [group(*rewards), group(1.0, 0.0)], metrics())
         assert repr(max(rewards)) in close_rewards(counts) and close_rewards(replace(counts, policy_weight=0.0)) == ""

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.rollout.test_collector import KWARGS, SOKOBAN
+from tests.rollout.scripted import KWARGS, SOKOBAN
 
 from skillsd.callbacks.memory import plan
 from skillsd.engines.cache import SlotCache

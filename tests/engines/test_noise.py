@@ -94,7 +94,7 @@ def test_two_levels_draw_what_one_does():
 @pytest.mark.parametrize("vocabulary", [64, 9000])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_no_distribution_are_told_by_their_log_prob(vocabulary, temperature, bad):
+def test_logits_that_are_no_distribution_have_a_log_prob_that_shows_it(vocabulary, temperature, bad):
     """And disturb no other row."""
     logits = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0))
     u = torch.tensor([0.1, 0.0, 1 - 2.0**-53, 0.9], dtype=torch.float64)

@@ -10,7 +10,7 @@ import gymnasium
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.properties.profile import examples
-from tests.rollout.test_collector import Scripted
+from tests.rollout.scripted import Scripted
 
 from skillsd.engines.engine import Completion, Request
 from skillsd.policy.nano import build_tokenizer

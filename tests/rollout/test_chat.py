@@ -330,7 +330,7 @@ def test_special_tokens_that_a_nano_environment_says():
 
 
 @pytest.mark.skipif(not (cache_folder() / "config.json").is_file(), reason="needs `make smollm2`")
-def test_special_tokens_in_what_smollm2_is_told():
+def test_special_tokens_in_a_prompt_for_smollm2_are_text():
     t = AutoTokenizer.from_pretrained(cache_folder())
     c = Chat(t, [t.eos_token_id])
     for said in SAID:
