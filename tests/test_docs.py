@@ -10,7 +10,8 @@ import gymnasium
 import pytest
 import yaml
 
-from skillsd.cli import main
+from skillsd.analysis import Run
+from skillsd.cli import COMMANDS, main
 from skillsd.config_errors import leaves
 from skillsd.metrics import METRICS
 from skillsd.tasks import read_tasks
@@ -51,6 +52,24 @@ def test_the_game_is_played_from_its_configuration(game, capsys):
     assert main(["play", "-c", "guess.yaml", "--data.tasks_file", "numbers.jsonl", "--task", "high", "--policy", "oracle"]) == 0
     assert "> 19" in capsys.readouterr().out
     assert [t.options for t in read_tasks("numbers.jsonl", "train", "train_split")] == [{"number": 10}, {"number": 2}]
+
+
+def test_classes_of_one_s_own_train(tmp_path, monkeypatch):
+    """docs/methods.md: a loss, a gate and a summariser."""
+    (tmp_path / "mine.py").write_text(blocks("methods.md", "python")[0])
+    (tmp_path / "mine.yaml").write_text(blocks("methods.md", "yaml")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    levels = ["--data.env_kwargs.splits.train.short=4", "--data.env_kwargs.splits.test.short=1", "--data.batch_tasks=4"]
+    assert main(["fit", "-c", "sokoban", "-c", "mine.yaml", "--trainer.max_epochs=2", *levels]) == 0
+    run = Run("runs/sokoban")
+    assert run.metrics["teacher/skill_share"].iloc[1] > 0 and run.metrics["loss/distillation"].iloc[1] != 0
+    assert set(run.skills["success_analysis"]) == {"solved"}
+
+
+def test_every_command_is_listed():
+    listed = re.findall(r"^skillsd (\w+)", (DOCS / "commands.md").read_text(encoding="utf-8"), re.M)
+    assert set(listed) == set(COMMANDS)
 
 
 def links(page: Path) -> list[str]:

@@ -70,8 +70,16 @@ class SynchronousSummariser(ABC):
         """See `Summariser.summarise`."""
 
     def submit(self, iteration: int, trajectories: Sequence[Trajectory]) -> None:
-        """Summarises at once."""
-        self._ready.append(finished(iteration, self.summarise(in_order(trajectories))))
+        """Summarises at once. The place of a skill says whose it is.
+
+        Raises:
+            ValueError: `summarise` returned more or fewer than it was given.
+        """
+        rows = in_order(trajectories)
+        given = self.summarise(rows)
+        if len(given) != len(rows):
+            raise ValueError(f"summarise() returned {len(given)} summaries of {len(rows)} trajectories")
+        self._ready.append(finished(iteration, [s.of(t) if isinstance(s, Skill) else s for s, t in zip(given, rows, strict=True)]))
 
     def collect(self) -> list[Finished]:
         """Everything submitted since the last call."""
