@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
-    "skillsd.cli", "skillsd_sokoban", "skillsd.skills.callback", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard",
+    "skillsd.cli.launch", "skillsd_sokoban", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard",
 )  # fmt: skip
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 """On a CPU numbers are equal to the bit."""

@@ -11,7 +11,7 @@ import yaml
 from bitsandbytes.nn import Linear4bit
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import skillsd.cli
+import skillsd.cli.launch
 from skillsd import conf_dir
 from skillsd.callbacks import EnvStepBudget, Panel, RunCheckpoint, RunLog, TeacherSync
 from skillsd.cli.standard import STANDARD
@@ -56,11 +56,11 @@ def fit(monkeypatch, tmp_path, tiny_model) -> Callable[..., Any]:
     """Files and flags -> what `skillsd fit` has made of them, just before it would run."""
     made = []
 
-    class Stopped(skillsd.cli.CLI):
+    class Stopped(skillsd.cli.launch.CLI):
         def _run_subcommand(self, subcommand: str) -> None:
             made.append(self)
 
-    monkeypatch.setattr(skillsd.cli, "CLI", Stopped)
+    monkeypatch.setattr(skillsd.cli.launch, "CLI", Stopped)
 
     def make(files: list[str], *flags: str) -> Any:
         key = "--model.policy"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from skillsd import __main__, cli, config_errors, errors
+from skillsd import cli, config_errors, errors
 from skillsd.analysis.provenance import installed
 from skillsd.diagnosis import blame, explain, report
 from skillsd.errors import ConfigError
@@ -111,7 +111,7 @@ def test_memory_and_gpu_errors_are_explained():
 def test_a_terminal_that_has_no_such_characters(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr("skillsd.cli.config", lambda *_: print("Löse es"))
+    monkeypatch.setattr("skillsd.class_paths.config", lambda *_: print("Löse es"))
     assert cli.main(["config"]) == 0
     assert out.buffer.getvalue() == b"L\\xf6se es\n"  # type: ignore[attr-defined]
 
@@ -147,10 +147,8 @@ def test_importing_may_be_stopped_or_fail(monkeypatch, capsys, raises, code):
         def __getattr__(self, name: str) -> Any:
             raise raises
 
-    monkeypatch.setitem(sys.modules, "skillsd.cli", Stub("skillsd.cli"))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(__main__, "open_streams", lambda: None)
-    assert __main__.main() == code
+    monkeypatch.setitem(sys.modules, "skillsd.cli.launch", Stub("skillsd.cli.launch"))
+    assert cli.main(["fit", "-c", "sokoban"]) == code
     assert capsys.readouterr().err.count("\n") == (code == 2)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import socket
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -29,7 +30,7 @@ ROW = {"check": "worlds", "state": "limited", "detail": "3 of 4 [red]found[/red]
 def tell(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run `skillsd doctor`; what it printed."""
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "CLI", None)  # it is not built
+    monkeypatch.setitem(sys.modules, "skillsd.cli.launch", None)  # it is not imported
 
     def call(*flags: str) -> str:
         assert cli.main(["doctor", *flags]) == 0
@@ -117,11 +118,11 @@ def test_nf4_that_fails_is_reported(monkeypatch):
     def broken(device: str) -> float:
         raise RuntimeError("no kernel\nimage")
 
-    monkeypatch.setattr(doctor, "nf4_error", broken)
+    monkeypatch.setattr("skillsd.policy.probe.nf4_error", broken)
     state, detail, fix = doctor.bitsandbytes()
     assert state == "limited" and "nf4 on cpu fails (RuntimeError: no kernel image)" in detail and "'bitsandbytes<" in fix
     for wrong in (0.9, math.nan):
-        monkeypatch.setattr(doctor, "nf4_error", lambda device, wrong=wrong: wrong)
+        monkeypatch.setattr("skillsd.policy.probe.nf4_error", lambda device, wrong=wrong: wrong)
         state, detail, _ = doctor.bitsandbytes()
         assert state == "limited" and "nf4 on cpu is wrong" in detail
 

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
-from skillsd.diagnosis import explain, report
-from skillsd.errors import redacted
+from skillsd import cli
 
 
 def main() -> int:
-    """`cli.main`, and what may go wrong before it: importing takes seconds, and needs packages that may be missing or broken."""
     open_streams()
-    sys.excepthook = report
-    try:
-        from skillsd.cli import main as run
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except Exception as e:
-        line = explain(e)
-        if os.environ.get("SKILLSD_DEBUG") == "1" or line is None:
-            raise
-        print(f"error: {redacted(line)}", file=sys.stderr)
-        return 2
-    return run()
+    return cli.main()
 
 
 def open_streams() -> None:

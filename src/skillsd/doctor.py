@@ -3,6 +3,8 @@
 Environments bring rows of their own through the entry-point group `skillsd.doctor`: each entry point names a callable without arguments
 that returns a list of dicts {check, state, detail, fix}, all str; state is `ok`, `limited` (works, with less) or `missing`; fix is the
 command, or "" where nothing is to be done.
+
+A check imports what it looks at: a package that is broken is a row, and the command's first line comes at once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from contextlib import redirect_stdout
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
 from typing import Any
 
-import torch
 from huggingface_hub import constants as hub
 from rich.console import Console
 from rich.table import Table
@@ -27,8 +28,6 @@ from rich.text import Text
 
 from skillsd import __version__
 from skillsd.errors import ConfigError, Parser, causes
-from skillsd.policy.probe import nf4_error
-from skillsd.policy.smollm2 import cached_folder
 from skillsd.timeouts import Failure, Threads
 from skillsd.words import count
 
@@ -91,12 +90,16 @@ def python() -> Finding:
 
 
 def pytorch() -> Finding:
+    import torch
+
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     return "ok", f"{torch.__version__}, {build}, {count(torch.get_num_threads(), 'CPU thread')}", ""
 
 
 def gpu() -> Finding:
     """Its name and memory; skillsd runs without one, so none is `limited`."""
+    import torch
+
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         return "ok", "; ".join(f"{c.name}, {c.total_memory / 2**30:.0f} GiB" for c in cards), ""
@@ -110,6 +113,10 @@ def gpu() -> Finding:
 
 def bitsandbytes() -> Finding:
     """Its version, and that nf4 really computes, on the CPU and on the GPU if there is one."""
+    import torch
+
+    from skillsd.policy.probe import nf4_error
+
     state, found, fix = _package("bitsandbytes", "for models in 4 bits (model.policy.quantise: nf4)")
     if state != "ok":
         return state, found, fix
@@ -162,6 +169,8 @@ def _head(url: str, seconds: float) -> str:
 
 
 def smollm2() -> Finding:
+    from skillsd.policy.smollm2 import cached_folder
+
     try:
         return "ok", str(cached_folder()), ""
     except ConfigError:
@@ -173,6 +182,8 @@ def openai() -> Finding:
 
 
 def triton() -> Finding:
+    import torch
+
     if torch.cuda.is_available():
         return _package("triton", "comes with torch for CUDA")
     state, detail, _ = _package("triton", "comes with torch for CUDA; a CPU does without", "optional")
@@ -221,6 +232,7 @@ def doctor(args: Sequence[str]) -> None:
     parser = Parser(prog="skillsd doctor", description="Show what is installed, what is missing, and the command that adds it.")
     parser.add_argument("--json", action="store_true", help="print a list of {check, state, detail, fix} instead of a table")
     as_json = parser.parse_args(args).json
+    print(f"skillsd {__version__}: looking at what is installed ...", file=sys.stderr, flush=True)
     found = rows()
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.properties.profile import examples
 
-import skillsd.cli
+import skillsd.cli.launch
 from skillsd import conf_dir
 from skillsd.rollout import RolloutSettings
 
@@ -54,11 +54,11 @@ def overlay(entries: list[tuple[tuple[str, ...], str | None, Any]]) -> dict[str,
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Text of an overlay -> exit code and what was said; everything is built, nothing is run."""
 
-    class Built(skillsd.cli.CLI):
+    class Built(skillsd.cli.launch.CLI):
         def _run_subcommand(self, subcommand: str) -> None:
             pass
 
-    monkeypatch.setattr(skillsd.cli, "CLI", Built)
+    monkeypatch.setattr(skillsd.cli.launch, "CLI", Built)
     monkeypatch.chdir(tmp_path)
 
     def call(text: str | bytes) -> tuple[int, str]:

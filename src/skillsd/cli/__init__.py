@@ -1,67 +1,59 @@
-"""The command line: fit, pretrain, validate, export, play, serve, show, view, report, skills, study, config, doctor."""
+"""The command line. `main` chooses the command and imports what it needs alone: torch and Lightning take seconds."""
 
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import select
 import sys
-import warnings
 from io import TextIOWrapper
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import ArgsType
-from transformers.utils import logging as transformers_logging
-
-from skillsd import __version__, parallel
+from skillsd import __version__
 from skillsd.bounded import visible
-from skillsd.callbacks.run_config import SaveRunConfig
-from skillsd.class_paths import config
-from skillsd.cli.arguments import CONFIG, arguments, find, packaged, resolve
-from skillsd.cli.configured import CLI, EXPERIMENT, PRETRAINING
-from skillsd.cli.owner import RunOwner
-from skillsd.cli.values import correct_jsonargparse
 from skillsd.config_errors import did_you_mean
 from skillsd.diagnosis import explain, report, where
-from skillsd.doctor import doctor, rows
 from skillsd.errors import ConfigError, redacted
-from skillsd.methods import expanded
 from skillsd.signals import guarded
-from skillsd.trainer import Trainer
 
-__all__ = ["CLI", "main"]
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
 
-TITLE = (
-    "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban. "
-    "Look at a run: skillsd show, skillsd view; hand it on: skillsd report. Take its skills to another: skillsd skills. "
-    "Methods x seeds and a report: skillsd study. Installed: skillsd doctor. vLLM on another GPU for rollouts: skillsd serve. "
-    "Classes by key: skillsd config"
-)
-COMMANDS = ("fit", "pretrain", "validate", "export", "play", "serve", "show", "view", "report", "skills", "study", "config", "doctor")
-CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
-"""Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
-any function a file names."""
+__all__ = ["main"]
+
+GROUPS = {
+    "train": {
+        "fit": "train an agent, or go on with a run: skillsd fit -c sokoban",
+        "pretrain": "clone demonstrations into a model or adapter, before any reward",
+        "study": "methods x seeds as resumable runs, with statistics and a report",
+        "serve": "start vLLM on another GPU, for the rollouts of a fit",
+    },
+    "look": {
+        "show": "how a run goes, in the terminal; its trajectories, tasks and skills",
+        "view": "the same in the browser, live: boards, tokens, skills",
+        "play": "one episode, turn by turn, of a run's agent or of the environment's own solution",
+        "validate": "play the held-out tasks with a run's last checkpoint",
+    },
+    "share": {
+        "report": "a run as one HTML file and as Markdown",
+        "export": "the trained adapter as a PEFT folder",
+        "skills": "export, import or search a run's skills",
+    },
+    "set up": {
+        "doctor": "what is installed, what is missing, and how to get it",
+        "config": "which classes each key takes, and which a file selects",
+    },
+}
+"""The commands by what they are for, with a line each."""
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
 
-def quiet() -> None:
-    """Leave the terminal to the progress bar and the table."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    known = ("num_workers", "eval mode at the start", "activation_checkpointing", "transfer_batch_to_device", "manual optimization")
-    for text in (
-        *known,
-        "args parameter",
-        "litlogger",
-        "treespec",
-        "no last checkpoint available",
-        "dirpath has changed",
-        "exists and is not empty",
-        "The AccumulateGrad node's stream",  # DDP is made beside the stream that trains; the engine waits for both
-    ):
-        warnings.filterwarnings("ignore", message=f"(?s).*{text}")
+def overview() -> str:
+    """What `skillsd --help` prints."""
+    lines = ["usage: skillsd COMMAND ...", "", "Train multi-turn LLM agents with Skill-SD. Begin with: skillsd fit -c sokoban"]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {command:9} {line}" for command, line in commands.items())]
+    return "\n".join([*lines, "", "skillsd COMMAND --help says more; skillsd --version."])
 
 
 def main(args: ArgsType = None) -> int:
@@ -71,10 +63,7 @@ def main(args: ArgsType = None) -> int:
     _print_anything()
     argv = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
     argv = argv or ["--help"]
-    quiet()
-    correct_jsonargparse()
     sys.excepthook = report
-    set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True)
     with guarded() as guard:
         try:
             _check_folder()
@@ -92,7 +81,7 @@ def main(args: ArgsType = None) -> int:
             line = explain(e)
             if os.environ.get("SKILLSD_DEBUG") == "1" or line is None:
                 raise
-            print(f"{parallel.name()}error: {redacted(line)}", file=sys.stderr)
+            print(f"{_rank()}error: {redacted(line)}", file=sys.stderr)
             _unwritten()
             return 2
         except (KeyboardInterrupt, SystemExit) as e:
@@ -107,61 +96,91 @@ def main(args: ArgsType = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    command, args = argv[0], argv[1:]
     if argv == ["--version"]:
         print(f"skillsd {__version__}")
         return 0
-    match argv[0]:  # commands without a configuration; what they import is slow (pandas, matplotlib), so late
+    if argv in (["--help"], ["-h"]):
+        print(overview())
+        return 0
+    match command:
         case "config":  # it imports nothing that a file names
-            config(argv[1:], lambda name: expanded(find(name).config))
+            from skillsd.class_paths import config
+            from skillsd.cli.arguments import find
+            from skillsd.methods import expanded
+
+            config(args, lambda name: expanded(find(name).config))
         case "doctor":
-            doctor(argv[1:])
+            from skillsd.doctor import doctor
+
+            doctor(args)
         case "show":
             from skillsd.analysis.show import show
 
-            show(argv[1:])
+            show(args)
         case "view":
             from skillsd.analysis.view import view
 
-            view(argv[1:])
+            view(args)
         case "report":
             from skillsd.analysis.report import report as make_report
 
-            make_report(argv[1:], lambda: rows(network=False))
+            make_report(args, _checks)
         case "skills":
             from skillsd.analysis.skills import skills
 
-            skills(argv[1:])
+            skills(args)
         case "study":
+            from skillsd.cli.arguments import packaged, resolve
+            from skillsd.cli.values import prepare_parsers
             from skillsd.study import study
 
+            prepare_parsers()
             return study(resolve(argv).args[1:], packaged)
         case _:
-            run_configured(argv)
+            _run_configured(argv)
     return 0
 
 
-def run_configured(argv: list[str]) -> None:
-    """fit, pretrain, validate, export, play, serve: what a configuration describes."""
-    if argv[0] == "play" and not any(a.flag in ("", "-c", "--config") for a in arguments(argv[1:])):
+def _checks() -> list[dict[str, str]]:
+    from skillsd.doctor import rows
+
+    return rows(network=False)
+
+
+def _run_configured(argv: list[str]) -> None:
+    """Run fit, pretrain, validate, export, play or serve: what a configuration describes.
+
+    What is wrong with the names on the command line is said before torch and Lightning are imported.
+    """
+    from skillsd.cli.arguments import ALONE, CONFIG, arguments, resolve
+
+    command = argv[0]
+    if command == "play" and not any(a.flag in ("", *CONFIG) for a in arguments(argv[1:])):
         argv = ["play", "-c", "sokoban", *argv[1:]]
-    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        raise ConfigError(f"{visible(argv[0])} is no command{did_you_mean(argv[0], COMMANDS)}: skillsd {', '.join(COMMANDS)}.")
-    if argv[0] in CONFIG and (command := next((x for x in argv if x in COMMANDS), "")):
-        raise ConfigError(f"{argv[0]} stands before the command: skillsd {command} {' '.join(argv[:2])} ...")
+    if command in CONFIG and (later := next((x for x in argv if x in COMMANDS), "")):
+        raise ConfigError(f"{command} stands before the command: skillsd {later} {' '.join(argv[:2])} ...")
+    if command not in COMMANDS:
+        what = "flag" if command.startswith("-") else "command"
+        raise ConfigError(f"{visible(command)} is no {what}{did_you_mean(command, COMMANDS)}: skillsd {', '.join(COMMANDS)}.")
     request = resolve(argv)
-    model, data = PRETRAINING if argv[0] == "pretrain" else EXPERIMENT
-    with RunOwner() as owner:
-        CLI(
-            request=request,
-            owner=owner,
-            model_class=model,
-            datamodule_class=data,
-            trainer_class=Trainer,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "skillsd", "exit_on_error": False, "description": TITLE},
-        )
+    asks = any(a.flag in ALONE for a in arguments(argv[1:]))
+    if not asks and "lightning" not in sys.modules and not _is_later_rank():
+        print(f"skillsd {__version__}: importing PyTorch and Lightning ...", file=sys.stderr, flush=True)
+    from skillsd.cli.launch import launch
+
+    launch(request)
+
+
+def _is_later_rank() -> bool:
+    """Return whether a launcher's variables give this process another rank than 0: rank 0 speaks for all."""
+    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _rank() -> str:
+    """What stands in front of this rank's lines, "" unless there are several."""
+    parallel: Any = sys.modules.get("skillsd.parallel")  # a command without torch has one rank
+    return str(parallel.name()) if parallel is not None else ""
 
 
 def _check_folder() -> None:

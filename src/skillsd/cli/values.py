@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import _typehints, set_dumper
+from jsonargparse import _typehints, set_dumper, set_parsing_settings
 
 from skillsd.config_file import as_yaml, dump_config
 
@@ -20,6 +20,17 @@ _flag: ContextVar[str | None] = ContextVar("flag", default=None)
 
 _original_typehints, _original_class_type = _typehints.adapt_typehints, _typehints.adapt_class_type
 _original_call, _original_check = _typehints.ActionTypeHint.__call__, _typehints.ActionTypeHint._check_type
+
+
+CALLS_ANY = ["lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function", "pytorch_lightning"]
+"""Class paths that are refused before they are imported, beside jsonargparse's own list (os, subprocess, pickle, ...): the callback calls
+any function a file names."""
+
+
+def prepare_parsers() -> None:
+    """Set what all parsers of a process have in common, and correct jsonargparse."""
+    correct_jsonargparse()
+    set_parsing_settings(import_path_denylist=CALLS_ANY, instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True)
 
 
 def correct_jsonargparse() -> None:

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from skillsd.errors import ConfigError
 from skillsd.study.cells import LOG, Cell, version_and_commit
 from skillsd.study.results import CellResult, read_cell, write_results
@@ -61,6 +59,8 @@ def locked(folder: Path) -> Iterator[int]:
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name, one entry a GPU."""
+    import torch  # late: `skillsd study --help` needs none
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(i) for i in range(torch.cuda.device_count())] if visible is None else [x.strip() for x in visible.split(",") if x.strip()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def view(args: Sequence[str]) -> None:
     if not token.replace("-", "").replace("_", "").isalnum() or not token.isascii():
         raise ConfigError("--token: give letters, digits, - and _ alone, as it is part of an address.")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line a request
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a model is loaded for a page, not for the terminal
     with Site([str(folder_of(run)) for run in given.runs], given.device) as site:
         try:
             if given.port:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -18,7 +18,6 @@ from skillsd.analysis.plots import CURVES
 from skillsd.analysis.provenance import lookup
 from skillsd.analysis.render import Picture
 from skillsd.analysis.run import Run, text_frame
-from skillsd.analysis.score import Scorer
 from skillsd.analysis.similar import SkillIndex
 from skillsd.analysis.view.site import OpenRun
 from skillsd.bounded import visible
@@ -27,6 +26,9 @@ from skillsd.errors import ConfigError
 from skillsd.skills.skill import FIELDS, Skill
 from skillsd.statistics import paired_difference
 from skillsd.words import count
+
+if TYPE_CHECKING:
+    from skillsd.analysis.score import Scorer
 
 MAX_CURVES = 100
 """On one page; a run measures half as many things."""

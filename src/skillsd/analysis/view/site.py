@@ -7,16 +7,15 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from skillsd.analysis.pictures import Pictures
 from skillsd.analysis.run import Run
-from skillsd.analysis.score import Scorer
 from skillsd.errors import ConfigError, causes
-from skillsd.files.checkpoint import newest_good
 from skillsd.files.run_folder import CHECKPOINTS, FILES, VALIDATIONS_FILE
+
+if TYPE_CHECKING:
+    from skillsd.analysis.score import Scorer
 
 T = TypeVar("T")
 
@@ -83,6 +82,11 @@ class OpenRun:
         Raises:
             ConfigError: there is no checkpoint yet, or its model cannot be had here.
         """
+        import torch  # late: pages that score no tokens need no model, and are there at once
+
+        from skillsd.analysis.score import Scorer
+        from skillsd.files.checkpoint import newest_good
+
         with self._scoring:
             path = newest_good(self.run.folder / CHECKPOINTS)
             checkpoint = path and (path, path.stat().st_mtime_ns)
