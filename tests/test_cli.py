@@ -177,6 +177,21 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no arguments of a class": (["-c", "odd.yaml"], r"data\.env_kwargs\.size\.class_path\.init_args is no mapping"),
     "a list for arguments": (["-c", "list.yaml"], r"teacher is no mapping"),
     "null for a dataclass": (["--model.policy.lora=null"], r"model\.policy\.lora: null is no value"),
+    "null for the optimizer": (["--model.optimizer=null"], r"model\.optimizer: null is no value"),
+    "null for the optimizer in a file": (["-c", "optimizer.yaml"], r"optimizer\.yaml: model\.optimizer is null"),
+    "null for the objective in a file": (["-c", "objective.yaml"], r"objective\.yaml: model\.objective is null"),
+    "null for the rollout in a file": (["-c", "rollout.yaml"], r"rollout\.yaml: data\.rollout is null"),
+    "unknown argument of a class": (
+        ["--model.objective.gate=skillsd.objective.SigmoidGate", "--model.objective.gate.init_args.bete=3"],
+        r"--model\.objective\.gate\.init_args\.bete: .*SigmoidGate.*did you mean beta\?.* beta",
+    ),
+    "unknown argument of a class in a file": (
+        ["-c", "gate.yaml"], r"gate\.yaml: model\.objective\.gate\.init_args\.bete: .*did you mean beta\?",
+    ),
+    "unknown argument of a class in a list": (
+        ["-c", "budget.yaml"], r"budget\.yaml: trainer\.callbacks\.init_args\.step: .*did you mean steps\?",
+    ),
+    "an abbreviated flag": (["--trainer.max_epoch=1"], r"--trainer\.max_epoch: .*did you mean trainer\.max_epochs\?"),
     "null for a choice": (["--model.optimizer.schedule=null"], r"model\.optimizer\.schedule: it is null"),
     "a class that cannot be built": (
         ["--trainer.callbacks+={class_path: skillsd.callbacks.RunCheckpoint, init_args: {every_n_train_steps: -2}}"],
@@ -193,7 +208,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a flag that names a key twice": (["--model.policy.lora={r: 2, r: 4}"], r"--model\.policy\.lora: the key r"),
     "an address as the run folder": (["--trainer.default_root_dir=s3://bucket/run"], r"trainer\.default_root_dir: s3://bucket/run "),
     "no such class": (["--model.objective.gate=NoGate"], r"model\.objective\.gate: .*NoGate.*TraceGate"),
-    "no number of epochs": (["--trainer.max_epochs=x"], r"trainer\.max_epochs: Expected"),
+    "no number of epochs": (["--trainer.max_epochs=many"], r"trainer\.max_epochs: .*int.*many"),
+    "no share of batches": (["--trainer.limit_val_batches=many"], r"trainer\.limit_val_batches: .*int.*float.*many"),
     "no temperature": (["--data.rollout.temperature=0"], r"rollout\.temperature"),
     "no checkpoint": (["--ckpt_path=nosuch.ckpt"], r"ckpt_path: no checkpoint at nosuch\.ckpt"),
     "no accelerator": (["--trainer.accelerator=nosuch"], "accelerator='nosuch'"),
@@ -215,6 +231,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
     (tmp_path / "odd.yaml").write_text("data: {env_kwargs: {size: {class_path: {class_path: x.Y, init_args: 3}}}}\n")
     (tmp_path / "typo.yaml").write_text("model: {optimizer: {lrr: 1}}\n")
     (tmp_path / "list.yaml").write_text("teacher: [{class_path: x.Y, init_args: 3}]\n")
+    (tmp_path / "optimizer.yaml").write_text("model: {optimizer: null}\n")
+    (tmp_path / "objective.yaml").write_text("model: {objective: null}\n")
+    (tmp_path / "rollout.yaml").write_text("data: {rollout: null}\n")
+    (tmp_path / "gate.yaml").write_text("model: {objective: {gate: {class_path: skillsd.objective.SigmoidGate, init_args: {bete: 3}}}}\n")
+    (tmp_path / "budget.yaml").write_text("trainer: {callbacks: [{class_path: skillsd.callbacks.EnvStepBudget, init_args: {step: 3}}]}\n")
     (tmp_path / "class.yaml").write_text("model: {objective: {gate: {class_path: {a: 1}}}}\n")
     (tmp_path / "null.yaml").write_text('trainer: "\\0"\n')
     (tmp_path / "no.yaml").write_text("skills: {refresh: no}\n")

@@ -68,6 +68,18 @@ def no_such_key(key: str, known: Iterable[str], command: str) -> str:
     return f"there is no key {key}{did_you_mean(key, known)}: {cure}"
 
 
+def unknown_argument(message: str) -> tuple[str, str] | None:
+    """The key of an argument that a class does not take, and what to say of it; None if the message is about something else."""
+    found = re.search(r"Problem with given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message)
+    kind = found and imported(found[1])
+    if not found or kind is None:
+        return None
+    path, name = found.groups()
+    taken = [p.name for p in inspect.signature(kind).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    said = f"{path} has no argument {name}{did_you_mean(name, taken)}: it takes {', '.join(taken) or 'none'}."
+    return f"{_key(message)}.init_args.{name}", said
+
+
 def refuse_nulls(config: Mapping[str, Any], types: Mapping[str, type]) -> None:
     """jsonargparse takes a null for "not given", whatever the key's type; the class would get it, and fail now or in the middle of a run.
 
@@ -232,7 +244,7 @@ def parser_error(message: str, under: str = "") -> str:
         lines = [line.replace("no key ", f"no key {key}.init_args.") for line in lines]
     said = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
     said = [line for line in said if not line.startswith("Expected a path but ")] or said  # a class may also be given as a file
-    said = [_untyped(line) for line in said]
+    said = _with_value([_untyped(line) for line in said], message)
     head = f"{key}: " if key else ""
     if message.startswith("unrecognized arguments: "):
         return f"{message.removeprefix('unrecognized arguments: ')}: there is no such key ({_SHOWN})"
@@ -244,12 +256,21 @@ def parser_error(message: str, under: str = "") -> str:
 
 def _untyped(line: str) -> str:
     """A parser's line about a type, without Python's notation."""
-    line = re.sub(r"^Expected a <class '(\w+)'>", r"Expected: \1", line)
+    line = re.sub(r"^Expected a <class '(?:[\w.]+\.)?(\w+)'>", r"Expected: \1", line)
     line = re.sub(r"^Expected a typing\.Literal\[(.+?)\]", r"Expected one of \1", line)
     line = re.sub(r"^Expected:? (.+)\. Got value: None$", r"it is null and takes none: give \1, or leave it out", line)
     return re.sub(
         r"^Expected a dot import path string: (.+)", r"\1 is the name of no class: give its path (`skillsd config` lists them)", line
     )
+
+
+def _with_value(lines: list[str], message: str) -> list[str]:
+    """The lines with those that name a type made one, which also says the value that was given."""
+    kinds = [line.removeprefix("Expected: ") for line in lines if re.fullmatch(r"Expected: \w+", line)]
+    given = re.search(r"^ *Given value: (.{1,200})", message, re.MULTILINE)
+    if not kinds or given is None:
+        return lines
+    return [f"Expected: {' or '.join(kinds)}. Got value: {given[1]}", *(x for x in lines if not re.fullmatch(r"Expected: \w+", x))]
 
 
 def _key(message: str) -> str:

@@ -30,13 +30,21 @@ from skillsd.policy import PolicySettings
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer with three more things to do with a run.
+    """Devices, epochs, callbacks and loggers of a run: Lightning's Trainer, which can also export, pre-train, play and serve.
 
     Attributes:
         skillsd_config: The resolved configuration, for the loggers.
     """
 
     skillsd_config: dict[str, Any]
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Train an agent with Skill-SD or another method, or go on with a run whose folder is named."""
+        super().fit(*args, **kwargs)
+
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """Play the panel, the held-out tasks, with an agent or with a run's newest checkpoint."""
+        return super().validate(*args, **kwargs)
 
     def export(self, model: L.LightningModule, datamodule: L.LightningDataModule, out: str, ckpt_path: str | None = "last") -> None:
         """Write a checkpoint's student as a PEFT folder.

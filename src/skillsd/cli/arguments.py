@@ -70,11 +70,16 @@ class Request:
         return next((f.removeprefix("--").removesuffix(".class_path") for f, value in self.flags.items() if value == class_path), "")
 
     def place_of(self, key: str) -> str:
-        """Where a key is given: the name of the last file that has it, or its flag."""
+        """Where a key is given: the last file that has it, or its flag. The key of a list's item is without its number."""
         for named in reversed(self.configs):
-            if any(f"{found}.".startswith(f"{key}.") for found, _ in leaves(named.config)):
-                return named.name
+            if any(re.sub(r"\.\d+(?=\.)", "", f"{found}.").startswith(f"{key}.") for found, _ in leaves(named.config)):
+                return named.name if named.run is None else str(named.run / CONFIG_FILE)
         return f"--{key}"
+
+    def naming(self, key: str) -> str:
+        """A key with the file that gives it, or as the flag that it was given with."""
+        place = self.place_of(key)
+        return place if place == f"--{key}" else f"{place}: {key}"
 
 
 def arguments(args: Sequence[str]) -> list[Argument]:

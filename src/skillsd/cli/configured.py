@@ -23,10 +23,21 @@ from skillsd.callbacks import RunCheckpoint
 from skillsd.callbacks.run_config import SaveRunConfig
 from skillsd.class_paths import refused_class, unknown_class
 from skillsd.cli.arguments import Request
-from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, add_with_groups, check_values, correct_help
+from skillsd.cli.flags import ALWAYS, add_seed, add_trainer_arguments, add_with_groups, check_values, correct_help, settings_groups
 from skillsd.cli.owner import RunOwner
 from skillsd.cli.standard import STANDARD, check_trainer, complete, complete_pretraining
-from skillsd.config_errors import leaves, no_such_key, parser_error, reading, refuse_nulls, refuse_shapes, refusing, specifying, unknown_key
+from skillsd.config_errors import (
+    leaves,
+    no_such_key,
+    parser_error,
+    reading,
+    refuse_nulls,
+    refuse_shapes,
+    refusing,
+    specifying,
+    unknown_argument,
+    unknown_key,
+)
 from skillsd.data import RolloutData
 from skillsd.diagnosis import blame
 from skillsd.errors import SURE, ConfigError, hold_keys, hold_secret, secrets, without_keys
@@ -67,6 +78,10 @@ class CLI(LightningCLI):
         self.standard = {} if self.pretrains else STANDARD
         self.chosen = False  # the checkpoint, by us
         super().__init__(args=request.args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that takes a flag by its whole name alone: `--trainer.max_epoch` is a mistake, and no short form."""
+        return super().init_parser(**kwargs, allow_abbrev=False)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != self.request.command:
@@ -139,6 +154,9 @@ class CLI(LightningCLI):
             if (key := unknown_key(str(e))) and not self.request.command.startswith("-"):
                 known = [a.dest for a in self._parser(self.request.command)._actions if a.help != SUPPRESS]
                 raise ConfigError(f"{self.request.place_of(key)}: {no_such_key(key, known, self.request.command)}") from e
+            if argument := unknown_argument(str(e)):
+                key, said = argument
+                raise ConfigError(f"{self.request.naming(key)}: {said}") from e
             key = line.partition(": ")[0]
             said = blame(e) or refused_class(str(e)) or unknown_class(key, str(e))
             raise ConfigError(f"{key}: {said}" if said else line) from e
@@ -156,6 +174,9 @@ class CLI(LightningCLI):
         types = {"trainer": L.Trainer, "model": self.classes[0], "data": self.classes[1], **self.standard}
         refuse_shapes(nested, types)
         refuse_nulls(nested, types)
+        groups = [(key, name) for key in ("model", "data") for name in settings_groups(types[key])]
+        for key in (f"{part}.{name}" for part, name in groups if nested[part][name] is None):
+            raise ConfigError(f"{self.request.naming(key)} is null: give its keys, or leave it out.")
         check_values(nested["trainer"])
         if config.get("weights_only") is False:
             raise ConfigError("weights_only is false: a checkpoint is read as data only, or it could run code: leave it out.")

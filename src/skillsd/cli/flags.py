@@ -119,11 +119,17 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{key}", type=_refusing(refusal), default=SUPPRESS, help=SUPPRESS)
 
 
+def settings_groups(kind: type) -> dict[str, type]:
+    """The parameters of a class that are `a dataclass | None`, each with its dataclass."""
+    hints = get_type_hints(vars(kind)["__init__"])
+    return {name: part for name, hint in hints.items() for part in get_args(hint) if isinstance(part, type) and is_dataclass(part)}
+
+
 def add_with_groups(parser: LightningArgumentParser, kind: type, key: str) -> None:
     """Add a class's parameters below `key`. One that is `a dataclass | None` gets a key for each of its settings, which `--help` lists and
     `--print_config` writes out; jsonargparse would hide them behind the null.
     """
-    groups = {name: part for name, hint in get_type_hints(vars(kind)["__init__"]).items() for part in get_args(hint) if is_dataclass(part)}
+    groups = settings_groups(kind)
     for name, part in reversed(groups.items()):
         parser.add_class_arguments(part, f"{key}.{name}", fail_untyped=False, sub_configs=True)
     parser.add_class_arguments(kind, key, fail_untyped=False, sub_configs=True, skip=set(groups))
