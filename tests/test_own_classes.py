@@ -67,6 +67,21 @@ def own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.parametrize("named", ["skills.summariser=lies_here.Whole", "model.objective.gate=lies_here.OwnGate"])
+def test_the_present_folder_is_importable(tmp_path, monkeypatch, capsys, named):
+    (tmp_path / "lies_here.py").write_text(
+        SOURCE + "from skillsd import Gate\nclass OwnGate(Gate):\n    def __call__(self, t):\n        return t.gap\n"
+    )
+    (tmp_path / "lightning.py").write_text("raise SystemExit('a file here has taken the place of a package')")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "-c", "sokoban", f"--{named}", "--print_config"])
+    assert stop.value.code == 0 and named.partition("=")[2] in capsys.readouterr().out
+    assert sys.path == before
+    sys.modules.pop("lies_here")
+
+
 @pytest.mark.parametrize("flag", REFUSED)
 def test_what_a_class_lacks_is_said(own_classes: None, capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert cli.main(["fit", "-c", "sokoban", f"--{flag}"]) == 2

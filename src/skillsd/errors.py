@@ -28,7 +28,7 @@ class Parser(ArgumentParser):
 
 def no_module(name: str) -> str:
     """What to do where a module that a configuration names is not found."""
-    return f"there is no module {name} on the Python path: install it, or name its folder, as in PYTHONPATH=. skillsd ..."
+    return f"there is no module {name}, neither here nor among the packages: install it, or call skillsd in its folder, or set PYTHONPATH."
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -161,6 +161,13 @@ def test_a_first_checkpoint_that_was_never_finished_is_not_missed(run):
         (run / "metrics.csv").write_text("x")
 
 
+@pytest.mark.parametrize("ckpt_path", ["last", None])
+def test_a_run_killed_while_its_record_was_first_written_had_not_begun(tmp_path, ckpt_path):
+    temporary(tmp_path / "run.json").write_text("{")
+    begin(tmp_path, ckpt_path)
+    assert names(tmp_path) == [] and read_record(tmp_path) == RunRecord()
+
+
 def test_half_a_discarded_run_is_no_run(run, monkeypatch):
     """Killed in the middle of --overwrite, `last` does the rest, imported skills included."""
     fill(run, BEFORE, 0)

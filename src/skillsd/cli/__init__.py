@@ -6,6 +6,8 @@ import gc
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,8 @@ GROUPS = {
 }
 """The commands by what they are for, with a line each."""
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
+FROM_HERE = ("fit", "pretrain", "validate", "export", "play", "serve", "study", "view", "report")
+"""Commands that import what a configuration names: a class or an environment of one's own may lie in the present folder."""
 
 
 def overview() -> str:
@@ -67,7 +71,8 @@ def main(args: ArgsType = None) -> int:
     with guarded() as guard:
         try:
             _check_folder()
-            code = _run(argv)
+            with _this_folder_importable() if argv[0] in FROM_HERE else nullcontext():
+                code = _run(argv)
             if guard.failed:
                 raise guard.failed[0]
             if sys.stdout is not None:
@@ -181,6 +186,20 @@ def _rank() -> str:
     """What stands in front of this rank's lines, "" unless there are several."""
     parallel: Any = sys.modules.get("skillsd.parallel")  # a command without torch has one rank
     return str(parallel.name()) if parallel is not None else ""
+
+
+@contextmanager
+def _this_folder_importable() -> Iterator[None]:
+    """Put the present folder behind all packages on the path: no file in it takes the place of one."""
+    here = os.getcwd()
+    if here in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _check_folder() -> None:

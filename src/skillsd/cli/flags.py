@@ -121,7 +121,7 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
 
 def settings_groups(kind: type) -> dict[str, type]:
     """The parameters of a class that are `a dataclass | None`, each with its dataclass."""
-    hints = get_type_hints(vars(kind)["__init__"])
+    hints = get_type_hints(inspect.getattr_static(kind, "__init__"))
     return {name: part for name, hint in hints.items() for part in get_args(hint) if isinstance(part, type) and is_dataclass(part)}
 
 

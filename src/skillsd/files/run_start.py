@@ -144,23 +144,24 @@ def plan(folder: Path, ckpt_path: str | None, overwrite: bool, banks: BankFiles,
         if place is not None and moves:
             _check_vacant(place)
         return Start(folder, banks, False, [p for p in found if p in temporaries(p.parent)])
-    bank = [p for p in found if p.name.startswith(BANK_FILE)]
-    only_imported = len(bank) == len(found) and _only_imported(folder / BANK_FILE, banks)
-    if found and record is None and not only_imported:
+    begun = [p for p in found if not p.name.startswith(f".{RECORD_FILE}.")]  # a kill while run.json was first written: nothing was begun
+    bank = [p for p in begun if p.name.startswith(BANK_FILE)]
+    only_imported = len(bank) == len(begun) and _only_imported(folder / BANK_FILE, banks)
+    if begun and record is None and not only_imported:
         raise ConfigError(
-            f"trainer.default_root_dir: {folder} holds {_inside(found[0], folder)}, and no {RECORD_FILE} says that a run has made it: "
+            f"trainer.default_root_dir: {folder} holds {_inside(begun[0], folder)}, and no {RECORD_FILE} says that a run has made it: "
             "move it away, or name another folder."
         )
     _check_vacant(place or folder / CHECKPOINTS, found)
     goes_on = record is None or record.saves or record.discarding
-    if ckpt_path == "last" and found and not goes_on:
+    if ckpt_path == "last" and begun and not goes_on:
         raise ConfigError(
             f"ckpt_path: the run in {folder} was begun without checkpoints, and cannot be continued: discard it with --overwrite=true in "
             "place of --ckpt_path, or name another trainer.default_root_dir."
         )
     if overwrite or (record is not None and record.discarding):
         return Start(folder, banks, True, [*found, folder / VALIDATIONS_FILE])
-    if found and ckpt_path != "last" and not only_imported:
+    if begun and ckpt_path != "last" and not only_imported:
         raise ConfigError(
             f"trainer.default_root_dir: {folder} holds an earlier run: {'continue it with --ckpt_path last, ' * goes_on}"
             "discard it with --overwrite=true, or name another folder."
