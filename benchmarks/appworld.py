@@ -63,8 +63,8 @@ def main() -> None:
     tasks = [t["task_id"] for t in env.tasks("train")]
     settings = env._settings
     command = [str(settings.python), "-c", STOCK, str(settings.root), tasks[0], str(options.repeat), *CODES]
-    told = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": "0"}, encoding="utf-8").stdout
-    stock = {name: float(value) for name, value in (line.split() for line in told.splitlines() if line.count(" ") == 1)}
+    printed = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": "0"}, encoding="utf-8").stdout
+    stock = {name: float(value) for name, value in (line.split() for line in printed.splitlines() if line.count(" ") == 1)}
 
     first = timed(lambda: env.reset(options={"task_id": tasks[0]}))
     reset = statistics.median(timed(lambda: env.reset(options={"task_id": tasks[0]})) for _ in range(20))
@@ -73,10 +73,10 @@ def main() -> None:
         timed(lambda t=t: (env.reset(options={"task_id": t}), env.step(env.solution()[0]))) - reset for t in tasks[:9]
     )
 
-    def row(name: str, engine: float | None, mine: float, bar: str = "") -> None:
+    def row(name: str, engine: float | None, ours: float, bar: str = "") -> None:
         other = "" if engine is None else f"{engine:10.1f}"
-        ratio = "" if engine is None else f"{mine / engine:8.2f}"
-        print(f"{name:44}{other:>10}{mine:10.1f}{ratio:>8}  {bar}")
+        ratio = "" if engine is None else f"{ours / engine:8.2f}"
+        print(f"{name:44}{other:>10}{ours:10.1f}{ratio:>8}  {bar}")
 
     print(f"{'':44}{'engine':>10}{'ours':>10}{'ratio':>8}")
     row("first reset (ours: warm-up done, ms)", stock["reset_first"], first)

@@ -18,7 +18,7 @@ class Episodes(gymnasium.Env[str, str]):
     Args:
         n_tasks: Tasks of each split.
         prompt: Words of the first observation; a word is a token of the nano tokenizer.
-        words: Of every further observation.
+        words: Words of every further observation.
         turns: Fewest and most.
     """
 

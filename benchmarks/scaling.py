@@ -65,7 +65,7 @@ def overlay(a: argparse.Namespace, model: str, ranks: int) -> dict[str, Any]:
 
 
 def measure(a: argparse.Namespace, model: str, ranks: int, further: list[str]) -> list[list[dict[str, Any]]]:
-    """Of each rank its lines, the last of which is no iteration."""
+    """The lines of each rank; the last of them is no iteration."""
     with tempfile.TemporaryDirectory() as folder:
         file, run = Path(folder, "overlay.yaml"), Path(folder, "run")
         file.write_text(yaml.safe_dump(overlay(a, model, ranks)), encoding="utf-8")
@@ -86,9 +86,9 @@ def median(lines: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]
     return statistics.median(value(line) for line in lines)
 
 
-def summary(told: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(ranks: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians over the iterations after the first. What ranks do at the same time is the slowest's; waits are their mean."""
-    by_rank, last = [lines[1:-1] for lines in told], told[0][-1]
+    by_rank, last = [lines[1:-1] for lines in ranks], ranks[0][-1]
     lead, n = by_rank[0], len(by_rank[0])
 
     def part(name: str, over: Callable[[list[float]], float] = max) -> float:
@@ -98,7 +98,7 @@ def summary(told: list[list[dict[str, Any]]]) -> dict[str, Any]:
     lengths = [x for line in lead for x in line["lengths"]]
     mean = statistics.mean
     return {
-        "rows": len(lead[0]["lengths"]) // len(told),
+        "rows": len(lead[0]["lengths"]) // len(ranks),
         "rates": {
             **{k: median(lead, lambda x, t=tokens, p=p: x[t] / x["seconds"][p]) for k, (tokens, p) in RATES.items()},
             "iteration": median(lead, lambda x: x["rollout/tokens"] / x["whole_s"]),
@@ -114,8 +114,8 @@ def summary(told: list[list[dict[str, Any]]]) -> dict[str, Any]:
         },
         "tokens": {k: median(lead, lambda x, k=k: x[k]) for k in TOKENS},
         "lengths": {"mean": mean(lengths), "sd": statistics.pstdev(lengths), "longest": max(lengths), "shortest": min(lengths)},
-        "noise": mean(statistics.stdev(x) / mean(x) for x in owns) if len(told) > 1 else 0.0,
-        "per_token": {k: mean(lines[-1]["gather"][k] for lines in told) for k in last["gather"]},
+        "noise": mean(statistics.stdev(x) / mean(x) for x in owns) if len(ranks) > 1 else 0.0,
+        "per_token": {k: mean(lines[-1]["gather"][k] for lines in ranks) for k in last["gather"]},
         "gradient_bytes": last["gradient_bytes"], "peak_gib": max(x["memory/peak_gib"] for lines in by_rank for x in lines),
     }  # fmt: skip
 
@@ -222,9 +222,9 @@ def main() -> None:
     report: dict[str, Any] = {"device": device, "torch": torch.__version__, "settings": {k: str(v) for k, v in vars(a).items()}}
     for n in a.ranks:
         print(f"\nranks: {n}", flush=True)
-        told = measure(a, model, n, further)
-        found[n] = summary(told)
-        report |= {"ranks": found, "lines": {**report.get("lines", {}), n: told}}
+        lines = measure(a, model, n, further)
+        found[n] = summary(lines)
+        report |= {"ranks": found, "lines": {**report.get("lines", {}), n: lines}}
         if a.out:
             a.out.mkdir(parents=True, exist_ok=True)
             (a.out / "scaling.json").write_text(json.dumps(report), encoding="utf-8")

@@ -25,19 +25,19 @@ from scipy.stats import norm
 
 @dataclass(frozen=True)
 class Work:
-    """Of one rank in an iteration, in seconds, tokens and bytes.
+    """What one rank does in an iteration, in seconds, tokens and bytes.
 
     Attributes:
         rollout_s, update_s: Its own rollout; forward and backward of its rows, teacher included.
-        tokens: It rolls out, prompts included.
+        tokens: Tokens that it rolls out, prompts included.
         rows: Episodes, all in progress at one time.
-        spread, longest: Of episodes' lengths: sd / mean; the longest possible / mean (a limit of turns), or infinity.
-        noise: Of ranks' rollout seconds under the same load, sd / mean.
-        bytes_per_token, pickle_s, unpickle_s: Of the share that is gathered; seconds per token.
-        gradient_bytes: That are reduced.
-        leader_s: Of what is done for a batch of this size on rank 0 while others wait.
-        step_s: Of the learner's step beside its update: clipping, optimizer.
-        fixed_s: Of the rest.
+        spread, longest: Episodes' lengths: sd / mean; the longest possible / mean (a limit of turns), or infinity.
+        noise: sd / mean of the ranks' rollout seconds under the same load.
+        bytes_per_token, pickle_s, unpickle_s: What a token of the gathered share takes, in bytes and seconds.
+        gradient_bytes: Bytes of the gradient that are reduced.
+        leader_s: What rank 0 does for a batch of this size while others wait.
+        step_s: The learner's step beside its update: clipping, optimizer.
+        fixed_s: All the rest.
     """
 
     rollout_s: float
@@ -92,13 +92,13 @@ class Iteration:
 
 
 def expected_maximum(n: int) -> float:
-    """Of n independent standard normals."""
+    """The expected maximum of n independent standard normal variables."""
     return quad(lambda x: x * n * norm.pdf(x) * norm.cdf(x) ** (n - 1), -12, 12, limit=200, points=[0.0, math.sqrt(2 * math.log(n))])[0]
 
 
-def longest(rows: int, spread: float, most: float) -> float:
-    """Of `rows` episodes, in mean lengths: normal, cut off at `most`."""
-    return min(most, 1 + spread * expected_maximum(rows))
+def longest(rows: int, spread: float, maximum: float) -> float:
+    """The expected longest of `rows` episodes, in mean lengths. Lengths are normally distributed and cut off at `maximum`."""
+    return min(maximum, 1 + spread * expected_maximum(rows))
 
 
 def straggler(w: Work, ranks: int) -> float:

@@ -1,6 +1,6 @@
 """A rank of benchmarks.scaling: `skillsd` with its parts timed from within, a line of JSON an iteration in $SCALING_OUT/rank-N.jsonl.
 
-Each wait for other ranks is made a barrier of its own before the collective, so that waiting and moving bytes are told apart.
+Each wait for other ranks is made a barrier of its own before the collective, so that waiting and moving bytes are measured separately.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Watch:
         self.within: list[str] = []
         self.lines: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
-        self.mine: list[TrajectoryGroup] = []
+        self.local_groups: list[TrajectoryGroup] = []
         self.began = self.last = 0.0
         self.rank = self.gradient_bytes = 0
         for part, (owner, name) in PARTS.items():
@@ -98,10 +98,10 @@ class Watch:
         return call
 
     def note(self, metrics: Mapping[str, float], groups: Sequence[TrajectoryGroup]) -> None:
-        self.rank, self.mine = parallel.rank(), [groups[i] for i in parallel.share(len(groups))]
+        self.rank, self.local_groups = parallel.rank(), [groups[i] for i in parallel.share(len(groups))]
         self.facts = {k: metrics[k] for k in ("rollout/tokens", "rollout/action_tokens", "learner/tokens", "memory/peak_gib")}
         self.facts["lengths"] = [len(t.token_ids) for g in groups for t in g.trajectories]
-        self.facts["own_tokens"] = sum(len(t.prompt_ids) + len(t.token_ids) for g in self.mine for t in g.trajectories)
+        self.facts["own_tokens"] = sum(len(t.prompt_ids) + len(t.token_ids) for g in self.local_groups for t in g.trajectories)
 
     def end(self, at: float) -> None:
         """Close the iteration under way, if there is one."""
@@ -112,7 +112,7 @@ class Watch:
 
 
 def pickled(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-    """Of groups as they are gathered, by token of prompt and episode: bytes, seconds to pickle and to unpickle."""
+    """What gathering groups takes by token of prompt and episode: bytes, seconds to pickle and to unpickle."""
     tokens = sum(len(t.prompt_ids) + len(t.token_ids) for g in groups for t in g.trajectories)
     start = time.perf_counter()
     data = pickle.dumps(groups)
@@ -126,7 +126,7 @@ def main() -> int:
     code = skillsd(sys.argv[1:])
     watch.end(watch.last)
     if not code:
-        lines = [*watch.lines, {"gather": pickled(watch.mine), "gradient_bytes": watch.gradient_bytes}]
+        lines = [*watch.lines, {"gather": pickled(watch.local_groups), "gradient_bytes": watch.gradient_bytes}]
         file = Path(os.environ["SCALING_OUT"], f"rank-{watch.rank}.jsonl")
         file.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         file.with_suffix(".tmp").rename(file)  # somebody waits for it

@@ -48,7 +48,7 @@ def shortest_moves(board: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Told:
+class TeacherText:
     """A context's text, the moves it stands for, and the play it was made from if it was one of those looked at."""
 
     text: str
@@ -82,34 +82,34 @@ class View:
         self.groups = [played[i : i + 4] for i in range(0, len(played), 4)]
         self.plain = self.greedy(self.collector, [""] * levels)
 
-    def contexts(self) -> dict[str, list[Told | None]]:
-        """By name, what each level is told; None where it has no such context."""
+    def contexts(self) -> dict[str, list[TeacherText | None]]:
+        """By name, what a teacher of each level sees; None where the level has no such context."""
         best = [min((t for t in g if t.success), key=lambda t: (len(t.turns), t.member), default=None) for g in self.groups]
         worst = [next((t for t in g if not t.success), None) for g in self.groups]
-        truth: list[Told | None] = [self.plan(t) for t in self.tasks]
+        truth: list[TeacherText | None] = [self.plan(t) for t in self.tasks]
         return {
-            "skill of a success": [None if t is None else self.told(t, t) for t in best],
-            "skill of a failure": [None if t is None else self.told(t, t) for t in worst],
+            "skill of a success": [None if t is None else self.skill_text(t, t) for t in best],
+            "skill of a failure": [None if t is None else self.skill_text(t, t) for t in worst],
             "a success, as played": [None if t is None else self.as_played(t) for t in best],
             "the solver's plan": truth,
             "the solver's plan, levels that no play solved": [x if t is None else None for t, x in zip(best, truth, strict=True)],
             "another level's plan": [*truth[1:], truth[0]],
         }
 
-    def told(self, t: Trajectory, source: Trajectory | None) -> Told | None:
+    def skill_text(self, t: Trajectory, source: Trajectory | None) -> TeacherText | None:
         try:
             text = self.rules.summarise_one(t.turns, t.success, t.completion).render(self.template)
         except ValueError:  # nothing to say
             return None
-        return Told(text, self.moves.digest(t.turns).actions, source)
+        return TeacherText(text, self.moves.digest(t.turns).actions, source)
 
-    def as_played(self, t: Trajectory) -> Told:
+    def as_played(self, t: Trajectory) -> TeacherText:
         actions = tuple(x.action for x in t.turns)
-        return Told(self.transcript.format(actions=" ".join(actions)), actions, t)
+        return TeacherText(self.transcript.format(actions=" ".join(actions)), actions, t)
 
-    def plan(self, task: Task) -> Told | None:
+    def plan(self, task: Task) -> TeacherText | None:
         played, _ = demonstrate(self.env, task)
-        return self.told(replace(self.groups[0][0], turns=played.turns, success=played.success, completion=1.0), None)
+        return self.skill_text(replace(self.groups[0][0], turns=played.turns, success=played.success, completion=1.0), None)
 
     def greedy(self, collector: Collector, texts: Sequence[str | None]) -> dict[int, bool]:
         """By level, whether it is solved with the text in front; levels without a text are left out."""
@@ -130,9 +130,9 @@ class View:
             made += [scores.logp[i, torch.tensor(t.action_mask).nonzero()[:, 0]].cpu() for i, (t, _) in enumerate(part)]
         return torch.cat(probs), torch.cat(made)
 
-    def row(self, told: Sequence[Told | None]) -> list[str]:
+    def row(self, texts: Sequence[TeacherText | None]) -> list[str]:
         """The columns behind the context's name."""
-        plays = [(t, x) for g, x in zip(self.groups, told, strict=True) if x is not None for t in g if t is not x.source]
+        plays = [(t, x) for g, x in zip(self.groups, texts, strict=True) if x is not None for t in g if t is not x.source]
         (led, made), (plain, own) = (
             self.score(self.teacher, [(t, x.text) for t, x in plays]),
             self.score(self.policy, [(t, "") for t, _ in plays]),
@@ -153,7 +153,7 @@ class View:
                 on = on and i < len(x.plan) and turn.action == x.plan[i]
                 at += 1
         parts = [[f"{n:,.0f}", *(f"{x / max(1, n):.2f}" for x in rest)] for n, *rest in (sums[True], sums[False])]
-        wins = self.greedy(self.led, [None if x is None else x.text for x in told])
+        wins = self.greedy(self.led, [None if x is None else x.text for x in texts])
         success = [f"{sum(w[i] for i in wins) / len(wins):.2f}" for w in (self.plain, wins)]
         return [str(len(wins)), *success, *parts[0], *parts[1]]
 
@@ -169,10 +169,10 @@ def main() -> None:
     view = View(a.levels, a.seed, a.teacher, a.skills)
     names = COLUMNS.split("|")
     print(f"| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}")
-    for name, told in view.contexts().items():
+    for name, texts in view.contexts().items():
         if a.contexts and name not in a.contexts:
             continue
-        print(f"| {name} | {' | '.join(view.row(told))} |", flush=True)
+        print(f"| {name} | {' | '.join(view.row(texts))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_what_is_refused_names_file_line_and_cure(tmp_path: Path, name: str) -> 
     assert said.startswith(str(path)) and "\n" not in said and all(part in said for part in parts), said
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_and_a_missing_file_are_refused_by_name(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ConfigError, match=str(path)):
             read_config(path)

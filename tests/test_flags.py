@@ -123,10 +123,10 @@ def test_a_seed_outside_32_bits_is_refused(seed):
 
 def test_numbers_that_lightning_stumbles_over():
     table.check_values(table.trainer_parameters())
-    for name, least in table.LEAST.items():
-        table.check_values({"check_val_every_n_epoch": 1, name: least})
+    for name, minimum in table.MINIMA.items():
+        table.check_values({"check_val_every_n_epoch": 1, name: minimum})
         with pytest.raises(ConfigError, match=f"trainer.{name} is "):
-            table.check_values({"check_val_every_n_epoch": 1, name: least - 1})
+            table.check_values({"check_val_every_n_epoch": 1, name: minimum - 1})
     with pytest.raises(ConfigError, match="check_val_every_n_epoch is null"):
         table.check_values({"check_val_every_n_epoch": None})
 

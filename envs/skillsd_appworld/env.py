@@ -20,8 +20,8 @@ class AppWorldEnv(gym.Env[str, str]):
     """Do a person's everyday task by writing code against the APIs of their apps (AppWorld, arXiv:2407.18901).
 
     ## Action
-    A text; its last ```python block is run in a Python session that lives as long as the episode. One without code costs a turn and is
-    told so.
+    A text; its last ```python block is run in a Python session that lives as long as the episode. One without code costs a turn, and the
+    answer says so.
 
     ## Observation
     First the task and who asks; then what the code printed, or its error, shortened in the middle beyond `max_chars` characters with a

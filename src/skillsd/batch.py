@@ -63,7 +63,7 @@ class Batch:
         """Settle what an update learns from.
 
         Args:
-            groups: Of one iteration, at one temperature.
+            groups: The trajectories of one iteration, all sampled at one temperature.
             objective: Whose lambda, filter and policy weight hold.
             step: The iteration, for lambda's schedule.
             teacher_is_student: The adapters hold equal weights, so that a teacher without context would say what the student says.

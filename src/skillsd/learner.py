@@ -83,7 +83,7 @@ class Learner:
 
     Args:
         module: A LightningModule with a `policy`, whose trainer has the optimizer.
-        settings: Of the optimizer.
+        settings: The optimizer's settings.
         micro_batch_tokens: Most tokens in one forward and backward. An update that runs out of memory is repeated with half of it.
 
     Attributes:
@@ -108,7 +108,7 @@ class Learner:
 
         Args:
             batch: What is learnt from.
-            loss: Of some of its rows; called with gradients on.
+            loss: Computes the loss of some of its rows; it is called with gradients on.
             split_gradient: Find the distillation term's own gradient too, by a second backward.
 
         Raises:

@@ -77,7 +77,7 @@ class Trajectory:
         turns: The same episode as text.
         reward: Sum of the rewards; 0 if failed.
         completion: Share of the task that was completed, 0..1.
-        success: Whether the task was solved.
+        success: True if the task was solved.
         finish_reason: `done` (the environment ended it), `horizon` (turn limit), `length` (token limit or end of context)
             or `failed`.
         skill_id: The skill that conditions the teacher's rows of this trajectory; None without one.

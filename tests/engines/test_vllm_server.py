@@ -78,7 +78,7 @@ def test_each_rank_begins_with_another_server(policy, two, monkeypatch):
     engine.close()
 
 
-def test_what_a_turn_asks_for(policy, two, engine):
+def test_a_turn_sends_prompt_key_position_and_limits(policy, two, engine):
     key = -(2**63) + 1  # more than JSON's numbers hold elsewhere
     engine.open(0.7).turn([Request(0, [5, 6], key, 3, 2)])
     body = two[0].asked[-1]

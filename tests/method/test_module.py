@@ -105,9 +105,9 @@ def test_after_a_teacher_s_rollout_rho_is_student_over_teacher(make_policy, step
     groups = sampled_by_teacher(policy, make_groups(policy))
     rows = rows_from_full_logits(policy, groups)
     n = sum(len(r.picked) for r in rows)
-    by_reward = -sum((r.advantage * r.logp(r.student)).sum() for r in rows) / n
-    by_teacher = sum((r.ell.exp().detach() * r.ell.detach() * r.logp(r.student)).sum() for r in rows) / n  # Prop. 2
-    want = gradient(policy, by_reward + 0.5 * by_teacher)
+    rewarded = -sum((r.advantage * r.logp(r.student)).sum() for r in rows) / n
+    distilled = sum((r.ell.exp().detach() * r.ell.detach() * r.logp(r.student)).sum() for r in rows) / n  # Prop. 2
+    want = gradient(policy, rewarded + 0.5 * distilled)
     steps = step(policy, groups)
     same_gradient(steps.grads[0], want)
     m = steps.metrics[0]

@@ -20,8 +20,8 @@ class Batch:
         logits: The student's, [B, T, V], with gradient.
         teacher: Log-probs of the teacher, [B, T, V].
         tokens: What was sampled, [B, T].
-        logp_old: Of the tokens under the old student, [B, T].
-        logp_behaviour: Of the tokens under whoever sampled them, [B, T].
+        logp_old: Log-probs of the tokens under the old student, [B, T].
+        logp_behaviour: Log-probs of the tokens under whoever sampled them, [B, T].
         mask: [B, T].
         advantage: [B].
         teacher_mask: [B].

@@ -29,7 +29,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("k", [7, 100])
-def test_with_the_whole_vocabulary_sdpo_is_exact(pairs, k, alpha):
+def test_with_the_whole_vocabulary_topk_jsd_is_exact(pairs, k, alpha):
     p, q = pairs
     m = ((1 - alpha) * p.exp() + alpha * q.exp()).log()
     want = {0.0: kl(q, p), 1.0: kl(p, q)}.get(alpha, (1 - alpha) * kl(p, m) + alpha * kl(q, m))
@@ -98,7 +98,7 @@ def test_a_piece_at_a_time(pairs, signal):
 # -- their weights ------------------------------------------------------------------------------------------------------------
 
 
-def test_sdpo_importance_weight_is_capped_and_detached(batch):
+def test_topk_jsd_importance_weight_is_capped_and_detached(batch):
     """Its gradient does not pass through rho: that of the divergence alone, times a constant."""
     o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=TopKJSD(k=3))
     x = batch.inputs(o)
@@ -117,7 +117,7 @@ def test_sdpo_importance_weight_is_capped_and_detached(batch):
     ("gap", "weight"),
     [(-1.0, 0), (0.0, 0), (0.05, 0), (0.0501, 0.2505), (0.1, 0.5), (0.2, 1), (0.3, 1.5), (0.4, 2), (0.5, 2), (9.0, 2), (math.nan, 0)],
 )
-def test_ucob_weighs_by_the_return_gap(batch, gap, weight):
+def test_two_view_kl_is_weighted_by_the_return_gap(batch, gap, weight):
     """Nothing up to 0.05, then gap / 0.2, at most 2; nothing where nobody acted under the other view, not even a nan."""
     o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=TwoViewKL())
     x = batch.inputs(o)
@@ -129,7 +129,7 @@ def test_ucob_weighs_by_the_return_gap(batch, gap, weight):
     torch.testing.assert_close(got, weight * plain)
 
 
-def test_ucob_without_a_pair_teaches_nothing(batch):
+def test_two_view_kl_without_a_pair_has_no_gradient(batch):
     o = Objective(policy_weight=0.0, distillation_weight=1.0, loss=TwoViewKL())
     terms = o.terms(**batch.inputs(o) | {"return_gap": None})
     assert terms.distillation == 0 and torch.autograd.grad(terms.distillation, batch.logits)[0].eq(0).all()
@@ -138,12 +138,12 @@ def test_ucob_without_a_pair_teaches_nothing(batch):
 @pytest.mark.parametrize(
     "bad", [{"k": 0}, {"alpha": -0.1}, {"alpha": 1.1}, {"ratio_clip": 0.0}, {"alpha": math.nan}, {"ratio_clip": math.nan}]
 )
-def test_bad_sdpo(bad):
+def test_topk_jsd_refuses_settings_out_of_range(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} "):
         TopKJSD(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"k": 0}, {"min_gap": -0.1}, {"full_gap": 0.0}, {"max_weight": 0.0}, {"full_gap": math.nan}])
-def test_bad_ucob(bad):
+def test_two_view_kl_refuses_settings_out_of_range(bad):
     with pytest.raises(ValueError, match="full_gap > 0"):
         TwoViewKL(**bad)

@@ -146,14 +146,14 @@ def test_first_step_equals_a_token_advantage(form):
 # -- the others ---------------------------------------------------------------------------------------------------------------
 
 
-def test_opid_pulls_along_reverse_kl(dists):
+def test_gap_advantage_pulls_along_reverse_kl(dists):
     """At ratio 1 its expected gradient is grad KL(pi_stu || pi_tea), beside GRPO's own, whose advantage sums to nothing here."""
     z, tea, _ = dists
     o = Objective(distillation_weight=1.0, advantage=GapAdvantage())
     torch.testing.assert_close(expected(o, z, tea, z.detach().log_softmax(-1), advantage=3.0), reverse_kl(z, tea), atol=1e-12, rtol=0)
 
 
-def test_opid_goes_through_the_bounds_of_the_ratio(dists):
+def test_gap_advantage_goes_through_the_bounds_of_the_ratio(dists):
     """Its opinion counts with the reward's, then the ratio is clipped: added as a loss of its own it would not be."""
     z, tea, old = dists
     o = Objective(distillation_weight=1.0, advantage=GapAdvantage())
@@ -174,7 +174,7 @@ class Ungated(Signal):
         return t.logp_teacher.detach() - t.logp
 
 
-def test_in_sdar_the_gate_is_the_signal(dists):
+def test_gated_log_ratio_is_its_own_gate(dists):
     """The teacher's log-prob is a constant, so without the gate every token is raised alike: nothing in expectation."""
     z, tea, _ = dists
     stu = z.detach().log_softmax(-1)
@@ -189,7 +189,7 @@ def test_in_sdar_the_gate_is_the_signal(dists):
 
 
 @pytest.mark.parametrize("sampled_by", ["student", "old student", "teacher"])
-def test_sdpg_is_reverse_kl_whoever_sampled(dists, sampled_by):
+def test_full_reverse_kl_does_not_depend_on_who_sampled(dists, sampled_by):
     """Cross-entropy minus entropy by torch.distributions; the sampled token does not matter."""
     z, tea, old = dists
     b = {"student": z.detach().log_softmax(-1), "old student": old, "teacher": tea}[sampled_by]
@@ -220,7 +220,7 @@ def test_a_divergence_as_an_advantage_has_expected_gradient_zero(dists):
         assert expected(useful, z, tea, stu).abs().max() > 1e-2
 
 
-def test_rlsd_keeps_the_direction_of_the_reward(dists):
+def test_gap_multiplier_keeps_the_direction_of_the_reward(dists):
     """Every token's step is GRPO's times 0.8 to 1.2; both bounds are met, and a token that the teacher endorses gains more."""
     z, tea, _ = dists
     stu = z.detach().log_softmax(-1)

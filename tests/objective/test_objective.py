@@ -303,7 +303,7 @@ def test_a_term_of_weight_zero_cannot_spoil_the_loss(batch):
     assert total.isfinite() and torch.autograd.grad(total, x["logp"])[0].isfinite().all()
 
 
-def test_rlsd_never_overflows_nor_flips(batch):
+def test_gap_multiplier_never_overflows_nor_flips(batch):
     """A teacher that is certain is worth 1.2 or 0.8, no more."""
     for a in (-2.0, 0.0, 2.0):
         for gap in (-5000.0, -0.1, 0.0, 0.1, 5000.0):

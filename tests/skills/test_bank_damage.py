@@ -151,7 +151,7 @@ def test_damage_that_is_named_when_it_is_read(tmp_path, whole, monkeypatch, stat
         assert (bank.position, len(bank)) == (position, size)
 
 
-def test_nothing_is_told_of_the_log_behind_a_hole(tmp_path, whole):
+def test_events_behind_a_missing_one_are_not_read(tmp_path, whole):
     seen = []
     path = changed(whole, tmp_path / "bank.sqlite", "DELETE FROM event WHERE seq = 3")
     with SkillBank(path, read_only=True) as bank, pytest.raises(ValueError, match="event"):

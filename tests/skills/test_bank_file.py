@@ -177,20 +177,20 @@ def killed(tmp_path, make_skill):
         connection(bank).execute("PRAGMA wal_checkpoint(PASSIVE)")
         for name in ("bank.sqlite", "bank.sqlite-wal"):
             (folder / name).write_bytes(tmp_path.joinpath(name).read_bytes())
-        told = seen(bank)
+        before = seen(bank)
     os.truncate(folder / "bank.sqlite", size)
-    return folder / "bank.sqlite", told
+    return folder / "bank.sqlite", before
 
 
 def test_a_reader_leaves_a_killed_run_as_it_is(killed):
-    path, told = killed
-    before = {name: path.with_name(name).read_bytes() for name in ("bank.sqlite", "bank.sqlite-wal")}
+    path, content = killed
+    files = {name: path.with_name(name).read_bytes() for name in ("bank.sqlite", "bank.sqlite-wal")}
     for _ in range(2):
         with SkillBank(path, read_only=True) as view:
-            assert seen(view) == told
-        assert {name: path.with_name(name).read_bytes() for name in before} == before
+            assert seen(view) == content
+        assert {name: path.with_name(name).read_bytes() for name in files} == files
     with SkillBank(path, capacity=None) as bank:
-        assert seen(bank) == told
+        assert seen(bank) == content
 
 
 def test_pages_that_only_a_lost_wal_had_are_missed(killed):
@@ -237,14 +237,14 @@ def test_a_reader_tries_three_times_what_may_go_away(tmp_path, make_skill, monke
         def execute(self, sql, *args):
             if "sqlite_master" not in sql:
                 return super().execute(sql, *args)
-            error = sqlite3.OperationalError("told")
+            error = sqlite3.OperationalError("no answer")
             error.sqlite_errorcode = code | 2 << 8  # an extended one
             raise error
 
     path, waited = filled(tmp_path / "bank.sqlite", make_skill, 1), []
     monkeypatch.setattr(bank_file.sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
     monkeypatch.setattr(bank_file.time, "sleep", waited.append)
-    with pytest.raises(OSError, match=r"bank\.sqlite: told"):
+    with pytest.raises(OSError, match=r"bank\.sqlite: no answer"):
         SkillBank(path, read_only=True)
     assert waited == waits
 
@@ -291,7 +291,7 @@ def test_the_end_of_a_block_raises_what_the_closing_does(tmp_path, make_skill):
         pass
 
 
-def test_an_error_is_told_before_that_of_the_closing(tmp_path, make_skill):
+def test_an_error_in_the_block_is_raised_rather_than_that_of_closing(tmp_path, make_skill):
     bank = SkillBank(tmp_path / "bank.sqlite", capacity=None)
     bank.insert([make_skill(f"skill {i} " * 20) for i in range(60)], 0)
     with pytest.raises(RuntimeError, match="the first"), files_of(bank.path.stat().st_size), bank:
@@ -325,7 +325,7 @@ def test_a_bank_that_cannot_be_filled_is_not_made(tmp_path, monkeypatch):
     assert not (tmp_path / "bank.sqlite").exists()
 
 
-def test_a_second_writer_is_told(tmp_path, make_skill, monkeypatch):
+def test_a_second_writer_is_refused(tmp_path, make_skill, monkeypatch):
     monkeypatch.setattr(bank_file, "LOCK_WAIT_S", 0.05)
     path = tmp_path / "bank.sqlite"
     with SkillBank(path) as bank, SkillBank(path) as other:
@@ -355,14 +355,14 @@ def test_a_killed_writer_leaves_whole_transactions(tmp_path, lines):
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SRC)}
     )
     for _ in range(lines):
-        told = int(child.stdout.readline())
+        reported = int(child.stdout.readline())
     child.kill()
     child.wait()
     child.stdout.close()
     with SkillBank(path, capacity=3, eviction="oldest") as bank:
         *_, last = bank.events()
-        assert bank.position >= told and bank.position == 5 + 8 * last.iteration and len(bank) == 3
-        bank.cut(lines, expect=told)
+        assert bank.position >= reported and bank.position == 5 + 8 * last.iteration and len(bank) == 3
+        bank.cut(lines, expect=reported)
         *_, last = bank.events()
         assert last.iteration == lines - 1 and last.skills == 4 * lines
 
@@ -381,7 +381,7 @@ def test_readers_keep_what_they_saw(tmp_path, make_skill):
     path = tmp_path / "bank.sqlite"
     filled(path, make_skill, 3)
     readers, late = [SkillBank(path, read_only=True)], []  # the late ones are asked at the end: nothing is in their memory
-    told = [seen(readers[0])]
+    saw = [seen(readers[0])]
     with SkillBank(path, capacity=3) as bank:
         for i in range(1, 40):
             bank.insert([make_skill(f"skill {i} {k} " * 99, f"t{k}", k / 8, i) for k in range(8)], i)
@@ -389,13 +389,13 @@ def test_readers_keep_what_they_saw(tmp_path, make_skill):
             if i % 10 == 0:
                 for group in (readers, late):
                     group.append(SkillBank(path, read_only=True))
-                told.append(seen(bank))
+                saw.append(seen(bank))
             if i % 13 == 0:
                 bank.cut(i - 2)
             connection(bank).execute("PRAGMA wal_checkpoint(PASSIVE)")
-            assert [seen(reader) for reader in readers] == told
+            assert [seen(reader) for reader in readers] == saw
         last = seen(bank)
-    assert len(set(told)) == 4 and [seen(reader) for reader in readers] == told and [seen(reader) for reader in late] == told[1:]
+    assert len(set(saw)) == 4 and [seen(reader) for reader in readers] == saw and [seen(reader) for reader in late] == saw[1:]
     for reader in readers + late:
         reader.close()
     with SkillBank(path, read_only=True) as view:

@@ -137,24 +137,24 @@ def killing(
             for _ in range(5):
                 kind = draw.choice(["any moment", *MOMENTS]) if draw.random() < 0.5 else "any moment"
                 if kind == "any moment":
-                    done = run.kill_when(lambda: True, draw.uniform(0, took[variant]))
+                    was_killed = run.kill_when(lambda: True, draw.uniform(0, took[variant]))
                 else:
-                    done = run.bombed((MOMENTS[kind], draw.randint(1, 6), draw.random() < 0.5))
-                tried += [kind] * done
+                    was_killed = run.bombed((MOMENTS[kind], draw.randint(1, 6), draw.random() < 0.5))
+                tried += [kind] * was_killed
             run.resume()
-            good, told = True, alike(run.record(), records[variant])
+            good, difference = True, alike(run.record(), records[variant])
         except AssertionError as e:
-            good, told = False, str(e)
+            good, difference = False, str(e)
         if good:
             shutil.rmtree(run.folder)
-        return tried, good, f"run {number}, {variant}, killed in {tried}: {told}" if told else ""
+        return tried, good, f"run {number}, {variant}, killed in {tried}: {difference}" if difference else ""
 
     rows, lost = Counter[str](), Counter[str]()
     numbers = takewhile(lambda _: rows.total() < a.kills, count())
-    for tried, good, told in spread(a.jobs, killed, numbers, make):
+    for tried, good, report in spread(a.jobs, killed, numbers, make):
         rows.update(tried)
-        if told:
-            print(f"\n{told}", flush=True)
+        if report:
+            print(f"\n{report}", flush=True)
         if not good:
             lost.update(tried[-1:])
         print(f"\r{rows.total()} kills, {lost.total()} runs that differ", end="", flush=True)

@@ -37,7 +37,7 @@ WORKS = (
 """`plugins` may be cluster environments alone, `strategy` one device and DDP: both are checked when the Trainer is made."""
 DEFAULTS = {"devices": 1, "log_every_n_steps": 1, "enable_model_summary": False}
 """Where skillsd's default is not Lightning's."""
-LEAST = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "min_epochs": 0, "min_steps": 0}
+MINIMA = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "min_epochs": 0, "min_steps": 0}
 """The smallest value of numbers that Lightning does not look at."""
 ALWAYS = {"num_sanity_val_steps": 0}
 """What the Trainer is given although it is in `REFUSED`, since Lightning's own default is another."""
@@ -155,10 +155,10 @@ def check_values(config: Mapping[str, Any]) -> None:
     folder = config.get("default_root_dir")
     if "://" in str(folder):
         raise ConfigError(f"trainer.default_root_dir: {folder} is an address: name a folder of this machine, or one that is mounted.")
-    for name, least in LEAST.items():
+    for name, minimum in MINIMA.items():
         value = config.get(name)
-        if (value is None and name == "check_val_every_n_epoch") or (value is not None and value < least):
-            raise ConfigError(f"trainer.{name} is {'null' if value is None else value}: give at least {least}, or leave it out.")
+        if (value is None and name == "check_val_every_n_epoch") or (value is not None and value < minimum):
+            raise ConfigError(f"trainer.{name} is {'null' if value is None else value}: give at least {minimum}, or leave it out.")
 
 
 def add_seed(parser: LightningArgumentParser) -> None:

@@ -68,7 +68,7 @@ class Session(ABC):
     """Trajectories in progress. A context manager: at its end the memory that others need is given back.
 
     Attributes:
-        continuous: Whether a row may join while others are in the middle of a turn. If not, the rows of a turn are given together.
+        continuous: True if a row may join while others are in the middle of a turn. If not, the rows of a turn are given together.
     """
 
     continuous = False

@@ -28,7 +28,7 @@ class Nf4Weight(NamedTuple):
 
     Args:
         packed: uint8, N * K / 2 of them: two weights a byte, the first in the high half.
-        scales: Of each block of 64: float32, or uint8 indices into `code` (double quantisation).
+        scales: One for each block of 64 weights: float32, or uint8 indices into `code` (double quantisation).
         code: float32 [256], empty without double quantisation.
         outer: float32, the scale of 256 scales, likewise.
         offset: Added to every scale, likewise.
@@ -121,7 +121,7 @@ def attend(
         k, v: Stores [slots, H_kv, T, D]; what lies beyond a query's position is not read.
         table: int64 [B, COLUMNS], a row table.
         window: A query at p sees positions j with p - window < j <= p; None: all up to p.
-        scale: Of the scores; D^-1/2 by default.
+        scale: What the scores are multiplied by; D^-1/2 by default.
         softcap: Scores become softcap * tanh(score / softcap) (Gemma 2).
 
     Returns:

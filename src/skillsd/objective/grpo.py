@@ -47,9 +47,9 @@ def float32_rewards(rewards: Tensor) -> Tensor:
     Returns:
         [B, G] float32.
     """
-    least, size = rewards.amin(-1, keepdim=True), rewards.abs().amax(-1, keepdim=True)
-    spread = rewards.amax(-1, keepdim=True) - least
-    above = torch.where(spread > 2**-48 * size, rewards - least, 0.0)  # 16 roundings of float64
+    smallest, size = rewards.amin(-1, keepdim=True), rewards.abs().amax(-1, keepdim=True)
+    spread = rewards.amax(-1, keepdim=True) - smallest
+    above = torch.where(spread > 2**-48 * size, rewards - smallest, 0.0)  # 16 roundings of float64
     return torch.where(size > 2**10 * spread, above, rewards).float()
 
 

@@ -1,6 +1,6 @@
 """The objective L = L_GRPO + what the teacher's signal adds, token means over the batch's N action tokens (Eq. 3-14).
 
-No entropy bonus, no KL to a reference. Sums and N are kept apart, so that micro-batches add up to the one-batch gradient.
+No entropy bonus, no KL to a reference. Sums and N are kept as two numbers, so that micro-batches add up to the one-batch gradient.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Objective:
         """lambda at iteration `step` (0-based)."""
         if not self.weight_steps:
             return self.distillation_weight
-        done = min(1.0, step / self.weight_steps)
-        return (1 - done) * self.distillation_weight + done * self.weight_end
+        progress = min(1.0, step / self.weight_steps)
+        return (1 - progress) * self.distillation_weight + progress * self.weight_end
 
     def terms(
         self, logp: Tensor, logp_old: Tensor, logp_teacher: Tensor, mask: Tensor, advantage: Tensor, *, weight: float | None = None,
@@ -117,16 +117,16 @@ class Objective:
 
         Args:
             logp: Student's log-probs with gradient, float32 [B, T].
-            logp_old: Of the student at the rollout, [B, T].
+            logp_old: Log-probs under the student of the rollout, [B, T].
             logp_teacher: Teacher's, [B, T]; equal to logp.detach() in rows without one.
             mask: Action mask, bool [B, T]: the one made when sampling.
             advantage: [B].
             weight: lambda; None is that of iteration 0.
-            logp_behaviour: Of whoever sampled, [B, T]; None is `logp_old`.
+            logp_behaviour: Log-probs under whichever adapter sampled, [B, T]; None is `logp_old`.
             teacher_mask: Rows that a teacher scores: it has a context or other weights, bool [B]; None is all.
             success: Rows that solved their task, bool [B]; None is none.
             return_gap: [B], see `Tokens`; None is nan.
-            divergence: Of distributional signals, [B, T] with gradient.
+            divergence: The divergence of a distributional signal, [B, T] with gradient; None for the other signals.
         """
         lam = self.weight(0) if weight is None else weight
 

@@ -26,8 +26,8 @@ class Tokens:
         logp_old: The same under the student that was current at the rollout.
         logp_behaviour: The same under whoever sampled them: the old student, or the old teacher where it rolled out (Eq. 13).
         logp_teacher: log pi_tea of them under the teacher's prompt; equal to `logp` where no teacher was scored.
-        advantage: Of the token's trajectory.
-        success: Whether its trajectory solved the task, bool.
+        advantage: The advantage of the token's trajectory.
+        success: True if its trajectory solved the task, bool.
         return_gap: Mean return of its group's members that acted under the teacher's prompt minus that of those that acted under the
             student's; nan where nobody acted under the teacher's.
         row: Index of the token's trajectory in the micro-batch, int64.

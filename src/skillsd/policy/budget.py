@@ -12,7 +12,7 @@ class CacheBudget:
     Args:
         rows: Rows that are sure to fit at one time, each with `tokens` tokens.
         tokens: See `rows`.
-        keep: Whether the cache, with the graphs that are recorded on it, stays between rollouts.
+        keep: True if the cache, with the graphs that are recorded on it, stays between rollouts.
         prefill: Most tokens of one forward over prompts.
     """
 

@@ -78,10 +78,10 @@ class _Group:
     """Layers that read the same input, as one launch: whoever is asked first computes for all."""
 
     def __init__(
-        self, served: Sequence[tuple[Any, Nf4Weight]], workspace: Workspace, run: Callable[..., list[Tensor]], most_rows: int
+        self, served: Sequence[tuple[Any, Nf4Weight]], workspace: Workspace, run: Callable[..., list[Tensor]], max_rows: int
     ) -> None:
         self.layers, self.weights = zip(*served, strict=True)
-        self.workspace, self.run, self.most_rows = workspace, run, most_rows
+        self.workspace, self.run, self.max_rows = workspace, run, max_rows
         self.given: Tensor | None = None
         self.out: dict[int, Tensor] = {}
 
@@ -90,7 +90,7 @@ class _Group:
         usual = linear_forward(self.layers[i])
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if x.numel() // x.shape[-1] > self.most_rows:
+            if x.numel() // x.shape[-1] > self.max_rows:
                 return usual(x, *args, **kwargs)
             if self.given is not x or i not in self.out:
                 asked = range(len(self.layers)) if i == 0 else [i]

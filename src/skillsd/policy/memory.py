@@ -30,9 +30,9 @@ class Demand:
         longest: Tokens of the longest row.
         micro_batch: Most tokens in one forward and backward.
         chunk: Positions whose logits exist at one time.
-        checkpointing: Whether activations are recomputed.
-        distributions: Whether whole next-token distributions are compared.
-        grad_norms: Whether each term's gradient is measured.
+        checkpointing: True if activations are recomputed.
+        distributions: True if whole next-token distributions are compared.
+        grad_norms: True if each term's gradient is measured.
     """
 
     longest: int
@@ -53,7 +53,7 @@ class Footprint:
 
     Args:
         policy: Loaded.
-        decodes: Whether it is sampled from, too, and not a copy of it elsewhere.
+        decodes: True if it is sampled from, too, and not a copy of it elsewhere.
 
     Attributes:
         weights: The base, as it lies in memory; this rank's part of a sharded one.

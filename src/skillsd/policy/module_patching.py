@@ -29,7 +29,7 @@ class Replacement(ABC):
     Attributes:
         forwards: Modules and what is called in place of their forward.
         rotary: By Python module, what is called in place of its `apply_rotary_pos_emb`.
-        active: Whether it is installed.
+        active: True if it is installed.
     """
 
     def __init__(self, base: Any, attention: str | None) -> None:

@@ -61,7 +61,7 @@ class Policy(nn.Module):
         digest: Which weights it has: see `weights.digest`.
         model: The same with its adapters around it.
         shards: Its split over all ranks, with `settings.shard` and several of them.
-        teacher_is_student: Whether the two adapters hold equal weights, so that an empty skill needs no teacher forward. Whoever
+        teacher_is_student: True if the two adapters hold equal weights, so that an empty skill needs no teacher forward. Whoever
             steps the optimizer says so with `student_changed`.
         updates: How often each adapter was changed.
         cache_budget: What the keys and values of rollouts in this process may take of the device's memory; None sets no limit.

@@ -24,7 +24,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
     Args:
         tokenizer: With a chat template.
         messages: Each with role and content.
-        generation: Whether the opening of the next answer follows.
+        generation: True if the opening of the next answer follows.
 
     Raises:
         ConfigError: The template refuses the conversation, or fails.

@@ -39,7 +39,7 @@ class TrainingKernels(Replacement):
     """Forward and backward of the learner: LoRA layers (`lora`), RMSNorms, SwiGLUs, rotary embedding, attention over packed rows.
 
     Attributes:
-        packs: Whether rows go without padding: not where attention has a soft cap or is set to be eager.
+        packs: True if rows go without padding: not where attention has a soft cap or is set to be eager.
     """
 
     def __init__(self, base: Any) -> None:

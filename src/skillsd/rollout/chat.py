@@ -142,7 +142,7 @@ class Chat:
 
         Args:
             observation: The user message.
-            stopped: Whether the answer ended with a sampled stop token, which is then not repeated.
+            stopped: True if the answer ended with a sampled stop token, which is then not repeated.
         """
         return list(self.turn_ids_many([observation], [stopped])[0])
 

@@ -116,7 +116,7 @@ class Ledger:
         """One more event of a skill that was inserted: `merge`, `use` or `evict`.
 
         Raises:
-            ValueError: Of a use, the value that is needed is missing, or the sum of all is not finite.
+            ValueError: A use has no value where one is needed, or the sum of all values is not finite.
         """
         evicted, states = self._states_with(task_id, skill_id)
         state, last = states.pop(skill_id), self.last

@@ -146,7 +146,7 @@ class SkillSelection:
         skills: dict[tuple[str, int], Skill] = {}
         if self.context.needs_skills:
             started = time.perf_counter()
-            self._insert(iteration)  # what is ready from before stays apart
+            self._insert(iteration)  # summaries that were ready before are not counted among these
             self._submit(groups, iteration)
             self.checked.drain()
             self._hindsight = self.checked.collect()

@@ -32,8 +32,8 @@ class NoAnswer(Exception):
 
     Args:
         why: The line.
-        retryable: Whether the same request may succeed later.
-        busy: Whether the server has said so itself.
+        retryable: True if the same request may succeed later.
+        busy: True if the server has said so itself.
         retry_after_s: How long the server asks to wait before the next try, in seconds.
     """
 

@@ -72,7 +72,7 @@ class RulesSummariser(SynchronousSummariser):
         action_pattern: Regular expression that finds the action in an answer: its last match counts, group 1 if it has groups. Answers
             without a match are left out of the workflow. None: the whole answer, stripped.
         observation_pattern: The same for the part of an observation that shows the state (the whole observation if it does not match).
-        cut_loops: Whether equal observations mean equal states.
+        cut_loops: True if equal observations mean equal states.
         solved_success: Template of success_analysis when solved.
         solved_mistakes: Template of mistake_analysis when solved.
         solved_workflow: Template of golden_workflow when solved.
@@ -127,7 +127,7 @@ class RulesSummariser(SynchronousSummariser):
 
         Args:
             turns: Observation before and answer, turn by turn.
-            success: Whether the task was solved.
+            success: True if the task was solved.
             completion: Share that was completed, 0..1.
 
         Raises:
