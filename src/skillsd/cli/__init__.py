@@ -72,7 +72,7 @@ def main(args: ArgsType = None) -> int:
         try:
             _check_folder()
             with _this_folder_importable() if argv[0] in FROM_HERE else nullcontext():
-                code = _run(argv)
+                code = _run(argv, announce=args is None)
             if guard.failed:
                 raise guard.failed[0]
             if sys.stdout is not None:
@@ -100,7 +100,7 @@ def main(args: ArgsType = None) -> int:
             gc.unfreeze()
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], announce: bool) -> int:
     command, args = argv[0], argv[1:]
     if argv == ["--version"]:
         print(f"skillsd {__version__}")
@@ -143,7 +143,7 @@ def _run(argv: list[str]) -> int:
             prepare_parsers()
             return study(resolve(argv).args[1:], packaged)
         case _:
-            _run_configured(argv)
+            _run_configured(argv, announce)
     return 0
 
 
@@ -153,7 +153,7 @@ def _checks() -> list[dict[str, str]]:
     return rows(network=False)
 
 
-def _run_configured(argv: list[str]) -> None:
+def _run_configured(argv: list[str], announce: bool) -> None:
     """Run fit, pretrain, validate, export, play or serve: what a configuration describes.
 
     What is wrong with the names on the command line is said before torch and Lightning are imported.
@@ -170,7 +170,7 @@ def _run_configured(argv: list[str]) -> None:
         raise ConfigError(f"{visible(command)} is no {what}{did_you_mean(command, COMMANDS)}: skillsd {', '.join(COMMANDS)}.")
     request = resolve(argv)
     asks = any(a.flag in ALONE for a in arguments(argv[1:]))
-    if not asks and "lightning" not in sys.modules and not _is_later_rank():
+    if announce and not asks and not _is_later_rank():
         print(f"skillsd {__version__}: importing PyTorch and Lightning ...", file=sys.stderr, flush=True)
     from skillsd.cli.launch import launch
 
