@@ -83,7 +83,7 @@ class RolloutData(L.LightningDataModule):
             if value < 1:
                 raise ConfigError(f"data.{key} is {value}: give at least 1.")
         if panel_temperature < 0:
-            raise ConfigError(f"data.panel_temperature is {panel_temperature}: 0 is greedy, more samples.")
+            raise ConfigError(f"data.panel_temperature is {panel_temperature}: give 0 (greedy) or more (the panel is sampled).")
         self.env_id, self.env_kwargs = env, {**(env_kwargs or {}), **_overrides(env, env_overrides or {})}
         self.train_split, self.panel_split, self.tasks_file = train_split, panel_split, tasks_file
         self.batch_tasks, self.group_size, self.rollout = batch_tasks, group_size, rollout or RolloutSettings()

@@ -274,7 +274,9 @@ def _reduce(update: Update, params: Sequence[nn.Parameter]) -> None:
     ranks = parallel.gather((trained, size, replace(update, distillation_grad=[])))
     sizes, updates = [x[1] for x in ranks], [x[2] for x in ranks]
     if not all(math.isclose(x, size, rel_tol=1e-3) for x in sizes):  # far beyond what rounding on unlike GPUs does
-        raise ConfigError(f"the ranks' students differ (norms {sizes}): start them with the same code, files and settings.")
+        raise ConfigError(
+            f"trainer.devices: the ranks' students differ (norms {sizes}): start all ranks with the same code, files and settings."
+        )
     if any(x[0] for x in ranks):
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

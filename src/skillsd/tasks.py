@@ -42,10 +42,10 @@ def read_tasks(path: str | Path, split: str, key: str) -> list[Task]:
         if within != split:
             continue
         if name in tasks:
-            raise ConfigError(f"data.tasks_file: {path}:{number} repeats the task_id {name} of split {split}.")
+            raise ConfigError(f"data.tasks_file: {path}:{number} repeats the task_id {name} of split {split}: give each task its own.")
         tasks[name] = Task(name, split, difficulty, {k: v for k, v in raw.items() if k not in KEYS}, scenario)
     if not tasks:
-        raise ConfigError(f"data.{key}: {path} has no task of split {split}.")
+        raise ConfigError(f"data.{key}: {path} has no task of split {split}: name another split.")
     return list(tasks.values())
 
 

@@ -24,7 +24,7 @@ class EnvStepBudget(L.Callback):
     def __init__(self, steps: int) -> None:
         super().__init__()
         if steps < 1:
-            raise ConfigError(f"EnvStepBudget.steps is {steps}: give at least 1.")
+            raise ConfigError(f"trainer.callbacks: EnvStepBudget.steps is {steps}: give at least 1.")
         self.steps, self.used = steps, 0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:

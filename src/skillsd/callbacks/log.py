@@ -72,7 +72,7 @@ class RunLog(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(c, SkillBankCallback) for c in callbacks[callbacks.index(self) :]):
-            raise ConfigError("callbacks: SkillBankCallback comes after RunLog, which writes its numbers: give it before.")
+            raise ConfigError("trainer.callbacks: SkillBankCallback comes after RunLog, which writes its numbers: give it before.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.trains = False

@@ -53,8 +53,8 @@ class Panel(L.Callback):
         stored = _stored(trainer)
         if "before" in stored and self.after and not self._same(trainer, stored["before"]):
             raise ConfigError(
-                f"data: the panel of {trainer.default_root_dir} was played on other episodes: set the environment, the split, "
-                "panel_attempts and panel_seeds as they were, or start a new run folder."
+                f"data.panel_split: the panel of {trainer.default_root_dir} was played on other episodes: set data.env, data.env_kwargs, "
+                "data.panel_split, data.panel_attempts and data.panel_seeds as they were, or start a new run folder."
             )
         if self.before and "before" not in stored:
             if trainer.global_step:

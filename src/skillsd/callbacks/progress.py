@@ -39,7 +39,7 @@ class ProgressLog(L.Callback):
     def __init__(self, every: float | None = 10.0) -> None:
         super().__init__()
         if every is not None and not every >= 0:
-            raise ConfigError(f"ProgressLog.every is {every}: give 0 or more seconds, or null for no lines.")
+            raise ConfigError(f"trainer.callbacks: ProgressLog.every is {every}: give 0 or more seconds, or null for no lines.")
         self.every, self.clock = every, time.monotonic
         self.latest, self.shown = -inf, ""
         self.ends: deque[float] = deque(maxlen=WINDOW + 1)  # when iterations ended; the first is when training began

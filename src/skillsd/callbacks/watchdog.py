@@ -42,7 +42,7 @@ class PeerWatch(L.Callback):
     def __init__(self, patience: float = 30.0) -> None:
         super().__init__()
         if not patience > 5:
-            raise ConfigError(f"PeerWatch.patience is {patience}: give more than 5 seconds.")
+            raise ConfigError(f"trainer.callbacks: PeerWatch.patience is {patience}: give more than 5 seconds.")
         self.patience = patience
         self.over = threading.Event()
         self.watching = False

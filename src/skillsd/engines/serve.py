@@ -96,7 +96,7 @@ def options(policy: PolicySettings, engine: EngineSettings, device: torch.device
             "model.policy.shard: a server holds the whole base on its GPU: set it to false where that fits, else serve another base."
         )
     if policy.lora.r > RANKS[-1]:
-        raise ConfigError(f"model.policy.lora.r is {policy.lora.r}: vLLM takes ranks up to {RANKS[-1]}.")
+        raise ConfigError(f"model.policy.lora.r is {policy.lora.r}: vLLM takes ranks up to {RANKS[-1]}, so give no more.")
     nf4 = policy.quantise == "nf4"
     if nf4 and not (vllm / "model_executor" / "layers" / "quantization" / "bitsandbytes.py").is_file():
         raise ConfigError(

@@ -127,7 +127,9 @@ def check_base(checkpoint: Mapping[str, Any], base: Mapping[str, Any]) -> None:
     """
     saved = checkpoint.get("skillsd", {}).get("base")
     if not isinstance(saved, Mapping):
-        raise ConfigError("ckpt_path: the checkpoint does not say which weights it belongs to: it is of an older version of skillsd.")
+        raise ConfigError(
+            "ckpt_path: the checkpoint does not say which weights it belongs to: an older skillsd made it: start a new run folder."
+        )
     if saved["digest"] != base["digest"]:
         raise ConfigError(
             f"ckpt_path: the checkpoint belongs to other weights ({saved['model']}, {saved['digest']}) than model.policy.model has "

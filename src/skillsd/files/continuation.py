@@ -51,7 +51,9 @@ def check_episodes(saved: Mapping[str, str] | None, now: Mapping[str, str]) -> N
         ConfigError: They differ, or the checkpoint does not say.
     """
     if saved is None:
-        raise ConfigError("ckpt_path: the checkpoint does not say which episodes its run plays: it is of an older version of skillsd.")
+        raise ConfigError(
+            "ckpt_path: the checkpoint does not say which episodes its run plays: an older skillsd made it: start a new run folder."
+        )
     if changed := changes(saved, now):
         raise ConfigError(
             f"a run goes on with the episodes that it began with, and {_listed(changed)}: set it as it was, or name a new run folder "

@@ -112,7 +112,7 @@ def _unlike(path: Path, missing: list[str], unexpected: list[str], needed: int, 
 def _check_config(folder: Path, lora: LoraSettings) -> dict[str, Any]:
     config = read_json(folder / CONFIG, KEY)
     if config.get("peft_type") not in RIGHT["peft_type"]:
-        raise ConfigError(f"{KEY}: {folder} is not a LoRA adapter ({config.get('peft_type')}).")
+        raise ConfigError(f"{KEY}: {folder} is not a LoRA adapter ({config.get('peft_type')}): name one that is.")
     for key, value in config.items():
         if key in FREE or (value in RIGHT[key] if key in RIGHT else value in (None, False, "", [], {})):
             continue

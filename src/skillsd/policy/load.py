@@ -218,7 +218,7 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, base: PreTra
     words, rows = int(tokenizer.vocab_size), int(base.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if words > rows:
         raise ConfigError(
-            f"model.policy.model: the tokenizer of {name} has {words} words, and its embedding {rows} rows: they are of two models."
+            f"model.policy.model: the tokenizer of {name} has {words} words, and its embedding {rows} rows: take both from one model."
         )
 
 
@@ -232,7 +232,7 @@ def _check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> 
         key, found, wanted = wrong[0]
         raise ConfigError(
             f"model.policy.model: {len(wrong)} tensors of {name} have another shape than its config.json says ({key} has "
-            f"{list(found)}, and should have {list(wanted)}): the two files are not of one model."
+            f"{list(found)}, and should have {list(wanted)}): save the model anew with save_pretrained."
         )
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
@@ -243,9 +243,7 @@ def _check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> 
         )
     kinds = {re.sub(r"\d+", "#", k) for k, _ in model.named_parameters()}
     if left := [k for k in unexpected if re.sub(r"\d+", "#", k) in kinds]:
-        raise ConfigError(
-            f"model.policy.model: {name} has layers that its config.json leaves out ({left[0]}, ...): the two are not of one model."
-        )
+        raise ConfigError(f"model.policy.model: {name} has layers that its config.json leaves out ({left[0]}, ...): save the model anew.")
     if unexpected:
         belong = f"{len(unexpected)} tensors of {name} belong to no part of {type(model).__name__}"
         log.warning("model.policy.model: %s (%s, ...).", belong, unexpected[0])
@@ -280,7 +278,9 @@ def _reading(name: str, what: str) -> Iterator[None]:
                 f"model.policy.model: {name} brings Python code of its own (auto_map), which is never run: name another model."
             ) from e
         said = " ".join(str(e).split())[:300]
-        raise ConfigError(f"model.policy.model: transformers cannot load the {what} of {name} ({type(e).__name__}: {said}).") from e
+        raise ConfigError(
+            f"model.policy.model: transformers cannot load the {what} of {name} ({type(e).__name__}: {said}): name another model."
+        ) from e
     finally:
         reports.removeFilter(not_a_report)
 

@@ -43,7 +43,7 @@ class Cloning(L.LightningModule):
     ) -> None:  # fmt: skip
         super().__init__()
         if train not in ("full", "lora"):
-            raise ConfigError(f"model.train is {train}: full or lora.")
+            raise ConfigError(f"model.train is {train}: give full or lora.")
         if policy.shard:
             raise ConfigError("model.policy.shard: cloning takes the base whole: set it to false.")
         if train == "full" and policy.quantise != "none":

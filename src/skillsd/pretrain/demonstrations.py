@@ -79,7 +79,9 @@ class Demonstrations(Dataset[tuple[list[int], list[int]]]):
         if self._env is None:
             self._env = make_env(self.env_id, self.env_kwargs)
             if not self._env.offers("solution") or not self._env.offers("stream"):
-                raise ConfigError(f"env {self.env_id} offers no solution() and stream(): demonstrations need a solver.")
+                raise ConfigError(
+                    f"data.env: {self.env_id} lacks solution() or stream(), which demonstrations need: name an environment with both."
+                )
         return self._env
 
     def skill(self, task: Task, noise: float, rng: random.Random) -> str:

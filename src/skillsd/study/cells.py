@@ -147,7 +147,7 @@ def make_cells(study: StudySettings, find: FindConfig) -> list[Cell]:
     }.items():
         for name in names:
             if not Path(find(name)).is_file():
-                raise ConfigError(f"{key}: there is no file {name}, here or among those that come with skillsd.")
+                raise ConfigError(f"{key}: there is no file {name}, here or among those that come with skillsd: check the name.")
             sources[name] = read_source(Path(find(name)), name)
     return [
         Cell(
