@@ -190,7 +190,7 @@ def test_before_and_after(tmp_path, capsys):
     again.on_train_start(stand_in(tmp_path, [better], 5), None)
     again.on_train_batch_start(stand_in(tmp_path, []), None, None, 0)  # it goes on: what stood as its end is not
     assert list(read_panel(tmp_path)) == ["before"]
-    with pytest.raises(ConfigError, match=r"data: the panel of .* other episodes"):
+    with pytest.raises(ConfigError, match=r"data\.panel_split: the panel of .* other episodes"):
         again.on_train_start(stand_in(tmp_path, [panel(1.0, 1.0)]), None)
     assert capsys.readouterr().out.count("success") == 2
 

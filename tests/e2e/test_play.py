@@ -155,7 +155,10 @@ def test_play_where_no_solution_is_known(output_of, tmp_path, hosted):
 BAD_PLAY: dict[str, tuple[list[str], str]] = {
     "level": (["--level", "4"], "level is 4: the panel has levels 0 to 3."),
     "level of the oracle": (["--policy", "oracle", "--level", "-1"], "level is -1: the panel has levels 0 to 3."),
-    "task": (["--task", "1_1"], "task is 1_1: no task of the split test (test-0000, ...) nor of train (train-0000, ...)."),
+    "task": (
+        ["--task", "1_1"],
+        "task is 1_1: it is no task of the split test (test-0000, ...) nor of train (train-0000, ...): name one of them.",
+    ),
     "both": (["--level", "0", "--task", "test-0000"], "level and task are both given: name the task to play with one of them."),
     "policy": (["--policy", "nosuch"], "policy is nosuch: with this environment choose one of model, oracle, pusher."),
     "skill": (

@@ -103,14 +103,14 @@ def pick(data: Any, panel: Sequence[Task], level: int | None, task_id: str | Non
         if task.task_id == task_id:
             return task
     splits = f"{data.panel_split} ({panel[0].task_id}, ...) nor of {data.train_split} ({training[0].task_id}, ...)"
-    raise ConfigError(f"task is {task_id}: no task of the split {splits}.")
+    raise ConfigError(f"task is {task_id}: it is no task of the split {splits}: name one of them.")
 
 
 def skill_text(trainer: Any, data: Any, task: Any) -> tuple[str, str]:
     """Where the task's skill is from, the run's bank or the environment's own solution, and its text."""
     selection = find_selection(trainer)
     if selection is None:
-        raise ConfigError("callbacks: a skill needs the SkillBankCallback, which holds its template.")
+        raise ConfigError("skill: the trainer has no SkillBankCallback, which holds the template of a skill: leave out --skill.")
     path = Path(trainer.default_root_dir) / BANK_FILE
     if path.is_file():
         with SkillBank(path, read_only=True) as bank:
@@ -119,7 +119,7 @@ def skill_text(trainer: Any, data: Any, task: Any) -> tuple[str, str]:
                 return f"{found.skill_id} of {path}", str(found.render(selection.template))
     with data.open_env() as env:
         if not env.offers("solution"):
-            raise ConfigError(f"the bank has no skill of {task.task_id}, and the environment offers no solution() to make one from.")
+            raise ConfigError(f"skill: the bank has none of {task.task_id}, and the environment no solution(): leave out --skill.")
         played, _ = demonstrate(env, task)
     rules = selection.summariser if isinstance(selection.summariser, RulesSummariser) else RulesSummariser()  # others ask a model
     skill = rules.summarise_one(played.turns, played.success, float(played.success))
