@@ -28,7 +28,7 @@ def reports(*rows: object) -> str:
     return f"open(sys.argv[sys.argv.index('-o') + 1], 'w').write({json.dumps({'dependencies': rows})!r}); sys.exit(1)"
 
 
-def test_what_is_found_fails(tmp_path):
+def test_a_known_vulnerability_fails_the_audit(tmp_path):
     code, out = audit(tmp_path, reports(CLEAN, FOUND, SKIPPED))
     assert code == 1 and "2 of 3 pinned packages looked up, 2 known" in out
     assert "b 2: PYSEC-1, fixed in 3" in out and "b 2: PYSEC-2, fixed in no release" in out
@@ -45,6 +45,6 @@ def test_what_is_found_fails(tmp_path):
         ("", {"PYTHON": "/no/such/python"}, "pip-audit is not installed"),
     ],
 )
-def test_what_cannot_be_asked_does_not(tmp_path, body, more, why):
+def test_an_index_that_cannot_be_asked_does_not_fail_the_audit(tmp_path, body, more, why):
     code, out = audit(tmp_path, body or "pass", **more)
     assert code == 0 and out.startswith("dependency audit: left out (") and why in out and out.count("\n") == 1, out

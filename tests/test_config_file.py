@@ -67,7 +67,7 @@ TAKEN: dict[str, tuple[bytes, Any]] = {
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_what_is_taken(tmp_path: Path, name: str) -> None:
+def test_valid_yaml_is_read(tmp_path: Path, name: str) -> None:
     content, value = TAKEN[name]
     path = tmp_path / "own.yaml"
     path.write_bytes(content)

@@ -282,7 +282,7 @@ def test_an_experiment_of_one_s_own_is_recorded_and_continued(fit):
     assert float(rows("run")[-1]["teacher/skill_share"]) == 1 and Path("run/bank.sqlite").stat().st_size >= bank
 
 
-def test_what_changes_no_number(fit, caplog):
+def test_flags_that_only_look_change_no_number(fit, caplog):
     """The flags that look at a run, or say how it computes, all at once: the numbers are those of a run without them."""
     quiet = ["--panel.enabled=false", "--trainer.max_steps=2"]
     fit("plain", *quiet, "--trainer.logger=false")

@@ -125,7 +125,7 @@ def test_rows_join_at_any_time_and_share_their_prompt(make_policy, always, monke
     assert_scored_alike(policy, "student", [(TokenSequence(prompts[i], ids, mask), lp) for i, (ids, mask, lp) in played.items()], CLOSE)
 
 
-def test_nothing_stays_behind(make_policy):
+def test_kernels_are_removed_after_an_error(make_policy):
     policy = make_policy(**SETTINGS)
     fused = DecodingKernels(policy.base)
     before, rotary = policy.base.config._attn_implementation, sys.modules[next(iter(fused.rotary))].apply_rotary_pos_emb

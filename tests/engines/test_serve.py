@@ -106,7 +106,7 @@ def test_a_server_until_sigterm(fake, tmp_path):
     assert (tmp_path / f"vllm-{fake.port}.log").is_file()
 
 
-def test_what_it_is_started_with(fake, tmp_path, monkeypatch, capsys):
+def test_the_server_s_environment_and_arguments(fake, tmp_path, monkeypatch, capsys):
     """The key is in its environment, where `ps` does not show it; skillsd is importable there by a link, and nothing beside it."""
     monkeypatch.setenv("SERVER_KEY", "sesame-sesame")
     monkeypatch.setenv("FAKE_VLLM", "dies")

@@ -361,7 +361,7 @@ def test_the_api_key_is_sent_and_never_shown(policy, monkeypatch):
         VllmServers(Policy(policy.settings, adapters=False), [s.url])
 
 
-def test_what_an_error_leaves(policy, two, engine):
+def test_a_session_that_ends_in_the_middle_of_a_turn_leaves_nothing(policy, two, engine):
     """A session that ends in the middle of a turn: nothing of it goes on, and `close` waits for nobody."""
     hold = threading.Event()
     for s in two:

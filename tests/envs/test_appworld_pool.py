@@ -211,7 +211,7 @@ def test_a_bottomless_folder_is_removed(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_nobody_listens(env):
+def test_no_process_listens_on_a_port(env):
     """The processes talk over pairs of sockets that nobody else can reach: there is no port to guard."""
     begin(env)
     listening = set()

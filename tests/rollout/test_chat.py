@@ -261,7 +261,7 @@ def test_many_prompts_at_once():
     assert c.prompt_ids_many(firsts) == [*want, want[0]] and c.prompt_ids(*firsts[0]) == want[0]
 
 
-def test_what_is_kept_has_a_bound(monkeypatch):
+def test_the_cache_of_encoded_texts_is_bounded(monkeypatch):
     monkeypatch.setattr("skillsd.rollout.chat._KEPT", 50)
     c = chat(CHATML)
     for i in range(30):

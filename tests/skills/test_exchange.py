@@ -94,7 +94,7 @@ def test_a_line_written_by_hand_is_read(make_skill):
     assert isinstance(skill.source_reward, float)
 
 
-def test_what_is_written_unless_it_is_said(bank):
+def test_evicted_skills_are_left_out_by_default(bank):
     assert list(to_lines(bank)) == list(to_lines(bank, evicted=False)) != list(to_lines(bank, evicted=True))
 
 
