@@ -42,9 +42,9 @@ class Episodes(gymnasium.Env[str, str]):
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self.left -= 1
-        done = self.left == 0
-        final = {"completion": self.completion, "success": self.completion > 0.5} if done else {}
-        return f"{self.left} " + "down " * (self.words - 3), self.completion if done else 0.0, done, False, final
+        ended = self.left == 0
+        final = {"completion": self.completion, "success": self.completion > 0.5} if ended else {}
+        return f"{self.left} " + "down " * (self.words - 3), self.completion if ended else 0.0, ended, False, final
 
 
 gymnasium.register("bench/Episodes-v0", Episodes, disable_env_checker=True, order_enforce=False)

@@ -107,7 +107,7 @@ class Learner:
         """One step of the optimizer on a batch. Whenever memory runs out, the gradient is begun anew with half the micro-batch.
 
         Args:
-            batch: What is learnt from.
+            batch: The rows to learn from.
             loss: Computes the loss of some of its rows; it is called with gradients on.
             split_gradient: Find the distillation term's own gradient too, by a second backward.
 

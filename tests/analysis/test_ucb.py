@@ -47,9 +47,11 @@ def test_scores_are_the_bank_s_at_that_moment(tmp_path, value_estimate, unused_f
             seen[task_id] = rows
         assert seen.keys() == bank.keys()
         for task_id, (skills, best) in bank.items():
-            rows, least = seen[task_id], int(not unused_first)
-            total = sum(max(least, s.uses) for s in skills)
-            expected = [ucb_score(s.mean_reward, max(least, s.uses), total, c) if max(least, s.uses) else float("inf") for s in skills]
+            rows, min_uses = seen[task_id], int(not unused_first)
+            total = sum(max(min_uses, s.uses) for s in skills)
+            expected = [
+                ucb_score(s.mean_reward, max(min_uses, s.uses), total, c) if max(min_uses, s.uses) else float("inf") for s in skills
+            ]
             assert rows["skill_id"].tolist() == [s.skill_id for s in skills] and rows["score"].tolist() == expected
             assert rows["uses"].tolist() == [s.uses for s in skills] and rows["mean_reward"].tolist() == [s.mean_reward for s in skills]
             assert rows.loc[rows["best"], "skill_id"].tolist() == [best.skill_id]

@@ -210,5 +210,5 @@ def test_an_analyst_s_defaults_and_least_settings():
     assert {name: p.default for name, p in inspect.signature(BaseSummariser).parameters.items()} == dict(
         max_new_tokens=512, batch_size=None, template=None, system=SYSTEM_PROMPT, max_chars=24_000, form="json", questions=None
     )
-    least = BaseSummariser(max_new_tokens=1, batch_size=1, max_chars=MIN_CHARS)
-    assert (least.max_new_tokens, least.batch_size, least.max_chars) == (1, 1, MIN_CHARS)
+    smallest = BaseSummariser(max_new_tokens=1, batch_size=1, max_chars=MIN_CHARS)
+    assert (smallest.max_new_tokens, smallest.batch_size, smallest.max_chars) == (1, 1, MIN_CHARS)

@@ -70,10 +70,10 @@ def skill_table(bank: SkillBank) -> str:
     rows = nsmallest(ROWS, held, key=lambda s: (-s.uses, s.skill_id))
     if not rows:
         return ""
-    most = f", the most used of {READ:,}" * (len(bank) > READ)
+    limited = f", the most used of {READ:,}" * (len(bank) > READ)
     return "\n".join(
         [
-            f"{len(rows)} of {count(len(bank), 'skill')}{most}\n",
+            f"{len(rows)} of {count(len(bank), 'skill')}{limited}\n",
             "| id | task | uses | mean reward | workflow |",
             "|--:|---|--:|--:|---|",
             *(f"| {s.skill_id} | {_cell(s.task_id)} | {s.uses} | {s.mean_reward:.3f} | {_cell(s.golden_workflow)} |" for s in rows),

@@ -105,7 +105,7 @@ def keys_of(store: Tensor, table: Tensor, length: int) -> Tensor:
 
 
 def write(keys: Tensor, values: Tensor, key_store: Tensor, value_store: Tensor, table: Tensor) -> None:
-    """New keys and values [B, H_kv, Q, D] to where the row table says; row b's after the first table[b, COUNT] are padding."""
+    """Write new keys and values [B, H_kv, Q, D] to where the row table says; row b's after the first table[b, COUNT] are padding."""
     for new, store in ((keys, key_store), (values, value_store)):
         for b, (start, count, slot, shared, _) in enumerate(table.tolist()):
             store[slot, :, start - shared : start - shared + count] = new[b, :, :count]
