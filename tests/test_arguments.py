@@ -208,3 +208,14 @@ def test_a_part_of_a_method_has_a_key_of_its_own(files: None) -> None:
     for flag, key in (("objective.clip_low", "model.objective.clip_low"), ("teacher.mode", "teacher.mode"), ("actor", "data.actor")):
         with pytest.raises(ConfigError, match=rf"method\.{flag}: .*--{key}\.$"):
             resolve(["fit", "-c", "experiment.yaml", f"--method.{flag}=1"])
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "said"), [("method: trace_gate\n", [], ""), ("", ["--method=trace_gate"], "sets model.objective.gate")]
+)
+def test_a_file_may_set_one_part_of_the_method_that_it_names(tmp_path, capsys, method, flags, said):
+    file = tmp_path / "x.yaml"
+    gate = "model: {objective: {gate: {class_path: skillsd.objective.SigmoidGate}}}\n"
+    file.write_text(f"{method}{gate}data: {{env: skillsd_sokoban:skillsd/Sokoban-v0}}\n")
+    resolve(["fit", *flags, "-c", str(file)])
+    assert said in (err := capsys.readouterr().err) and bool(err) == bool(said)

@@ -89,6 +89,36 @@ def test_what_a_class_lacks_is_said(own_classes: None, capsys: pytest.CaptureFix
     assert err.startswith("error: ") and err.count("\n") == 1 and all(part in err for part in REFUSED[flag]), err
 
 
+def test_a_gate_of_another_shape_is_the_user_s(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wrong_gate.py").write_text(
+        "import torch, skillsd\nclass Three(skillsd.Gate):\n    def __call__(self, t):\n        return torch.ones(3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--model.objective.gate=wrong_gate.Three",
+        "--data.env_kwargs.splits.train.short=1",
+        "--skills.context=skillsd.skills.HindsightContext",
+    ]
+    small = ["--panel.enabled=false", "--trainer.max_steps=1", "--trainer.default_root_dir=run"]
+    assert cli.main(["fit", "-c", "sokoban", *flags, *small]) == 2
+    err = capsys.readouterr().err
+    assert "error: model.objective: Three gave [3]" in err and "Traceback" not in err
+    sys.modules.pop("wrong_gate")
+
+
+def test_a_summariser_s_own_init_need_not_call_the_base_s():
+    class Own(skillsd.SynchronousSummariser):
+        def __init__(self, word: str) -> None:
+            self.word = word
+
+        def summarise(self, trajectories):
+            return [None for _ in trajectories]
+
+    summariser = Own("x")
+    summariser.submit(3, [])
+    assert [f.iteration for f in summariser.collect()] == [3] and summariser.word == "x"
+
+
 def test_annotations_are_not_compared(own_classes: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["fit", "-c", "sokoban", "--skills.summariser=own_classes.Whole", "--print_config"])

@@ -1,7 +1,7 @@
 """Every number that an iteration logs: its name, its meaning and unit, and the record that carries them to whoever writes them.
 
-Each part adds what it has measured under these names: the batch, the update, the rollout, the skill bank. The record is sealed before
-it is written; nobody changes it afterwards.
+Each part adds what it has measured under these names: the batch (what was rolled out, too), the update, the skill bank. The record is
+sealed before it is written; nobody changes it afterwards.
 """
 
 from __future__ import annotations

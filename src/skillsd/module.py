@@ -3,7 +3,7 @@
 Algorithm 1, an iteration:
 
     1  teacher <- student, their average, or as it began            callbacks/teacher.py
-    2  S(x) <- the skill of each task x that UCB retrieves          skills/retrieval.py, asked by stream.py
+    2  S(x) <- the skill of each task x that UCB retrieves          skills/selection.py, which asks skills/retrieval.py
     3  the student plays G episodes of each task, without S(x)      rollout/, asked by stream.py
     4  rewards -> group advantages                                  batch.py
     5  student and teacher score the same tokens                    here: `loss`, `teacher`
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from skillsd.batch import Batch
+from skillsd.errors import ConfigError
 from skillsd.files.checkpoint import check_base
 from skillsd.learner import Learner
 from skillsd.metrics import Metrics
-from skillsd.objective import Objective, Terms
+from skillsd.objective import NotPerToken, Objective, Terms
 from skillsd.optimizer import OptimizerSettings
 from skillsd.policy import Policy, PolicySettings, Scores
 from skillsd.strategy import check_same_step, check_strategy, keep_base_local
@@ -110,10 +111,13 @@ class SkillSD(L.LightningModule):
         logp_teacher, divergence, seconds = self.teacher(student, rows)
         # Eq. 13: where the teacher sampled, the old student is today's, since a batch is one update
         logp_old = torch.where(rows.sampled_by_teacher[:, None], student.logp.detach(), rows.logp_behaviour)
-        terms = self.objective.terms(
-            student.logp, logp_old, logp_teacher, rows.mask, rows.advantage, weight=rows.weight, logp_behaviour=rows.logp_behaviour,
-            teacher_mask=rows.teacher_mask, success=rows.success, return_gap=rows.return_gap, divergence=divergence,
-        )  # fmt: skip
+        try:
+            terms = self.objective.terms(
+                student.logp, logp_old, logp_teacher, rows.mask, rows.advantage, weight=rows.weight, logp_behaviour=rows.logp_behaviour,
+                teacher_mask=rows.teacher_mask, success=rows.success, return_gap=rows.return_gap, divergence=divergence,
+            )  # fmt: skip
+        except NotPerToken as e:
+            raise ConfigError(f"model.objective: {e}") from e
         terms.metrics["entropy"] = (student.entropy * rows.mask).sum()
         return replace(terms, teacher_s=seconds)
 

@@ -6,12 +6,15 @@ import torch
 from skillsd.objective import (
     FullReverseKL,
     GapAdvantage,
+    Gate,
     GatedLogRatio,
+    NotPerToken,
     Objective,
     OutcomeGate,
     PositiveGate,
     SampledReverseKL,
     SigmoidGate,
+    Signal,
     Tokens,
     TopKJSD,
     TraceGate,
@@ -67,3 +70,39 @@ def test_a_shaped_advantage_has_the_same_bounds(batch):
     """None of the batch's ratios lies outside these, and some lie outside those by default."""
     o = Objective(clip_high=5.0, clip_low=0.9, distillation_weight=1.0, advantage=GapAdvantage())
     assert o.terms(**batch.inputs(o)).metrics["clip_fraction"] == 0
+
+
+class Given(Gate, Signal):
+    """Gives what it is made with, as a gate and as a signal."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __call__(self, t):
+        return self.what(t)
+
+    loss = advantage = multiplier = __call__
+
+
+def terms(**settings):
+    """An objective's terms of two rows of three tokens, and the student's log-probs."""
+    logp = torch.full((2, 3), -1.0, dtype=torch.float64, requires_grad=True)
+    still, mask = logp.detach(), torch.ones(2, 3, dtype=torch.bool)
+    objective = Objective(distillation_weight=1.0, **settings)
+    return objective.terms(logp, still, still - 1, mask, torch.tensor([1.0, -1.0], dtype=torch.float64)), logp
+
+
+@pytest.mark.parametrize("what", [lambda t: torch.ones(3), lambda t: torch.ones(1), lambda t: t.logp[:, None], lambda t: 1.0])
+@pytest.mark.parametrize("place", ["gate", "loss", "advantage", "multiplier"])
+def test_what_is_no_number_for_each_token_is_refused(place, what):
+    with pytest.raises(NotPerToken, match=r"Given gave .*, not \[6\]"):
+        terms(**{place: Given(what)})
+
+
+def test_no_gradient_goes_through_a_gate():
+    gradients = []
+    for gate in (lambda t: t.logp.exp(), lambda t: t.logp.detach().exp()):
+        made, logp = terms(gate=Given(gate))
+        made.distillation.backward()
+        gradients.append(logp.grad)
+    assert gradients[0].any() and torch.equal(*gradients)

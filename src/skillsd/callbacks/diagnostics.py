@@ -187,7 +187,7 @@ def no_skill_made(counts: Counts, over: bool = False) -> str:
     why = f" (the latest: {visible(counts.summary_error)})" if counts.summary_error else ""
     return (
         f"The summariser made no skill of {count(counts.failed_summaries, 'episode')}{why}, so no teacher sees one: look at "
-        "skills.summariser, which may need a larger model, another form, or more max_new_tokens."
+        "skills.summariser. Code of your own may fail; a model may need to be larger, another form, or more max_new_tokens."
     )
 
 

@@ -42,6 +42,8 @@ class Named(NamedTuple):
     config: dict[str, Any]
     run: Path | None = None
     """The run folder whose configuration it is."""
+    file: str = ""
+    """The file that names the method whose settings these are."""
 
 
 @dataclass
@@ -229,7 +231,7 @@ def put_method(named: Sequence[Named | Argument]) -> list[Named | Argument]:
     out: list[Named | Argument] = []
     for i, x in enumerate(named):
         if i == at:
-            out.append(Named(f"method {label}", {"method": given, **settings_of(method)}))
+            out.append(Named(f"method {label}", {"method": given, **settings_of(method)}, file=x.name if isinstance(x, Named) else ""))
         if isinstance(x, Named):
             config = {key: value for key, value in x.config.items() if key != "method"}
             if i < at:
@@ -312,6 +314,7 @@ def check_order(command: str, named: Sequence[Named | Argument]) -> None:
         if isinstance(x, Named) and _names_environment(x.config):
             continue  # an experiment is there to be changed
         later = [y for y in named[i + 1 :] if isinstance(y, Named) and (isinstance(x, Argument) or _names_environment(y.config))]
+        later = [y for y in later if isinstance(x, Argument) or y.name != x.file]  # a file may set one part of its method again
         if lost := next(((key, y.name) for y in later for key in _set_again(x, y)), None):
             what = x.flag if isinstance(x, Argument) else x.name if x.name.startswith("method ") else f"-c {x.name}"
             print(f"{what} stands before -c {lost[1]}, which sets {lost[0]} again: what comes last counts.", file=sys.stderr)

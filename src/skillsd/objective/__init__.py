@@ -8,7 +8,7 @@ from skillsd.objective.gates import OutcomeGate, PositiveGate, SigmoidGate, Trac
 from skillsd.objective.grpo import clipped_policy_loss, float32_rewards, group_advantages
 from skillsd.objective.objective import Objective, Terms
 from skillsd.objective.sampled_reverse_kl import SampledReverseKL
-from skillsd.objective.signal import Gate, Signal, Tokens, k3
+from skillsd.objective.signal import Gate, NotPerToken, Signal, Tokens, k3
 from skillsd.objective.top_k_jsd import TopKJSD
 from skillsd.objective.two_view_kl import TwoViewKL
 from skillsd.objective.unweighted_k3 import UnweightedK3
@@ -19,6 +19,7 @@ __all__ = [
     "GapMultiplier",
     "Gate",
     "GatedLogRatio",
+    "NotPerToken",
     "Objective",
     "OutcomeGate",
     "PositiveGate",

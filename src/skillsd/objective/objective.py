@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skillsd.objective.grpo import clipped_policy_loss
 from skillsd.objective.sampled_reverse_kl import SampledReverseKL
-from skillsd.objective.signal import Gate, Signal, Tokens, k3
+from skillsd.objective.signal import Gate, Signal, Tokens, k3, per_token
 
 PLACEMENTS = ("loss", "advantage", "multiplier")
 
@@ -144,11 +144,12 @@ class Objective:
         policy = self.policy_weight * plain.sum() if self.policy_weight else plain.new_zeros(())  # 0 * inf would be nan
         distillation, shift = policy.new_zeros(()), torch.zeros_like(t.advantage)
         if lam and has_teacher.any():
-            g = lam if self.gate is None else lam * self.gate(t)
+            g = lam if self.gate is None else lam * per_token(self.gate(t), t, self.gate).detach()
             if self.placement == "loss":
-                distillation = torch.where(has_teacher, g * self.signal.loss(t), 0.0).sum()
+                distillation = torch.where(has_teacher, g * per_token(self.signal.loss(t), t, self.signal), 0.0).sum()
             else:
-                shift = g * (self.signal.advantage(t) if self.placement == "advantage" else t.advantage * (self.signal.multiplier(t) - 1))
+                said = per_token(getattr(self.signal, self.placement)(t), t, self.signal)
+                shift = g * (said if self.placement == "advantage" else t.advantage * (said - 1))
                 shift = torch.where(has_teacher, shift, 0.0).detach()
                 shaped, clipped = clipped_policy_loss(t.logp, t.logp_old, t.advantage + shift, self.clip_low, self.clip_high)
                 distillation = self.policy_weight * (shaped - plain).sum()

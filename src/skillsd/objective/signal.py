@@ -93,6 +93,22 @@ class Gate(ABC):
         """[N] without gradient."""
 
 
+class NotPerToken(ValueError):
+    """A signal or a gate gave something else than one number for each action token."""
+
+
+def per_token(given: Tensor, t: Tokens, by: object) -> Tensor:
+    """`given`, which a signal or gate `by` made of `t`.
+
+    Raises:
+        NotPerToken: it is no tensor [N]; it would be broadcast, or fail where nobody finds the cause.
+    """
+    if not isinstance(given, Tensor) or given.shape != t.logp.shape:
+        has = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise NotPerToken(f"{type(by).__name__} gave {has}, not {list(t.logp.shape)}: one number for each action token.")
+    return given
+
+
 def k3(ell: Tensor) -> Tensor:
     """exp(-ell) - 1 + ell >= 0: Schulman's low-variance KL estimate. expm1 keeps its precision near 0."""
     return torch.expm1(-ell) + ell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from skillsd.skills.skill import Skill
 from skillsd.trajectory import Trajectory
@@ -62,8 +62,13 @@ class SynchronousSummariser(ABC):
 
     asynchronous: bool = False
 
-    def __init__(self) -> None:
-        self._ready: list[Finished] = []
+    _ready: list[Finished]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Not in __init__: a subclass that has one of its own need not call it."""
+        made = super().__new__(cls)
+        made._ready = []
+        return made
 
     @abstractmethod
     def summarise(self, trajectories: Sequence[Trajectory]) -> list[Skill | None]:
