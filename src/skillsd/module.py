@@ -130,22 +130,22 @@ class SkillSD(L.LightningModule):
         """
         started, signal = self._now(), self.objective.signal
         logp = student.logp.detach().clone()
-        divergence = place = None
+        divergence = token_index = None
         if signal.distributional:
             divergence = torch.zeros_like(student.logp)
-            place = (rows.mask.flatten().cumsum(0) - 1).view_as(rows.mask)  # of each action token in `hidden`
-        wanted = rows.teacher_rows
-        for part in self.policy.micro_batches([len(rows.teacher[k]) for k in wanted], self.learner.micro_batch_tokens):
-            chosen = [wanted[j] for j in part]
-            at = torch.tensor(chosen, device=logp.device)
+            token_index = (rows.mask.flatten().cumsum(0) - 1).view_as(rows.mask)  # of each action token in `hidden`
+        teacher_rows = rows.teacher_rows
+        for part in self.policy.micro_batches([len(rows.teacher[k]) for k in teacher_rows], self.learner.micro_batch_tokens):
+            chosen = [teacher_rows[j] for j in part]
+            row_index = torch.tensor(chosen, device=logp.device)
             with torch.no_grad():
                 scores = self.policy.score("teacher", [rows.teacher[k] for k in chosen], rows.temperature)
-            logp[at, : scores.logp.shape[1]] = scores.logp
-            if divergence is not None and place is not None:
-                row, column = rows.mask[at].nonzero(as_tuple=True)
-                own = student.hidden[place[at][row, column]]
-                value = self.policy.compare(own, scores.hidden, signal.divergence, rows.temperature)
-                divergence = divergence.index_put((at[row], column), value)
+            logp[row_index, : scores.logp.shape[1]] = scores.logp
+            if divergence is not None and token_index is not None:
+                row, column = rows.mask[row_index].nonzero(as_tuple=True)
+                student_hidden = student.hidden[token_index[row_index][row, column]]
+                value = self.policy.compare(student_hidden, scores.hidden, signal.divergence, rows.temperature)
+                divergence = divergence.index_put((row_index[row], column), value)
         return logp, divergence, self._now() - started
 
     def _now(self) -> float:

@@ -139,7 +139,7 @@ class Objective:
             rows(advantage, 0.0), rows(success, False), rows(return_gap, float("nan")), mask.nonzero()[:, 0],
             None if divergence is None else divergence[mask],
         )  # fmt: skip
-        has_teacher = rows(teacher_mask, True)  # [N]
+        has_teacher = rows(teacher_mask, True)  # [n]
         plain, clipped = clipped_policy_loss(t.logp, t.logp_old, t.advantage, self.clip_low, self.clip_high)
         policy = self.policy_weight * plain.sum() if self.policy_weight else plain.new_zeros(())  # 0 * inf would be nan
         distillation, shift = policy.new_zeros(()), torch.zeros_like(t.advantage)

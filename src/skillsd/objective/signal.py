@@ -19,10 +19,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """The N action tokens of a micro-batch, flat, trajectory by trajectory. Only `logp` and `divergence` carry gradient.
+    """The n action tokens of a micro-batch, flat, trajectory by trajectory. Only `logp` and `divergence` carry gradient.
 
     Args:
-        logp: log pi_stu of the sampled tokens, [N] float, nats.
+        logp: log pi_stu of the sampled tokens, [n] float, nats.
         logp_old: The same under the student that was current at the rollout.
         logp_behaviour: The same under whoever sampled them: the old student, or the old teacher where it rolled out (Eq. 13).
         logp_teacher: log pi_tea of them under the teacher's prompt; equal to `logp` where no teacher was scored.
@@ -62,15 +62,15 @@ class Signal:
     """The signal compares whole distributions at each state: then `divergence` is written too, and only `loss` makes sense."""
 
     def loss(self, t: Tokens) -> Tensor:
-        """Loss per token, [N] with gradient."""
+        """Loss per token, [n] with gradient."""
         raise self._lacks("loss")
 
     def advantage(self, t: Tokens) -> Tensor:
-        """What is added to the advantage, [N] without gradient."""
+        """What is added to the advantage, [n] without gradient."""
         raise self._lacks("advantage")
 
     def multiplier(self, t: Tokens) -> Tensor:
-        """What the advantage is multiplied by, [N] without gradient, > 0 so that its sign stays."""
+        """What the advantage is multiplied by, [n] without gradient, > 0 so that its sign stays."""
         raise self._lacks("multiplier")
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Gate(ABC):
 
     @abstractmethod
     def __call__(self, t: Tokens) -> Tensor:
-        """[N] without gradient."""
+        """[n] without gradient."""
 
 
 class NotPerToken(ValueError):
@@ -101,7 +101,7 @@ def per_token(given: Tensor, t: Tokens, by: object) -> Tensor:
     """`given`, which a signal or gate `by` made of `t`.
 
     Raises:
-        NotPerToken: it is no tensor [N]; it would be broadcast, or fail where nobody finds the cause.
+        NotPerToken: it is no tensor [n]; it would be broadcast, or fail where nobody finds the cause.
     """
     if not isinstance(given, Tensor) or given.shape != t.logp.shape:
         has = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
