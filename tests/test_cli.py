@@ -94,6 +94,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown trainer key": (["--trainer.nosuch=1"], "--trainer.nosuch"),
     "a typo in a file": (["-c", "typo.yaml"], r"typo\.yaml: .*model\.optimizer\.lrr .*model\.optimizer\.lr\b"),
     "a typo in a class": (["--model.objective.gate=skillsd.objective.TraceGat"], r"model\.objective\.gate: .*TraceGate"),
+    "a typo in a class of one's own": (["--model.objective.gate=own_gates.Confidant"], r"own_gates .*\(did you mean Confident\?\)"),
+    "a number for a group": (["--model.policy.lora=3"], r"model\.policy\.lora: 3 is no mapping"),
     "unknown nested key": (["--model.policy.nosuch=1"], r"--model\.policy\.nosuch: there is no key model\.policy\.nosuch"),
     "unknown key of the environment": (["--data.env_kwargs.nosuch=1"], "'nosuch'"),
     "unknown class": (["--model.objective.gate=skillsd.objective.NoSuch"], r"model\.objective\.gate: .*NoSuch"),
@@ -223,13 +225,15 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
+def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, name):
     flags, message = BAD[name]
+    monkeypatch.setattr("sys.dont_write_bytecode", True)  # own_gates.py is imported
     (tmp_path / "empty").mkdir()
     (tmp_path / "rewriting.jinja").write_text(REWRITING)
     (tmp_path / "broken.yaml").write_text("data: [\n")
     (tmp_path / "odd.yaml").write_text("data: {env_kwargs: {size: {class_path: {class_path: x.Y, init_args: 3}}}}\n")
     (tmp_path / "typo.yaml").write_text("model: {optimizer: {lrr: 1}}\n")
+    (tmp_path / "own_gates.py").write_text("from skillsd import Gate\nclass Confident(Gate): pass\n")
     (tmp_path / "list.yaml").write_text("teacher: [{class_path: x.Y, init_args: 3}]\n")
     (tmp_path / "optimizer.yaml").write_text("model: {optimizer: null}\n")
     (tmp_path / "objective.yaml").write_text("model: {objective: null}\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -100,6 +101,11 @@ def unknown_class(key: str, message: str) -> str:
     if not found or not shipped:
         return ""
     name, ours = found[1] or found[2], [path.rpartition(".")[2] for path in shipped]
+    own = re.search(r"module '([\w.]+)' has no attribute", message)
+    if own and not own[1].startswith(("skillsd.", "lightning.")):  # a module of the user's, which has been imported
+        module = sys.modules.get(own[1])
+        classes = [n for n, kind in vars(module).items() if inspect.isclass(kind) and kind.__module__ == own[1]] if module else []
+        return f"{own[1]} has no class {name}{did_you_mean(name, classes)}: it has {', '.join(classes) or 'none'}."
     package = shipped[0].rpartition(".")[0]
     return f"there is no class {name}{did_you_mean(name, ours)}: give the path of one, {package}.X with X one of {', '.join(ours)} say."
 

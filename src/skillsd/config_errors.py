@@ -15,7 +15,7 @@ from skillsd.errors import ConfigError
 
 _CLASSES = ("logger", "strategy", "profiler", "summariser", "context", "loss", "advantage", "multiplier", "gate")
 """Keys that take a class path: the parser's errors leave out the `init_args` under them."""
-_SHOWN = "`skillsd SUBCOMMAND --help` and `--print_config` show what is accepted"
+_SHOWN = "the command's `--help` and `--print_config` show what is accepted"
 
 MAX_LISTED = 30
 """Most names that a message lists."""
@@ -61,7 +61,7 @@ def no_such_key(key: str, known: Iterable[str], command: str) -> str:
         known: All keys of the command, dotted.
         command: Its name.
     """
-    known = list(known)
+    known = [k for k in known if not k.endswith(".help")]  # the parser's own
     group = key.rpartition(".")[0]
     beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group]
     cure = f"{group} has {', '.join(beside)}." if group and 0 < len(beside) <= MAX_LISTED else f"skillsd {command} --help lists all keys."
@@ -239,6 +239,8 @@ def parser_error(message: str, under: str = "") -> str:
     lines = [re.sub(r" (Add the import path to|To accept subclasses use) .*set_parsing_settings.*", "", line) for line in lines]
     lines = [re.sub(r"(Got value: (?:True|False))$", r"\1: YAML takes yes, no, on, off for it: write a text in quotes", x) for x in lines]
     lines = [re.sub(r"^Unable to load config 'null'$", "null is no value: give its keys, or leave it out", line) for line in lines]
+    lines = [re.sub(r"^Unable to load config '(.+)'$", r"\1 is no mapping: give its keys", line) for line in lines]
+    lines = [re.sub(r"^functools\..* must be a mapping, not (\w+)$", r"its value is no mapping, but \1: give its keys", x) for x in lines]
     lines = [re.sub(r"^Group '(.+)' does not accept option '(.+)'", r"no key \1.\2 is known", line) for line in lines]
     if key in _CLASSES:
         lines = [line.replace("no key ", f"no key {key}.init_args.") for line in lines]
