@@ -28,6 +28,7 @@ from skillsd.methods import merge
 from skillsd.policy import LoraSettings, Policy, PolicySettings
 from skillsd.policy.load import load_base, load_tokenizer
 from skillsd.skills.callback import SkillBankCallback
+from skillsd.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ def test_weights_only_cannot_be_switched_off(run, tmp_path, monkeypatch):
     for command in ("fit", "validate"):
         assert "weights_only is false" in run.refuses("--weights_only=false", command=command)
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(cli.Trainer, "fit", lambda self, **given: seen.update(given) or (_ for _ in ()).throw(ConfigError("enough")))
+    monkeypatch.setattr(Trainer, "fit", lambda self, **given: seen.update(given) or (_ for _ in ()).throw(ConfigError("enough")))
     assert "enough" in run.refuses()
     assert seen["weights_only"] is True
 
@@ -308,7 +309,7 @@ def test_bases_and_classes_of_the_table_exist_and_fit():
 
 
 def test_the_bases_are_those_of_the_parser():
-    trainer = typing.get_type_hints(cli.Trainer.__init__)
+    trainer = typing.get_type_hints(Trainer.__init__)
     for key in KEYS:
         owner, _, name = key.name.rpartition(".")
         hints = {

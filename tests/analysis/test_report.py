@@ -272,7 +272,7 @@ def test_bad_flags_are_refused(folder, args, message, monkeypatch):
 
 def test_the_command_writes_a_report(tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(cli, "rows", lambda network: asked.append(network) or CHECKS)
+    monkeypatch.setattr("skillsd.doctor.rows", lambda network: asked.append(network) or CHECKS)
     assert cli.main(["report", str(tmp_path)]) == 2 and "is no run folder" in capsys.readouterr().err
     write_record(tmp_path)
     (tmp_path / "config.yaml").touch()

@@ -118,7 +118,7 @@ def test_cells_are_spread_over_the_visible_gpus(studies, monkeypatch, visible, u
 
 
 def test_a_gpu_that_is_free_again_gets_the_next_cell(studies, monkeypatch):
-    monkeypatch.setattr("skillsd.study.runner.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     studies.plan = {"grpo-0": {"meet": 4}}  # the first GPU is busy until the last cell has begun
     assert studies("--workers=2") == 0
