@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillsd import __version__
 from skillsd.bounded import visible
+from skillsd.cli.arguments import ALONE, CONFIG, CONFIGURED, arguments, find, packaged, resolve
 from skillsd.config_errors import did_you_mean
 from skillsd.diagnosis import explain, report, where
 from skillsd.errors import ConfigError, redacted
@@ -48,7 +49,7 @@ GROUPS = {
 }
 """The commands by what they are for, with a line each."""
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
-FROM_HERE = ("fit", "pretrain", "validate", "export", "play", "serve", "study", "view", "report")
+FROM_HERE = (*CONFIGURED, "study", "view", "report")
 """Commands that import what a configuration names: a class or an environment of one's own may lie in the present folder."""
 
 
@@ -111,7 +112,6 @@ def _run(argv: list[str], announce: bool) -> int:
     match command:
         case "config":  # it imports nothing that a file names
             from skillsd.class_paths import config
-            from skillsd.cli.arguments import find
             from skillsd.methods import expanded
 
             config(args, lambda name: expanded(find(name).config))
@@ -136,7 +136,6 @@ def _run(argv: list[str], announce: bool) -> int:
 
             skills(args)
         case "study":
-            from skillsd.cli.arguments import packaged, resolve
             from skillsd.cli.values import prepare_parsers
             from skillsd.study import study
 
@@ -158,8 +157,6 @@ def _run_configured(argv: list[str], announce: bool) -> None:
 
     What is wrong with the names on the command line is said before torch and Lightning are imported.
     """
-    from skillsd.cli.arguments import ALONE, CONFIG, arguments, resolve
-
     command = argv[0]
     if command == "play" and not any(a.flag in ("", *CONFIG) for a in arguments(argv[1:])):
         argv = ["play", "-c", "sokoban", *argv[1:]]
@@ -169,8 +166,7 @@ def _run_configured(argv: list[str], announce: bool) -> None:
         what = "flag" if command.startswith("-") else "command"
         raise ConfigError(f"{visible(command)} is no {what}{did_you_mean(command, COMMANDS)}: skillsd {', '.join(COMMANDS)}.")
     request = resolve(argv)
-    asks = any(a.flag in ALONE for a in arguments(argv[1:]))
-    if announce and not asks and not _is_later_rank():
+    if announce and not request.flags.keys() & set(ALONE) and not _is_later_rank():
         print(f"skillsd {__version__}: importing PyTorch and Lightning ...", file=sys.stderr, flush=True)
     from skillsd.cli.launch import launch
 

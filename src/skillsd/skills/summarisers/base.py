@@ -48,7 +48,6 @@ class BaseSummariser(SynchronousSummariser):
         form: Literal["json", "fields"] = "json",
         questions: dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
         if max_new_tokens < 1 or (batch_size is not None and batch_size < 1):
             raise ValueError("max_new_tokens and batch_size must be >= 1")
         if form not in ("json", "fields"):

@@ -97,7 +97,6 @@ class RulesSummariser(SynchronousSummariser):
         unsolved_mistakes: str = UNSOLVED_MISTAKES,
         unsolved_workflow: str = UNSOLVED_WORKFLOW,
     ) -> None:
-        super().__init__()
         self.joiner = joiner
         self.cut_loops = cut_loops
         self._action = _compiled("action_pattern", action_pattern)
